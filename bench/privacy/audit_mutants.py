@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.privacy.mutants import Mutant
 
 _BROKEN = "tests/simulations/test_broken.py"
-_HONEST = f"{_BROKEN}::test_the_honest_source_passes"
+_HONEST = f"{_BROKEN}::test_honest_source_passes"
 _FIT = "tests/privacy/audit/test_goodness_of_fit.py"
 _FOUND = f"{_FIT}::test_broken_noise_is_found_by_the_test_that_is_meant_to"
 _BOUNDS = "tests/privacy/audit/test_empirical.py"
@@ -24,7 +24,7 @@ AUDIT_MUTANTS = (
         "privacy/sensitivity.py",
         "self.sensitivity.noise_stddev(noise_multiplier) / self.step",
         "0.97 * self.sensitivity.noise_stddev(noise_multiplier) / self.step",
-        f"{_BROKEN}::test_a_round_that_nobody_answered_is_noised",
+        f"{_BROKEN}::test_round_without_replies_is_noised",
     ),
     Mutant(
         "sums kept for the next step",
@@ -59,7 +59,7 @@ AUDIT_MUTANTS = (
         "strategies/central_dp.py",
         "        noise = self._noise(round)\n",
         "        noise = self._noise(round // 2)\n",
-        f"{_BROKEN}::test_a_round_that_nobody_answered_is_noised",
+        f"{_BROKEN}::test_round_without_replies_is_noised",
     ),
     Mutant(
         "variance tested on one side",
@@ -101,28 +101,28 @@ AUDIT_MUTANTS = (
         "simulations/audit/verdicts.py",
         "if not check.p_value > self.significance",
         "if check.p_value <= self.significance",
-        f"{_VERDICTS}::test_one_test_of_a_situation_fails_it_at_its_share",
+        f"{_VERDICTS}::test_one_failed_test_fails_the_audit",
     ),
     Mutant(
         "false alarms not shared by the tests",
         "simulations/audit/verdicts.py",
         "return self.false_alarms / len(self.checks)",
         "return self.false_alarms",
-        f"{_VERDICTS}::test_one_test_of_a_situation_fails_it_at_its_share",
+        f"{_VERDICTS}::test_one_failed_test_fails_the_audit",
     ),
     Mutant(
         "false alarms not shared by the situations",
         "simulations/audit/run.py",
         "return config.false_alarms / (claims + others)",
         "return config.false_alarms / (claims or 1)",
-        f"{_VERDICTS}::test_the_shares_of_a_whole_audit_add_up_to_its_false_alarms",
+        f"{_VERDICTS}::test_shares_add_up_to_the_false_alarms",
     ),
     Mutant(
         "a failed situation fails no audit",
         "simulations/audit/verdicts.py",
-        " and all(fit.sound for fit in self.fits)",
+        " and all(test.sound for test in self.noise_tests)",
         "",
-        f"{_VERDICTS}::test_one_test_of_a_situation_fails_it_at_its_share",
+        f"{_VERDICTS}::test_one_failed_test_fails_the_audit",
     ),
     Mutant(
         "a shortfall that is seen half of the time",
@@ -150,7 +150,7 @@ AUDIT_MUTANTS = (
         "simulations/audit/batch_independence.py",
         "1.0 if moved <= TOLERANCE else 0.0",
         "1.0",
-        f"{_VERDICTS}::test_a_picture_that_moves_what_others_add_fails",
+        f"{_VERDICTS}::test_dependence_between_pictures_fails",
     ),
     Mutant(
         "a large delta told alone",

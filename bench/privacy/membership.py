@@ -33,7 +33,7 @@ from conf.schemas.audit import AuditConfig, MembershipConfig
 from privacy.audit.membership import MembershipResult
 from simulations.audit.membership import RunGroup
 from simulations.audit.page import AuditResults, write
-from simulations.audit.run import arms
+from simulations.audit.run import run_groups
 
 FORMS_ATTACKED = ("open", "example-8", "reference")
 OVERFITTED = (
@@ -59,8 +59,8 @@ def run_overfitted(folder: Path, overrides: Sequence[str]) -> Path:
 
 def run_attacks(folders: Sequence[Path], adapter: str) -> RunGroup:
     """Run all attacks on runs that differ only in their seed."""
-    (arm,) = arms(AuditConfig(runs=[*map(str, folders)], membership=MembershipConfig(adapter=adapter)))
-    return arm
+    (group,) = run_groups(AuditConfig(runs=[*map(str, folders)], membership=MembershipConfig(adapter=adapter)))
+    return group
 
 
 def record(tried: Mapping[str, RunGroup]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def record(tried: Mapping[str, RunGroup]) -> dict[str, Any]:
         name: {
             "trained": arm.name,
             "writers": arm.writers,
-            "attacks": {attack: _attack(found) for attack, found in arm.found.items()},
+            "attacks": {attack: _attack(found) for attack, found in arm.attacks.items()},
         }
         for name, arm in tried.items()
     }
@@ -120,7 +120,7 @@ def main() -> None:
         for name, run_folders in folders.items()
     }
     command_line = " ".join(["python -m bench.privacy.membership", *sys.argv[1:]])
-    write(AuditResults(arms=list(groups.values())), AuditConfig(), arguments.runs, command_line)
+    write(AuditResults(run_groups=list(groups.values())), AuditConfig(), arguments.runs, command_line)
     recorded = record(groups)
     arguments.out.write_text(
         json.dumps(

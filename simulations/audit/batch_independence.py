@@ -1,9 +1,9 @@
 """Test whether a picture's contribution to a sum depends on the other pictures, on a real network in float32.
 
 Kernels of a layer vary with the size of a pass, and so do the last bits of their results. Under an adapter that makes
-the network chaotic, those bits grow to the whole gradient, so that one more picture could move the sum by several
-clips. A search among adapters within `models.lora.norm_bound.MOST_NORM` found an adapter for which it does, if passes have
-arbitrary sizes.
+the network chaotic, those bits grow to the size of the gradient, so that one more picture could move the sum by several
+clips. A search among adapters within `models.lora.norm_bound.MOST_NORM` found an adapter for which it does if passes
+have arbitrary sizes.
 """
 
 from __future__ import annotations
@@ -28,36 +28,39 @@ TOLERANCE = 1e-4
 """Rounding error of float32 adapters, in units of the clip."""
 
 
-def chaotic(base: Denoiser, rank: int = 8) -> Adapter:
+def chaotic_adapter(base: Denoiser, rank: int = 8) -> Adapter:
     """Make an adapter under which the base is chaotic; each site's product has Frobenius norm 99."""
     generator = torch.Generator().manual_seed(_SEED)
-    found = {}
+    adapter = {}
     for name, factors in init_adapter(base.sites, rank, _SEED).items():
         a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
         a[:_RANK] = torch.randn(_RANK, *a.shape[1:], generator=generator)
         b[:, :_RANK] = torch.randn(len(b), _RANK, generator=generator)
         scale = (_NORM / torch.linalg.norm(b @ a.flatten(1))).sqrt()
-        found[name] = Factors(a * scale, b * scale)
-    return found
+        adapter[name] = Factors(a * scale, b * scale)
+    return adapter
 
 
-def shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) -> float:
+def max_shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) -> float:
     """Return the largest ‖sum over n pictures − Σ single-picture sums‖ / C over several n, clipped and without noise.
 
     Args:
+        base: network to test.
+        adapter: adapter to train from.
         examples: as many examples as the largest of `SIZES`.
+        memory: bytes that jobs may take.
     """
     most = max(SIZES)
-    every = [slice(place, place + 1) for place in range(most)] + [slice(0, size) for size in SIZES]
-    jobs = [_job(adapter, Examples(*(part[chosen] for part in examples)), chosen.start) for chosen in every]
+    slices = [slice(index, index + 1) for index in range(most)] + [slice(0, size) for size in SIZES]
+    jobs = [_make_job(adapter, Examples(*(part[span] for part in examples)), span.start) for span in slices]
     sums = []
     for outcome in train(base, jobs, memory=memory, timesteps=1):
         if isinstance(outcome, Exception):
             raise outcome
-        sums.append(_moved(adapter, outcome.adapter))
-    alone, together = torch.stack(sums[:most]), sums[most:]
-    moved = [torch.linalg.vector_norm(sum_ - alone[:size].sum(0)) for size, sum_ in zip(SIZES, together, strict=True)]
-    return float(max(moved)) / CLIP
+        sums.append(_recover_sum(adapter, outcome.adapter))
+    single, joint = torch.stack(sums[:most]), sums[most:]
+    shifts = [torch.linalg.vector_norm(sum_ - single[:size].sum(0)) for size, sum_ in zip(SIZES, joint, strict=True)]
+    return float(max(shifts)) / CLIP
 
 
 def random_examples(base: Base) -> Examples:
@@ -71,7 +74,7 @@ def check(moved: float) -> Check:
     return Check("company", 1.0 if moved <= TOLERANCE else 0.0, f"a picture moves what others add by {moved:.2g} C")
 
 
-def _job(adapter: Adapter, examples: Examples, first: int) -> TrainJob:
+def _make_job(adapter: Adapter, examples: Examples, first: int) -> TrainJob:
     return TrainJob(
         client="device",
         round=1,
@@ -89,7 +92,7 @@ def _job(adapter: Adapter, examples: Examples, first: int) -> TrainJob:
     )
 
 
-def _moved(start: Adapter, end: Adapter) -> Tensor:
+def _recover_sum(start: Adapter, end: Adapter) -> Tensor:
     """Recover the sum [D] that the optimizer step applied."""
     parts = [before - after for name in start for before, after in zip(start[name], end[name], strict=True)]
     return torch.cat([part.double().flatten() for part in parts]) * (max(SIZES) / _RATE)

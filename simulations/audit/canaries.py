@@ -1,11 +1,13 @@
 """Canaries in the real training loop: pictures whose gradient is known, whatever noise the diffusion adds.
 
-The base of the audit has one site and predicts B A c of an example's context c. With A the identity, B = 0, a schedule
-without signal (ᾱ = 0, so that the target is −x_0) and c and x_0 along one axis each, the gradient of a canary is one
-number of B: all canaries are orthogonal, and each is far longer than the clip, the worst case that the clip allows.
+The base of the audit has one site and predicts B A c from an example's context c. A is the identity and B = 0. The
+schedule has no signal (ᾱ = 0, so that the target is −x_0), and c and x_0 each point along one axis. The gradient of a
+canary is then one number of B: all canaries are orthogonal, and each is far longer than the clip, which is the worst
+case under clipping.
 
-Everything that is claimed about runs for real: `training.cohort.train` with its Poisson batches, draws, clip, packed
-sums, noise and AdamW. A round is one step, so that the adversary sees every noised iterate, as the server does.
+Everything that the claim covers is the real code: `training.cohort.train` with its Poisson batches, draws, clip, sums
+over shared passes, noise and AdamW. A round is one step, so that the adversary sees every noised iterate, as a server
+does.
 """
 
 from __future__ import annotations
@@ -27,45 +29,45 @@ from privacy.noise import CPU, NoiseSource
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 SITE = "canaries.0"
-LENGTH = 100.0  # of a canary's gradient, in units of the clip
-_EPS = 1e-8  # of AdamW
+LENGTH = 100.0  # norm of a canary's gradient, in units of the clip
+_EPS = 1e-8  # AdamW's ε
 
 Sources = Callable[[str, int], NoiseSource]
-"""(device, round) -> where its noise and Poisson batches come from."""
+"""(device, round) -> source of its noise and Poisson batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Which canaries went in, and what is claimed about whoever trains on them."""
+    """Included canaries, and the claim about the mechanism that trains on them."""
 
-    claim: PoissonGaussian  # of all rounds of one device
+    claim: PoissonGaussian  # over all rounds of one device
     draws: int
     included: np.ndarray  # [m] bool, each true with probability 1/2
     devices: int
 
     @property
     def divisor(self) -> int:
-        """The public constant, for as many pictures as a device could have."""
+        """Public divisor of the sums, for the largest number of pictures that a device can have."""
         return math.ceil(self.claim.sampling_rate * len(self.included) / self.devices)
 
     @property
     def clip(self) -> float:
-        """So small that AdamW's first step keeps the size of what it is told."""
+        """Clip so small that AdamW's first step preserves the size of the gradient."""
         return _EPS * self.divisor
 
     @property
     def side(self) -> int:
-        """Canaries are the numbers of a matrix B of so many rows and columns."""
+        """Number of rows and columns of B; each canary is one of its numbers."""
         return int(np.ceil(len(self.included) ** 0.5))
 
     @property
     def owners(self) -> np.ndarray:
-        """[m], the device that each canary is on, if it is on any."""
+        """[m]: the device of each canary, if it is included."""
         return np.arange(len(self.included)) % self.devices
 
 
 class _Network(nn.Module):
-    """Predicts what each of its sites makes of its token of the context, whatever the noised picture."""
+    """Predicts from each site's token of the context only, whatever the noised picture."""
 
     def __init__(self, side: int, sites: int) -> None:
         super().__init__()
@@ -75,12 +77,12 @@ class _Network(nn.Module):
         self.canaries = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:  # noqa: ARG002
-        found = [layer(encoder_hidden_states[:, number]) for number, layer in enumerate(self.canaries)]
-        return (torch.stack(found, dim=1).view_as(x),)
+        outputs = [layer(encoder_hidden_states[:, number]) for number, layer in enumerate(self.canaries)]
+        return (torch.stack(outputs, dim=1).view_as(x),)
 
 
 class ZeroNoise:
-    """No noise at all, on batches as they should be: what an audit must not let pass."""
+    """Noise source without noise but with correct Poisson batches: a broken mechanism that an audit must detect."""
 
     release = False
 
@@ -95,22 +97,22 @@ class ZeroNoise:
 
 
 def draw_included(count: int, seed: int) -> np.ndarray:
-    """Which canaries go in: [count] bool."""
+    """Draw which canaries are included: [count] bool."""
     return np.random.default_rng(seed).random(count) < 0.5
 
 
 def site(number: int) -> str:
-    """Name of one of the sites of the canaries' base."""
+    """Return the name of a site of the canaries' base."""
     return f"canaries.{number}"
 
 
 def network(side: int, sites: int = 1) -> Denoiser:
-    """The base that the canaries are made for, with so many sites of `side` inputs and outputs."""
+    """Build the canaries' base, with `sites` sites of `side` inputs and outputs each."""
     return Denoiser(_Network(side, sites), diffusion(torch.zeros(10), "v_prediction"), sites=r"canaries\.\d+")
 
 
 class RecordingSource:
-    """A noise source, and the batches that it gave."""
+    """Noise source that records the batches of another one."""
 
     def __init__(self, inner: NoiseSource) -> None:
         self.inner = inner
@@ -130,16 +132,16 @@ class RecordingSource:
 
 
 def jobs(experiment: Experiment, sources: Sources) -> list[TrainJob]:
-    """Every round of every device, device by device."""
+    """Build the jobs of every round of every device, ordered by device and round."""
     claim, side = experiment.claim, experiment.side
     start: Adapter = {SITE: Factors(torch.eye(side), torch.zeros(side, side))}
-    found = []
+    all_jobs = []
     for device in range(experiment.devices):
-        (chosen,) = np.nonzero(experiment.included & (experiment.owners == device))
-        pictures, names = _examples(experiment, chosen), tuple(f"canary {number}" for number in chosen)
+        (canaries,) = np.nonzero(experiment.included & (experiment.owners == device))
+        pictures, names = _examples(experiment, canaries), tuple(f"canary {number}" for number in canaries)
         for number in range(claim.steps):
             name = f"device {device}"
-            found.append(
+            all_jobs.append(
                 TrainJob(
                     client=name,
                     round=number,
@@ -160,13 +162,13 @@ def jobs(experiment: Experiment, sources: Sources) -> list[TrainJob]:
                     ),
                 )
             )
-    return found
+    return all_jobs
 
 
-def seen(experiment: Experiment, outcomes: Sequence[TrainedAdapter | Exception]) -> np.ndarray:
-    """What was released along each canary's direction, in units of the clip: [devices, rounds, m].
+def canary_releases(experiment: Experiment, outcomes: Sequence[TrainedAdapter | Exception]) -> np.ndarray:
+    """Return the releases along each canary's direction, in units of the clip: [devices, rounds, m].
 
-    AdamW's first step is g / (|g| + 10⁻⁸), which is undone.
+    AdamW's first step is g / (|g| + 10⁻⁸), which is inverted.
     """
     steps = []
     for outcome in outcomes:
@@ -178,47 +180,63 @@ def seen(experiment: Experiment, outcomes: Sequence[TrainedAdapter | Exception])
     return (gradient * experiment.divisor / experiment.clip).numpy()
 
 
-def attacks(experiment: Experiment, seen: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores [m] of the canaries by adversaries who look at releases alone, or at how they differ from others.
+def attacks(experiment: Experiment, releases: np.ndarray) -> dict[str, np.ndarray]:
+    """Score the canaries by adversaries who see the releases, or their differences from other releases.
 
-    The differences find noise that is the same for several devices, or in several rounds; if none is, they see less.
-    The likelihood ratio is best if the noise is as claimed; if it is less, the sum is, whose mean doesn't depend on it.
+    The differences reveal noise that is shared between devices or rounds; otherwise they are weaker. The likelihood
+    ratio is optimal if the noise is as claimed. If there is less noise, the sum is better, since its mean doesn't depend
+    on the noise.
+
+    Args:
+        experiment: the canaries.
+        releases: [devices, rounds, m], result of `canary_releases`.
+
+    Returns:
+        Scores [m] by attack.
     """
-    devices, _, count = seen.shape
-    own = seen[experiment.owners, :, np.arange(count)].T  # [rounds, m]
-    found = {
+    devices, _, count = releases.shape
+    own = releases[experiment.owners, :, np.arange(count)].T  # [rounds, m]
+    scores = {  # stored: the keys name the attack in audit.json
         "own releases": log_likelihood_ratio(own, experiment.claim),
         "sum of own releases": summed(own, experiment.claim),
     }
     if devices > 1:
-        others = (seen.sum(0) - own) / (devices - 1)
-        found["against other devices"] = log_likelihood_ratio(own - others, experiment.claim)
+        others = (releases.sum(0) - own) / (devices - 1)
+        scores["against other devices"] = log_likelihood_ratio(own - others, experiment.claim)
     if len(own) > 1:
-        found["against other rounds"] = log_likelihood_ratio(own - own.mean(0), experiment.claim)
-    return found
+        scores["against other rounds"] = log_likelihood_ratio(own - own.mean(0), experiment.claim)
+    return scores
 
 
 def residuals(
-    experiment: Experiment, seen: np.ndarray, recorded: Sequence[RecordingSource]
+    experiment: Experiment, releases: np.ndarray, recorded: Sequence[RecordingSource]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What is left of each release [m] without what is known to be in it, over σ; and who joined [m], over σ."""
+    """Subtract the known contributions from the releases.
+
+    Args:
+        experiment: the canaries.
+        releases: [devices, rounds, m], result of `canary_releases`.
+        recorded: noise sources of the jobs, in the order of `jobs`.
+
+    Returns:
+        The residual [m] of each release and the membership [m] of each batch, both over σ.
+    """
     noise, joined = [], []
     for device in range(experiment.devices):
-        (chosen,) = np.nonzero(experiment.included & (experiment.owners == device))
+        (canaries,) = np.nonzero(experiment.included & (experiment.owners == device))
         for number in range(experiment.claim.steps):
             (batch,) = recorded[device * experiment.claim.steps + number].batches
             member = np.zeros(len(experiment.included))
-            member[chosen[batch]] = 1.0
+            member[canaries[batch]] = 1.0
             joined.append(member / experiment.claim.noise_multiplier)
-            noise.append(seen[device, number] / experiment.claim.noise_multiplier - joined[-1])
+            noise.append(releases[device, number] / experiment.claim.noise_multiplier - joined[-1])
     return noise, joined
 
 
-def _examples(experiment: Experiment, chosen: np.ndarray) -> Examples:
+def _examples(experiment: Experiment, canaries: np.ndarray) -> Examples:
     side = experiment.side
-    row, column = torch.from_numpy(chosen // side), torch.from_numpy(chosen % side)
-    length = (
-        LENGTH * experiment.clip * side / 2
-    )  # the loss is a mean over `side` numbers, its gradient twice that of one
+    row, column = torch.from_numpy(canaries // side), torch.from_numpy(canaries % side)
+    # The loss is a mean over `side` numbers, and its gradient is twice the error.
+    length = LENGTH * experiment.clip * side / 2
     latents = length * nn.functional.one_hot(row, side).float()
     return Examples(latents[:, None, None], nn.functional.one_hot(column, side).float()[:, None])

@@ -1,7 +1,10 @@
-"""Canary clients: devices whose updates are known, in rounds that the server's own `CentralDP` opens and closes.
+"""Canary clients: devices whose updates are known, in rounds of the server's own `CentralDP`.
 
-Andrew et al. (2023, arXiv:2302.03098). Each canary client moves a different single number of B, by far more than the
-clip. So all updates are orthogonal, and a round's release along each is that client's part of the sum, plus noise.
+Each canary client moves a different single number of B, by far more than the clip. So all updates are orthogonal, and a
+round's release along each is that client's part of the sum, plus noise.
+
+References:
+    Andrew et al. (2023), arXiv:2302.03098.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ _QUANTILE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryCohort:
-    """Canary clients [m]; the included ones take part in every round."""
+    """Canary clients [m]; the included ones participate in every round."""
 
     claim: PoissonGaussian
     included: np.ndarray
-    side: int  # of the matrix B; each client moves one of its numbers
+    side: int  # rows and columns of the matrix B; each client moves one of its numbers
     adaptive: bool = False  # whether the clip follows a quantile
     trains_both: bool = False  # FedIT, which noises A as well; else FFA
 
@@ -52,41 +55,40 @@ class CanaryCohort:
 
 
 class CanaryReleases(NamedTuple):
-    """Releases of all rounds together, in units of the clip."""
+    """Releases of all rounds, in units of the clip."""
 
     sums: np.ndarray
-    """[rounds, D]: the noised sums; NaN where a sum is not observable."""
+    """[rounds, D]: noised sums; NaN where a sum is not observable."""
     known: np.ndarray
-    """[D]: the exact sum, the same in every round; B's part comes last."""
-    deviation: float
+    """[D]: the exact sum, the same in every round, with B's part last."""
+    noise_stddev: float
     """Standard deviation of the noise on each number of `sums`."""
     counts: np.ndarray
-    """[rounds]: with an adaptive clip, residuals of the noised counts, standard normal; else empty."""
+    """[rounds]: residuals of the noised counts with an adaptive clip, standard normal; else empty."""
 
     @property
     def residuals(self) -> np.ndarray:
-        """[rounds, D]: residuals, dithered within their grid steps, since whole steps aren't normally distributed."""
+        """[rounds, D]: residuals, dithered within grid steps, since whole steps aren't normally distributed."""
         generator = np.random.default_rng(0)
-        within = (generator.random(self.sums.shape) - 0.5) / RESOLUTION
-        found = (self.sums - self.known + within) / self.deviation
-        return np.where(np.isnan(found), generator.standard_normal(found.shape), found)
+        dither = (generator.random(self.sums.shape) - 0.5) / RESOLUTION
+        residuals = (self.sums - self.known + dither) / self.noise_stddev
+        return np.where(np.isnan(residuals), generator.standard_normal(residuals.shape), residuals)
 
 
 def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> CanaryReleases:
-    """Run all rounds that the claim covers, with the included clients."""
+    """Run all rounds of the claim with the included clients; `noise`: round -> source of its noise."""
     z, side = cohort.claim.noise_multiplier, cohort.side
     present = np.nonzero(cohort.included)[0]
-    count_deviation = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
+    count_stddev = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
     adaptive = (
-        AdaptiveClip(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, noise_stddev=count_deviation) if cohort.adaptive else None
+        AdaptiveClip(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, noise_stddev=count_stddev) if cohort.adaptive else None
     )
     mechanism = GaussianMechanism(noise_multiplier=z, expected=cohort.expected, adaptive=adaptive)
     rule = FedIT() if cohort.trains_both else FFA()
     sums, counts = [], []
     with tempfile.TemporaryDirectory() as folder:
-        budget = DeviceBudget(
-            epsilon=1e9, delta=1e-5, participations=cohort.claim.steps
-        )  # only the noise is tested here
+        # The budget is ample, since only the noise is tested here.
+        budget = DeviceBudget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)
         level = CentralDP(
             run="audit",
             sites=network(side).sites,
@@ -101,48 +103,48 @@ def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> Can
             level.open(number, ["canaries"], b"the same")
             clip = level.clip
             updates = (_update(side, int(client), clip) for client in present)
-            aggregated, facts = level.close(rule, _sent(side, torch.zeros(side * side)), updates, round=number)
-            sums.append(_moved(cohort, aggregated.adapter) * cohort.expected / clip)
+            aggregated, facts = level.close(rule, _adapter(side, torch.zeros(side * side)), updates, round=number)
+            sums.append(_difference(cohort, aggregated.adapter) * cohort.expected / clip)
             if adaptive:
-                told = _QUANTILE - np.log(facts.next_clip / clip) / adaptive.rate  # b̃
+                noised = _QUANTILE - np.log(facts.next_clip / clip) / adaptive.rate  # b̃
                 exact = 0.5 - 0.5 * len(present) / cohort.expected  # every update is longer than the clip
-                counts.append((told - exact) * cohort.expected / adaptive.noise_stddev)
+                counts.append((noised - exact) * cohort.expected / adaptive.noise_stddev)
     ones = torch.zeros(side * side)
     ones[torch.from_numpy(present)] = 1.0
-    known = np.nan_to_num(_moved(cohort, _sent(side, ones)))
-    deviation = adaptive.noise_multiplier(z) if adaptive else z
-    return CanaryReleases(np.stack(sums), known, deviation, np.array(counts))
+    known = np.nan_to_num(_difference(cohort, _adapter(side, ones)))
+    noise_stddev = adaptive.noise_multiplier(z) if adaptive else z
+    return CanaryReleases(np.stack(sums), known, noise_stddev, np.array(counts))
 
 
 def checks(released: CanaryReleases) -> list[Check]:
-    """Run all tests on the releases of the rounds."""
+    """Run all tests on the releases."""
     rounds = list(released.residuals)
-    found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(rounds)]
-    along = [released.known / released.deviation] * len(rounds)
-    found.append(fit.alignment(rounds, along, "noise: along devices that took part"))
-    away = [(1 - released.known) / released.deviation] * len(rounds)
-    found.append(fit.alignment(rounds, away, "noise: along devices that did not"))
+    results = [check._replace(name=f"noise: {check.name}") for check in fit.battery(rounds)]
+    present = [released.known / released.noise_stddev] * len(rounds)
+    results.append(fit.alignment(rounds, present, "noise: along devices that took part"))
+    absent = [(1 - released.known) / released.noise_stddev] * len(rounds)
+    results.append(fit.alignment(rounds, absent, "noise: along devices that did not"))
     if len(released.counts):
-        found += [
+        results += [
             check._replace(name=f"count: {check.name}")
             for check in (fit.distribution(released.counts), fit.variance(released.counts))
         ]
-    return found
+    return results
 
 
-def _sent(side: int, b: Tensor) -> Adapter:
-    """Make an adapter with these numbers [side²] of B."""
+def _adapter(side: int, b: Tensor) -> Adapter:
+    """Build an adapter with these numbers [side²] of B."""
     return {site(0): Factors(torch.eye(side), b.view(side, side))}
 
 
 def _update(side: int, client: int, clip: float) -> Adapter:
-    """Make the update that one canary client sends."""
+    """Build the update of one canary client."""
     b = torch.zeros(side * side)
     b[client] = LENGTH * clip
-    return _sent(side, b)
+    return _adapter(side, b)
 
 
-def _moved(cohort: CanaryCohort, adapter: Adapter) -> np.ndarray:
+def _difference(cohort: CanaryCohort, adapter: Adapter) -> np.ndarray:
     """Return an adapter's difference from the start [D], in the order in which noise is drawn.
 
     Entries where A is one are NaN, since float32 rounding hides small changes there.
@@ -154,14 +156,14 @@ def _moved(cohort: CanaryCohort, adapter: Adapter) -> np.ndarray:
 
 
 def cohorts(longest: int, seed: int) -> list[tuple[str, CanaryCohort]]:
-    """List the cohorts that every audit tests beside the claims; releases have about `longest` numbers in total."""
+    """List the cohorts of every audit besides the claims; their releases have about `longest` numbers in total."""
     rounds, side = 20, max(4, math.isqrt(longest // 20))
     claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=rounds)
     included = draw_included(min(100, (side // 4) ** 2), seed)
-    nobody = np.zeros_like(included)
+    none_included = np.zeros_like(included)
     plain = CanaryCohort(claim=claim, included=included, side=side)
     return [
         ("FedIT, 20 rounds", replace(plain, trains_both=True)),
         ("FFA, 20 rounds with an adaptive clip", replace(plain, adaptive=True)),
-        ("FFA, 20 rounds that no device answered", replace(plain, included=nobody, side=max(1, side // 4))),
+        ("FFA, 20 rounds that no device answered", replace(plain, included=none_included, side=max(1, side // 4))),
     ]

@@ -1,8 +1,9 @@
 """Private training with known inputs: subtracting their contributions from a release leaves only the noise.
 
-The canaries of `simulations.audit.canaries` are run in various situations: several steps per job, several sites, mixed ranks,
-either optimizer, mostly empty batches, one very long release. The members of each batch are recorded from the noise
-source. Each picture's contribution to a sum is computed by a formula of this module, not by the code under test.
+The canaries of `simulations.audit.canaries` are trained in various situations: several steps per job, several sites,
+mixed ranks, either optimizer, mostly empty batches, one very long release. The members of each batch are recorded from
+the noise source. Each picture's contribution to a sum is computed by a formula of this module, not by the code under
+test.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 BETA = 0.9  # AdamW's β₁
-EPS = 1e-8  # AdamW's
-_RATE = 2.0**-40  # learning rate: the adapter hardly moves, and the canaries stay where they are
-LOUD = 2.0**19  # σ: half of a policy's limit, and a power of two, which keeps float32 numbers on a lattice
-_LINEAR = 1e-4  # AdamW is linear for gradients of this many ε
+EPS = 1e-8  # AdamW's ε
+_RATE = 2.0**-40  # learning rate: the adapter hardly moves, so the gradients of the canaries don't change
+MAX_SIGMA = 2.0**19  # half of a policy's limit, and a power of two, which keeps float32 numbers on a lattice
+_LINEAR = 1e-4  # AdamW is linear for gradients up to this many ε
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class Situation:
     rounds: int = 1
     steps: int = 1
     sites: int = 1
-    ranks: tuple[int, ...] = ()  # of the devices in turn; empty: `side`
+    ranks: tuple[int, ...] = ()  # of the devices, repeated cyclically; empty: `side`
     trains: str = "both"
-    optimiser: str = "sgd"
+    optimizer: str = "sgd"
     per_site: bool = False
     draws: int = 1
 
@@ -60,7 +61,7 @@ class Situation:
     @property
     def clip(self) -> float:
         """Clip: a power of two for SGD; for AdamW, small enough that AdamW is linear."""
-        return 2.0**-7 if self.optimiser == "sgd" else _LINEAR * EPS * self.divisor / self.noise_multiplier
+        return 2.0**-7 if self.optimizer == "sgd" else _LINEAR * EPS * self.divisor / self.noise_multiplier
 
     @property
     def weights(self) -> np.ndarray:
@@ -68,13 +69,13 @@ class Situation:
 
         If g ≪ ε, AdamW takes steps of m̂_t / ε, m̂_t = Σ_{i ≤ t} (1 − β) β^(t−i) g_i / (1 − β^t).
         """
-        if self.optimiser == "sgd":
+        if self.optimizer == "sgd":
             return np.ones(self.steps)
         t, i = np.arange(1, self.steps + 1)[None], np.arange(1, self.steps + 1)[:, None]
         return np.where(i <= t, (1 - BETA) * BETA ** (t - i.astype(float)) / (1 - BETA**t), 0.0).sum(1)
 
 
-class Observed(NamedTuple):
+class Observations(NamedTuple):
     """Observations of one situation, as numbers that are standard normal if the mechanism is the claimed one."""
 
     noise: list[np.ndarray]
@@ -91,62 +92,69 @@ class Observed(NamedTuple):
     """Release of each job in grid steps, if the optimizer keeps them whole."""
 
 
-def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observed:
-    """Run every job of a situation through `training.cohort.train`, and subtract known contributions from releases."""
+def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observations:
+    """Run every job of a situation through `training.cohort.train`, and subtract known contributions from releases.
+
+    Args:
+        situation: number and kind of the jobs.
+        sources: (device, round) -> noise source.
+        seed: seed of dither.
+        memory: bytes that jobs may take.
+    """
     generator = np.random.default_rng(seed)
     recorded = [
         RecordingSource(sources(f"device {device}", number))
         for device in range(situation.devices)
         for number in range(situation.rounds)
     ]
-    jobs = [_job(situation, place, source) for place, source in enumerate(recorded)]
+    jobs = [_job(situation, index, source) for index, source in enumerate(recorded)]
     outcomes = train(network(situation.side, situation.sites), jobs, memory=memory, timesteps=1)
-    found, sizes = Observed([], [], np.empty(0), [], [], []), []
+    observed, sizes = Observations([], [], np.empty(0), [], [], []), []
     bound = situation.clip / math.sqrt(situation.sites) if situation.per_site else situation.clip
     step = situation.clip / RESOLUTION
-    deviation = situation.noise_multiplier * situation.clip * float(np.sqrt(np.square(situation.weights).sum()))
+    stddev = situation.noise_multiplier * situation.clip * float(np.sqrt(np.square(situation.weights).sum()))
     for job, source, outcome in zip(jobs, recorded, outcomes, strict=True):
         if isinstance(outcome, Exception):
             raise outcome
         member = np.zeros((situation.steps, situation.pictures), bool)
         for number, batch in enumerate(source.batches):
             member[number, batch] = True
-        moved, joined, missed = _moved(situation, job.start, outcome, member)
-        within_a_step = step * (generator.random(moved.size) - 0.5)  # dither: whole steps aren't normally distributed
-        noise = (moved - bound * joined + within_a_step) / deviation
-        unseen = np.isnan(moved)
-        noise[unseen] = generator.standard_normal(int(unseen.sum()))  # others keep their place in the order
-        found.noise.append(noise)
-        found.joined.append(bound * joined / deviation)
-        found.missed.append(bound * missed / deviation)
-        if situation.optimiser == "sgd":
-            found.steps.append(moved[~unseen] / step)
-        found.batches.append(fit.normal_from_membership(member, situation.sampling_rate, generator).ravel())
+        released, joined, missed = _release(situation, job.start, outcome, member)
+        dither = step * (generator.random(released.size) - 0.5)  # whole steps aren't normally distributed
+        noise = (released - bound * joined + dither) / stddev
+        unseen = np.isnan(released)
+        noise[unseen] = generator.standard_normal(int(unseen.sum()))  # so that the others keep their positions
+        observed.noise.append(noise)
+        observed.joined.append(bound * joined / stddev)
+        observed.missed.append(bound * missed / stddev)
+        if situation.optimizer == "sgd":
+            observed.steps.append(released[~unseen] / step)
+        observed.batches.append(fit.normal_from_membership(member, situation.sampling_rate, generator).ravel())
         sizes.append(member.sum(1))
-    every = np.concatenate(sizes)
-    return found._replace(
-        sizes=fit.normal_from_batch_sizes(every, situation.pictures, situation.sampling_rate, generator)
+    all_sizes = np.concatenate(sizes)
+    return observed._replace(
+        sizes=fit.normal_from_batch_sizes(all_sizes, situation.pictures, situation.sampling_rate, generator)
     )
 
 
-def checks(observed: Observed) -> list[Check]:
+def checks(observed: Observations) -> list[Check]:
     """Run all tests on the observations of a situation."""
-    found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(observed.noise)]
-    found.append(fit.alignment(observed.noise, observed.joined, "noise: along pictures that joined"))
-    found.append(fit.alignment(observed.noise, observed.missed, "noise: along pictures that did not"))
+    results = [check._replace(name=f"noise: {check.name}") for check in fit.battery(observed.noise)]
+    results.append(fit.alignment(observed.noise, observed.joined, "noise: along pictures that joined"))
+    results.append(fit.alignment(observed.noise, observed.missed, "noise: along pictures that did not"))
     if observed.steps:
-        every = np.concatenate(observed.steps)
-        found += [fit.on_grid(every), fit.residues(np.rint(every))]
-        found.append(fit.repeats([np.rint(steps).astype(np.int64) for steps in observed.steps], RESOLUTION / 4))
+        all_steps = np.concatenate(observed.steps)
+        results += [fit.on_grid(all_steps), fit.residues(np.rint(all_steps))]
+        results.append(fit.repeats([np.rint(steps).astype(np.int64) for steps in observed.steps], RESOLUTION / 4))
     if sum(map(len, observed.batches)) > 1:
-        found += [check._replace(name=f"batches: {check.name}") for check in fit.battery(observed.batches)]
-        found += [fit.distribution(observed.sizes)._replace(name="batch sizes: distribution")]
-        found += [fit.variance(observed.sizes)._replace(name="batch sizes: variance")]
-    return found
+        results += [check._replace(name=f"batches: {check.name}") for check in fit.battery(observed.batches)]
+        results += [fit.distribution(observed.sizes)._replace(name="batch sizes: distribution")]
+        results += [fit.variance(observed.sizes)._replace(name="batch sizes: variance")]
+    return results
 
 
-def _job(situation: Situation, place: int, source: NoiseSource) -> TrainJob:
-    device, number = divmod(place, situation.rounds)
+def _job(situation: Situation, index: int, source: NoiseSource) -> TrainJob:
+    device, number = divmod(index, situation.rounds)
     rank, side = situation.rank(device), situation.side
     factors = Factors(torch.eye(side)[:rank], torch.zeros(side, rank))
     return TrainJob(
@@ -155,12 +163,12 @@ def _job(situation: Situation, place: int, source: NoiseSource) -> TrainJob:
         purpose="shared",
         seed=0,
         examples=_examples(situation),
-        start={site(place): factors for place in range(situation.sites)},
+        start={site(number): factors for number in range(situation.sites)},
         trains=situation.trains,
         steps=situation.steps,
         batch_size=situation.divisor,
         learning_rate=_RATE,
-        optimizer=situation.optimiser,
+        optimizer=situation.optimizer,
         names=tuple(f"canary {number}" for number in range(situation.pictures)),
         noise=source,
         privacy=DPSGD(
@@ -173,7 +181,7 @@ def _job(situation: Situation, place: int, source: NoiseSource) -> TrainJob:
     )
 
 
-def _places(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _positions(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a distinct (site, row, column) for each picture [pictures], in the columns that every rank has."""
     columns = min(situation.ranks, default=situation.side)
     rest, sites = np.divmod(np.arange(situation.pictures), situation.sites)
@@ -182,25 +190,28 @@ def _places(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _examples(situation: Situation) -> Examples:
-    """Make examples with x_0 along one output and c along one input, so that only one number of B has a gradient.
+    """Build examples with x_0 along one output and c along one input, so that only one number of B has a gradient.
 
     The loss is a mean over all outputs.
     """
-    sites, row, column = _places(situation)
+    sites, row, column = _positions(situation)
     shape = (situation.pictures, 1, situation.sites, situation.side)
     latents, context = torch.zeros(shape), torch.zeros(shape[0], *shape[2:])
-    every = np.arange(situation.pictures)
-    latents[every, 0, sites, row] = LENGTH * situation.clip * situation.sites * situation.side / 2
-    context[every, sites, column] = 1.0
+    index = np.arange(situation.pictures)
+    latents[index, 0, sites, row] = LENGTH * situation.clip * situation.sites * situation.side / 2
+    context[index, sites, column] = 1.0
     return Examples(latents, context)
 
 
-def _moved(
+def _release(
     situation: Situation, start: Adapter, outcome: TrainedAdapter, member: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one job's release and its known contributions: each [d].
 
     Args:
+        situation: the situation of the job.
+        start: adapter before the job.
+        outcome: adapter after the job.
         member: [steps, n], whether each picture joined each batch.
 
     Returns:
@@ -208,8 +219,8 @@ def _moved(
         there); the weights of the pictures that joined, at their positions; the weights of those that did not join.
     """
     weights = situation.weights
-    scale = situation.divisor / _RATE * (1.0 if situation.optimiser == "sgd" else EPS)
-    sites, row, column = _places(situation)
+    scale = situation.divisor / _RATE * (1.0 if situation.optimizer == "sgd" else EPS)
+    sites, row, column = _positions(situation)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for number in range(situation.sites):
         before, after = start[site(number)], outcome.adapter[site(number)]
@@ -221,8 +232,8 @@ def _moved(
             a = np.where(before.a.numpy() == 0, (before.a - after.a).double().numpy() * scale, np.nan)
             parts.append((a, np.zeros_like(a), np.zeros_like(a)))
         parts.append(((before.b - after.b).double().numpy() * scale, joined, missed))
-    moved, joined, missed = (np.concatenate([part.ravel() for part in same]) for same in zip(*parts, strict=True))
-    return moved, joined, missed
+    released, joined, missed = (np.concatenate([part.ravel() for part in same]) for same in zip(*parts, strict=True))
+    return released, joined, missed
 
 
 def situations(longest: int) -> list[Situation]:
@@ -246,7 +257,7 @@ def situations(longest: int) -> list[Situation]:
     return [
         mixed,
         replace(
-            mixed, name="the same by AdamW, clipped per site, two draws", optimiser="adamw", per_site=True, draws=2
+            mixed, name="the same by AdamW, clipped per site, two draws", optimizer="adamw", per_site=True, draws=2
         ),
         Situation(
             name="three pictures, batches mostly empty",
@@ -273,7 +284,7 @@ def observe_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Ch
     float32 adapters can't represent integers this large, so they are taken from the source itself. Only this test
     detects noise that was rounded before it was scaled: for smaller σ, its lattice is finer than the grid.
     """
-    deviation = LOUD * RESOLUTION
-    integers = source.rounded_gaussian(count, deviation).numpy()
-    noise = integers / deviation
-    return noise, [*fit.battery([noise]), fit.residues(integers), fit.collisions(integers, deviation)]
+    stddev = MAX_SIGMA * RESOLUTION
+    integers = source.rounded_gaussian(count, stddev).numpy()
+    noise = integers / stddev
+    return noise, [*fit.battery([noise]), fit.residues(integers), fit.collisions(integers, stddev)]

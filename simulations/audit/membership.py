@@ -1,9 +1,9 @@
-"""Who was trained on? Attacks on the shared adapter of finished runs, by someone who holds the base too.
+"""Membership inference attacks on the shared adapter of finished runs, by an adversary who also has the base.
 
-Members are the pictures on devices that took part. Others are pictures of the same writers that had no part in the
-run: test pictures, and what was left of the pool to train from; not those by which a round was chosen. All were dealt
-by the writer's name alone, without a look at the pictures. But letters are not dealt evenly, so members are compared
-with others of the same letter (`privacy.audit.membership`).
+Members are pictures on devices that participated. Non-members are pictures of the same writers that the run did not
+use: test pictures and the rest of the training pool, without the pictures that selected the best round. Pictures were
+split by the writer's name only, independently of their content. Since letters are not split evenly, members are compared
+with non-members of the same letter (`privacy.audit.membership`).
 """
 
 from __future__ import annotations
@@ -34,54 +34,55 @@ from training.jobs import EncodeJob, Picture
 from training.membership_scores import MembershipScores
 from training.memory import budget, inference_share
 
-CONTROL = "loss, base alone"  # knows nothing of the run: what it seems to know is how the pictures were chosen
+CONTROL = "loss, base alone"  # stored; don't change
+"""Attack without access to the run: its apparent success shows how pictures were selected."""
 ATTACKS = {"loss": "loss", "pia": "PIA", "sima": "SimA"}
-AGAINST = "{} against the base"
+RELATIVE = "{} against the base"  # stored; don't change
 
 
 class Candidate(NamedTuple):
     """A picture that may have been trained on."""
 
     writer: str
-    letter: str  # what it shows; of one's own pictures nothing is known
+    letter: str  # shown letter; empty for users' own pictures
     picture: Picture
     member: bool
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run that is on trial."""
+    """A finished run to attack."""
 
     folder: Path
     config: SimulationConfig
-    base: str  # hash of the base that it trained on
-    promise: str
+    base: str  # hash of its base
+    guarantee: str
 
     @property
     def name(self) -> str:
-        """What it promised, and how long it trained."""
-        return f"{self.promise}, {self.config.rounds} rounds of {self.config.adapter.shared.steps} steps"
+        """Guarantee and duration of the run."""
+        return f"{self.guarantee}, {self.config.rounds} rounds of {self.config.adapter.shared.steps} steps"
 
     @property
-    def arm(self) -> str:
-        """What runs have in common that differ in their seed alone: they are judged together."""
+    def group_key(self) -> str:
+        """The configuration without the seed: runs that differ only in their seed form one group."""
         return json.dumps({**asdict(self.config), "seed": None, "resume": None}, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
 class RunGroup:
-    """Runs that are judged together."""
+    """Attack results of runs that differ only in their seed."""
 
     name: str
     runs: Sequence[FinishedRun]
     writers: int
-    found: dict[str, MembershipResult]
-    """By attack."""
+    attacks: dict[str, MembershipResult]
+    """Results by attack."""
     trials: dict[str, AttackTrial]
 
 
 def load(folder: Path) -> FinishedRun:
-    """The finished run in a folder; AntherError if there is none."""
+    """Load the finished run in a folder; AntherError if there is none."""
     try:
         record: dict[str, Any] = json.loads((folder / RUN).read_text())
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
@@ -90,19 +91,20 @@ def load(folder: Path) -> FinishedRun:
         raise AntherError(f"{folder}: no finished run here ({error.strerror}: {error.filename})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise AntherError(f"{folder}: {RUN} or summary.json is damaged ({error})") from error
-    found: SimulationConfig = to_object(OmegaConf.create(config), SimulationConfig)
-    return FinishedRun(folder, found, base_hash, str(Guarantee(**epsilon)) if epsilon else "no differential privacy")
+    loaded: SimulationConfig = to_object(OmegaConf.create(config), SimulationConfig)
+    return FinishedRun(folder, loaded, base_hash, str(Guarantee(**epsilon)) if epsilon else "no differential privacy")
 
 
-def candidates(data: DataConfig, took_part: Set[str]) -> list[Candidate]:
-    """Members and others of a run, every picture once.
+def candidates(data: DataConfig, participated: Set[str]) -> list[Candidate]:
+    """List members and non-members of a run, each picture once.
 
     Args:
-        took_part: names of the devices that trained in any round.
+        data: data of the run.
+        participated: names of the devices that trained in any round.
     """
     own = own_pictures(data)
-    found = [
-        Candidate(name, "", picture, member and name in took_part)
+    all_candidates = [
+        Candidate(name, "", picture, member and name in participated)
         for name, pictures in own
         for member, split in ((True, pictures.train), (False, pictures.test))
         for picture in split
@@ -110,35 +112,43 @@ def candidates(data: DataConfig, took_part: Set[str]) -> list[Candidate]:
     people = writers(replace(data, validation=10, test=32))[: max(0, data.writers - len(own))]
     trained: dict[str, set[str]] = {person.name: set() for person in people}
     for device, writer, copy in assign_writers(people, data.devices or len(people)):
-        if device in took_part:
+        if device in participated:
             pictures = writer.pictures_for(device) if copy else writer.pictures
             trained[writer.name] |= {picture.caption for picture in pictures.train}
     for person in people:
         for picture in (*person.pool, *person.pictures.test):
-            found.append(Candidate(person.name, picture.caption, picture, picture.caption in trained[person.name]))
-    return found
+            member = picture.caption in trained[person.name]
+            all_candidates.append(Candidate(person.name, picture.caption, picture, member))
+    return all_candidates
 
 
 def attack(runs: Sequence[FinishedRun], config: MembershipConfig, *, confidence: float, seed: int) -> RunGroup:
-    """All attacks on runs that differ in their seed alone; each run's pictures are compared among themselves."""
-    tried = [_tried(run, config) for run in runs]
-    everyone = [(place, suspect) for place, (people, _) in enumerate(tried) for suspect in people]
-    _, writer = np.unique([suspect.writer for _, suspect in everyone], return_inverse=True)
-    _, letter = np.unique([f"{place} {suspect.letter}" for place, suspect in everyone], return_inverse=True)
-    member = np.array([suspect.member for _, suspect in everyone])
+    """Run all attacks on runs that differ only in their seed; pictures are compared within each run.
+
+    Args:
+        runs: the runs.
+        config: which adapter to attack, and how.
+        confidence: confidence level of the intervals.
+        seed: seed of the bootstrap.
+    """
+    scored = [_score_run(run, config) for run in runs]
+    everyone = [(index, candidate) for index, (people, _) in enumerate(scored) for candidate in people]
+    _, writer = np.unique([candidate.writer for _, candidate in everyone], return_inverse=True)
+    _, letter = np.unique([f"{index} {candidate.letter}" for index, candidate in everyone], return_inverse=True)
+    member = np.array([candidate.member for _, candidate in everyone])
     trials = {
-        name: AttackTrial(np.concatenate([found[name] for _, found in tried]), member, writer, letter)
-        for name in tried[0][1]
+        name: AttackTrial(np.concatenate([scores[name] for _, scores in scored]), member, writer, letter)
+        for name in scored[0][1]
     }
-    found = {
+    results = {
         name: judge(trial, resamples=config.resamples, confidence=confidence, seed=seed)
         for name, trial in trials.items()
     }
-    return RunGroup(runs[0].name, runs, int(writer.max()) + 1, found, trials)
+    return RunGroup(runs[0].name, runs, int(writer.max()) + 1, results, trials)
 
 
-def _tried(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate], dict[str, np.ndarray]]:
-    """The pictures of a run, and their scores under each attack."""
+def _score_run(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate], dict[str, np.ndarray]]:
+    """Return the candidates of a run and their scores [candidates] by attack."""
     settings = run.config
     frozen = base.load(
         settings.base.path,
@@ -152,23 +162,22 @@ def _tried(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate],
     state = checkpoint.load(run.folder / "checkpoints", sites=frozen.sites)
     if state is None:
         raise AntherError(f"{run.folder}: its checkpoints are gone, and with them the adapter to attack")
-    people = candidates(settings.data, {name for name, facts in state.devices.items() if facts.steps})
-    if len({suspect.member for suspect in people}) < 2:
+    people = candidates(settings.data, {name for name, metrics in state.devices.items() if metrics.steps})
+    if len({candidate.member for candidate in people}) < 2:
         raise AntherError(f"{run.folder}: has no picture that it trained on, or none that it didn't")
-    tried = {"best": state.best_adapter, "last": state.adapter}[config.adapter]
-    (examples,) = encode(frozen, [EncodeJob(pictures=[suspect.picture for suspect in people])])
+    adapter = {"best": state.best_adapter, "last": state.adapter}[config.adapter]
+    (examples,) = encode(frozen, [EncodeJob(pictures=[candidate.picture for candidate in people])])
     if isinstance(examples, Exception):
         raise examples
-    stacks = to_device(stack_adapters(frozen.sites, [tried]), frozen.like)
-    granted = inference_share(budget(config.memory_gib, frozen.device))
+    stacks = to_device(stack_adapters(frozen.sites, [adapter]), frozen.like)
+    memory = inference_share(budget(config.memory_gib, frozen.device))
 
     def scores(adapter: membership_scores.BatchedAdapter) -> MembershipScores:
         return membership_scores.scores(
-            frozen, examples, adapter, timesteps=config.timesteps, time=config.time, memory=granted
+            frozen, examples, adapter, timesteps=config.timesteps, time=config.time, memory=memory
         )
 
-    own, alone = scores(stacks), scores({})
-    beside = own.minus(alone)
-    named = {ATTACKS[key]: value for key, value in own._asdict().items()}
-    against = {AGAINST.format(ATTACKS[key]): value for key, value in beside._asdict().items()}
-    return people, {**against, **named, CONTROL: alone.loss}
+    with_adapter, base_only = scores(stacks), scores({})
+    absolute = {ATTACKS[key]: value for key, value in with_adapter._asdict().items()}
+    relative = {RELATIVE.format(ATTACKS[key]): value for key, value in with_adapter.minus(base_only)._asdict().items()}
+    return people, {**relative, **absolute, CONTROL: base_only.loss}

@@ -1,4 +1,4 @@
-"""Plots of an audit as inline SVG, coloured by the page's own style sheet."""
+"""Plots of an audit as inline SVG, colored by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from server.report.formatting import short
 
 WIDTH, HEIGHT = 480, 300
 LEFT, TOP, BOTTOM, RIGHT = 52, 14, 38, 14
-LEAST = 1e-3  # where an axis of rates begins, if it is logarithmic
-ROW = 26  # of a plot of intervals
+MIN_RATE = 1e-3  # start of logarithmic axes of rates
+ROW_HEIGHT = 26  # of a plot of intervals
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,32 @@ class Curve:
     dots: bool = False
 
 
-def curves(found: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
-    """Curves on linear axes from 0, with what each of them is."""
-    x_ticks = nice_ticks(0.0, max(max(curve.x) for curve in found))
-    y_ticks = nice_ticks(0.0, max(max(curve.y) for curve in found))
-    return _plot(found, x_ticks, y_ticks, lambda x: x / x_ticks[-1], lambda y: y / y_ticks[-1], x_label, y_label)
+def curves(lines: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
+    """Plot curves with their labels on linear axes from 0."""
+    x_ticks = nice_ticks(0.0, max(max(curve.x) for curve in lines))
+    y_ticks = nice_ticks(0.0, max(max(curve.y) for curve in lines))
+    return _plot(lines, x_ticks, y_ticks, lambda x: x / x_ticks[-1], lambda y: y / y_ticks[-1], x_label, y_label)
 
 
-def rates(found: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
-    """Curves of rates on logarithmic axes: what matters is at their lower end (Carlini et al., 2022, §4)."""
-    ticks = [LEAST, 1e-2, 1e-1, 1.0]
+def rate_curves(lines: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
+    """Plot rates on logarithmic axes, since their lower end matters (Carlini et al., 2022, §4)."""
+    ticks = [MIN_RATE, 1e-2, 1e-1, 1.0]
 
-    def across(rate: float) -> float:
-        return 1 - log10(max(rate, LEAST)) / log10(LEAST)
+    def position(rate: float) -> float:
+        return 1 - log10(max(rate, MIN_RATE)) / log10(MIN_RATE)
 
-    return _plot(found, ticks, ticks, across, across, x_label, y_label, low_legend=True)
+    return _plot(lines, ticks, ticks, position, position, x_label, y_label, low_legend=True)
 
 
 def histograms(inside: np.ndarray, outside: np.ndarray, weights: np.ndarray, *, x_label: str) -> Markup:
-    """How scores of members, and weighted ones of others, are distributed; the outermost 1 % on each side left out."""
+    """Plot the distributions of scores, without the outermost 1 % on each side.
+
+    Args:
+        inside: scores of members.
+        outside: scores of non-members.
+        weights: weight of each non-member.
+        x_label: label of the axis of scores.
+    """
     both = np.concatenate([inside, outside])
     low, high = (float(end) for end in np.quantile(both, [0.01, 0.99]))
     edges = np.linspace(low, high if high > low else low + 1, 31)
@@ -57,17 +64,24 @@ def histograms(inside: np.ndarray, outside: np.ndarray, weights: np.ndarray, *, 
     shares.append(np.histogram(outside, edges, weights=weights)[0] / max(weights.sum(), 1e-12))
     top = max(float(share.max()) for share in shares) or 1.0
     corners = edges.repeat(2)[1:-1]
-    found = [
+    lines = [
         Curve(label, (corners - edges[0]).tolist(), (share.repeat(2) / top).tolist(), tone)
         for label, share, tone in zip(("members", "others"), shares, ("personal", "base"), strict=True)
     ]
     width = float(edges[-1] - edges[0])
-    return _plot(found, [], [], lambda x: x / width, lambda y: y, x_label, "share")
+    return _plot(lines, [], [], lambda x: x / width, lambda y: y, x_label, "share")
 
 
 def intervals(rows: Sequence[tuple[str, Interval, str]], *, chance: float, low: float, high: float) -> Markup:
-    """A line for each (name, interval, tone), beside what chance alone would give."""
-    left, height = 178, ROW * len(rows) + 40
+    """Plot a horizontal line for each (name, interval, tone), and a dashed line at chance.
+
+    Args:
+        rows: the intervals.
+        chance: value of a random guess.
+        low: start of the axis.
+        high: end of the axis.
+    """
+    left, height = 178, ROW_HEIGHT * len(rows) + 40
 
     def across(value: float) -> float:
         return left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - 116)
@@ -80,8 +94,8 @@ def intervals(rows: Sequence[tuple[str, Interval, str]], *, chance: float, low: 
             parts.append(f'<text class="tick" x="{at}" y="{height - 10}" text-anchor="middle">{short(tick)}</text>')
     at = f"{across(chance):.1f}"
     parts.append(f'<line class="curve ink" stroke-dasharray="3 4" x1="{at}" x2="{at}" y1="6" y2="{height - 26}"/>')
-    for place, (name, interval, tone) in enumerate(rows):
-        y = 18 + ROW * place
+    for index, (name, interval, tone) in enumerate(rows):
+        y = 18 + ROW_HEIGHT * index
         parts += [
             f'<text class="tick" x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>',
             f'<line class="curve {tone}" x1="{across(interval.low):.1f}" x2="{across(interval.high):.1f}" '
@@ -94,7 +108,7 @@ def intervals(rows: Sequence[tuple[str, Interval, str]], *, chance: float, low: 
 
 
 def _plot(
-    found: Sequence[Curve],
+    lines: Sequence[Curve],
     x_ticks: Sequence[float],
     y_ticks: Sequence[float],
     across: Callable[[float], float],
@@ -126,7 +140,7 @@ def _plot(
         f'<text class="tick" transform="translate(12 {(HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         f"{escape(y_label)}</text>"
     )
-    for curve in found:
+    for curve in lines:
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
         dash = ' stroke-dasharray="5 5"' if curve.dashed else ""
         parts.append(f'<polyline class="curve {curve.tone}" points="{points}"{dash}/>')
@@ -136,12 +150,12 @@ def _plot(
                 f'<circle class="dot {curve.tone}" cx="{px(dot[0]):.1f}" cy="{py(dot[1]):.1f}" r="3.5">'
                 f"<title>{words}</title></circle>"
             )
-    for place, curve in enumerate(found):
+    for index, curve in enumerate(lines):
         x, anchor = (WIDTH - RIGHT - 8, "end") if low_legend else (LEFT + 12, "start")
-        y = HEIGHT - BOTTOM - 12 - 17 * (len(found) - 1 - place) if low_legend else TOP + 14 + 17 * place
+        y = HEIGHT - BOTTOM - 12 - 17 * (len(lines) - 1 - index) if low_legend else TOP + 14 + 17 * index
         words = escape(curve.label)
         parts.append(f'<text class="end {curve.tone}" x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>')
-    return _svg(parts, f"{y_label} by {x_label}: " + ", ".join(curve.label for curve in found), HEIGHT)
+    return _svg(parts, f"{y_label} by {x_label}: " + ", ".join(curve.label for curve in lines), HEIGHT)
 
 
 def _svg(parts: Sequence[str], summary: str, height: float) -> Markup:

@@ -1,10 +1,10 @@
-"""Does the privacy hold that is claimed?  anther audit [key=value …]
+"""Audit the claimed privacy:  anther audit [key=value …]
 
-Without runs the mechanisms themselves are on trial: canaries in the training loop and canary clients in the rounds of
-`privacy=device`, for some claims of ε, and once without noise, which the audit must catch or be of no use. Everything
-that goes in is known, so that the noise is seen by itself too, and tested as what it ought to be. With runs the
-adapters that they share are on trial: who was trained on? The exit code is 1 if a claim is refuted, a test of the noise
-fails, or missing noise is missed.
+Without `runs` the mechanisms are tested: canaries in the training loop and canary clients in the rounds of
+`privacy=device`, for several claims of ε, and once without noise, which the audit must detect. All inputs are known, so
+the noise is also separated from the releases and tested against its claimed distribution. With `runs` the shared
+adapters of finished runs are attacked: who was trained on? The exit code is 1 if a claim is refuted, a test of the noise
+fails, or missing noise is not detected.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from simulations.audit.membership import RunGroup
     from simulations.audit.verdicts import AuditResults, ClaimResult, NoiseTestResult
 
-COMPANY_MEMORY = 2**30  # bytes for those of a real base
-MEMORY = 2**28  # bytes for the passes of canaries, which are a few numbers each
-SOURCE_NUMBERS = 2**14  # of so large a σ that many of them need further bits, one by one
+BASE_MEMORY = 2**30  # bytes for passes of a real base
+CANARY_MEMORY = 2**28  # bytes for passes of canaries, which are a few numbers each
+SOURCE_NUMBERS = 2**14  # number of samples for the largest σ, many of which need additional random bits
 PASSED, FAILED = 0, 1
-IMAGE, DEVICE = "image", "device"
+IMAGE, DEVICE = "image", "device"  # stored; don't change
 
 
 class AuditCase(NamedTuple):
-    """A claim that is put on trial."""
+    """One claim to audit."""
 
     seed: int
     epsilon: float
-    honest: bool  # or without noise
+    honest: bool  # False: the noise is left out
 
     @property
     def name(self) -> str:
@@ -63,66 +63,76 @@ def main(config: AuditConfig) -> None:
 
 
 def audit(config: AuditConfig, say: Callable[[str], object]) -> AuditResults:
-    """Everything that the configuration asks for, told as it comes."""
-    from simulations.audit.verdicts import AuditResults, NoiseTestResult, arm_lines, fit_lines, line
+    """Run everything that the configuration asks for; `say` prints each result as it is ready."""
+    from simulations.audit.verdicts import AuditResults, NoiseTestResult, claim_line, group_lines, noise_test_lines
 
     results = AuditResults()
     if config.runs:
-        for arm in arms(config):
-            for words in arm_lines(arm):
-                say(words)
-            results.arms.append(arm)
+        for group in run_groups(config):
+            for line in group_lines(group):
+                say(line)
+            results.run_groups.append(group)
         return results
-    for trial, where, verdicts in ((loop, "training loop", results.loop), (clients, "whole devices", results.clients)):
-        for found in trial(config):
-            if isinstance(found, NoiseTestResult):
-                results.fits.append(found)
-                for words in fit_lines(found):
-                    say(words)
+    for audit_claims, title, claims in (
+        (audit_training_loop, "training loop", results.training_loop),
+        (audit_devices, "whole devices", results.devices),
+    ):
+        for result in audit_claims(config):
+            if isinstance(result, NoiseTestResult):
+                results.noise_tests.append(result)
+                for line in noise_test_lines(result):
+                    say(line)
             else:
-                verdicts.append(found)
-                say(line(where, found))
-    for found in chain(fits(config), company(config)):
-        results.fits.append(found)
-        for words in fit_lines(found):
-            say(words)
+                claims.append(result)
+                say(claim_line(title, result))
+    for result in chain(noise_tests(config), batch_independence_test(config)):
+        results.noise_tests.append(result)
+        for line in noise_test_lines(result):
+            say(line)
     return results
 
 
-def arms(config: AuditConfig) -> Iterator[RunGroup]:
-    """The runs on trial, those that differ in their seed alone together."""
+def run_groups(config: AuditConfig) -> Iterator[RunGroup]:
+    """Attack the runs to audit; runs that differ only in their seed form one group."""
     from simulations.audit import membership
 
-    runs = sorted(map(membership.load, map(Path, config.runs)), key=lambda run: run.arm)
-    for _, alike in groupby(runs, key=lambda run: run.arm):
-        yield membership.attack(list(alike), config.membership, confidence=config.confidence, seed=config.seed)
+    runs = sorted(map(membership.load, map(Path, config.runs)), key=lambda run: run.group_key)
+    for _, group in groupby(runs, key=lambda run: run.group_key):
+        yield membership.attack(list(group), config.membership, confidence=config.confidence, seed=config.seed)
 
 
-def loop(config: AuditConfig) -> Iterator[ClaimResult | NoiseTestResult]:
-    """The training loop on trial: each claim, and the noise under it."""
+def audit_training_loop(config: AuditConfig) -> Iterator[ClaimResult | NoiseTestResult]:
+    """Audit the training loop: each claim, and the noise of its releases."""
     from privacy.accounting import PoissonGaussian, noise_multiplier_for
     from simulations.audit.canaries import Experiment, ZeroNoise, draw_included
 
-    asked = config.canaries
-    for case in cases(asked.epsilons, config.seed) if asked.count else ():
+    settings = config.canaries
+    for case in cases(settings.epsilons, config.seed) if settings.count else ():
         sigma = noise_multiplier_for(
-            epsilon=case.epsilon, delta=asked.delta, sampling_rate=asked.sampling_rate, steps=asked.rounds
+            epsilon=case.epsilon, delta=settings.delta, sampling_rate=settings.sampling_rate, steps=settings.rounds
         )
-        claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=asked.sampling_rate, steps=asked.rounds)
-        included = draw_included(asked.count, case.seed)
-        experiment = Experiment(claim=claim, draws=asked.draws, included=included, devices=asked.devices)
+        claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=settings.sampling_rate, steps=settings.rounds)
+        included = draw_included(settings.count, case.seed)
+        experiment = Experiment(claim=claim, draws=settings.draws, included=included, devices=settings.devices)
 
         def sources(device: str, round: int, case: AuditCase = case) -> NoiseSource:
-            found = source(asked.noise, case.seed, device, round)
-            return found if case.honest else ZeroNoise(found)
+            source = noise_source(settings.noise, case.seed, device, round)
+            return source if case.honest else ZeroNoise(source)
 
-        yield from examine(experiment, sources, case, config)
+        yield from audit_experiment(experiment, sources, case, config)
 
 
-def examine(
+def audit_experiment(
     experiment: Experiment, sources: Sources, case: AuditCase, config: AuditConfig
 ) -> Iterator[ClaimResult | NoiseTestResult]:
-    """Train on canaries, and see what the releases give away; and what is left of them without the canaries."""
+    """Train on canaries and audit the claim from the releases; then test the noise, if there should be any.
+
+    Args:
+        experiment: the canaries and the claim.
+        sources: (device, round) -> noise source.
+        case: the claim to audit.
+        config: configuration of the audit.
+    """
     from privacy.audit import goodness_of_fit
     from privacy.audit.empirical import audit
     from simulations.audit import canaries
@@ -136,80 +146,92 @@ def examine(
         return recorded[-1]
 
     jobs = canaries.jobs(experiment, recording)
-    outcomes = train(canaries.network(experiment.side), jobs, memory=MEMORY, timesteps=1)
-    seen = canaries.seen(experiment, outcomes)
+    outcomes = train(canaries.network(experiment.side), jobs, memory=CANARY_MEMORY, timesteps=1)
+    releases = canaries.canary_releases(experiment, outcomes)
     finding = audit(
         experiment.claim,
         config.canaries.delta,
-        canaries.attacks(experiment, seen),
+        canaries.attacks(experiment, releases),
         experiment.included,
         confidence=config.confidence,
-        false_alarms=share(config),
+        false_alarms=false_alarm_share(config),
     )
     yield ClaimResult(case.name, finding, case.honest)
     if case.honest:
-        noise, joined = canaries.residuals(experiment, seen, recorded)
+        noise, joined = canaries.residuals(experiment, releases, recorded)
         checks = goodness_of_fit.battery(noise)
         checks.append(goodness_of_fit.alignment(noise, joined, "along pictures that joined"))
-        yield NoiseTestResult.of(f"noise of {case.name}", IMAGE, noise, checks, share(config))
+        yield NoiseTestResult.of(f"noise of {case.name}", IMAGE, noise, checks, false_alarm_share(config))
 
 
-def clients(config: AuditConfig) -> Iterator[ClaimResult | NoiseTestResult]:
-    """The rounds of `privacy=device` on trial."""
+def audit_devices(config: AuditConfig) -> Iterator[ClaimResult | NoiseTestResult]:
+    """Audit the rounds of `privacy=device`: each claim, and the noise of its releases."""
     from privacy.accounting import PoissonGaussian, noise_multiplier_for
     from privacy.audit.empirical import audit, cosine_epsilon, log_likelihood_ratio
     from simulations.audit import canaries, canary_clients
     from simulations.audit.canary_clients import CanaryCohort
     from simulations.audit.verdicts import ClaimResult, NoiseTestResult
 
-    asked = config.clients
-    for case in cases(asked.epsilons, config.seed) if asked.count else ():
-        sigma = noise_multiplier_for(epsilon=case.epsilon, delta=asked.delta, sampling_rate=1.0, steps=asked.rounds)
-        claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=asked.rounds)
-        included = canaries.draw_included(asked.count, case.seed)
-        cohort = CanaryCohort(claim=claim, included=included, side=math.isqrt(asked.dimension))
+    settings = config.clients
+    for case in cases(settings.epsilons, config.seed) if settings.count else ():
+        sigma = noise_multiplier_for(
+            epsilon=case.epsilon, delta=settings.delta, sampling_rate=1.0, steps=settings.rounds
+        )
+        claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=settings.rounds)
+        included = canaries.draw_included(settings.count, case.seed)
+        cohort = CanaryCohort(claim=claim, included=included, side=math.isqrt(settings.dimension))
 
         def noise(round: int, case: AuditCase = case) -> NoiseSource:
-            found = source("secure", case.seed, "server", round)
-            return found if case.honest else canaries.ZeroNoise(found)
+            source = noise_source("secure", case.seed, "server", round)
+            return source if case.honest else canaries.ZeroNoise(source)
 
-        found = canary_clients.run_rounds(cohort, noise)
-        own = found.sums[:, : asked.count]
+        released = canary_clients.run_rounds(cohort, noise)
+        own = released.sums[:, : settings.count]
         finding = audit(
             claim,
-            asked.delta,
+            settings.delta,
             {"own releases": log_likelihood_ratio(own, claim)},
             included,
             confidence=config.confidence,
-            false_alarms=share(config),
+            false_alarms=false_alarm_share(config),
         )
-        total = found.sums.sum(0)
-        cosines = total[: asked.count][included] / np.linalg.norm(total)
-        yield ClaimResult(case.name, finding, case.honest, cosine_epsilon(cosines, total.size, asked.delta))
+        total = released.sums.sum(0)
+        cosines = total[: settings.count][included] / np.linalg.norm(total)
+        yield ClaimResult(case.name, finding, case.honest, cosine_epsilon(cosines, total.size, settings.delta))
         if case.honest:
-            checks = canary_clients.checks(found)
-            yield NoiseTestResult.of(f"noise of {case.name}", DEVICE, [found.residuals], checks, share(config))
+            checks = canary_clients.checks(released)
+            yield NoiseTestResult.of(
+                f"noise of {case.name}", DEVICE, [released.residuals], checks, false_alarm_share(config)
+            )
 
 
-def fits(config: AuditConfig) -> Iterator[NoiseTestResult]:
-    """Situations in which everything but the noise is known, per image and per device."""
+def noise_tests(config: AuditConfig) -> Iterator[NoiseTestResult]:
+    """Test the noise where all other inputs are known, per image and per device."""
     from simulations.audit import canary_clients, known_inputs
     from simulations.audit.verdicts import NoiseTestResult
 
-    asked = config.fits
-    for situation in known_inputs.situations(asked.longest) if asked.longest else ():
-        seen = known_inputs.observe(situation, partial(source, asked.noise, config.seed), config.seed, memory=MEMORY)
-        yield NoiseTestResult.of(situation.name, IMAGE, seen.noise, known_inputs.checks(seen), share(config))
-    if asked.longest:
-        noise, checks = known_inputs.observe_source(source(asked.noise, config.seed, "device", -1), SOURCE_NUMBERS)
-        yield NoiseTestResult.of("the source itself, σ = 2¹⁹", IMAGE, [noise], checks, share(config))
-    for name, cohort in canary_clients.cohorts(asked.longest, config.seed) if asked.longest else ():
-        released = canary_clients.run_rounds(cohort, partial(source, asked.noise, config.seed, "server"))
-        yield NoiseTestResult.of(name, DEVICE, [released.residuals], canary_clients.checks(released), share(config))
+    settings = config.fits
+    for situation in known_inputs.situations(settings.longest) if settings.longest else ():
+        releases = known_inputs.observe(
+            situation, partial(noise_source, settings.noise, config.seed), config.seed, memory=CANARY_MEMORY
+        )
+        yield NoiseTestResult.of(
+            situation.name, IMAGE, releases.noise, known_inputs.checks(releases), false_alarm_share(config)
+        )
+    if settings.longest:
+        noise, checks = known_inputs.observe_source(
+            noise_source(settings.noise, config.seed, "device", -1), SOURCE_NUMBERS
+        )
+        yield NoiseTestResult.of("the source itself, σ = 2¹⁹", IMAGE, [noise], checks, false_alarm_share(config))
+    for name, cohort in canary_clients.cohorts(settings.longest, config.seed) if settings.longest else ():
+        released = canary_clients.run_rounds(cohort, partial(noise_source, settings.noise, config.seed, "server"))
+        yield NoiseTestResult.of(
+            name, DEVICE, [released.residuals], canary_clients.checks(released), false_alarm_share(config)
+        )
 
 
-def company(config: AuditConfig) -> Iterator[NoiseTestResult]:
-    """Whether pictures move what others add, on the base that is shipped."""
+def batch_independence_test(config: AuditConfig) -> Iterator[NoiseTestResult]:
+    """Test on the base of the configuration whether pictures change the contributions of others."""
     from models.base.base import load
     from simulations.audit import batch_independence
     from simulations.audit.verdicts import NoiseTestResult
@@ -217,16 +239,19 @@ def company(config: AuditConfig) -> Iterator[NoiseTestResult]:
     if config.fits.base is None:
         return
     base = load(config.fits.base, device="cpu")
-    moved = batch_independence.shift(
-        base, batch_independence.chaotic(base), batch_independence.random_examples(base), memory=COMPANY_MEMORY
+    shift = batch_independence.max_shift(
+        base,
+        batch_independence.chaotic_adapter(base),
+        batch_independence.random_examples(base),
+        memory=BASE_MEMORY,
     )
     yield NoiseTestResult(
-        "pictures beside others, on a chaotic adapter", IMAGE, 0, 1.0, [batch_independence.check(moved)], 0.0
+        "pictures beside others, on a chaotic adapter", IMAGE, 0, 1.0, [batch_independence.check(shift)], 0.0
     )
 
 
-def share(config: AuditConfig) -> float:
-    """What each claim and situation may have of the false alarms."""
+def false_alarm_share(config: AuditConfig) -> float:
+    """Return each test's share of the audit's false alarm probability."""
     from simulations.audit import canary_clients, known_inputs
 
     claims = 2 * len(config.canaries.epsilons) * bool(config.canaries.count)
@@ -236,14 +261,21 @@ def share(config: AuditConfig) -> float:
 
 
 def cases(epsilons: Sequence[float], seed: int) -> list[AuditCase]:
-    """Every claim, and the smallest once more without noise: were that missed, the others would say nothing."""
-    tried = [(epsilon, True) for epsilon in sorted(epsilons)]
-    tried.append((min(epsilons), False))
-    return [AuditCase(seed + place, epsilon, honest) for place, (epsilon, honest) in enumerate(tried)]
+    """List all claims, and the smallest one again without noise: if that is missed, the other results mean nothing."""
+    honest_cases = [(epsilon, True) for epsilon in sorted(epsilons)]
+    all_cases = [*honest_cases, (min(epsilons), False)]
+    return [AuditCase(seed + index, epsilon, honest) for index, (epsilon, honest) in enumerate(all_cases)]
 
 
-def source(kind: str, seed: int, device: str, round: int) -> NoiseSource:
-    """Noise and Poisson batches of one device in one round."""
+def noise_source(kind: str, seed: int, device: str, round: int) -> NoiseSource:
+    """Return the source of noise and Poisson batches of one device in one round.
+
+    Args:
+        kind: `secure` or `simulated`.
+        seed: seed of simulated noise.
+        device: name of the device.
+        round: number of the round.
+    """
     from privacy.noise import SecureNoise, SimulatedNoise
 
     return (
@@ -252,7 +284,7 @@ def source(kind: str, seed: int, device: str, round: int) -> NoiseSource:
 
 
 def command() -> list[str]:
-    """The command that started this audit, as one would type it."""
+    """Return the command that started this audit."""
     return ["python", "-m", "simulations.audit.run", *HydraConfig.get().overrides.task]
 
 

@@ -39,7 +39,7 @@ class ClaimResult:
 
 @dataclass(frozen=True)
 class NoiseTestResult:
-    """Results of the tests of one situation in which everything except the noise is known."""
+    """Test results of noise in one situation where all other inputs are known."""
 
     name: str
     level: str
@@ -54,6 +54,15 @@ class NoiseTestResult:
 
     @classmethod
     def of(cls, name: str, level: str, noise: Sequence[np.ndarray], checks: list[Check], false_alarms: float) -> Self:
+        """Build the result from the noise values of all releases.
+
+        Args:
+            name: name of the situation.
+            level: `image` or `device`.
+            noise: noise values of each release over the claimed standard deviation.
+            checks: results of all tests.
+            false_alarms: probability that an honest mechanism may fail any check.
+        """
         numbers = sum(release.size for release in noise)
         squares = sum(float(np.square(release).sum()) for release in noise)
         return cls(name, level, numbers, math.sqrt(squares / numbers), checks, false_alarms)
@@ -88,54 +97,56 @@ class NoiseTestResult:
 class AuditResults:
     """All results of an audit."""
 
-    loop: list[ClaimResult] = field(default_factory=list)
-    clients: list[ClaimResult] = field(default_factory=list)
-    fits: list[NoiseTestResult] = field(default_factory=list)
-    arms: list[RunGroup] = field(default_factory=list)
+    training_loop: list[ClaimResult] = field(default_factory=list)
+    devices: list[ClaimResult] = field(default_factory=list)
+    noise_tests: list[NoiseTestResult] = field(default_factory=list)
+    run_groups: list[RunGroup] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         """Whether no claim was refuted, no test failed, and missing noise was detected."""
-        return all(verdict.sound for verdict in (*self.loop, *self.clients)) and all(fit.sound for fit in self.fits)
+        claims_sound = all(claim.sound for claim in (*self.training_loop, *self.devices))
+        return claims_sound and all(test.sound for test in self.noise_tests)
 
     @property
     def shortfalls(self) -> dict[str, float]:
-        """Shortfall of noise, by level, that at least one situation detects with probability `POWER`."""
-        levels = dict.fromkeys(fit.level for fit in self.fits if fit.numbers)
-        return {level: min(fit.shortfall for fit in self.fits if fit.level == level) for level in levels}
+        """Smallest shortfall of noise by level that some situation detects with probability `POWER`."""
+        levels = dict.fromkeys(test.level for test in self.noise_tests if test.numbers)
+        return {level: min(test.shortfall for test in self.noise_tests if test.level == level) for level in levels}
 
 
-def line(where: str, verdict: ClaimResult) -> str:
-    """Format one verdict as a line."""
-    found, held = verdict.finding, "refuted" if verdict.finding.refuted else "not refuted"
-    bounds = f"ε ≥ {short(found.bound)}; {short(found.f_dp)} by f-DP, {short(found.one_run)} by (ε, δ)"
-    right = f"{found.guesses.correct} of {found.guesses.made} guesses right"
-    return f"{'ok  ' if verdict.sound else 'FAIL'}  {where}, {verdict.name}: {held}; {bounds}; {right}"
+def claim_line(title: str, claim: ClaimResult) -> str:
+    """Format the result of one claim as a line."""
+    finding, outcome = claim.finding, "refuted" if claim.finding.refuted else "not refuted"
+    bounds = f"ε ≥ {short(finding.bound)}; {short(finding.f_dp)} by f-DP, {short(finding.one_run)} by (ε, δ)"
+    guesses = f"{finding.guesses.correct} of {finding.guesses.made} guesses right"
+    return f"{'ok  ' if claim.sound else 'FAIL'}  {title}, {claim.name}: {outcome}; {bounds}; {guesses}"
 
 
-def fit_lines(fit: NoiseTestResult) -> list[str]:
+def noise_test_lines(result: NoiseTestResult) -> list[str]:
     """Format one situation as a line, followed by a line for each failed test."""
-    sees = f"least p {fit.least.p_value:.2g}; would see noise short by {fit.shortfall:.1%}"
-    told = f"{fit.numbers} numbers of noise, {len(fit.checks)} tests, {sees}" if fit.numbers else fit.least.shown
-    failed = [f"        {check.name}: {check.shown} (p ≤ {check.p_value:.1g})" for check in fit.failed]
-    return [f"{'ok  ' if fit.sound else 'FAIL'}  per {fit.level}, {fit.name}: {told}", *failed]
+    power = f"smallest p {result.least.p_value:.2g}; detects noise short by {result.shortfall:.1%}"
+    tested = f"{result.numbers} noise values, {len(result.checks)} tests, {power}"
+    words = tested if result.numbers else result.least.shown
+    failed = [f"        {check.name}: {check.shown} (p ≤ {check.p_value:.1g})" for check in result.failed]
+    return [f"{'ok  ' if result.sound else 'FAIL'}  per {result.level}, {result.name}: {words}", *failed]
 
 
 def summary_line(results: AuditResults, false_alarms: float) -> str:
-    """Summarize the audit, with the smallest deviation that it could have detected."""
-    outcome = "nothing is refuted" if results.sound else "refuted, or blind"
-    seen = [f"{shortfall:.1%} per {level}" for level, shortfall in results.shortfalls.items()]
-    sees = f"; noise short by {' or by '.join(seen)} would be seen with probability {POWER}" if seen else ""
-    return f"{'ok  ' if results.sound else 'FAIL'}  {outcome}; false alarms: {false_alarms:g} of all audits{sees}"
+    """Summarize the audit, with the smallest shortfall of noise that it detects."""
+    outcome = "no claim is refuted" if results.sound else "a claim is refuted, or missing noise was not detected"
+    shortfalls = [f"{shortfall:.1%} per {level}" for level, shortfall in results.shortfalls.items()]
+    power = f"; noise short by {' or by '.join(shortfalls)} is detected with probability {POWER}" if shortfalls else ""
+    return f"{'ok  ' if results.sound else 'FAIL'}  {outcome}; false alarms: {false_alarms:g} of all audits{power}"
 
 
-def arm_lines(arm: RunGroup) -> list[str]:
-    """Format one arm as a line for each attack."""
-    told = [f"{arm.name}: {arm.writers} writers, {len(arm.runs)} run{'s' if len(arm.runs) != 1 else ''}"]
-    for name, found in arm.found.items():
-        auc, tpr = found.auc, found.tpr
-        told.append(
+def group_lines(group: RunGroup) -> list[str]:
+    """Format the attacks on one group of runs, a line for each attack."""
+    lines = [f"{group.name}: {group.writers} writers, {len(group.runs)} run{'s' if len(group.runs) != 1 else ''}"]
+    for name, result in group.attacks.items():
+        auc, tpr = result.auc, result.tpr
+        lines.append(
             f"  {name:24} AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]  "
             f"TPR at {FPR:.0%} FPR {tpr.value:.3f} [{tpr.low:.3f}, {tpr.high:.3f}]"
         )
-    return told
+    return lines

@@ -1,4 +1,4 @@
-"""Noise sources that each break what is promised in one way, around an honest one. None is ever a release."""
+"""Noise sources that wrap an honest one and each violate the guarantee in one way. None produces a release."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from privacy.noise import CPU, NoiseSource
 
 
-class Around:
-    """An honest source, for the parts that are not broken."""
+class NoiseWrapper:
+    """Passes everything on to an honest source."""
 
     release = False
 
@@ -24,8 +24,8 @@ class Around:
         return self.inner.rounded_gaussian(size, stddev, device)
 
 
-class Scaled(Around):
-    """Noise that is too small, or too large."""
+class ScaledNoise(NoiseWrapper):
+    """Noise with a wrong standard deviation."""
 
     def __init__(self, inner: NoiseSource, scale: float) -> None:
         super().__init__(inner)
@@ -35,16 +35,16 @@ class Scaled(Around):
         return self.inner.rounded_gaussian(size, self.scale * stddev, device)
 
 
-class CopiedHalf(Around):
-    """The second half of each vector of noise is its first half."""
+class CopiedNoise(NoiseWrapper):
+    """Noise whose second half is a copy of its first half."""
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
         half = self.inner.rounded_gaussian(-(-size // 2), stddev, device)
         return torch.cat([half, half])[:size]
 
 
-class Periodic(Around):
-    """Noise that repeats itself."""
+class PeriodicNoise(NoiseWrapper):
+    """Noise that repeats with a period."""
 
     def __init__(self, inner: NoiseSource, period: int) -> None:
         super().__init__(inner)
@@ -55,8 +55,8 @@ class Periodic(Around):
         return once.repeat(-(-size // self.period))[:size]
 
 
-class Remembered(Around):
-    """The noise of the first step in all steps."""
+class ReusedNoise(NoiseWrapper):
+    """Noise of the first step in all steps."""
 
     drawn: Tensor | None = None
 
@@ -66,8 +66,8 @@ class Remembered(Around):
         return self.drawn
 
 
-class InFloat16(Around):
-    """Normals of 11 bits, scaled afterwards: a lattice that sums stand out from (Mironov, 2012)."""
+class LowPrecisionNoise(NoiseWrapper):
+    """Normals of 11 bits that are scaled afterwards: sums are visible on their lattice (Mironov, 2012)."""
 
     def __init__(self, inner: NoiseSource, dtype: torch.dtype = torch.float16) -> None:
         super().__init__(inner)
@@ -78,23 +78,23 @@ class InFloat16(Around):
         return normals.to(self.dtype).double().mul(stddev).round().long()
 
 
-class FixedSize(Around):
-    """Batches of the expected size, accounted as Poisson batches."""
+class FixedSizeBatches(NoiseWrapper):
+    """Batches of the expected size that are accounted as Poisson batches."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         order = np.random.default_rng(int(self.inner.rounded_gaussian(1, 1e9).abs())).permutation(size)
         return torch.from_numpy(np.sort(order[: round(rate * size)]))
 
 
-class Everybody(Around):
-    """Every picture in every batch."""
+class FullBatches(NoiseWrapper):
+    """Batches of all pictures."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return torch.arange(size)
 
 
-class NeverEmpty(Around):
-    """A batch that would be empty is drawn again."""
+class NonEmptyBatches(NoiseWrapper):
+    """Poisson batches that are drawn again if empty."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         while not len(batch := self.inner.poisson_batch(size, rate)):
@@ -102,8 +102,8 @@ class NeverEmpty(Around):
         return batch
 
 
-class SeededBatches(Around):
-    """Batches from a generator that begins anew with each job: the same in each round."""
+class SeededBatches(NoiseWrapper):
+    """Batches from a generator that is seeded anew for each job, so that each round has the same."""
 
     def __init__(self, inner: NoiseSource) -> None:
         super().__init__(inner)

@@ -1,4 +1,4 @@
-"""Each way of breaking the mechanism fails the audit, for the right reason; the honest one passes, run after run."""
+"""Each broken mechanism fails the audit by the right test; the honest one passes repeatedly."""
 
 from __future__ import annotations
 
@@ -20,13 +20,23 @@ from simulations.audit import batch_independence, canary_clients, known_inputs
 from simulations.audit.canaries import ZeroNoise, draw_included
 from simulations.audit.canary_clients import CanaryCohort
 from simulations.audit.known_inputs import Situation, observe
-from tests.helpers import broken_mechanisms
+from tests.helpers.broken_mechanisms import (
+    CopiedNoise,
+    FixedSizeBatches,
+    FullBatches,
+    LowPrecisionNoise,
+    NonEmptyBatches,
+    PeriodicNoise,
+    ReusedNoise,
+    ScaledNoise,
+    SeededBatches,
+)
 from training import batches
 from training import cohort as training_cohort
 from training.step import gradients
 
 MEMORY = 2**27
-SIGNIFICANCE = 1e-9  # what a test may have of a whole audit's false alarms
+SIGNIFICANCE = 1e-9  # share of one test in the false alarms of an audit
 PLAIN = Situation(
     name="plain",
     pictures=60,
@@ -50,116 +60,111 @@ def failed(checks: Sequence[Check]) -> set[str]:
     return {check.name for check in checks if not check.p_value > SIGNIFICANCE}
 
 
-def of(situation: Situation, breaks: Break = lambda source: source) -> set[str]:
-    seen = observe(situation, lambda *key: breaks(simulated(*key)), 0, memory=MEMORY)
-    return failed(known_inputs.checks(seen))
+def failed_tests(situation: Situation, breaks: Break = lambda source: source) -> set[str]:
+    observed = observe(situation, lambda *key: breaks(simulated(*key)), 0, memory=MEMORY)
+    return failed(known_inputs.checks(observed))
 
 
 SOURCES: Mapping[str, tuple[Situation, Break, str]] = {
-    "noise × 0.7": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.7), "noise: variance"),
-    "noise × 0.5": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.5), "noise: variance"),
-    "noise × 0.35": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.35), "noise: variance"),
-    "noise 3 % low": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.97), "noise: variance"),
+    "noise × 0.7": (PLAIN, lambda source: ScaledNoise(source, 0.7), "noise: variance"),
+    "noise × 0.5": (PLAIN, lambda source: ScaledNoise(source, 0.5), "noise: variance"),
+    "noise × 0.35": (PLAIN, lambda source: ScaledNoise(source, 0.35), "noise: variance"),
+    "noise 3 % low": (PLAIN, lambda source: ScaledNoise(source, 0.97), "noise: variance"),
     "no noise": (PLAIN, ZeroNoise, "noise: variance"),
-    "second half a copy of the first": (PLAIN, broken_mechanisms.CopiedHalf, "noise: autocorrelation"),
-    "repeated every 65,536 numbers": (
-        LONG,
-        lambda source: broken_mechanisms.Periodic(source, 65536),
-        "noise: autocorrelation",
-    ),
-    "one noise for all steps": (STEPS, broken_mechanisms.Remembered, "noise: variance"),
-    "float16 noise": (PLAIN, broken_mechanisms.InFloat16, "last digits"),
-    "batches of fixed size": (PLAIN, broken_mechanisms.FixedSize, "batch sizes: variance"),
-    "everybody in each batch": (PLAIN, broken_mechanisms.Everybody, "batches: distribution"),
-    "no batch is empty": (FEW, broken_mechanisms.NeverEmpty, "batch sizes: distribution"),
-    "batches of a seed": (PLAIN, broken_mechanisms.SeededBatches, "batches: autocorrelation"),
+    "second half a copy of the first": (PLAIN, CopiedNoise, "noise: autocorrelation"),
+    "repeated every 65,536 numbers": (LONG, lambda source: PeriodicNoise(source, 65536), "noise: autocorrelation"),
+    "one noise for all steps": (STEPS, ReusedNoise, "noise: variance"),
+    "float16 noise": (PLAIN, LowPrecisionNoise, "last digits"),
+    "batches of fixed size": (PLAIN, FixedSizeBatches, "batch sizes: variance"),
+    "all pictures in each batch": (PLAIN, FullBatches, "batches: distribution"),
+    "no empty batch": (FEW, NonEmptyBatches, "batch sizes: distribution"),
+    "seeded batches": (PLAIN, SeededBatches, "batches: autocorrelation"),
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_broken_source_fails(name: str) -> None:
-    situation, breaks, finder = SOURCES[name]
-    assert finder in of(situation, breaks)
+def test_broken_source_fails(name: str) -> None:
+    situation, breaks, expected = SOURCES[name]
+    assert expected in failed_tests(situation, breaks)
 
 
 @pytest.mark.parametrize("situation", [PLAIN, STEPS, FEW, LONG], ids=lambda situation: situation.name)
-def test_the_honest_source_passes(situation: Situation) -> None:
-    assert of(situation) == set()
+def test_honest_source_passes(situation: Situation) -> None:
+    assert failed_tests(situation) == set()
 
 
 @pytest.mark.parametrize("key", ["device", "round"])
-def test_noise_without_the_device_or_the_round_in_its_seed_fails(key: str) -> None:
+def test_noise_seed_without_device_or_round_fails(key: str) -> None:
     def reused(device: str, number: int) -> NoiseSource:
         return simulated("the same", number) if key == "device" else simulated(device, 0)
 
-    found = failed(known_inputs.checks(observe(PLAIN, reused, 0, memory=MEMORY)))
-    assert {"noise: autocorrelation", "noise: between releases", "repeats"} <= found
+    names = failed(known_inputs.checks(observe(PLAIN, reused, 0, memory=MEMORY)))
+    assert {"noise: autocorrelation", "noise: between releases", "repeats"} <= names
 
 
-def test_noise_that_was_rounded_to_float32_before_it_was_scaled_fails() -> None:
-    """The lattice of Mironov: any release tells which sums are impossible. Of small σ it is finer than the grid."""
-    rounded = broken_mechanisms.InFloat16(SecureNoise(), torch.float32)
+def test_noise_rounded_before_scaling_fails() -> None:
+    """The float32 lattice of Mironov (2012): a release shows which sums are impossible. It is coarse for large σ only."""
+    rounded = LowPrecisionNoise(SecureNoise(), torch.float32)
     assert {"last digits", "equal numbers"} & failed(known_inputs.observe_source(rounded, 2**12)[1])
     assert failed(known_inputs.observe_source(SecureNoise(), 2**12)[1]) == set()
 
 
-def test_noise_that_is_left_out_for_empty_batches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_batch_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pop_noised = BoundedGradientSums.pop_noised
 
     def skipping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
-        drawn = {client: noise * bool(self._values[client].any()) for client, noise in noises.items()}
-        return pop_noised(self, clients, drawn)
+        applied = {client: noise * bool(self._values[client].any()) for client, noise in noises.items()}
+        return pop_noised(self, clients, applied)
 
     monkeypatch.setattr(BoundedGradientSums, "pop_noised", skipping)
-    assert "noise: variance" in of(FEW)
+    assert "noise: variance" in failed_tests(FEW)
 
 
-def test_sums_that_are_kept_for_the_next_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_kept_for_the_next_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     pop_noised = BoundedGradientSums.pop_noised
 
     def keeping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         before = self._values[list(clients)].clone()
-        found = pop_noised(self, clients, noises)
+        noised = pop_noised(self, clients, noises)
         self._values[list(clients)] = before
-        return found
+        return noised
 
     monkeypatch.setattr(BoundedGradientSums, "pop_noised", keeping)
-    assert "noise: along pictures that joined" in of(STEPS)
-    assert of(PLAIN) == set()  # with one step there is nothing to see
+    assert "noise: along pictures that joined" in failed_tests(STEPS)
+    assert failed_tests(PLAIN) == set()  # with one step there is no difference
 
 
-def test_noise_of_a_smaller_sigma_than_the_plans_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_below_the_planned_sigma_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     stddev = BoundedGradientSums.stddev
     monkeypatch.setattr(BoundedGradientSums, "stddev", lambda self, client: 0.97 * stddev(self, client))
-    assert "noise: variance" in of(PLAIN)
+    assert "noise: variance" in failed_tests(PLAIN)
 
 
-def test_a_loop_that_takes_other_pictures_than_were_drawn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorded batches are Poisson batches: what is left of the releases tells that others were used."""
+def test_batches_other_than_drawn_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded batches are Poisson batches, but the residuals show that others were used."""
 
-    def everybody(self: batches.BatchSampler) -> batches.StepBatch:
+    def full_batch(self: batches.BatchSampler) -> batches.StepBatch:
         noise = self._job.noise
         assert noise is not None
         noise.poisson_batch(self._job.pictures, 0.3)
-        job = replace(self._job, noise=broken_mechanisms.Everybody(noise))
-        kept, self._job = self._job, job
+        honest, self._job = self._job, replace(self._job, noise=FullBatches(noise))
         try:
             return poisson(self)
         finally:
-            self._job = kept
+            self._job = honest
 
     poisson = batches.BatchSampler._poisson
-    monkeypatch.setattr(batches.BatchSampler, "_poisson", everybody)
-    assert "noise: along pictures that did not" in of(PLAIN)
+    monkeypatch.setattr(batches.BatchSampler, "_poisson", full_batch)
+    assert "noise: along pictures that did not" in failed_tests(PLAIN)
 
 
-# At the level of devices.
+# Privacy per device.
 
 CLAIM = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=10)
 COHORT = CanaryCohort(claim=CLAIM, included=draw_included(100, 0), side=110)
 
 
-def rounds(breaks: Break = lambda source: source, cohort: CanaryCohort = COHORT) -> set[str]:
+def failed_round_tests(breaks: Break = lambda source: source, cohort: CanaryCohort = COHORT) -> set[str]:
     def source(number: int) -> NoiseSource:
         return breaks(SimulatedNoise(seed=0, client="server", round=number, purpose="aggregate"))
 
@@ -168,68 +173,68 @@ def rounds(breaks: Break = lambda source: source, cohort: CanaryCohort = COHORT)
 
 @pytest.mark.parametrize("scale", [0.7, 0.5, 0.35, 0.97])
 def test_too_little_noise_on_a_round_fails(scale: float) -> None:
-    assert "noise: variance" in rounds(lambda source: broken_mechanisms.Scaled(source, scale))
+    assert "noise: variance" in failed_round_tests(lambda source: ScaledNoise(source, scale))
 
 
 def test_copied_noise_on_a_round_fails() -> None:
-    assert "noise: autocorrelation" in rounds(broken_mechanisms.CopiedHalf)
+    assert "noise: autocorrelation" in failed_round_tests(CopiedNoise)
 
 
-def test_a_round_that_nobody_answered_is_noised() -> None:
-    nobody = replace(COHORT, included=np.zeros(100, bool))
-    assert rounds(cohort=nobody) == set()
-    assert "noise: variance" in rounds(ZeroNoise, nobody)
+def test_round_without_replies_is_noised() -> None:
+    empty = replace(COHORT, included=np.zeros(100, bool))
+    assert failed_round_tests(cohort=empty) == set()
+    assert "noise: variance" in failed_round_tests(ZeroNoise, empty)
 
 
-def test_a_sum_that_is_noised_less_than_its_sensitivity_asks_for_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_below_sensitivity_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     noise_stddev = Sensitivity.noise_stddev
     monkeypatch.setattr(Sensitivity, "noise_stddev", lambda self, sigma: 0.97 * noise_stddev(self, sigma))
-    assert "noise: variance" in rounds()
+    assert "noise: variance" in failed_round_tests()
 
 
-def test_a_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    noised = BoundedVectorSum.noised
+def test_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_noise = BoundedVectorSum.add_noise
 
-    def quiet(self: BoundedVectorSum, noise_multiplier: float, noise: NoiseSource) -> Tensor:
-        return noised(self, noise_multiplier, noise if len(self.steps) > 1 else ZeroNoise(noise))
+    def noiseless_count(self: BoundedVectorSum, noise_multiplier: float, noise: NoiseSource) -> Tensor:
+        return add_noise(self, noise_multiplier, noise if len(self.steps) > 1 else ZeroNoise(noise))
 
     adaptive = replace(COHORT, adaptive=True, claim=replace(CLAIM, steps=20), side=40)
-    assert rounds(cohort=adaptive) == set()
-    monkeypatch.setattr(BoundedVectorSum, "noised", quiet)
-    assert "count: variance" in rounds(cohort=adaptive)
+    assert failed_round_tests(cohort=adaptive) == set()
+    monkeypatch.setattr(BoundedVectorSum, "add_noise", noiseless_count)
+    assert "count: variance" in failed_round_tests(cohort=adaptive)
 
 
-# Company.
+# Independence of the batch.
 
 
 @pytest.mark.slow
-def test_arithmetic_that_depends_on_how_many_share_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_dependent_arithmetic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load("glyphs", device="cpu")
-    adapter, examples = batch_independence.chaotic(base), batch_independence.random_examples(base)
+    adapter, examples = batch_independence.chaotic_adapter(base), batch_independence.random_examples(base)
 
-    def depending(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
-        found, losses = gradients(*arguments, **options)  # type: ignore[arg-type]
+    def dependent(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+        computed, losses = gradients(*arguments, **options)  # type: ignore[arg-type]
         real = int((arguments[2].weights != 0).sum())  # type: ignore[attr-defined]
-        return found + 1e-3 * real * found.roll(1, dims=1), losses
+        return computed + 1e-3 * real * computed.roll(1, dims=1), losses
 
-    honest = batch_independence.shift(base, adapter, examples, memory=2**30)
+    honest = batch_independence.max_shift(base, adapter, examples, memory=2**30)
     assert batch_independence.check(honest).p_value == 1.0
-    monkeypatch.setattr(training_cohort, "gradients", depending)
-    assert batch_independence.check(batch_independence.shift(base, adapter, examples, memory=2**30)).p_value == 0.0
+    monkeypatch.setattr(training_cohort, "gradients", dependent)
+    assert batch_independence.check(batch_independence.max_shift(base, adapter, examples, memory=2**30)).p_value == 0.0
 
 
-# Repeated.
+# Repetition.
 
 
 @pytest.mark.slow
-def test_honest_runs_pass_again_and_again() -> None:
-    """200 small runs: of their tests about one in a thousand has a p-value under 0.001, and none under 10⁻⁶."""
-    small = [replace(PLAIN, side=16, rounds=2), replace(STEPS, side=8, optimiser="adamw"), replace(FEW, rounds=10)]
+def test_honest_runs_pass_repeatedly() -> None:
+    """200 small runs: about one test in a thousand has a p-value under 0.001, and none under 10⁻⁶."""
+    small = [replace(PLAIN, side=16, rounds=2), replace(STEPS, side=8, optimizer="adamw"), replace(FEW, rounds=10)]
     p_values = []
     for seed in range(200):
         for situation in small:
-            seen = observe(situation, lambda *_: SecureNoise(), seed, memory=MEMORY)
-            p_values += [check.p_value for check in known_inputs.checks(seen)]
+            observed = observe(situation, lambda *_: SecureNoise(), seed, memory=MEMORY)
+            p_values += [check.p_value for check in known_inputs.checks(observed)]
     assert len(p_values) >= 200 * 45
     assert min(p_values) > 1e-6
     assert np.mean(np.array(p_values) < 1e-3) < 2e-3

@@ -47,12 +47,12 @@ def test_all_arms_are_attacked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ran: dict[Path, Sequence[str]] = {}
     configs: list[AuditConfig] = []
 
-    def arms(config: AuditConfig) -> list[RunGroup]:
+    def run_groups(config: AuditConfig) -> list[RunGroup]:
         configs.append(config)
         return [arm(0.0)]
 
     monkeypatch.setattr(membership, "run", lambda command, folder: ran.update({folder: command}))
-    monkeypatch.setattr(membership, "arms", arms)
+    monkeypatch.setattr(membership, "run_groups", run_groups)
     monkeypatch.setattr(membership, "write", lambda *_: None)
     out = tmp_path / "membership.json"
     monkeypatch.setattr(sys, "argv", ["membership", "--seeds", "0", "1", "--runs", str(tmp_path), "--out", str(out)])

@@ -1,6 +1,6 @@
-"""The audit of the real training loop: what is released is what the claim says, and every way of breaking it is caught.
+"""Audit of the real training loop: releases match the claim, and every mutation is caught.
 
-The mutations are injected from outside, into jobs and noise sources; loop, clip and noise are those that devices run.
+Mutations are injected into jobs and noise sources; loop, clipping and noise are those that devices run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from privacy.audit.empirical import AuditResult
 from privacy.noise import CPU, NoiseSource
 from simulations.audit import canaries
 from simulations.audit.canaries import LENGTH, Experiment, RecordingSource, ZeroNoise
-from simulations.audit.run import MEMORY, source
+from simulations.audit.run import CANARY_MEMORY, noise_source
+from tests.helpers.broken_mechanisms import ScaledNoise
 from training.cohort import train
 from training.jobs import Examples, TrainJob
 
@@ -34,77 +35,65 @@ def experiment(claim: PoissonGaussian = CLAIM, *, count: int = 1000, devices: in
     return Experiment(claim=claim, draws=draws, included=canaries.draw_included(count, 0), devices=devices)
 
 
-def seen(trial: Experiment, jobs: list[TrainJob]) -> np.ndarray:
-    return canaries.seen(trial, train(canaries.network(trial.side), jobs, memory=MEMORY, timesteps=1))
+def releases(trial: Experiment, jobs: list[TrainJob]) -> np.ndarray:
+    return canaries.canary_releases(trial, train(canaries.network(trial.side), jobs, memory=CANARY_MEMORY, timesteps=1))
 
 
-def verdict(trial: Experiment, jobs: list[TrainJob]) -> AuditResult:
-    attacks = canaries.attacks(trial, seen(trial, jobs))
+def audit(trial: Experiment, jobs: list[TrainJob]) -> AuditResult:
+    attacks = canaries.attacks(trial, releases(trial, jobs))
     return empirical.audit(trial.claim, DELTA, attacks, trial.included, confidence=0.95, false_alarms=0.05)
 
 
-honest = partial(source, "simulated", 0)
+honest = partial(noise_source, "simulated", 0)
 
 
-def silent(device: str, round: int) -> NoiseSource:
+def noiseless(device: str, round: int) -> NoiseSource:
     return ZeroNoise(honest(device, round))
 
 
-def test_a_canary_is_one_clip_long_and_nothing_else() -> None:
+def test_canary_contributes_exactly_one_clip() -> None:
     """Without noise or sampling every release is exactly the inclusion bits, whatever the true lengths."""
     trial = experiment(dataclasses.replace(CLAIM, sampling_rate=1.0, steps=2), count=90, devices=3)
-    found = seen(trial, canaries.jobs(trial, silent))
-    assert found.shape == (3, 2, 90)
+    released = releases(trial, canaries.jobs(trial, noiseless))
+    assert released.shape == (3, 2, 90)
     for device in range(3):
-        wanted = trial.included & (trial.owners == device)
-        assert found[device] == pytest.approx(np.tile(wanted, (2, 1)).astype(float), abs=1e-4)
+        expected = trial.included & (trial.owners == device)
+        assert released[device] == pytest.approx(np.tile(expected, (2, 1)).astype(float), abs=1e-4)
 
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_draws_of_a_picture_are_one_unit(draws: int) -> None:
     trial = experiment(dataclasses.replace(CLAIM, sampling_rate=1.0, steps=1), count=40, devices=1, draws=draws)
-    assert seen(trial, canaries.jobs(trial, silent))[0, 0] == pytest.approx(trial.included.astype(float), abs=1e-4)
+    released = releases(trial, canaries.jobs(trial, noiseless))
+    assert released[0, 0] == pytest.approx(trial.included.astype(float), abs=1e-4)
 
 
-def test_sampling_and_noise_are_what_is_claimed() -> None:
+def test_sampling_and_noise_are_as_claimed() -> None:
     trial = experiment(count=900)
-    loud = seen(trial, canaries.jobs(trial, honest))
-    quiet = seen(trial, canaries.jobs(trial, silent))
-    assert np.isin(quiet.round(3), [0.0, 1.0]).all()
+    noisy = releases(trial, canaries.jobs(trial, honest))
+    exact = releases(trial, canaries.jobs(trial, noiseless))
+    assert np.isin(exact.round(3), [0.0, 1.0]).all()
     for device in range(trial.devices):
         (own,) = np.nonzero(trial.included & (trial.owners == device))
-        joined = quiet[device][:, own].round()
+        joined = exact[device][:, own].round()
         assert joined.mean() == pytest.approx(0.5, abs=5 * (0.25 / joined.size) ** 0.5)
-        noise = (loud - quiet)[device] / CLAIM.noise_multiplier
+        noise = (noisy - exact)[device] / CLAIM.noise_multiplier
         assert stats.kstest(noise.flatten(), "norm").pvalue > 1e-5
-    assert abs(np.corrcoef((loud - quiet).reshape(-1, 900))[np.triu_indices(32, 1)]).max() < 0.2  # 6 standard errors
+    correlations = np.corrcoef((noisy - exact).reshape(-1, 900))[np.triu_indices(32, 1)]
+    assert abs(correlations).max() < 0.2  # 6 standard errors
 
 
-def test_the_honest_loop_is_not_refuted_and_shows_something() -> None:
+def test_honest_loop_is_not_refuted() -> None:
+    """The audit has power: its bound is well above 0."""
     trial = experiment()
-    found = verdict(trial, canaries.jobs(trial, honest))
-    assert not found.refuted
-    assert 0.1 < found.bound < found.claimed.value < found.ceiling
-    assert found.claimed == epsilon([CLAIM], DELTA)
+    result = audit(trial, canaries.jobs(trial, honest))
+    assert not result.refuted
+    assert 0.1 < result.bound < result.claimed.value < result.ceiling
+    assert result.claimed == epsilon([CLAIM], DELTA)
 
 
-class Scaled:
-    """Noise that is too small."""
-
-    release = False
-
-    def __init__(self, inner: NoiseSource, scale: float) -> None:
-        self.inner, self.scale = inner, scale
-
-    def poisson_batch(self, size: int, rate: float) -> Tensor:
-        return self.inner.poisson_batch(size, rate)
-
-    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
-        return self.inner.rounded_gaussian(size, self.scale * stddev, device)
-
-
-class Batches:
-    """Noise of one source on Poisson batches of another."""
+class _OtherBatches:
+    """Noise of one source with the Poisson batches of another."""
 
     release = False
 
@@ -118,15 +107,15 @@ class Batches:
         return self.noise.rounded_gaussian(size, stddev, device)
 
 
-def noise_off(trial: Experiment) -> list[TrainJob]:
-    return canaries.jobs(trial, silent)
+def no_noise(trial: Experiment) -> list[TrainJob]:
+    return canaries.jobs(trial, noiseless)
 
 
-def noise_quartered(trial: Experiment) -> list[TrainJob]:
-    return canaries.jobs(trial, lambda *key: Scaled(honest(*key), 0.25))
+def quarter_of_the_noise(trial: Experiment) -> list[TrainJob]:
+    return canaries.jobs(trial, lambda *key: ScaledNoise(honest(*key), 0.25))
 
 
-def noise_multiplier_of_a_quarter(trial: Experiment) -> list[TrainJob]:
+def quarter_of_the_noise_multiplier(trial: Experiment) -> list[TrainJob]:
     return [
         dataclasses.replace(
             job, privacy=dataclasses.replace(job.privacy, noise_multiplier=job.privacy.noise_multiplier / 4)
@@ -136,8 +125,8 @@ def noise_multiplier_of_a_quarter(trial: Experiment) -> list[TrainJob]:
     ]
 
 
-def clip_off(trial: Experiment) -> list[TrainJob]:
-    """The noise is meant for the clip, and the gradients, each far longer, are not clipped."""
+def no_clipping(trial: Experiment) -> list[TrainJob]:
+    """The noise matches the clip, but the much longer gradients are not clipped."""
     return [
         dataclasses.replace(
             job,
@@ -150,8 +139,8 @@ def clip_off(trial: Experiment) -> list[TrainJob]:
     ]
 
 
-def draws_as_people(trial: Experiment, draws: int = 8) -> list[TrainJob]:
-    """Each draw of a picture clipped by itself, as if it were a picture."""
+def draws_clipped_separately(trial: Experiment, draws: int = 8) -> list[TrainJob]:
+    """Clip each draw of a picture separately, as if it were a picture."""
 
     def repeated(job: TrainJob) -> TrainJob:
         latents, context = (values.repeat_interleave(draws, 0) for values in job.examples)
@@ -162,56 +151,58 @@ def draws_as_people(trial: Experiment, draws: int = 8) -> list[TrainJob]:
 
 
 def noise_shared_by_devices(trial: Experiment) -> list[TrainJob]:
-    """A seed without the device in it: whoever has no canary there shows the noise to subtract."""
-    return canaries.jobs(trial, lambda device, number: Batches(honest("the same", number), honest(device, number)))
+    """Seed without the device: the release of a device without the canary shows the noise to subtract."""
+    return canaries.jobs(
+        trial, lambda device, number: _OtherBatches(honest("the same", number), honest(device, number))
+    )
 
 
 def noise_shared_by_rounds(trial: Experiment) -> list[TrainJob]:
-    """A seed without the round in it."""
-    return canaries.jobs(trial, lambda device, number: Batches(honest(device, 0), honest(device, number)))
+    """Seed without the round."""
+    return canaries.jobs(trial, lambda device, number: _OtherBatches(honest(device, 0), honest(device, number)))
 
 
 MUTATIONS: list[Callable[[Experiment], list[TrainJob]]] = [
-    noise_off,
-    noise_quartered,
-    noise_multiplier_of_a_quarter,
-    clip_off,
-    draws_as_people,
+    no_noise,
+    quarter_of_the_noise,
+    quarter_of_the_noise_multiplier,
+    no_clipping,
+    draws_clipped_separately,
     noise_shared_by_devices,
     noise_shared_by_rounds,
 ]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_a_mutation_is_caught(mutation: Callable[[Experiment], list[TrainJob]]) -> None:
+def test_mutation_is_caught(mutation: Callable[[Experiment], list[TrainJob]]) -> None:
     trial = experiment()
-    found = verdict(trial, mutation(trial))
-    assert found.refuted
-    assert found.bound > found.claimed.value
+    result = audit(trial, mutation(trial))
+    assert result.refuted
+    assert result.bound > result.claimed.value
     if mutation is noise_shared_by_devices:
-        assert found.attack == "against other devices"
+        assert result.attack == "against other devices"
 
 
-def test_what_is_left_of_releases_is_the_noise() -> None:
+def test_residuals_are_the_noise() -> None:
     trial, recorded = experiment(), []
 
     def recording(device: str, number: int) -> RecordingSource:
         recorded.append(RecordingSource(honest(device, number)))
         return recorded[-1]
 
-    noise, joined = canaries.residuals(trial, seen(trial, canaries.jobs(trial, recording)), recorded)
+    noise, joined = canaries.residuals(trial, releases(trial, canaries.jobs(trial, recording)), recorded)
     assert min(check.p_value for check in fit.battery(noise)) > 1e-4
-    for missing in joined:  # a picture is a third of σ
-        assert set(np.unique(missing).round(3)) == {0.0, 0.333}
+    for contribution in joined:  # a picture is a third of σ
+        assert set(np.unique(contribution).round(3)) == {0.0, 0.333}
     assert fit.alignment([one + other for one, other in zip(noise, joined, strict=True)], joined, "").p_value < 1e-9
 
 
-def test_a_job_that_failed_fails_the_audit() -> None:
+def test_failed_job_fails_the_audit() -> None:
     trial = experiment(count=64, devices=1)
 
-    class Broken(ZeroNoise):
+    class _BrokenNoise(ZeroNoise):
         def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
             raise OSError(f"no entropy for {size} numbers of {stddev} on {device}")
 
     with pytest.raises(OSError, match="no entropy"):
-        seen(trial, canaries.jobs(trial, lambda *key: Broken(honest(*key))))
+        releases(trial, canaries.jobs(trial, lambda *key: _BrokenNoise(honest(*key))))

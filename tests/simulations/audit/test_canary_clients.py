@@ -1,4 +1,4 @@
-"""The audit of `privacy=device`: rounds of the real `CentralDP` are what is claimed, and broken ones are caught."""
+"""Audit of `privacy=device`: rounds of the real `CentralDP` match the claim, and broken ones are detected."""
 
 from __future__ import annotations
 
@@ -30,66 +30,66 @@ def simulated(number: int) -> NoiseSource:
     return SimulatedNoise(seed=0, client="server", round=number, purpose="aggregate")
 
 
-def silent(number: int) -> NoiseSource:
+def noiseless(number: int) -> NoiseSource:
     return ZeroNoise(simulated(number))
 
 
-def least(released: CanaryReleases) -> float:
+def smallest_p(released: CanaryReleases) -> float:
     return min(check.p_value for check in canary_clients.checks(released))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("both", [False, True])
-def test_without_noise_a_round_is_the_exact_sum(adaptive: bool, both: bool) -> None:
-    found = canary_clients.run_rounds(replace(COHORT, adaptive=adaptive, trains_both=both), silent)
-    assert found.sums.shape == (4, 60 * 60 * (1 + both))
-    assert np.isnan(found.sums).sum() == 4 * 60 * both  # the ones of A
-    assert np.nan_to_num(found.sums) == pytest.approx(np.tile(found.known, (4, 1)), abs=1e-3)
-    assert found.known[-3600:-3000] == pytest.approx(COHORT.included.astype(float))
-    assert found.known.sum() == COHORT.included.sum()
-    assert found.counts == pytest.approx(np.zeros(4 * adaptive), abs=1e-3)
+def test_round_without_noise_is_the_exact_sum(adaptive: bool, both: bool) -> None:
+    released = canary_clients.run_rounds(replace(COHORT, adaptive=adaptive, trains_both=both), noiseless)
+    assert released.sums.shape == (4, 60 * 60 * (1 + both))
+    assert np.isnan(released.sums).sum() == 4 * 60 * both  # the ones of A
+    assert np.nan_to_num(released.sums) == pytest.approx(np.tile(released.known, (4, 1)), abs=1e-3)
+    assert released.known[-3600:-3000] == pytest.approx(COHORT.included.astype(float))
+    assert released.known.sum() == COHORT.included.sum()
+    assert released.counts == pytest.approx(np.zeros(4 * adaptive), abs=1e-3)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("both", [False, True])
 def test_honest_rounds_pass(adaptive: bool, both: bool) -> None:
-    found = canary_clients.run_rounds(replace(COHORT, adaptive=adaptive, trains_both=both), simulated)
-    assert least(found) > 1e-4
-    assert len(found.counts) == 4 * adaptive
+    released = canary_clients.run_rounds(replace(COHORT, adaptive=adaptive, trains_both=both), simulated)
+    assert smallest_p(released) > 1e-4
+    assert len(released.counts) == 4 * adaptive
 
 
-def estimated(noise: Callable[[int], NoiseSource]) -> tuple[empirical.AuditResult, float]:
-    """The audit of the claim, and ε at δ = 0.01 as the final model shows it."""
-    found = canary_clients.run_rounds(COHORT, noise)
-    scores = {"releases": empirical.log_likelihood_ratio(found.sums[:, :600], CLAIM)}
-    finding = empirical.audit(CLAIM, DELTA, scores, COHORT.included, confidence=0.95, false_alarms=1e-6)
-    total = found.sums.sum(0)
+def audit(noise: Callable[[int], NoiseSource]) -> tuple[empirical.AuditResult, float]:
+    """Audit the claim, and estimate ε at δ = 0.01 from the final model."""
+    released = canary_clients.run_rounds(COHORT, noise)
+    scores = {"releases": empirical.log_likelihood_ratio(released.sums[:, :600], CLAIM)}
+    result = empirical.audit(CLAIM, DELTA, scores, COHORT.included, confidence=0.95, false_alarms=1e-6)
+    total = released.sums.sum(0)
     cosines = total[:600][COHORT.included] / np.linalg.norm(total)
-    return finding, empirical.cosine_epsilon(cosines, total.size, 1e-2)
+    return result, empirical.cosine_epsilon(cosines, total.size, 1e-2)
 
 
-def test_canary_clients_show_what_is_claimed_and_no_more() -> None:
-    finding, estimate = estimated(simulated)
+def test_estimate_is_near_the_claim() -> None:
+    result, estimate = audit(simulated)
     assert estimate == pytest.approx(epsilon([CLAIM], 1e-2).value, rel=0.35)
-    assert 0 < finding.bound < finding.claimed.value
-    assert not finding.refuted
+    assert 0 < result.bound < result.claimed.value
+    assert not result.refuted
 
 
-def test_canary_clients_see_missing_noise() -> None:
-    assert estimated(silent)[0].refuted
-    assert least(canary_clients.run_rounds(COHORT, silent)) == 0
+def test_missing_noise_is_detected() -> None:
+    assert audit(noiseless)[0].refuted
+    assert smallest_p(canary_clients.run_rounds(COHORT, noiseless)) == 0
 
 
-def test_the_same_noise_in_each_round_is_seen() -> None:
-    assert least(canary_clients.run_rounds(COHORT, lambda _: simulated(0))) < ALARM
+def test_repeated_noise_is_detected() -> None:
+    assert smallest_p(canary_clients.run_rounds(COHORT, lambda _: simulated(0))) < ALARM
 
 
-def test_a_guess_is_right_as_often_as_the_total_variation_distance_allows() -> None:
-    """Φ(μ/2) for a Gaussian of μ = √steps / σ, as the canaries of an honest run are."""
+def test_guesses_match_total_variation_distance() -> None:
+    """The probability of a correct guess is Φ(μ/2) for a Gaussian of μ = √steps / σ."""
     cohort = replace(COHORT, included=draw_included(3600, 1))
-    found = canary_clients.run_rounds(cohort, simulated)
-    made = empirical.guess_all(empirical.log_likelihood_ratio(found.sums[:, :3600], CLAIM), cohort.included)
+    released = canary_clients.run_rounds(cohort, simulated)
+    guesses = empirical.guess_all(empirical.log_likelihood_ratio(released.sums[:, :3600], CLAIM), cohort.included)
     chance = norm.cdf(np.sqrt(CLAIM.steps) / CLAIM.noise_multiplier / 2)
-    assert made.correct / made.made == pytest.approx(chance, abs=4 * 0.5 / 60)
-    assert not empirical.refutes_each(made, CLAIM, 1e-4)
-    assert empirical.refutes_each(made, replace(CLAIM, noise_multiplier=2 * CLAIM.noise_multiplier), 1e-4)
+    assert guesses.correct / guesses.made == pytest.approx(chance, abs=4 * 0.5 / 60)
+    assert not empirical.refutes_each(guesses, CLAIM, 1e-4)
+    assert empirical.refutes_each(guesses, replace(CLAIM, noise_multiplier=2 * CLAIM.noise_multiplier), 1e-4)

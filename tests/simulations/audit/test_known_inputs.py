@@ -1,4 +1,4 @@
-"""Training in which all is known: its releases are formula plus noise, and each broken mechanism is found."""
+"""Training with known inputs: releases are the formula plus noise."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SMALL = Situation(
 )
 KINDS = {
     "sgd": SMALL,
-    "adamw": replace(SMALL, optimiser="adamw"),
+    "adamw": replace(SMALL, optimizer="adamw"),
     "per site, two draws": replace(SMALL, per_site=True, draws=2),
-    "only B": replace(SMALL, trains="b", optimiser="adamw"),
+    "only B": replace(SMALL, trains="b", optimizer="adamw"),
 }
 
 
@@ -37,36 +37,37 @@ def simulated(device: str, number: int) -> NoiseSource:
     return SimulatedNoise(seed=0, client=device, round=number, purpose="shared")
 
 
-def silent(device: str, number: int) -> NoiseSource:
+def noiseless(device: str, number: int) -> NoiseSource:
     return ZeroNoise(simulated(device, number))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_noise_nothing_is_left(kind: str) -> None:
-    """The formula of what each picture adds is that of the training loop, in every kind of job."""
-    found = known_inputs.observe(KINDS[kind], silent, 0, memory=MEMORY)
-    joined = [one for one in found.joined if one.any()]
+def test_residuals_without_noise_are_zero(kind: str) -> None:
+    """The formula for each picture's contribution matches the training loop for every kind of job."""
+    observed = known_inputs.observe(KINDS[kind], noiseless, 0, memory=MEMORY)
+    joined = [contribution for contribution in observed.joined if contribution.any()]
     assert len(joined) >= 5
-    ones = 2 * 12 if KINDS[kind].trains == "both" else 0  # of A, beside which nothing is seen
-    for device, noise in enumerate(found.noise[::2]):
+    ones = 2 * 12 if KINDS[kind].trains == "both" else 0  # ones of A hide small changes
+    for device, noise in enumerate(observed.noise[::2]):
         assert np.sort(np.abs(noise))[: -ones or None].max() < 2e-3
         assert noise.size == 2 * 12 * SMALL.rank(device) * (2 if ones else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_honest_jobs_pass(kind: str) -> None:
-    found = known_inputs.checks(known_inputs.observe(KINDS[kind], simulated, 0, memory=MEMORY))
-    assert min(check.p_value for check in found) > 1e-4
-    of_the_grid = set() if KINDS[kind].optimiser == "adamw" else {"on the grid", "last digits", "repeats"}
-    assert {check.name.partition(":")[0] for check in found} == {"noise", "batches", "batch sizes"} | of_the_grid
+    checks = known_inputs.checks(known_inputs.observe(KINDS[kind], simulated, 0, memory=MEMORY))
+    assert min(check.p_value for check in checks) > 1e-4
+    grid_tests = set() if KINDS[kind].optimizer == "adamw" else {"on the grid", "last digits", "repeats"}
+    assert {check.name.partition(":")[0] for check in checks} == {"noise", "batches", "batch sizes"} | grid_tests
 
 
-def test_every_audit_has_several_steps_both_optimizers_mixed_ranks_empty_batches_and_a_long_release() -> None:
-    every = known_inputs.situations(2**20)
-    assert {one.optimiser for one in every} == {"sgd", "adamw"}
-    assert max(one.steps for one in every) == 5
-    assert any(one.per_site and one.sites > 1 for one in every)
-    assert any(len(set(one.ranks)) == 3 for one in every)
-    assert any(one.draws > 1 for one in every)
-    assert any((1 - one.sampling_rate) ** one.pictures > 0.5 for one in every)
-    assert max(one.side**2 for one in every) == 2**20
+def test_audits_cover_all_situations() -> None:
+    """Several steps, both optimizers, mixed ranks, empty batches, a long release."""
+    situations = known_inputs.situations(2**20)
+    assert {situation.optimizer for situation in situations} == {"sgd", "adamw"}
+    assert max(situation.steps for situation in situations) == 5
+    assert any(situation.per_site and situation.sites > 1 for situation in situations)
+    assert any(len(set(situation.ranks)) == 3 for situation in situations)
+    assert any(situation.draws > 1 for situation in situations)
+    assert any((1 - situation.sampling_rate) ** situation.pictures > 0.5 for situation in situations)
+    assert max(situation.side**2 for situation in situations) == 2**20

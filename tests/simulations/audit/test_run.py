@@ -1,4 +1,4 @@
-"""The audit as a person runs it: finished runs on trial, a page and numbers, exit codes, and mistakes in one line."""
+"""The audit command: attacks on finished runs, page and JSON, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from simulations.audit import page as audit_page
 from simulations.audit.membership import CONTROL, candidates
 from simulations.audit.verdicts import AuditResults, ClaimResult
 from simulations.fleet.participants import writers
-from tests.helpers.broken_mechanisms import Scaled
+from tests.helpers.broken_mechanisms import ScaledNoise
 from tests.helpers.reference_trainer import live
-from tests.privacy.audit.test_membership import trial as drawn
+from tests.privacy.audit.test_membership import trial
 from tests.server.rounds.test_checkpoint import device, round_
 from typefaces.dataset import POOL, TEST
 
@@ -51,22 +51,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def finish(base: Base, folder: Path, *overrides: str, adapter: Adapter) -> Path:
-    """A finished run of three writers, of which the last was never asked, that shares this adapter."""
+    """Write a finished run of three writers with this shared adapter; the last writer was never asked."""
     config = compose(" ".join([f"base.path={base.folder} data.writers=3 data.train=20 base.device=cpu", *overrides]))
     run_dir.claim(folder, config, {"base": base.hash, "data": "known"}, memory=1)
     private = config.privacy.of_examples
-    promise = dataclasses.asdict(Guarantee(8.0, 1e-3)) if private else None
-    atomic_files.write(folder / "summary.json", json.dumps({"epsilon": promise}).encode())
-    took_part = {writer.name: device() for writer in writers(config.data)[:2]}
+    guarantee = dataclasses.asdict(Guarantee(8.0, 1e-3)) if private else None
+    atomic_files.write(folder / "summary.json", json.dumps({"epsilon": guarantee}).encode())
+    participated = {writer.name: device() for writer in writers(config.data)[:2]}
     state = RunState.start(run="run", private=private, adapter=adapter)
     state = state.after(round_(0, None), adapter).after(round_(1, 0.5), adapter)
-    checkpoint.save(folder / "checkpoints", dataclasses.replace(state, devices=took_part))
+    checkpoint.save(folder / "checkpoints", dataclasses.replace(state, devices=participated))
     return folder
 
 
 @pytest.fixture(scope="module")
 def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two that differ in their seed alone, and a private one."""
+    """Two runs that differ only in their seed, and a private one."""
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"open": "seed=0", "again": "seed=1", "private": "privacy=example"}
     return [
@@ -76,41 +76,41 @@ def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    """Run it as a person does; the exit code."""
+    """Run the command line and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["audit", *arguments, f"hydra.run.dir={folder}"])
     with pytest.raises(SystemExit) as stop:
         run.main()
     return int(stop.value.code or 0)
 
 
-def test_runs_on_trial_leave_a_page_and_numbers(
+def test_finished_runs_yield_page_and_numbers(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = f"runs=[{','.join(map(str, runs))}]"
     assert command(monkeypatch, tmp_path, listed, "membership.timesteps=1", "membership.resamples=100") == 0
-    arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "audit.json").read_text())["membership"]}
-    assert {name: len(arm["runs"]) for name, arm in arms.items()} == {
+    groups = {group["arm"]: group for group in json.loads((tmp_path / "audit.json").read_text())["membership"]}
+    assert {name: len(group["runs"]) for name, group in groups.items()} == {
         "no differential privacy, 4 rounds of 4 steps": 2,
         "ε=8 per image (δ=0.001, add or remove one), 4 rounds of 4 steps": 1,
     }
-    for arm in arms.values():
-        count = len(arm["runs"])
-        assert arm["writers"] == 3
-        for attack in arm["attacks"].values():
+    for group in groups.values():
+        count = len(group["runs"])
+        assert group["writers"] == 3
+        for attack in group["attacks"].values():
             assert attack["members"] == 2 * 20 * count
             assert attack["others"] == (3 * (POOL + TEST) - 2 * 20) * count
             assert attack["auc"]["low"] <= attack["auc"]["value"] <= attack["auc"]["high"]
             assert attack["roc"]["tpr"][-1] == attack["roc"]["fpr"][-1] == 1.0
-    one, other = (arm["attacks"][CONTROL]["auc"]["value"] for arm in arms.values())
-    assert one == pytest.approx(other)  # the same pictures under the same base, whatever was trained
+    one, other = (group["attacks"][CONTROL]["auc"]["value"] for group in groups.values())
+    assert one == pytest.approx(other)  # same pictures, same base: independent of the training
     page = (tmp_path / "audit.html").read_text()
     assert "Who was trained on?" in page
-    assert all(name in page for name in arms)
+    assert all(name in page for name in groups)
     assert "loss against the base    AUC" in capsys.readouterr().out
-    stands_alone(page)
+    check_page(page)
 
 
-def test_the_last_adapter_can_be_put_on_trial_instead_of_the_best(base: Base, tmp_path: Path) -> None:
+def test_last_adapter_can_be_attacked(base: Base, tmp_path: Path) -> None:
     folder = finish(base, tmp_path / "run", adapter=live(base, 2, 0))
     state = checkpoint.load(folder / "checkpoints", sites=base.sites)
     assert state is not None
@@ -118,16 +118,16 @@ def test_the_last_adapter_can_be_put_on_trial_instead_of_the_best(base: Base, tm
     assert (last.best_adapter is last.adapter) is False
     checkpoint.save(folder / "checkpoints", last)
 
-    def attacked(*overrides: str) -> float:
+    def mean_score(*overrides: str) -> float:
         config = MembershipConfig(timesteps=1, resamples=100, **dict(pair.split("=") for pair in overrides))
-        arm = membership.attack([membership.load(folder)], config, confidence=0.95, seed=0)
-        return float(arm.trials["loss"].scores.mean())
+        group = membership.attack([membership.load(folder)], config, confidence=0.95, seed=0)
+        return float(group.trials["loss"].scores.mean())
 
-    best = attacked()
-    assert attacked("adapter=best") == best != attacked("adapter=last")
+    best = mean_score()
+    assert mean_score("adapter=best") == best != mean_score("adapter=last")
 
 
-def test_a_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path: Path) -> None:
+def test_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path: Path) -> None:
     folder = shutil.copytree(runs[0], tmp_path / "moved")
     record = json.loads((folder / "run.json").read_text())
     record["assets"]["base"] = "0" * 64
@@ -142,8 +142,8 @@ def test_a_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_on_the_shipped_base_is_put_on_trial(tmp_path: Path) -> None:
-    """python -m pytest -m slow tests/simulations/audit/test_run.py: a real federation, and the command on what it left."""
+def test_run_on_shipped_base_is_attacked(tmp_path: Path) -> None:
+    """Run a real federation, then the audit of its results."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     few = ["rounds=2", "data.writers=4", "data.train=10", "evaluation.gallery_size=0", "evaluation.devices=1"]
     short = ["adapter.shared.steps=2", "adapter.personal.steps=2", "tracker=none"]
@@ -154,57 +154,60 @@ def test_a_run_on_the_shipped_base_is_put_on_trial(tmp_path: Path) -> None:
         call = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert "[transformers]" not in done.stderr  # of what nobody needs
-    (arm,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["membership"]
-    assert arm["attacks"][CONTROL]["members"] == 40
-    stands_alone((tmp_path / "audit" / "audit.html").read_text())
+        assert "[transformers]" not in done.stderr  # warnings about optional packages
+    (group,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["membership"]
+    assert group["attacks"][CONTROL]["members"] == 40
+    check_page((tmp_path / "audit" / "audit.html").read_text())
 
 
-def stands_alone(page: str) -> None:
+def check_page(page: str) -> None:
+    """Check that the page loads nothing and shows no missing value."""
     assert not re.search(r"""(?:src|href)=["']?https?:|<script|@import|url\(""", page)
     HTMLParser().feed(page)
     assert "None" not in page
     assert "nan" not in page.lower().replace("nanum", "")
 
 
-def test_a_folder_without_a_finished_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+def test_folder_without_finished_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="no finished run here"):
         membership.load(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(AntherError, match="damaged"):
         membership.load(tmp_path)
-    assert membership.load(runs[0]).arm == membership.load(runs[1]).arm != membership.load(runs[2]).arm
+    first, same, private = (membership.load(folder).group_key for folder in runs)
+    assert first == same != private
 
 
-def test_members_are_what_devices_that_took_part_trained_on() -> None:
+def test_members_are_pictures_of_participants() -> None:
     data = compose("data.writers=3 data.devices=5 data.train=6").data
-    writer, *_ = names = sorted({suspect.writer for suspect in candidates(data, set())})
-    assert not any(suspect.member for suspect in candidates(data, set()))
-    one = [suspect for suspect in candidates(data, {writer}) if suspect.member]
-    assert {suspect.writer for suspect in one} == {writer}
+    writer, *_ = names = sorted({candidate.writer for candidate in candidates(data, set())})
+    assert not any(candidate.member for candidate in candidates(data, set()))
+    one = [candidate for candidate in candidates(data, {writer}) if candidate.member]
+    assert {candidate.writer for candidate in one} == {writer}
     assert len(one) == 6
-    both = [suspect for suspect in candidates(data, {writer, f"{writer}-0002"}) if suspect.member]
-    assert len({suspect.letter for suspect in both}) == len(both) >= 6
-    assert Counter(suspect.writer for suspect in candidates(data, set())) == dict.fromkeys(names, POOL + TEST)
+    both = [candidate for candidate in candidates(data, {writer, f"{writer}-0002"}) if candidate.member]
+    assert len({candidate.letter for candidate in both}) == len(both) >= 6
+    assert Counter(candidate.writer for candidate in candidates(data, set())) == dict.fromkeys(names, POOL + TEST)
 
 
-def test_pictures_that_chose_the_round_are_on_neither_side() -> None:
+def test_validation_pictures_are_no_candidates() -> None:
+    """They selected the best round."""
     data = compose("data.writers=2 data.train=5 data.validation=10").data
-    known = {(suspect.writer, suspect.letter) for suspect in candidates(data, set())}
+    known = {(candidate.writer, candidate.letter) for candidate in candidates(data, set())}
     for writer in writers(data):
         assert not known & {(writer.name, picture.caption) for picture in writer.pictures.validation}
 
 
-def test_letters_alone_would_tell_members_and_matching_keeps_them_from_it() -> None:
-    """The first five glyphs of a writer are mostly small letters: an attack that knows only that is well above 0.5."""
+def test_matching_hides_letter_frequencies() -> None:
+    """The first five glyphs of a writer are mostly lowercase: an attack on the letter only is well above 0.5."""
     data = compose("data.role=test data.writers=200 data.train=5").data
-    everyone = candidates(data, {suspect.writer for suspect in candidates(data, set())})
-    scores = [float(suspect.letter.startswith("lowercase")) for suspect in everyone]
-    members = [suspect.member for suspect in everyone]
-    _, letters = np.unique([suspect.letter for suspect in everyone], return_inverse=True)
-    assert roc(drawn(scores, members)).auc > 0.6
-    assert roc(drawn(scores, members, None, letters)).auc == pytest.approx(0.5)
+    everyone = candidates(data, {candidate.writer for candidate in candidates(data, set())})
+    scores = [float(candidate.letter.startswith("lowercase")) for candidate in everyone]
+    members = [candidate.member for candidate in everyone]
+    _, letters = np.unique([candidate.letter for candidate in everyone], return_inverse=True)
+    assert roc(trial(scores, members)).auc > 0.6
+    assert roc(trial(scores, members, None, letters)).auc == pytest.approx(0.5)
 
 
 def finding(bound: float, claimed: float = 1.0) -> AuditResult:
@@ -223,65 +226,65 @@ def finding(bound: float, claimed: float = 1.0) -> AuditResult:
     )
 
 
-def verdict(bound: float, *, honest: bool = True) -> ClaimResult:
+def claim(bound: float, *, honest: bool = True) -> ClaimResult:
     return ClaimResult("ε = 1" if honest else "ε = 1, noise left out", finding(bound), honest)
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "sound"),
+    ("claims", "sound"),
     [
-        ([verdict(0.5), verdict(5.0, honest=False)], True),
-        ([verdict(1.5), verdict(5.0, honest=False)], False),
-        ([verdict(0.5), verdict(0.9, honest=False)], False),
+        ([claim(0.5), claim(5.0, honest=False)], True),
+        ([claim(1.5), claim(5.0, honest=False)], False),
+        ([claim(0.5), claim(0.9, honest=False)], False),
     ],
 )
-def test_refuted_claims_and_missed_noise_fail_the_command(
-    verdicts: list[ClaimResult], sound: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_refuted_claim_or_undetected_missing_noise_fails(
+    claims: list[ClaimResult], sound: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run, "loop", lambda _: iter(verdicts))
-    monkeypatch.setattr(run, "clients", lambda _: iter([]))
-    monkeypatch.setattr(run, "fits", lambda _: iter([]))
+    monkeypatch.setattr(run, "audit_training_loop", lambda _: iter(claims))
+    monkeypatch.setattr(run, "audit_devices", lambda _: iter([]))
+    monkeypatch.setattr(run, "noise_tests", lambda _: iter([]))
     assert command(monkeypatch, tmp_path) == (0 if sound else 1)
     assert json.loads((tmp_path / "audit.json").read_text())["sound"] is sound
     page = (tmp_path / "audit.html").read_text()
     assert ("No claim was refuted" in page) is sound
-    stands_alone(page)
+    check_page(page)
 
 
-def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_is_sound_and_missing_noise_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AuditConfig()
     config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000
     config.canaries.noise = "simulated"
     config.clients.count = config.fits.longest = 0
     config.fits.base = None
-    told: list[str] = []
-    results = run.audit(config, told.append)
+    lines: list[str] = []
+    results = run.audit(config, lines.append)
     assert results.sound
-    assert [line[:4] for line in told] == ["ok  "] * 3
-    assert ["not refuted" in told[0], "noise of ε = 1" in told[1], "not refuted" in told[2]] == [True, True, False]
-    honest = run.source
-    monkeypatch.setattr(run, "source", lambda *key: canaries.ZeroNoise(honest(*key)))
-    assert not run.audit(config, told.append).sound
+    assert [line[:4] for line in lines] == ["ok  "] * 3
+    assert ["not refuted" in lines[0], "noise of ε = 1" in lines[1], "not refuted" in lines[2]] == [True, True, False]
+    honest = run.noise_source
+    monkeypatch.setattr(run, "noise_source", lambda *key: canaries.ZeroNoise(honest(*key)))
+    assert not run.audit(config, lines.append).sound
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.7, 0.5])
-def test_the_command_fails_for_too_little_noise(
+def test_too_little_noise_fails_the_audit(
     scale: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A minute for each: python -m pytest -m slow tests/simulations/audit/test_run.py. Of half, claims fall as well."""
-    honest = run.source
-    monkeypatch.setattr(run, "source", lambda *key: Scaled(honest(*key), scale))
+    """With half the noise, claims are refuted too. Takes a minute for each scale."""
+    honest = run.noise_source
+    monkeypatch.setattr(run, "noise_source", lambda *key: ScaledNoise(honest(*key), scale))
     assert command(monkeypatch, tmp_path, "canaries.epsilons=[4]", "clients.epsilons=[4]") == (0 if scale == 1 else 1)
-    told = capsys.readouterr().out.splitlines()
-    bad = [line for line in told if line.startswith("FAIL")]
-    situations = [line for line in bad if " numbers of noise" in line]
-    claims = [line for line in bad if ": refuted" in line]
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("FAIL")]
+    situations = [line for line in failed if " noise values" in line]
+    claims = [line for line in failed if ": refuted" in line]
     assert len(situations) == (0 if scale == 1 else 10)
     assert len(claims) == (2 if scale == 0.5 else 0) or scale == 0.7
-    assert told[-2].startswith("ok" if scale == 1 else "FAIL")
-    assert "would be seen with probability 0.999" in told[-2]
-    stands_alone((tmp_path / "audit.html").read_text())
+    assert lines[-2].startswith("ok" if scale == 1 else "FAIL")
+    assert "is detected with probability 0.999" in lines[-2]
+    check_page((tmp_path / "audit.html").read_text())
 
 
 @pytest.mark.parametrize(
@@ -300,25 +303,25 @@ def test_the_command_fails_for_too_little_noise(
         ("canary.count=9", "no such key; did you mean"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_invalid_setting_is_one_line(
     mistake: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     assert command(monkeypatch, tmp_path / "audit", *mistake.split()) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    assert words in said
+    errors = capsys.readouterr().err.strip()
+    assert "\n" not in errors
+    assert words in errors
     assert not (tmp_path / "audit").exists()
 
 
-def test_plots_say_what_they_are_given() -> None:
+def test_plots_show_their_values() -> None:
     row = ("loss", Interval(0.7, 0.65, 0.75), "shared")
     assert "0.700 ± 0.050" in plots.intervals([row], chance=0.5, low=0.4, high=0.8)
-    found = judge(drawn(np.arange(40.0), np.arange(40) % 3 == 0, np.arange(40) % 8), resamples=100)
-    assert audit_page.thinned(found.roc) is found.roc
-    many = drawn(np.random.default_rng(0).normal(size=3000), np.arange(3000) % 2 == 0)
+    result = judge(trial(np.arange(40.0), np.arange(40) % 3 == 0, np.arange(40) % 8), resamples=100)
+    assert audit_page.thin(result.roc) is result.roc
+    many = trial(np.random.default_rng(0).normal(size=3000), np.arange(3000) % 2 == 0)
     whole = roc(many)
-    few = audit_page.thinned(whole)
-    assert len(few.fpr) <= 510
-    assert few.auc == pytest.approx(whole.auc, abs=2e-3)
+    thinned = audit_page.thin(whole)
+    assert len(thinned.fpr) <= 510
+    assert thinned.auc == pytest.approx(whole.auc, abs=2e-3)
     assert AuditResults().sound
