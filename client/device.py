@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
-HOT, BATTERY_HOT = 80.0, 40.0  # °C, as `guard.celsius` and `guard.battery_celsius`: from here on training waits
+HOT, BATTERY_HOT = (
+    80.0,
+    40.0,
+)  # °C, as `throttle.max_celsius` and `throttle.max_battery_celsius`: from here on training waits
 
 
 def _at_once(_: float) -> None:

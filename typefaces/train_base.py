@@ -62,10 +62,10 @@ def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
         code, decode = torch.compile(code), torch.compile(decode)
 
     def loss(generator: Generator) -> Tensor:
-        rows = torch.randint(len(images), (config.vae.batch,), generator=generator, device=images.device)
+        rows = torch.randint(len(images), (config.vae.batch_size,), generator=generator, device=images.device)
         pictures = corpus.apply_jitter(corpus.normalize(images[rows]), PLACES.draw(len(rows), generator))
         latents, kl = reparameterize(code(pictures), generator)
-        return reconstruction_loss(decode(latents), pictures) + config.kl * kl
+        return reconstruction_loss(decode(latents), pictures) + config.kl_weight * kl
 
     return train(
         vae, loss, stage=config.vae, name="vae", seed=config.seed, folder=checkpoint_dir(config), resume=config.resume
@@ -110,7 +110,7 @@ def train_denoiser(config: TrainBaseConfig, latents: Tensor) -> nn.ModuleDict:
         denoise = torch.compile(denoise)
 
     def loss(generator: Generator) -> Tensor:
-        shape = (config.diffusion.batch,)
+        shape = (config.diffusion.batch_size,)
         rows = torch.randint(len(latents), shape, generator=generator, device=device)
         variants = torch.randint(latents.shape[1], shape, generator=generator, device=device)
         classes = drop_captions(
@@ -167,7 +167,7 @@ def measure(
     }
     judge = load_judge(config.judge, device=device.type) if config.judge else None
     pipe = architecture.pipeline(vae=vae, text_encoder=model["text_encoder"], unet=model["unet"])
-    for guidance in config.guidance:
+    for guidance in config.guidance_scales:
         if judge:
             share, pictures = evaluation.legibility(
                 pipe,

@@ -37,9 +37,9 @@ def train_judge(config: TrainJudgeConfig, images: Tensor) -> JudgeNetwork:
             network,
             images,
             table=table,
-            batch=config.judge.batch,
-            style=config.style,
-            smoothing=config.smoothing,
+            batch=config.judge.batch_size,
+            style=config.style_weight,
+            smoothing=config.label_smoothing,
             generator=generator,
         )
 

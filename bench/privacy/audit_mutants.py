@@ -113,8 +113,8 @@ AUDIT_MUTANTS = (
     Mutant(
         "false alarms not shared by the situations",
         "simulations/audit/run.py",
-        "return config.false_alarms / (claims + others)",
-        "return config.false_alarms / (claims or 1)",
+        "return config.false_alarm_rate / (claims + others)",
+        "return config.false_alarm_rate / (claims or 1)",
         f"{_VERDICTS}::test_shares_add_up_to_the_false_alarms",
     ),
     Mutant(

@@ -22,12 +22,12 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 LOOPBACK = "127.0.0.1"
 QUICK = (
-    "guard.charging=false",
-    "guard.celsius=null",
-    "guard.battery_celsius=null",
+    "throttle.require_charging=false",
+    "throttle.max_celsius=null",
+    "throttle.max_battery_celsius=null",
     "worker.nice=0",
     "worker.threads=1",
-    "link.poll_seconds=0.2",
+    "connection.poll_seconds=0.2",
 )
 """Lets a test's devices train in any sensor state and with short waits."""
 
@@ -197,10 +197,10 @@ class LocalFederation:
     def __post_init__(self) -> None:
         settings = [
             f"server.port={self.port}",
-            f"server.inner_port={self.inner}",
+            f"server.superlink_port={self.inner}",
             f"server.host={self.host}",
-            f"server.hosts=[{self.host}]",
-            "server.per_holder=99",
+            f"server.hostnames=[{self.host}]",
+            "server.max_devices_per_holder=99",
             "server.min_devices=1",
         ]
         self.server = ModuleProcess(

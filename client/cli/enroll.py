@@ -89,7 +89,13 @@ def enroll(text: str, words: Sequence[str]) -> str:
     node = compose(words, file)
     name = node.name or platform.node() or "device"
     found, hello = server_connection.enroll(ticket, name)
-    said = [*read_enrollment(file), *words, f"name={name}", f"link.address={found.address}", "link.insecure=false"]
+    said = [
+        *read_enrollment(file),
+        *words,
+        f"name={name}",
+        f"connection.address={found.address}",
+        "connection.insecure=false",
+    ]
     said.append(f"federation={hello.federation}")
     last = {word.partition("=")[0]: word for word in said}
     lines = ["# Written by anther device enroll; a key=value a line, to be changed by hand as you like."]

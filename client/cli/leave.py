@@ -60,7 +60,9 @@ def _federation() -> str:
     from conf.schemas.node import read_enrollment  # slow import, so only here
 
     try:
-        address = [word.partition("=")[2] for word in read_enrollment(words()) if word.startswith("link.address=")]
+        address = [
+            word.partition("=")[2] for word in read_enrollment(words()) if word.startswith("connection.address=")
+        ]
     except AntherError:
         return "its federation"
     return f"the federation at {address[-1]}" if address else "its federation"

@@ -118,7 +118,7 @@ def in_words(rungs: Sequence[TrainingOption], best: int | None, plan: PlanConfig
     from rich.console import Console, Group
     from rich.table import Table
 
-    pictures = "1 picture" if plan.pictures == 1 else f"{plan.pictures} pictures"
+    pictures = "1 picture" if plan.batch_size == 1 else f"{plan.batch_size} pictures"
     device = f"{plan.device.name}: {plan.device.memory_gib:g} GiB"
     table = Table(
         title=f"{Path(plan.base).name} on {device}, rank {plan.rank}, {pictures} a step",
@@ -133,7 +133,7 @@ def in_words(rungs: Sequence[TrainingOption], best: int | None, plan: PlanConfig
     for heading in ("MiB", "s/step", "steps", "hours", "Wh"):
         table.add_column(heading, justify="right")
     table.add_column("what blocks it", no_wrap=True)
-    for place in shown(len(rungs), best, plan.rungs):
+    for place in shown(len(rungs), best, plan.alternatives):
         rung, setting = rungs[place], rungs[place].setting
         costs = [""] * 4
         if rung.seconds:

@@ -60,7 +60,7 @@ def search_plans(
     rungs: list[TrainingOption] = []
     best = None
     for setting in settings:
-        if best is not None and len(rungs) > best + plan.rungs:
+        if best is not None and len(rungs) > best + plan.alternatives:
             break
         rungs.append(fastest_option(setting, plan, predict))
         if best is None and rungs[-1].blocked is None:
@@ -73,7 +73,7 @@ def fastest_option(setting: TrainingSetting, plan: PlanConfig, predict: Footprin
     found = rung(setting, plan, predict)
     if exceeds_memory(found.footprint, plan.device):
         return found
-    for power in range(1, plan.pictures.bit_length()):
+    for power in range(1, plan.batch_size.bit_length()):
         larger = rung(replace(setting, batch=2**power), plan, predict)
         if exceeds_memory(larger.footprint, plan.device):
             break
@@ -87,15 +87,15 @@ def rung(setting: TrainingSetting, plan: PlanConfig, predict: FootprintPredictor
     if exceeds_memory(footprint, device):
         least = f"{MARGIN * footprint.peak_bytes / MIB:,.0f}"
         return TrainingOption(setting, footprint, f"memory: {least} of {device.memory_gib * GIB / MIB:,.0f}")
-    seconds = -(-plan.pictures // setting.batch) * pass_seconds(footprint, device)
+    seconds = -(-plan.batch_size // setting.batch) * pass_seconds(footprint, device)
     joules = seconds * device.watts_busy
-    steps = {"time": plan.hours * HOUR / seconds}
+    steps = {"time": plan.max_hours * HOUR / seconds}
     if device.battery_wh is not None:
-        steps["battery"] = plan.battery_share * device.battery_wh * HOUR / joules
+        steps["battery"] = plan.max_battery_fraction * device.battery_wh * HOUR / joules
     scarce = min(steps, key=lambda name: steps[name])
     possible, blocked = min(plan.steps, int(steps[scarce])), None
-    if possible < plan.least_steps:
-        blocked = f"{scarce}: {possible} steps, of at least {plan.least_steps}"
+    if possible < plan.min_steps:
+        blocked = f"{scarce}: {possible} steps, of at least {plan.min_steps}"
     return TrainingOption(setting, footprint, blocked, possible, seconds, joules)
 
 

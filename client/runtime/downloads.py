@@ -149,15 +149,15 @@ class _Fetcher:
         return coming.fill(read, source, lambda done: self._progress(done, manifest.total))
 
     def _check_network(self) -> None:
-        if not self._settings.metered and self._metered():
-            raise AntherError("the network is paid by volume: wait for another, or set fetch.metered=true")
+        if not self._settings.allow_metered and self._metered():
+            raise AntherError("the network is paid by volume: wait for another, or set fetch.allow_metered=true")
 
     def _check_disk(self, needed: int) -> None:
-        free, stays = shutil.disk_usage(self._folder).free, self._settings.free_gib
+        free, stays = shutil.disk_usage(self._folder).free, self._settings.min_free_gib
         if free - needed < stays * 2**30:
             raise AntherError(
                 f"{self._folder}: {needed / 2**30:.2f} GiB are to come and {free / 2**30:.2f} are free, of which "
-                f"fetch.free_gib={stays:g} stay free: make room"
+                f"fetch.min_free_gib={stays:g} stay free: make room"
             )
 
 

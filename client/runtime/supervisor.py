@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(node: NodeConfig) -> None:
     """Take part until a signal comes; AntherError if its owner has to do something first."""
-    if node.link.address is None:
+    if node.connection.address is None:
         raise AntherError("not enrolled yet: anther device enroll, with a ticket of the server's operator")
     if node.data is None:
         raise AntherError("data: say which folder holds your pictures, data=FOLDER")
@@ -69,7 +69,7 @@ def run(node: NodeConfig) -> None:
     files = paths.own(name, node.store)
     node, owners = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
     check_pictures(node)
-    link = ServerConnection(str(node.link.address), insecure=node.link.insecure)
+    link = ServerConnection(str(node.connection.address), insecure=node.connection.insecure)
     with exclusive(paths.link(), what="this device's part in its federation"), listening() as listener:
         paths.remember(files)
         worker = WorkerProcess(listener, node)
@@ -78,7 +78,7 @@ def run(node: NodeConfig) -> None:
             while True:
                 if not supernode.alive:
                     worker.base = ready(node, link, owners)
-                    say(f"{name} takes part in the federation at {node.link.address}, until it is stopped")
+                    say(f"{name} takes part in the federation at {node.connection.address}, until it is stopped")
                     supernode.start()
                 worker.look(_LOOK)
                 supernode.look()
@@ -243,8 +243,8 @@ class SuperNode:
         make_folder(folder)
         own = {
             "ANTHER_WORKER": self.socket_path,
-            "ANTHER_POLL_SECONDS": str(self.node.link.poll_seconds),
-            "ANTHER_SLOW_POLL_SECONDS": str(self.node.link.slow_poll_seconds),
+            "ANTHER_POLL_SECONDS": str(self.node.connection.poll_seconds),
+            "ANTHER_SLOW_POLL_SECONDS": str(self.node.connection.max_poll_seconds),
         }
         safe = ["--insecure"]
         if not self.link.insecure:

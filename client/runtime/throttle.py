@@ -34,20 +34,20 @@ def reason(now: Conditions, settings: node.ThrottleConfig, *, waiting: bool = Fa
     Args:
         waiting: training waits already, and goes on only once battery and heat are well within their limits.
     """
-    least = min(1.0, settings.battery + BATTERY_MARGIN * waiting)
-    if settings.charging and now.charging is False:
+    least = min(1.0, settings.min_battery + BATTERY_MARGIN * waiting)
+    if settings.require_charging and now.charging is False:
         return "not on its charger"
-    if settings.battery and now.battery is not None and now.battery < least:
+    if settings.min_battery and now.battery is not None and now.battery < least:
         return f"the battery is at {now.battery:.0%}, and should be at {least:.0%}"
-    if wrong := _hot(now.celsius, settings.celsius, waiting=waiting):
+    if wrong := _hot(now.celsius, settings.max_celsius, waiting=waiting):
         return wrong
-    if wrong := _hot(now.battery_celsius, settings.battery_celsius, waiting=waiting):
+    if wrong := _hot(now.battery_celsius, settings.max_battery_celsius, waiting=waiting):
         return f"the battery: {wrong}"
-    if settings.celsius is not None and now.throttled:
+    if settings.max_celsius is not None and now.throttled:
         return "it is throttled"
-    if settings.idle and now.owner_active:
+    if settings.require_idle and now.owner_active:
         return "its owner uses it"
-    if settings.unmetered and now.metered:
+    if settings.require_unmetered and now.metered:
         return "its network is metered"
     return None
 
@@ -60,9 +60,9 @@ def _hot(celsius: float | None, most: float | None, *, waiting: bool) -> str | N
 
 def shortage(now: Conditions, settings: node.ThrottleConfig) -> str | None:
     """Why training should give its memory back; None: it need not."""
-    if now.free_mib >= settings.free_mib:
+    if now.free_mib >= settings.min_free_mib:
         return None
-    return f"{now.free_mib:.0f} MiB of memory are free, and {settings.free_mib:.0f} should be"
+    return f"{now.free_mib:.0f} MiB of memory are free, and {settings.min_free_mib:.0f} should be"
 
 
 def interval(cost: float) -> float:
@@ -160,9 +160,9 @@ class Guard:
         """Look again and again, until there is no reason to wait, one to stop, or no patience."""
         look = _Look(wait=why)
         while look.stop is None and look.wait is not None:
-            left = self.settings.patience - (self._clock() - began)
+            left = self.settings.max_wait_seconds - (self._clock() - began)
             if left <= 0:
-                return _Look(stop=f"{look.wait}, for {self.settings.patience:.0f} s now")
+                return _Look(stop=f"{look.wait}, for {self.settings.max_wait_seconds:.0f} s now")
             self._sleep(min(left, self.settings.poll_seconds))
             look = self._look(waiting=True)
         return look

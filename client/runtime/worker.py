@@ -53,7 +53,7 @@ def main() -> int:
         ):
             sensors = choose_sensors(node.power, cuda=resolve_device(node.device) == "cuda")
             meter = Meter(sensors.source, watts=WATTS)
-            guard = Guard(node.guard, sensors.read, pausing=meter.paused)
+            guard = Guard(node.throttle, sensors.read, pausing=meter.paused)
             resources = WorkerResources(store=found.store, read=sensors.read, meter=meter, guard=guard)
             log.info("energy: %s", f"{sensors.name}, {sensors.covers}" if sensors.source else sensors.covers)
             worker = WorkerServer(stated(node, os.environ[BASE]), resources)
@@ -131,8 +131,8 @@ def stated(node: NodeConfig, base: str) -> dict[str, object]:
         "weights": node.weights,
         "device": node.device,
         "resolution": node.resolution,
-        "checkpointing": node.checkpointing,
-        "rank": node.rank,
+        "checkpointing": node.gradient_checkpointing,
+        "rank": node.max_rank,
         "sites": node.sites,
         "previews": node.previews,
         "test": node.test,

@@ -1,4 +1,4 @@
-"""The typed schema of an audit, `conf/audit.yaml`: every key that exists, its unit and its limits."""
+"""Schema of a privacy audit, `conf/audit.yaml`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from conf.schemas.checks import require, require_choice
 
 @dataclass
 class CanariesConfig:
-    """The one-run audit: pictures whose gradient is known, in the real training loop."""
+    """One-run audit: pictures with known gradients in the real training loop."""
 
-    count: int = 10000  # canaries in all, each on its device with probability 1/2; 0: no such audit
+    count: int = 10000
+    """Canaries in all, each on its device with probability 1/2; 0: skip this audit."""
     devices: int = 4
-    epsilons: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])  # claims; σ is solved for each
+    """Devices that hold them."""
+    epsilons: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
+    """Claimed ε values; σ is solved for each."""
     delta: float = 1e-5
+    """δ of each claim."""
     sampling_rate: float = 0.2
-    rounds: int = 20  # of one step each, all of them seen
-    draws: int = 1  # noise multiplicity
-    noise: str = "secure"  # as on a device; simulated: from the seed, for the same numbers again
+    """Probability that a step samples a picture."""
+    rounds: int = 20
+    """Rounds of one step each; the auditor sees all of them."""
+    noise_multiplicity: int = 1
+    """Draws of diffusion noise per picture and step."""
+    noise: str = "secure"
+    """secure (as on a device), or simulated (from the seed, reproducible)."""
 
     def __post_init__(self) -> None:
         require(self.count == 0 or self.count >= 32, f"canaries.count={self.count}: must be 0, or 32 or more")
-        for name in ("devices", "rounds", "draws"):
+        for name in ("devices", "rounds", "noise_multiplicity"):
             require(getattr(self, name) >= 1, f"canaries.{name}={getattr(self, name)}: must be 1 or more")
         few = not self.count or self.devices <= self.count
-        require(few, f"canaries.devices={self.devices}: more than there are canaries")
+        require(few, f"canaries.devices={self.devices}: must not be over canaries.count")
         require(len(self.epsilons) > 0, "canaries.epsilons=[]: name a claim, or set canaries.count=0")
         for epsilon in self.epsilons:
             require(epsilon > 0, f"canaries.epsilons: {epsilon} must be over 0")
@@ -39,13 +47,18 @@ class CanariesConfig:
 
 @dataclass
 class CanaryClientsConfig:
-    """Canary clients against the clip and noise of a whole device."""
+    """Canary clients against the clip and noise of device-level privacy."""
 
-    count: int = 4000  # canary clients; 0: no such audit
-    dimension: int = 10000  # numbers of their updates: a square
+    count: int = 4000
+    """Canary clients; 0: skip this audit."""
+    dimension: int = 10000
+    """Length of their updates: a square number."""
     epsilons: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
+    """Claimed ε values."""
     delta: float = 1e-3
-    rounds: int = 5  # in each of which all of them take part
+    """δ of each claim."""
+    rounds: int = 5
+    """Rounds; every client takes part in each."""
 
     def __post_init__(self) -> None:
         require(self.count == 0 or self.count >= 32, f"clients.count={self.count}: must be 0, or 32 or more")
@@ -60,55 +73,72 @@ class CanaryClientsConfig:
 
 @dataclass
 class NoiseTestsConfig:
-    """Situations in which everything but the noise is known: is it what it ought to be?"""
+    """Tests of the noise distribution, in settings where everything else is known."""
 
-    longest: int = 2**20  # numbers of the longest release: what repeats itself within half of it is seen; 0: none
-    noise: str = "secure"  # or simulated
-    base: str | None = "glyphs"  # on which pictures are trained alone and together; null: on none
+    max_length: int = 2**20
+    """Numbers of the longest release. Repetition within half of it is detected; 0: skip these tests."""
+    noise: str = "secure"
+    """secure, or simulated."""
+    base: str | None = "glyphs"
+    """Base on which pictures are trained alone and together; null: none."""
 
     def __post_init__(self) -> None:
-        require(self.longest == 0 or self.longest >= 1024, f"fits.longest={self.longest}: must be 0, or 1024 or more")
-        require_choice("fits.noise", self.noise, ("secure", "simulated"))
+        length = self.max_length
+        require(length == 0 or length >= 1024, f"noise_tests.max_length={length}: must be 0, or 1024 or more")
+        require_choice("noise_tests.noise", self.noise, ("secure", "simulated"))
 
 
 @dataclass
 class MembershipConfig:
-    """Attacks on the shared adapter of finished runs."""
+    """Membership inference against the shared adapter of finished runs."""
 
-    adapter: str = "best"  # which everybody is served; last: the one most trained, which the server holds too
-    timesteps: int = 8  # of the loss
-    time: float = 0.2  # of PIA and SimA, as a share of the schedule
-    resamples: int = 2000  # of the writers, for intervals
-    memory_gib: float | None = None  # null: a fixed share of the machine's
+    adapter: str = "best"
+    """best (sent to every device), or last (the most trained, which the server also holds)."""
+    timesteps: int = 8
+    """Timesteps of the loss attack."""
+    timestep_fraction: float = 0.2
+    """Timestep of PIA and SimA, as a fraction of the schedule."""
+    bootstrap_samples: int = 2000
+    """Bootstrap resamples of the writers, for confidence intervals."""
+    memory_gib: float | None = None
+    """Memory budget in GiB; null: a fixed fraction of the machine's."""
 
     def __post_init__(self) -> None:
         require_choice("membership.adapter", self.adapter, ("best", "last"))
         require(self.timesteps >= 1, f"membership.timesteps={self.timesteps}: must be 1 or more")
-        require(0 < self.time < 1, f"membership.time={self.time}: must lie between 0 and 1")
-        require(self.resamples >= 100, f"membership.resamples={self.resamples}: must be 100 or more")
+        fraction = self.timestep_fraction
+        require(0 < fraction < 1, f"membership.timestep_fraction={fraction}: must lie between 0 and 1")
+        samples = self.bootstrap_samples
+        require(samples >= 100, f"membership.bootstrap_samples={samples}: must be 100 or more")
         given = self.memory_gib
         require(given is None or given > 0, f"membership.memory_gib={given}: must be over 0, or null")
 
 
 @dataclass
 class AuditConfig:
-    """What is put on trial."""
+    """What is audited."""
 
-    runs: list[str] = field(default_factory=list)  # folders of finished runs; none: the training loop itself
-    confidence: float = 0.95  # of each bound on ε that is shown
-    false_alarms: float = 1e-6  # probability, at most, that an audit fails an honest mechanism
+    runs: list[str] = field(default_factory=list)
+    """Folders of finished runs; empty: the training loop itself."""
+    confidence: float = 0.95
+    """Confidence of each reported bound on ε."""
+    false_alarm_rate: float = 1e-6
+    """Largest probability that an audit fails an honest mechanism."""
     seed: int = 0
+    """Seed of the audit."""
     canaries: CanariesConfig = field(default_factory=CanariesConfig)
     clients: CanaryClientsConfig = field(default_factory=CanaryClientsConfig)
-    fits: NoiseTestsConfig = field(default_factory=NoiseTestsConfig)
+    noise_tests: NoiseTestsConfig = field(default_factory=NoiseTestsConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
 
     def __post_init__(self) -> None:
         require(0.5 <= self.confidence < 1, f"confidence={self.confidence}: must lie between 0.5 and 1")
-        alarms = self.false_alarms
-        require(0 < alarms <= 0.05, f"false_alarms={alarms}: must be over 0, at most 0.05")
-        something = len(self.runs) > 0 or self.canaries.count > 0 or self.clients.count > 0 or self.fits.longest > 0
-        require(something, "nothing to audit: name runs, or ask for canaries, clients or fits")
+        alarms = self.false_alarm_rate
+        require(0 < alarms <= 0.05, f"false_alarm_rate={alarms}: must be over 0, at most 0.05")
+        audits = (len(self.runs), self.canaries.count, self.clients.count, self.noise_tests.max_length)
+        require(
+            any(audits), "nothing to audit: name runs, or set canaries.count, clients.count or noise_tests.max_length"
+        )
 
 
 ConfigStore.instance().store(name="audit_schema", node=AuditConfig)

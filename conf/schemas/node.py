@@ -25,52 +25,66 @@ METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
 
 @dataclass
 class ConnectionConfig:
-    """The federation that a device belongs to."""
+    """Connection to the federation's server."""
 
-    address: str | None = None  # host:port of its server; null: not enrolled yet
-    insecure: bool = False  # no TLS and no keys: for a server on this machine only
-    poll_seconds: float = 0.5  # between two looks for a message while a run is at work; the longer nothing comes the
-    # longer, up to slow_poll_seconds
-    slow_poll_seconds: float = 5.0
+    address: str | None = None
+    """Its host:port; null: not enrolled yet."""
+    insecure: bool = False
+    """No TLS and no keys: for a server on this machine only."""
+    poll_seconds: float = 0.5
+    """Seconds between polls for a message during a run; they grow up to max_poll_seconds while none comes."""
+    max_poll_seconds: float = 5.0
+    """Longest interval between polls in seconds."""
 
     def __post_init__(self) -> None:
-        require(self.poll_seconds >= 0.05, f"link.poll_seconds={self.poll_seconds}: must be 0.05 or more")
-        least = f"link.slow_poll_seconds={self.slow_poll_seconds}: must not be under link.poll_seconds"
-        require(self.poll_seconds <= self.slow_poll_seconds, least)
+        require(self.poll_seconds >= 0.05, f"connection.poll_seconds={self.poll_seconds}: must be 0.05 or more")
+        low = f"connection.max_poll_seconds={self.max_poll_seconds}: must not be under connection.poll_seconds"
+        require(self.poll_seconds <= self.max_poll_seconds, low)
 
 
 @dataclass
 class ThrottleConfig:
-    """When training stands back: looked at before every step."""
+    """Conditions under which training pauses, checked before every step."""
 
-    charging: bool = True  # a device with a battery trains on its charger only
-    battery: float = 0.4  # and not with less than this share of a full one
-    celsius: float | None = 80.0  # not while it is hotter, nor throttled; null: however hot
-    battery_celsius: float | None = 40.0  # not while its battery is hotter, since that ages it; null: however hot
-    idle: bool = False  # not while its owner uses it
-    unmetered: bool = False  # not while its network is paid by volume
-    free_mib: float = 150.0  # not with less memory left for all that else runs: what training holds is given back
-    patience: float = 900.0  # seconds that it waits with what it has in memory; then it lets go, and starts the round
-    # again when it may
-    poll_seconds: float = 1.0  # between two looks while it waits
+    require_charging: bool = True
+    """A device with a battery trains only while charging."""
+    min_battery: float = 0.4
+    """Least charge for training, as a fraction of a full battery."""
+    max_celsius: float | None = 80.0
+    """Highest temperature of the device in °C, and no thermal throttling; null: any."""
+    max_battery_celsius: float | None = 40.0
+    """Highest temperature of the battery in °C, because heat ages it; null: any."""
+    require_idle: bool = False
+    """Pause while the owner uses the device."""
+    require_unmetered: bool = False
+    """Pause while the network is paid by volume."""
+    min_free_mib: float = 150.0
+    """Least free memory in MiB for everything else that runs; below it, training gives its memory back."""
+    max_wait_seconds: float = 900.0
+    """Seconds of a pause with the base in memory; afterwards the memory is freed, and the round restarts when allowed."""
+    poll_seconds: float = 1.0
+    """Seconds between checks during a pause."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.battery <= 1, f"guard.battery={self.battery}: must be 0 to 1")
-        for key in ("celsius", "battery_celsius"):
+        require(0 <= self.min_battery <= 1, f"throttle.min_battery={self.min_battery}: must be 0 to 1")
+        for key in ("max_celsius", "max_battery_celsius"):
             value = getattr(self, key)
-            require(value is None or value > 0, f"guard.{key}={value}: must be over 0, or null")
-        for key in ("free_mib", "patience"):
-            require(getattr(self, key) >= 0, f"guard.{key}={getattr(self, key)}: must be 0 or more")
-        require(self.poll_seconds > 0, f"guard.poll_seconds={self.poll_seconds}: must be over 0")
+            require(value is None or value > 0, f"throttle.{key}={value}: must be over 0, or null")
+        for key in ("min_free_mib", "max_wait_seconds"):
+            require(getattr(self, key) >= 0, f"throttle.{key}={getattr(self, key)}: must be 0 or more")
+        require(self.poll_seconds > 0, f"throttle.poll_seconds={self.poll_seconds}: must be over 0")
 
 
 @dataclass
 class PowerConfig:
-    """Where readings of power, battery, heat and use come from."""
+    """Source of readings of power, battery, temperature and use."""
 
-    meter: str = "auto"  # the first that this device has; none: estimates from watts alone
-    file: str | None = None  # with meter=file: JSON that says what a device's sensors would, for tests and gateways
-    watts: float | None = None  # while training, where nothing measures it; null: its profile's, or a small board's
+    meter: str = "auto"
+    """auto (the first that this device has), none (estimates from watts), pi5, battery, rapl, nvml, termux or file."""
+    file: str | None = None
+    """With meter=file: JSON file of a device's sensor readings, for tests and gateways."""
+    watts: float | None = None
+    """Power while training in watts, if nothing measures it; null: the device profile's, or a small board's."""
 
     def __post_init__(self) -> None:
         require_choice("power.meter", self.meter, METERS)
@@ -82,10 +96,14 @@ class PowerConfig:
 class WorkerConfig:
     """The process that holds the base."""
 
-    memory_gib: float | None = None  # that training may take; null: a quarter of the machine's
-    threads: int | None = None  # cores that it uses; null: all
-    nice: int = 10  # of the scheduler: whoever else runs goes first
-    idle_seconds: float = 300.0  # without work, after which it gives its memory back
+    memory_gib: float | None = None
+    """Memory for training in GiB; null: a quarter of the machine's."""
+    threads: int | None = None
+    """CPU threads; null: all cores."""
+    nice: int = 10
+    """Scheduling priority, 0 to 19: a higher number yields to other processes."""
+    idle_seconds: float = 300.0
+    """Seconds without work after which it frees its memory."""
 
     def __post_init__(self) -> None:
         for key in ("memory_gib", "threads"):
@@ -97,24 +115,30 @@ class WorkerConfig:
 
 @dataclass
 class FetchConfig:
-    """How a device that lacks the base gets it."""
+    """Source of a base that the device lacks."""
 
-    source: str = "auto"  # folder, hub or server; auto: the first of these that has it
-    folder: str | None = None  # of a base on this device or a stick; content is what counts, not its name
-    hub: str | None = None  # 'owner/name'
-    metered: bool = False  # also while the network is paid by volume
-    free_gib: float = 1.0  # of the disk, that stay free
+    source: str = "auto"
+    """folder, hub or server; auto: the first of them that has it."""
+    folder: str | None = None
+    """Folder of a base on this device or a USB stick; identified by content, not by name."""
+    hub: str | None = None
+    """Repository on the Hugging Face Hub, 'owner/name'."""
+    allow_metered: bool = False
+    """Download also while the network is paid by volume."""
+    min_free_gib: float = 1.0
+    """Disk space in GiB that stays free."""
 
     def __post_init__(self) -> None:
         require_choice("fetch.source", self.source, ("auto", "folder", "hub", "server"))
-        require(self.free_gib >= 0, f"fetch.free_gib={self.free_gib}: must be 0 or more")
+        require(self.min_free_gib >= 0, f"fetch.min_free_gib={self.min_free_gib}: must be 0 or more")
 
 
 @dataclass
 class StorageConfig:
-    """How what a device keeps lies on its disk."""
+    """Encryption of the device's store."""
 
-    encrypt: str = "auto"  # auto: where the platform keeps a key for us; always: or nothing is kept; never
+    encrypt: str = "auto"
+    """auto: if the platform keeps a key for us; always: refuse to store anything without one; never."""
 
     def __post_init__(self) -> None:
         require_choice("storage.encrypt", self.encrypt, ("auto", "always", "never"))
@@ -124,26 +148,44 @@ class StorageConfig:
 class NodeConfig:
     """One device of a real federation."""
 
-    data: str | None = None  # the folder with its owner's pictures and metadata.jsonl; null: not said yet
-    background: str = "white"  # what shows through where a picture is transparent: white, black, gray or '#rrggbb'
-    name: str | None = None  # that the server knows it by; null: the machine's
-    federation: str | None = None  # that it was enrolled with: what it keeps of one is not mixed with another's
-    base: str | None = None  # name, folder or content hash; null: the federation's
-    store: str | None = None  # folder of what it keeps; null: ANTHER_HOME/devices/<name>
-    weights: str = "fp32"  # how the frozen base is held: int8, mixed or nf4 for less memory
-    device: str = "auto"  # torch device; auto: cuda if there is one
-    resolution: int | None = None  # side of pictures in pixels; null: what the base was made for
-    checkpointing: str = "none"  # block: half the memory of a step, for a fifth more time
-    rank: int | None = None  # the highest that it trains; null: any
-    sites: str | None = None  # regular expression on the names of the only layers that it trains; null: any
-    previews: int = 0  # pictures drawn into the store whenever something was learnt
-    uplink_mbps: float | None = None  # null: mobile data's
+    data: str | None = None
+    """Folder with the owner's pictures and metadata.jsonl; null: not set yet."""
+    background: str = "white"
+    """Color behind transparent pictures: white, black, gray or '#rrggbb'."""
+    name: str | None = None
+    """Name of the device at the server; null: the machine's."""
+    federation: str | None = None
+    """Federation that it is enrolled in; states of different federations are kept apart."""
+    base: str | None = None
+    """Name, folder or content hash of the base; null: the federation's."""
+    store: str | None = None
+    """Folder of the device's store; null: ANTHER_HOME/devices/<name>."""
+    weights: str = "fp32"
+    """Format of the frozen base: fp32, or int8, mixed or nf4 for less memory."""
+    device: str = "auto"
+    """Torch device; auto: cuda if available."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; null: the base's own."""
+    gradient_checkpointing: str = "none"
+    """none, or block: half the memory of a step, a fifth more time."""
+    max_rank: int | None = None
+    """Highest rank that it trains; null: any."""
+    sites: str | None = None
+    """Regular expression on the names of the layers that it trains; null: all."""
+    previews: int = 0
+    """Pictures drawn into the store after each personalization."""
+    uplink_mbps: float | None = None
+    """Uplink in Mbit/s; null: that of mobile data."""
     downlink_mbps: float | None = None
-    examples_per_second: float | None = None  # trained; null: as `anther device benchmark` found, or a small board's
-    test: bool = False  # noise reproducible by seed: nothing is a release, and no server but a test's takes it
-    seed: int = 0  # of a test
-    link: ConnectionConfig = field(default_factory=ConnectionConfig)
-    guard: ThrottleConfig = field(default_factory=ThrottleConfig)
+    """Downlink in Mbit/s; null: that of mobile data."""
+    examples_per_second: float | None = None
+    """Training speed; null: as measured by `anther device benchmark`, or a small board's."""
+    test: bool = False
+    """Reproducible noise for tests: no update counts as a release, and only a test server accepts it."""
+    seed: int = 0
+    """Seed of a test."""
+    connection: ConnectionConfig = field(default_factory=ConnectionConfig)
+    throttle: ThrottleConfig = field(default_factory=ThrottleConfig)
     power: PowerConfig = field(default_factory=PowerConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
@@ -154,8 +196,8 @@ class NodeConfig:
         own = self.name is None or (Path(self.name).name == self.name and self.name not in ("", ".."))
         require(own, f"name={self.name}: must not be a path, nor empty")
         require_choice("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
-        require_choice("checkpointing", self.checkpointing, ("none", "block"))
-        for key in ("resolution", "rank", "uplink_mbps", "downlink_mbps", "examples_per_second"):
+        require_choice("gradient_checkpointing", self.gradient_checkpointing, ("none", "block"))
+        for key in ("resolution", "max_rank", "uplink_mbps", "downlink_mbps", "examples_per_second"):
             value = getattr(self, key)
             require(value is None or value > 0, f"{key}={value}: must be over 0, or null")
         require(self.previews >= 0, f"previews={self.previews}: must be 0 or more")

@@ -25,18 +25,28 @@ THIS = "this"  # the name of the device that we run on
 
 @dataclass
 class DeviceProfileConfig:
-    """What one kind of device can do. Its file says of each value where it comes from, and whether it was measured."""
+    """Capabilities of one kind of device. Its file says where each value comes from, and whether it was measured."""
 
     name: str = MISSING
-    memory_gib: float = MISSING  # that a training process may fill, after the system and what else runs
-    runtime_mib: float = MISSING  # of it, what the process holds before there is a network
-    matrix_gflops: float = MISSING  # sustained, of large fp32 matrix products
-    convolution_gflops: float = MISSING  # sustained, of 3×3 convolutions
-    bandwidth_gbs: float = MISSING  # read and written by an element-wise operation into fresh memory, 10⁹ bytes/s
-    slowdown: float = 1.0  # seconds of a real training step over those that the three rates give
+    """Name of the device."""
+    memory_gib: float = MISSING
+    """Memory in GiB that a training process may use, beyond the system and other processes."""
+    runtime_mib: float = MISSING
+    """Part of it in MiB that the process uses before a network is loaded."""
+    matrix_gflops: float = MISSING
+    """Sustained GFLOP/s of large fp32 matrix products."""
+    convolution_gflops: float = MISSING
+    """Sustained GFLOP/s of 3×3 convolutions."""
+    bandwidth_gbs: float = MISSING
+    """Bandwidth in 10⁹ bytes/s, read and written by an element-wise operation into fresh memory."""
+    slowdown: float = 1.0
+    """Seconds of a real training step over those predicted from the three rates."""
     watts_idle: float = MISSING
-    watts_busy: float = MISSING  # while training, the whole device
-    battery_wh: float | None = None  # null: none
+    """Power of the whole device at rest, in watts."""
+    watts_busy: float = MISSING
+    """Power of the whole device while training, in watts."""
+    battery_wh: float | None = None
+    """Battery capacity in watt-hours; null: no battery."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -61,25 +71,34 @@ class DeviceProfileConfig:
 
 @dataclass
 class PlanConfig:
-    """What is to be planned, and what it may cost."""
+    """A training run to plan, and its budget."""
 
-    base: str = "sd15"  # a full-size configuration by its name, a pipeline's folder, or a shipped base
+    base: str = "sd15"
+    """A full-size configuration by name, the folder of a pipeline, or a shipped base."""
     device: DeviceProfileConfig = field(default_factory=DeviceProfileConfig)
     rank: int = 8
-    steps: int = 100  # that training should have; a plan may have to do with fewer
-    least_steps: int = 20  # with fewer than these a plan isn't worth it
-    pictures: int = 1  # of a step
-    hours: float = 8.0  # that training may take in all: a night
-    battery_share: float = 0.5  # of a full battery that it may take
-    rungs: int = 3  # shown above and below the best plan
+    """Rank of the adapter."""
+    steps: int = 100
+    """Training steps wanted; a plan may allow fewer."""
+    min_steps: int = 20
+    """Fewest training steps of an acceptable plan."""
+    batch_size: int = 1
+    """Pictures per step."""
+    max_hours: float = 8.0
+    """Time budget of the training in hours: a night."""
+    max_battery_fraction: float = 0.5
+    """Energy budget, as a fraction of a full battery."""
+    alternatives: int = 3
+    """Plans shown above and below the best one."""
 
     def __post_init__(self) -> None:
-        for key in ("rank", "steps", "least_steps", "pictures"):
+        for key in ("rank", "steps", "min_steps", "batch_size"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be 1 or more")
-        require(self.least_steps <= self.steps, f"least_steps={self.least_steps}: must not be over steps={self.steps}")
-        require(self.hours > 0, f"hours={self.hours}: must be over 0")
-        require(0 < self.battery_share <= 1, f"battery_share={self.battery_share}: must be over 0 and at most 1")
-        require(self.rungs >= 0, f"rungs={self.rungs}: must be 0 or more")
+        require(self.min_steps <= self.steps, f"min_steps={self.min_steps}: must not be over steps={self.steps}")
+        require(self.max_hours > 0, f"max_hours={self.max_hours}: must be over 0")
+        fraction = self.max_battery_fraction
+        require(0 < fraction <= 1, f"max_battery_fraction={fraction}: must be over 0 and at most 1")
+        require(self.alternatives >= 0, f"alternatives={self.alternatives}: must be 0 or more")
 
 
 def devices() -> list[str]:

@@ -12,33 +12,41 @@ class StageConfig:
     """One run of the training loop."""
 
     steps: int = 1000
-    """Optimiser steps at most."""
+    """Optimizer steps at most."""
     seconds: float | None = None
-    """Time budget, compilation not counted; the learning rate reaches zero with it. null: steps alone decide."""
-    batch: int = 512
-    learning_rate: float = 1e-3
+    """Time budget in seconds, without compilation; the learning rate reaches zero at its end. null: only steps count."""
+    batch_size: int = 512
+    """Examples per step."""
+    lr: float = 1e-3
+    """Learning rate."""
     warmup: int = 200
+    """Steps of linear warm-up."""
     weight_decay: float = 0.01
-    clip: float = 1.0
-    """Largest norm of a gradient."""
-    ema: float = 0.999
-    """Decay of the averaged weights, which are what is kept."""
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Bound on the norm of the gradient."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the result."""
     compile: bool = True
+    """Compile the network."""
     bf16: bool = True
-    log_every: int = 200
-    checkpoint_every: int = 2000
+    """Train in bf16."""
+    log_interval: int = 200
+    """Steps between log lines."""
+    checkpoint_interval: int = 2000
+    """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "warmup", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "warmup", "log_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "clip"):
+        for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds={self.seconds}: must be positive, or null")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema}: must be in [0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
 
 
 @dataclass
@@ -70,7 +78,7 @@ class TrainBaseConfig(PretrainingConfig):
     """`python -m typefaces.train_base`: autoencoder, then denoiser with text encoder, then measurements."""
 
     vae: StageConfig = field(default_factory=StageConfig)
-    kl: float = 1e-4
+    kl_weight: float = 1e-4
     """Weight of the autoencoder's KL per latent element."""
     diffusion: StageConfig = field(default_factory=StageConfig)
     min_snr: float | None = None
@@ -80,7 +88,7 @@ class TrainBaseConfig(PretrainingConfig):
     """Latents kept for each glyph: the glyph itself and variants - 1 jittered copies."""
     judge: str | None = None
     """Folder of a judge that measures the samples; null: no legibility is measured."""
-    guidance: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     sampling_steps: int = 10
     samples: int = 1984
     """Glyphs drawn at each guidance."""
@@ -89,8 +97,8 @@ class TrainBaseConfig(PretrainingConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout}: must be in [0, 1)")
-        if self.kl < 0:
-            raise ValueError(f"kl={self.kl}: must not be negative")
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight={self.kl_weight}: must not be negative")
         if self.min_snr is not None and not self.min_snr > 0:
             raise ValueError(f"min_snr={self.min_snr}: must be positive, or null")
         for name in ("variants", "sampling_steps", "samples"):
@@ -103,19 +111,19 @@ class TrainJudgeConfig(PretrainingConfig):
     """`python -m typefaces.train_judge`: the classifier and style embedding."""
 
     judge: StageConfig = field(default_factory=StageConfig)
-    style: float = 0.5
+    style_weight: float = 0.5
     """Weight of the family loss beside the glyph loss."""
-    smoothing: float = 0.05
+    label_smoothing: float = 0.05
     """Label smoothing of the glyph loss."""
     styles: int = 8
     """Styles made of each family: itself and styles - 1 that are slanted, widened or bolder throughout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.style < 0:
-            raise ValueError(f"style={self.style}: must not be negative")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing={self.smoothing}: must be in [0, 1)")
+        if self.style_weight < 0:
+            raise ValueError(f"style_weight={self.style_weight}: must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: must be in [0, 1)")
         if self.styles < 1:
             raise ValueError(f"styles={self.styles}: must be at least 1")
 

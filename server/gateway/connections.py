@@ -112,7 +112,7 @@ class ConnectionTable:
         where, now, key = network(address), self.clock(), _key(address)
         if key in self._open:
             return False
-        if self._strangers[where] >= self.settings.connections and not self._evict(where, now):
+        if self._strangers[where] >= self.settings.connections_per_address and not self._evict(where, now):
             return False
         if len(self._open) >= self.total and not self._evict(self._most(), now):
             return False
@@ -162,7 +162,7 @@ class ConnectionTable:
         if connection.phase is ConnectionPhase.HEAD:
             return waited > self.settings.header_seconds
         if connection.phase is ConnectionPhase.BODY:
-            slow = waited > _GRACE and connection.bytes < (waited - _GRACE) * self.settings.slowest_kib * 1024
+            slow = waited > _GRACE and connection.bytes < (waited - _GRACE) * self.settings.min_kib_per_second * 1024
             return quiet or slow
         return False
 

@@ -104,7 +104,7 @@ class DeviceRegistry:
             if devices + len(open_) >= self._per_holder:
                 raise AntherError(
                     f"{holder} has {devices} devices and {len(open_)} open tickets; the maximum is {self._per_holder}: "
-                    "revoke one, or start the server with a higher server.per_holder"
+                    "revoke one, or start the server with a higher server.max_devices_per_holder"
                 )
             ticket = IssuedTicket(holder=holder, expires=(now + timedelta(days=days)).isoformat())
             self._write(replace(contents, tickets={**contents.tickets, _hash(secret): ticket}))

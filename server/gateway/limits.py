@@ -65,7 +65,7 @@ class RequestBudget:
         Raises:
             RequestRefused: the key already has the maximum number of them.
         """
-        if self._concurrent[key] >= self._settings.concurrent:
+        if self._concurrent[key] >= self._settings.concurrent_requests:
             raise RequestRefused(LATER, "too many requests at once")
         self._concurrent[key] += 1
         try:
@@ -82,7 +82,7 @@ class RequestBudget:
         Raises:
             RequestRefused: other bodies use all memory, or this body would exceed the key's share and isn't its only one.
         """
-        most, own = self._settings.body_mib * 2**20, self._reserved[key]
+        most, own = self._settings.request_memory_mib * 2**20, self._reserved[key]
         if self._reserved.total() + size > most or (own and own + size > most * SHARE):
             raise RequestRefused(LATER, "the server is busy")
         self._reserved[key] += size

@@ -62,7 +62,9 @@ def issue(by: KeyPair, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> KeyP
         AntherError: `hosts` is empty, or one of them is neither a name nor an address.
     """
     if not hosts:
-        raise AntherError("a certificate needs the names or addresses at which devices reach this server: server.hosts")
+        raise AntherError(
+            "a certificate needs the names or addresses at which devices reach this server: server.hostnames"
+        )
     signer = x509.load_pem_x509_certificate(by.certificate)
     signing = load_pem_private_key(by.key, password=None)
     if not isinstance(signing, ec.EllipticCurvePrivateKey):

@@ -96,7 +96,7 @@ def _serve(*, app: Any, host: str, port: int, reload: bool, workers: int, **sett
         try:
             listener.bind((host, port))
         except OSError as error:
-            sys.exit(f"{host}:{port}: can't listen there ({error.strerror}): choose another server.inner_port")
+            sys.exit(f"{host}:{port}: can't listen there ({error.strerror}): choose another server.superlink_port")
         # uvloop, uvicorn's own choice, accepts connections without asking the socket's `accept`.
         uvicorn.Server(uvicorn.Config(app, **{**settings, "loop": "asyncio"})).run(sockets=[listener])
 
@@ -106,7 +106,9 @@ def _listener() -> socket.socket:
         return OwnUserListener(socket.AF_INET, socket.SOCK_STREAM)
     if os.environ.get(UNGUARDED) == "1":
         return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sys.exit(f"{_TABLE} is missing, so local users can't be distinguished: server.unguarded=true accepts all of them")
+    sys.exit(
+        f"{_TABLE} is missing, so local users can't be distinguished: server.trust_local_users=true accepts all of them"
+    )
 
 
 def _kernel_form(address: Address) -> str:

@@ -58,7 +58,7 @@ def main(config: ServeConfig) -> None:
     raise_on_sigterm()
     with contextlib.suppress(SignalReceived, KeyboardInterrupt):
         log_to_console("server")
-        ServerSupervisor(config, run_overrides(words, config.server.devices), typed).run()
+        ServerSupervisor(config, run_overrides(words, config.server.max_devices), typed).run()
 
 
 def run_overrides(words: list[str], devices: int) -> list[str]:
@@ -95,13 +95,17 @@ class ServerSupervisor:
         settings, directory = self.config.server, server_dir.of(self.config.server.folder)
         compose(shlex.join(self.words))  # report now what the ServerApp would refuse
         last = run_dirs.newest_run(shlex.join(self.words), assets.home() / "runs")
-        if last is not None and run_dirs.is_finished(last) and not settings.again:
-            raise AntherError(f"{last}: the run of this configuration is over; server.again=true begins another")
+        if last is not None and run_dirs.is_finished(last) and not settings.allow_rerun:
+            raise AntherError(f"{last}: the run of this configuration is over; server.allow_rerun=true begins another")
         say(f"Anther {version()}: {directory.folder}")
-        directory.prepare(settings.hosts, settings.port, settings.per_holder)
+        directory.prepare(settings.hostnames, settings.port, settings.max_devices_per_holder)
         secure = None if settings.insecure else directory.certificates
-        self.superlink = SuperLinkProcess(directory.folder, settings.inner_port, secure, unguarded=settings.unguarded)
-        self.nodes = EnrolledNodes(DeviceRegistry(directory.folder, per_holder=settings.per_holder), self.superlink)
+        self.superlink = SuperLinkProcess(
+            directory.folder, settings.superlink_port, secure, unguarded=settings.trust_local_users
+        )
+        self.nodes = EnrolledNodes(
+            DeviceRegistry(directory.folder, per_holder=settings.max_devices_per_holder), self.superlink
+        )
         with exclusive(directory.folder, what="this federation"):
             stop_leftovers(self.superlink.home)
             self._serve(directory)
@@ -125,7 +129,7 @@ class ServerSupervisor:
 
     def _run_until_finished(self, app: Path, runs: Path) -> None:
         pause, last_done, overrides = _PAUSE, -1, shlex.join(self.words)
-        settings = {"min_devices": self.config.server.min_devices, "patience": self.config.server.patience}
+        settings = {"min_devices": self.config.server.min_devices, "patience": self.config.server.max_idle_hours}
         while True:
             self._wait_for_superlink()
             last = run_dirs.newest_run(overrides, runs)
@@ -214,8 +218,8 @@ class ServerSupervisor:
                 self.nodes.remove_revoked()
         except AntherError as error:  # the gateway refuses them already, and this is retried
             self._report(error)
-        if self.superlink.alive and self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
-            say("messages fill more than server.disk_gib: restarting the SuperLink without them")
+        if self.superlink.alive and self.superlink.stored_bytes() > self.config.server.max_disk_gib * 2**30:
+            say("messages fill more than server.max_disk_gib: restarting the SuperLink without them")
             return False
         if self._has_new_certificate():
             say("the server has a new certificate: restarting the SuperLink with it")

@@ -36,7 +36,7 @@ class ServerAddress:
     federation: str
     host: str
     port: int
-    per_holder: int = ServerConfig.per_holder
+    per_holder: int = ServerConfig.max_devices_per_holder
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ServerDir:
                 f"{self.folder / 'federation.json'} is damaged ({error}): run anther keys init"
             ) from error
 
-    def prepare(self, hosts: Sequence[str], port: int, per_holder: int = ServerConfig.per_holder) -> None:
+    def prepare(self, hosts: Sequence[str], port: int, per_holder: int = ServerConfig.max_devices_per_holder) -> None:
         """Create missing files; replace the server's certificate if it expires soon or is for other hosts.
 
         Args:

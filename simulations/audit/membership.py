@@ -141,7 +141,7 @@ def attack(runs: Sequence[FinishedRun], config: MembershipConfig, *, confidence:
         for name in scored[0][1]
     }
     results = {
-        name: judge(trial, resamples=config.resamples, confidence=confidence, seed=seed)
+        name: judge(trial, resamples=config.bootstrap_samples, confidence=confidence, seed=seed)
         for name, trial in trials.items()
     }
     return RunGroup(runs[0].name, runs, int(writer.max()) + 1, results, trials)
@@ -174,7 +174,7 @@ def _score_run(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candida
 
     def scores(adapter: membership_scores.BatchedAdapter) -> MembershipScores:
         return membership_scores.scores(
-            frozen, examples, adapter, timesteps=config.timesteps, time=config.time, memory=memory
+            frozen, examples, adapter, timesteps=config.timesteps, time=config.timestep_fraction, memory=memory
         )
 
     with_adapter, base_only = scores(stacks), scores({})

@@ -56,7 +56,7 @@ def main(config: AuditConfig) -> None:
 
     results = audit(config, print)
     if not config.runs:
-        print(summary_line(results, config.false_alarms))
+        print(summary_line(results, config.false_alarm_rate))
     page = write(results, config, Path(output_dir()), shlex.join(command()))
     print(f"page  {page}")
     sys.exit(PASSED if results.sound else FAILED)
@@ -113,7 +113,9 @@ def audit_training_loop(config: AuditConfig) -> Iterator[ClaimResult | NoiseTest
         )
         claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=settings.sampling_rate, steps=settings.rounds)
         included = draw_included(settings.count, case.seed)
-        experiment = Experiment(claim=claim, draws=settings.draws, included=included, devices=settings.devices)
+        experiment = Experiment(
+            claim=claim, draws=settings.noise_multiplicity, included=included, devices=settings.devices
+        )
 
         def sources(device: str, round: int, case: AuditCase = case) -> NoiseSource:
             source = noise_source(settings.noise, case.seed, device, round)
@@ -210,20 +212,20 @@ def noise_tests(config: AuditConfig) -> Iterator[NoiseTestResult]:
     from simulations.audit import canary_clients, known_inputs
     from simulations.audit.verdicts import NoiseTestResult
 
-    settings = config.fits
-    for situation in known_inputs.situations(settings.longest) if settings.longest else ():
+    settings = config.noise_tests
+    for situation in known_inputs.situations(settings.max_length) if settings.max_length else ():
         releases = known_inputs.observe(
             situation, partial(noise_source, settings.noise, config.seed), config.seed, memory=CANARY_MEMORY
         )
         yield NoiseTestResult.of(
             situation.name, IMAGE, releases.noise, known_inputs.checks(releases), false_alarm_share(config)
         )
-    if settings.longest:
+    if settings.max_length:
         noise, checks = known_inputs.observe_source(
             noise_source(settings.noise, config.seed, "device", -1), SOURCE_NUMBERS
         )
         yield NoiseTestResult.of("the source itself, σ = 2¹⁹", IMAGE, [noise], checks, false_alarm_share(config))
-    for name, cohort in canary_clients.cohorts(settings.longest, config.seed) if settings.longest else ():
+    for name, cohort in canary_clients.cohorts(settings.max_length, config.seed) if settings.max_length else ():
         released = canary_clients.run_rounds(cohort, partial(noise_source, settings.noise, config.seed, "server"))
         yield NoiseTestResult.of(
             name, DEVICE, [released.residuals], canary_clients.checks(released), false_alarm_share(config)
@@ -236,9 +238,9 @@ def batch_independence_test(config: AuditConfig) -> Iterator[NoiseTestResult]:
     from simulations.audit import batch_independence
     from simulations.audit.verdicts import NoiseTestResult
 
-    if config.fits.base is None:
+    if config.noise_tests.base is None:
         return
-    base = load(config.fits.base, device="cpu")
+    base = load(config.noise_tests.base, device="cpu")
     shift = batch_independence.max_shift(
         base,
         batch_independence.chaotic_adapter(base),
@@ -256,8 +258,10 @@ def false_alarm_share(config: AuditConfig) -> float:
 
     claims = 2 * len(config.canaries.epsilons) * bool(config.canaries.count)
     claims += 2 * len(config.clients.epsilons) * bool(config.clients.count)
-    others = len(known_inputs.situations(4)) + 1 + len(canary_clients.cohorts(4, 0)) if config.fits.longest else 0
-    return config.false_alarms / (claims + others)
+    others = (
+        len(known_inputs.situations(4)) + 1 + len(canary_clients.cohorts(4, 0)) if config.noise_tests.max_length else 0
+    )
+    return config.false_alarm_rate / (claims + others)
 
 
 def cases(epsilons: Sequence[float], seed: int) -> list[AuditCase]:

@@ -63,5 +63,5 @@ def test_a_network_that_is_paid_by_volume_is_left_alone(home: Path) -> None:
     with pytest.raises(ServerUnavailable, match="paid by volume"):
         supervisor.have(node, LINK, BASE)
     with pytest.raises(ServerUnavailable, match="can't be had") as refused:  # nobody is there, but it was asked
-        supervisor.have(replace(node, fetch=FetchConfig(source="folder", metered=True)), LINK, BASE)
+        supervisor.have(replace(node, fetch=FetchConfig(source="folder", allow_metered=True)), LINK, BASE)
     assert "paid by volume" not in str(refused.value)

@@ -70,12 +70,12 @@ def test_null_is_none_where_there_may_be_none():
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("rank=7", 7),
-        ("rank=null", None),
+        ("max_rank=7", 7),
+        ("max_rank=null", None),
         ("test=true", True),
         ("test=on", True),
         ("uplink_mbps=1e3", 1000.0),
-        ("guard.celsius=null", None),
+        ("throttle.max_celsius=null", None),
     ],
 )
 def test_other_values_have_their_type(word, value):
@@ -86,13 +86,15 @@ def test_other_values_have_their_type(word, value):
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize("word", ["rank=abc", "rank=12:30:45", "test=maybe", "guard.patience=12:30:45", "rank=1.5"])
+@pytest.mark.parametrize(
+    "word", ["max_rank=abc", "max_rank=12:30:45", "test=maybe", "throttle.max_wait_seconds=12:30:45", "max_rank=1.5"]
+)
 def test_wrong_types_are_refused_in_a_line(word):
     with pytest.raises(AntherError, match=word.partition("=")[0].replace(".", r"\.")):
         read(word)
 
 
-@pytest.mark.parametrize("word", ["x", "=x", "data=a\nlink.insecure=true", "data=\x1b[2J"])
+@pytest.mark.parametrize("word", ["x", "=x", "data=a\nconnection.insecure=true", "data=\x1b[2J"])
 def test_what_is_no_word_is_refused(word):
     with pytest.raises(AntherError):
         parse_override(word, NodeConfig)

@@ -115,7 +115,15 @@ def test_no_jitter_changes_nothing_and_bolder_is_darker() -> None:
 
 def tiny_stage(**changes: object) -> StageConfig:
     return StageConfig(
-        **{"steps": 6, "batch": 4, "warmup": 2, "compile": False, "bf16": False, "checkpoint_every": 3, **changes}  # type: ignore[arg-type]
+        **{
+            "steps": 6,
+            "batch_size": 4,
+            "warmup": 2,
+            "compile": False,
+            "bf16": False,
+            "checkpoint_interval": 3,
+            **changes,
+        }  # type: ignore[arg-type]
     )
 
 
@@ -174,7 +182,7 @@ def test_a_diverged_loss_stops_with_the_key_to_change(tmp_path: Path) -> None:
 
 def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     model = nn.Linear(1, 1, bias=False)
-    stage = tiny_stage(ema=0.9, steps=4)
+    stage = tiny_stage(ema_decay=0.9, steps=4)
     path: list[float] = []
 
     def loss(_: Generator) -> Tensor:
@@ -190,7 +198,7 @@ def test_the_average_follows_the_weights(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
-    stage = tiny_stage(learning_rate=1.0, warmup=10)
+    stage = tiny_stage(lr=1.0, warmup=10)
     assert learning_rate(stage, 0, 0.0) == pytest.approx(0.1)
     assert learning_rate(stage, 50, 0.5) == pytest.approx(0.5)
     assert learning_rate(stage, 99, 1.0) == pytest.approx(0.0)
@@ -200,7 +208,7 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     ("schema", "values", "message"),
     [
         (StageConfig, {"steps": 0}, "steps=0"),
-        (StageConfig, {"ema": 1.0}, "ema=1.0"),
+        (StageConfig, {"ema_decay": 1.0}, "ema_decay=1.0"),
         (StageConfig, {"seconds": 0.0}, "seconds=0.0"),
         (TrainBaseConfig, {"device": "tpu"}, "one of: auto, cpu, cuda"),
         (TrainBaseConfig, {"caption_dropout": 1.0}, "caption_dropout=1.0"),

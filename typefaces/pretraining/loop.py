@@ -36,12 +36,12 @@ def progress(stage: StageConfig, step: int, elapsed: float) -> float:
 
 def learning_rate(stage: StageConfig, step: int, done: float) -> float:
     """Linear warm-up, then half a cosine down to zero (Loshchilov & Hutter, 2017)."""
-    return stage.learning_rate * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+    return stage.lr * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def ema_decay(stage: StageConfig, step: int) -> float:
     """The averaging rate, small at first: min(decay, (1 + n) / (10 + n))."""
-    return min(stage.ema, (1 + step) / (10 + step))
+    return min(stage.ema_decay, (1 + step) / (10 + step))
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> Generator:
@@ -66,7 +66,7 @@ def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, fol
         with torch.autocast(device.type, torch.bfloat16) if stage.bf16 else nullcontext():
             value = loss(step_generator(seed, step, device))
         value.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), stage.clip)
+        nn.utils.clip_grad_norm_(parameters.values(), stage.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(
@@ -77,9 +77,9 @@ def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, fol
             report(name, step, elapsed, value)
             began = time.perf_counter()
         elapsed = before + time.perf_counter() - began
-        if step % stage.log_every == 0:
+        if step % stage.log_interval == 0:
             report(name, step, elapsed, value)
-        if step % stage.checkpoint_every == 0:
+        if step % stage.checkpoint_interval == 0:
             save(file, parameters, average, optimizer, step, elapsed)
     save(file, parameters, average, optimizer, step, elapsed)
     averaged = copy.deepcopy(model)

@@ -48,7 +48,7 @@ def rungs(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
 
 
 def test_the_plan_of_a_small_base(pipeline_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"base={pipeline_folder}", "device=pi4_2gb", "rungs=0", "rank=2"]
+    words = [f"base={pipeline_folder}", "device=pi4_2gb", "alternatives=0", "rank=2"]
     assert plan.main(words) == 0
     shown = capsys.readouterr().out
     assert "pi4_2gb: 1.6 GiB, rank 2, 1 picture a step" in shown
@@ -100,7 +100,7 @@ def test_no_pass_is_run_of_what_is_too_large_by_itself(monkeypatch: pytest.Monke
 def test_this_device(pipeline_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = Path(plan.__file__).parents[2] / "conf" / "device" / "pixel8.yaml"
     (home / plan.PROFILE).write_text(profile.read_text().replace("name: pixel8", "name: mine"))
-    found = rungs(capsys, f"base={pipeline_folder}", "rungs=0", "rank=2")
+    found = rungs(capsys, f"base={pipeline_folder}", "alternatives=0", "rank=2")
     assert found["plan"]["device"]["name"] == "mine"
     assert found["rungs"][found["best"]]["battery_share"] >= 0
 

@@ -77,7 +77,7 @@ def test_the_ladder_goes_from_the_best_down() -> None:
 @given(memory=st.floats(0.3, 10), pictures=st.integers(1, 9), rungs=st.integers(0, 4))
 @settings(deadline=None)
 def test_the_best_that_fits_in_its_fastest_form(memory: float, pictures: int, rungs: int) -> None:
-    found, best = best_of(memory, pictures=pictures, rungs=rungs, steps=1, least_steps=1, hours=1e9)
+    found, best = best_of(memory, batch_size=pictures, alternatives=rungs, steps=1, min_steps=1, max_hours=1e9)
     able = [setting for setting in ALL if fits(setting, memory)]
     if not able:
         assert best is None
@@ -126,7 +126,7 @@ def test_seconds_are_work_over_rates() -> None:
     ],
 )
 def test_time_and_battery_limit_the_steps(hours: float, battery: float | None, steps: int, blocked: str | None) -> None:
-    plan = PlanConfig(device=device(battery_wh=battery), hours=hours)
+    plan = PlanConfig(device=device(battery_wh=battery), max_hours=hours)
     found = rung(ALL[0], plan, lambda _: footprint(1))
     assert (found.steps, found.blocked) == (steps, blocked)
     assert found.seconds == pytest.approx(3)
@@ -136,7 +136,7 @@ def test_time_and_battery_limit_the_steps(hours: float, battery: float | None, s
 
 
 def test_a_rung_that_is_too_slow_lets_a_smaller_picture_through() -> None:
-    found, best = best_of(8.0, hours=30 / HOUR, least_steps=20)
+    found, best = best_of(8.0, max_hours=30 / HOUR, min_steps=20)
     assert best is not None
     assert found[best].setting.resolution == 256
     assert {(above.blocked or "").split(":")[0] for above in found[:best]} == {"time"}
@@ -150,9 +150,9 @@ def test_nothing_is_predicted_for_nothing() -> None:
         asked.append(setting)
         return predict(setting)
 
-    fastest_option(ALL[0], PlanConfig(device=device(memory_gib=1.0), pictures=8), counting)
+    fastest_option(ALL[0], PlanConfig(device=device(memory_gib=1.0), batch_size=8), counting)
     assert asked == [ALL[0]]
-    fastest_option(ALL[2], PlanConfig(device=device(memory_gib=3.0), pictures=16), counting)
+    fastest_option(ALL[2], PlanConfig(device=device(memory_gib=3.0), batch_size=16), counting)
     assert [setting.batch for setting in asked[1:]] == [1, 2]
 
 

@@ -24,7 +24,7 @@ from models.base import assets, chunk_manifest, hub
 from server.gateway.base_files import BaseFiles, routes
 from tests.helpers.kills import counted, killed_before
 
-FREE = FetchConfig(free_gib=0)
+FREE = FetchConfig(min_free_gib=0)
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +242,7 @@ def test_a_metered_network_is_left_alone(base: Path) -> None:
     with pytest.raises(AntherError, match="paid by volume"):  # it may become so on the way
         fetch(wanted, FREE, server, metered=lambda: next(answers))
     assert len(server.asked) == 5
-    assert fetch(wanted, FetchConfig(free_gib=0, metered=True), server, metered=lambda: True)
+    assert fetch(wanted, FetchConfig(min_free_gib=0, allow_metered=True), server, metered=lambda: True)
 
 
 def test_a_disk_that_is_nearly_full_is_left_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_disk_that_is_nearly_full_is_left_alone(base: Path, monkeypatch: pytes
     with pytest.raises(AntherError, match=r"0\.00 GiB are to come and 1\.00 are free.*fetch\.free_gib=1 stay free"):
         fetch(wanted, FetchConfig(), server)
     assert server.asked == []
-    assert fetch(wanted, FetchConfig(free_gib=0.9), server)
+    assert fetch(wanted, FetchConfig(min_free_gib=0.9), server)
 
 
 def test_a_disk_that_fills_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_from_a_stick_it_is_copied(base: Path, monkeypatch: pytest.MonkeyPatch) 
         return os.stat_result((*found[:2], found.st_dev + (path == base), *found[3:10]))
 
     monkeypatch.setattr(Path, "stat", elsewhere)
-    found = fetch(wanted, FetchConfig(folder=str(base), free_gib=0))
+    found = fetch(wanted, FetchConfig(folder=str(base), min_free_gib=0))
     shutil.rmtree(base)
     assert not found.is_symlink()
     assert assets.digest(found) == wanted
@@ -327,7 +327,7 @@ def test_sources_in_their_order_and_why_none_had_it(
         return other
 
     monkeypatch.setattr(hub, "fetch", from_hub)
-    settings = FetchConfig(folder=str(tmp_path / "none"), hub="maker/base", free_gib=0)
+    settings = FetchConfig(folder=str(tmp_path / "none"), hub="maker/base", min_free_gib=0)
     with pytest.raises(AntherError, match=r"folder: .* is not there; hub: .* holds another base.*; server: none"):
         fetch(wanted, settings)
     assert asked == ["maker/base"]

@@ -37,7 +37,7 @@ class Device:
 
     def __init__(self, node, folder, store):
         self.now, self.reads = [GOOD], 0
-        guard = Guard(nodes.Guard(free_mib=0, patience=0.0), self.read)
+        guard = Guard(nodes.ThrottleConfig(min_free_mib=0, max_wait_seconds=0.0), self.read)
         guard._fresh_until = float("-inf")
         self.resources = WorkerResources(store=store, read=self.read, meter=Meter(None, watts=5.0), guard=guard)
         self.stated = stated(node, str(folder))

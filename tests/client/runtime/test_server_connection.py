@@ -99,7 +99,7 @@ def come(ticket, *words):
 
 
 def test_a_ticket_is_all_that_is_needed(server, home, capsys, pictures):
-    assert come(server.ticket(), f"data={pictures}", "guard.battery=0.5", "name=pi") == 0
+    assert come(server.ticket(), f"data={pictures}", "throttle.min_battery=0.5", "name=pi") == 0
     assert "anther device run" in capsys.readouterr().out
     node = compose([], home / "node.conf")
     assert (node.name, node.data, node.guard.battery) == ("pi", str(pictures), 0.5)
@@ -168,7 +168,7 @@ def test_what_is_no_ticket_or_no_key_is_refused(server, capsys):
     assert come("anther://half") == 2
     assert "not a whole ticket" in capsys.readouterr().err
     assert come(server.ticket(), "guard.batery=1") == 2
-    assert "did you mean guard.battery" in capsys.readouterr().err
+    assert "did you mean throttle.min_battery" in capsys.readouterr().err
     assert server.registry.snapshot().members == {}
 
 

@@ -17,7 +17,7 @@ from conf.schemas import node
 FINE = Conditions(
     charging=True, battery=0.9, celsius=50.0, throttled=False, free_mib=900, owner_active=True, metered=True
 )
-CAREFUL = node.Guard(idle=True, unmetered=True)
+CAREFUL = node.ThrottleConfig(require_idle=True, require_unmetered=True)
 
 
 class Device:
@@ -46,7 +46,7 @@ class Device:
         return change
 
     def guard(self, **settings: object) -> Guard:
-        return Guard(node.Guard(**settings), self.read, clock=lambda: self.seconds, sleep=self.sleep)
+        return Guard(node.ThrottleConfig(**settings), self.read, clock=lambda: self.seconds, sleep=self.sleep)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,17 @@ def test_an_owner_may_allow_anything() -> None:
         owner_active=True,
         metered=True,
     )
-    lax = node.Guard(charging=False, battery=0.0, celsius=None, battery_celsius=None, free_mib=0.0)
+    lax = node.ThrottleConfig(
+        require_charging=False, min_battery=0.0, max_celsius=None, max_battery_celsius=None, min_free_mib=0.0
+    )
     assert reason(worst, lax) is None
     assert reason(worst, lax, waiting=True) is None
     assert shortage(worst, lax) is None
 
 
 def test_memory_is_short_below_its_limit() -> None:
-    assert shortage(replace(FINE, free_mib=149.0), node.Guard()) is not None
-    assert shortage(replace(FINE, free_mib=150.0), node.Guard()) is None
+    assert shortage(replace(FINE, free_mib=149.0), node.ThrottleConfig()) is not None
+    assert shortage(replace(FINE, free_mib=150.0), node.ThrottleConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -106,13 +108,13 @@ def test_memory_is_short_below_its_limit() -> None:
 )
 def test_who_waits_goes_on_only_well_within_the_limit(at: dict[str, object], well: dict[str, object]) -> None:
     edge = replace(FINE, **at)  # type: ignore[arg-type]
-    assert reason(edge, node.Guard()) is None
-    assert reason(edge, node.Guard(), waiting=True) is not None
-    assert reason(replace(FINE, **well), node.Guard(), waiting=True) is None  # type: ignore[arg-type]
+    assert reason(edge, node.ThrottleConfig()) is None
+    assert reason(edge, node.ThrottleConfig(), waiting=True) is not None
+    assert reason(replace(FINE, **well), node.ThrottleConfig(), waiting=True) is None  # type: ignore[arg-type]
 
 
 def test_a_limit_of_a_full_battery_can_be_met() -> None:
-    assert reason(replace(FINE, battery=1.0), node.Guard(battery=1.0), waiting=True) is None
+    assert reason(replace(FINE, battery=1.0), node.ThrottleConfig(min_battery=1.0), waiting=True) is None
 
 
 def test_all_is_well() -> None:
@@ -163,7 +165,7 @@ def test_one_reason_after_another_is_one_pause() -> None:
 
 def test_patience_ends() -> None:
     device = Device(replace(FINE, charging=False))
-    guard = device.guard(patience=2.5, poll_seconds=1.0)
+    guard = device.guard(max_wait_seconds=2.5, poll_seconds=1.0)
     assert guard()
     assert device.slept == [1.0, 1.0, 0.5]
     assert (guard.pauses, guard.stops, guard.paused_seconds) == (1, 1, 2.5)
@@ -174,7 +176,7 @@ def test_patience_ends() -> None:
 
 def test_without_patience_it_lets_go_at_once() -> None:
     device = Device(replace(FINE, charging=False))
-    assert device.guard(patience=0.0)()
+    assert device.guard(max_wait_seconds=0.0)()
     assert device.slept == []
 
 
@@ -199,7 +201,7 @@ def test_whoever_shuts_down_need_not_wait() -> None:
         waits.set()
         yield
 
-    settings = node.Guard(poll_seconds=3600.0, patience=3600.0)
+    settings = node.ThrottleConfig(poll_seconds=3600.0, max_wait_seconds=3600.0)
     guard = Guard(settings, lambda: replace(FINE, charging=False), stop=stop, pausing=pausing)
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(guard()))
@@ -232,7 +234,7 @@ def test_sensors_that_fail_are_a_reason() -> None:
         return answer
 
     device = Device()
-    guard = Guard(node.Guard(), read, clock=lambda: device.seconds, sleep=device.sleep)
+    guard = Guard(node.ThrottleConfig(), read, clock=lambda: device.seconds, sleep=device.sleep)
     assert not guard()
     assert guard.last_reason == "sensors can't be read (half a file)"
     assert guard.paused_seconds == 2.0
@@ -248,7 +250,7 @@ def test_what_pauses_with_it_does_so_for_as_long() -> None:
         spans.append((began, device.seconds))
 
     device.later = [lambda: None, device.become(charging=True)]
-    guard = Guard(node.Guard(), device.read, pausing=pausing, clock=lambda: device.seconds, sleep=device.sleep)
+    guard = Guard(node.ThrottleConfig(), device.read, pausing=pausing, clock=lambda: device.seconds, sleep=device.sleep)
     assert not guard()
     assert not guard()
     assert spans == [(0.0, 2.0)]

@@ -46,7 +46,11 @@ class Charger:
         self.sensors = choose_sensors(node.Power(meter="file", file=str(self.file)))
         self.meter = Meter(self.sensors.source, watts=1.0, every=3600.0, clock=self.clock)
         self.guard = Guard(
-            node.Guard(**settings), self.sensors.read, pausing=self.meter.paused, clock=self.clock, sleep=self.sleep
+            node.ThrottleConfig(**settings),
+            self.sensors.read,
+            pausing=self.meter.paused,
+            clock=self.clock,
+            sleep=self.sleep,
         )
 
     def clock(self) -> float:
@@ -96,7 +100,7 @@ def run(base: Base, work: list[jobs.Job], charger: Charger) -> list[Result | Exc
 @pytest.mark.parametrize("rate", [0.0, 0.6, 1.0])
 def test_a_private_job_stops_within_the_step(base: Base, tmp_path: Path, rate: float) -> None:
     """No step is taken after it, neither of a batch that is there nor of one that is empty; no noise is drawn."""
-    charger = Charger(tmp_path, patience=2.0)
+    charger = Charger(tmp_path, max_wait_seconds=2.0)
     charger.back_after = 0  # never
     plan = private(base, "a", rate=rate, steps=50)
     assert plan.noise
@@ -144,7 +148,7 @@ def test_any_other_job_too(base: Base, tmp_path: Path, purpose: str) -> None:
     assert_same_bits(found, wanted)
     assert charger.guard.pauses == 1
 
-    asked[0], charger = 0, Charger(tmp_path, patience=1.0)
+    asked[0], charger = 0, Charger(tmp_path, max_wait_seconds=1.0)
     charger.back_after = 0
     (found,) = run(base, [plan(cancelled=passed)], charger)
     assert isinstance(found, Cancelled)
@@ -160,7 +164,7 @@ def test_who_asked_may_still_cancel(base: Base, tmp_path: Path) -> None:
 
 
 def test_nothing_is_begun_without_the_charger(base: Base, tmp_path: Path) -> None:
-    charger = Charger(tmp_path, patience=1.0)
+    charger = Charger(tmp_path, max_wait_seconds=1.0)
     charger.back_after = 0
     charger.pull()
     work = [job(base, "a"), jobs.MeasureJob(examples=examples(base, 1, 1), adapter=None)]
@@ -232,7 +236,7 @@ def test_one_release_though_the_charger_was_pulled(base: Base, tmp_path: Path) -
 
 def test_one_release_though_it_stopped_and_began_again(base: Base, tmp_path: Path) -> None:
     """The first attempt is charged and leaves nothing; asked again it trains under the same reservation."""
-    charger, sources = Charger(tmp_path, patience=5.0), list[Telling]()
+    charger, sources = Charger(tmp_path, max_wait_seconds=5.0), list[Telling]()
     charger.back_after = 0
 
     def noise() -> Telling:

@@ -31,7 +31,9 @@ def worker(tmp_path, monkeypatch, pipeline_folder):
     with open_store(device_files("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
-        guard = Guard(nodes.Guard(free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5))
+        guard = Guard(
+            nodes.ThrottleConfig(min_free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5)
+        )
         resources = WorkerResources(store=found.store, read=guard._read, meter=Meter(None, watts=5.0), guard=guard)
         yield WorkerServer(stated(node, str(pipeline_folder)), resources), listener, node
 

@@ -72,10 +72,10 @@ def test_this_device_is_read_from_its_own_file(tmp_path: Path) -> None:
         (["device=pixel8", "rank"], "rank: can't be read as key=value"),
         (["device=pixel8", "rank=x"], "rank: must be a whole number"),
         (["device=pixel8", "rank=0"], "rank=0: must be 1 or more"),
-        (["device=pixel8", "steps=5"], "least_steps=20: must not be over steps=5"),
-        (["device=pixel8", "hours=0"], "hours=0.0: must be over 0"),
-        (["device=pixel8", "battery_share=2"], "battery_share=2.0: must be over 0 and at most 1"),
-        (["device=pixel8", "rungs=-1"], "rungs=-1: must be 0 or more"),
+        (["device=pixel8", "steps=5"], "min_steps=20: must not be over steps=5"),
+        (["device=pixel8", "max_hours=0"], "max_hours=0.0: must be over 0"),
+        (["device=pixel8", "max_battery_fraction=2"], "max_battery_fraction=2.0: must be over 0 and at most 1"),
+        (["device=pixel8", "alternatives=-1"], "alternatives=-1: must be 0 or more"),
         (["device=pixel8", "device.memory_gib=0"], "device.memory_gib=0.0: must be 0.1 to 4096"),
         (["device=pixel8", "device.watts_idle=9"], "device.watts_idle=9.0: must not be over watts_busy=3.5"),
         (["device=pixel8", "device.battery_wh=-1"], "device.battery_wh=-1.0: must be over 0, or null for none"),
@@ -102,5 +102,5 @@ def test_a_schema_refuses_by_itself() -> None:
     assert DeviceProfileConfig(**GOOD).battery_wh is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="slowdown=50"):
         DeviceProfileConfig(**{**GOOD, "slowdown": 50.0})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="pictures=0"):
-        PlanConfig(pictures=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        PlanConfig(batch_size=0)

@@ -217,7 +217,7 @@ def test_hostile_requests_count_as_many(tmp_path, caplog):
 def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
     """One that reads slowly would else have us keep an answer of 20 MiB for each of its connections."""
     served = GatewayHarness(tmp_path)
-    served.gateway.budget = RequestBudget(LimitsConfig(concurrent=1))
+    served.gateway.budget = RequestBudget(LimitsConfig(concurrent_requests=1))
     with served.client as client:
         pi, other = served.node("pi"), served.node("other")
         began, over = threading.Event(), asyncio.Event()

@@ -5,7 +5,9 @@ import pytest
 from conf.schemas.server import LimitsConfig
 from server.gateway.connections import ConnectionPhase, ConnectionTable, network
 
-LIMITS = LimitsConfig(connections=3, total_connections=8, header_seconds=20, idle_seconds=60, slowest_kib=4)
+LIMITS = LimitsConfig(
+    connections_per_address=3, total_connections=8, header_seconds=20, idle_seconds=60, min_kib_per_second=4
+)
 
 
 class Clock:

@@ -36,7 +36,7 @@ def test_a_punishment_ends():
 
 
 def test_requests_at_once_and_memory_are_given_back():
-    budget = RequestBudget(LimitsConfig(concurrent=1, body_mib=1))
+    budget = RequestBudget(LimitsConfig(concurrent_requests=1, request_memory_mib=1))
     for _ in range(3):
         with budget.request_slot("key"), budget.reserve_memory("key", 1 << 20):
             with pytest.raises(RequestRefused), budget.request_slot("key"):
@@ -47,7 +47,7 @@ def test_requests_at_once_and_memory_are_given_back():
 
 def test_one_key_leaves_memory_to_others():
     """An object of Flower's is up to 20 MiB: eight requests of one device, held for an hour at the slowest rate."""
-    budget, held = RequestBudget(LimitsConfig(body_mib=256)), 0
+    budget, held = RequestBudget(LimitsConfig(request_memory_mib=256)), 0
     with contextlib.ExitStack() as stack:
         for _ in range(8):
             with contextlib.suppress(RequestRefused):

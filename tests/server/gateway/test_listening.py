@@ -19,7 +19,7 @@ from server.gateway.listening import reload_certificate, serve
 from server.supervisor.server_dir import ServerDir
 from tests.helpers.served import hello, new_key, openssh, signed
 
-LIMITS = LimitsConfig(connections=8, total_connections=12, header_seconds=1.5, idle_seconds=1.5)
+LIMITS = LimitsConfig(connections_per_address=8, total_connections=12, header_seconds=1.5, idle_seconds=1.5)
 
 
 @pytest.fixture

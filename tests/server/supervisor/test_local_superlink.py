@@ -132,7 +132,7 @@ def test_a_port_that_another_program_holds_ends_it_in_one_line(tmp_path):
         )
     assert done.returncode == 1
     assert f"127.0.0.1:{port}: can't listen there" in done.stderr
-    assert "choose another server.inner_port" in done.stderr
+    assert "choose another server.superlink_port" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -87,7 +87,7 @@ def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
     ).start()
     wait_until(lambda: second.exit_code is not None, 120, f"a second one's refusal\n{second.output}")
     # A key that nobody enrolled, with everything else right.
-    stranger = ModuleProcess("client.runtime.supervisor", ["link.slow_poll_seconds=1"], running.folder / "d")
+    stranger = ModuleProcess("client.runtime.supervisor", ["connection.max_poll_seconds=1"], running.folder / "d")
     (stranger.home / "link" / "node.key").unlink()
     from client.runtime.server_connection import _new_key
 

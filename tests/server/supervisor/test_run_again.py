@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 WORDS = ["rounds=1", "cohort.size=1"]
 
 
-@pytest.mark.parametrize(("words", "refused"), [([], True), (["server.again=true"], False)])
+@pytest.mark.parametrize(("words", "refused"), [([], True), (["server.allow_rerun=true"], False)])
 def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: list[str], refused: bool) -> None:
     folder = run_dirs.run_folder(" ".join(run_overrides(WORDS, 100)), tmp_path / "runs")
     run_dirs.mark_finished(folder)
@@ -46,7 +46,7 @@ def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: li
 
 def test_two_servers_of_one_folder(tmp_path: Path) -> None:
     """The second would register the same devices with another SuperLink."""
-    command = [sys.executable, "-m", "server.supervisor.run", *WORDS, "server.hosts=[127.0.0.1]"]
+    command = [sys.executable, "-m", "server.supervisor.run", *WORDS, "server.hostnames=[127.0.0.1]"]
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path)}
     with exclusive(tmp_path / "server", what="a federation"):
         done = subprocess.run(

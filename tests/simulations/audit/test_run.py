@@ -87,7 +87,7 @@ def test_finished_runs_yield_page_and_numbers(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = f"runs=[{','.join(map(str, runs))}]"
-    assert command(monkeypatch, tmp_path, listed, "membership.timesteps=1", "membership.resamples=100") == 0
+    assert command(monkeypatch, tmp_path, listed, "membership.timesteps=1", "membership.bootstrap_samples=100") == 0
     groups = {group["arm"]: group for group in json.loads((tmp_path / "audit.json").read_text())["membership"]}
     assert {name: len(group["runs"]) for name, group in groups.items()} == {
         "no differential privacy, 4 rounds of 4 steps": 2,
@@ -119,7 +119,7 @@ def test_last_adapter_can_be_attacked(base: Base, tmp_path: Path) -> None:
     checkpoint.save(folder / "checkpoints", last)
 
     def mean_score(*overrides: str) -> float:
-        config = MembershipConfig(timesteps=1, resamples=100, **dict(pair.split("=") for pair in overrides))
+        config = MembershipConfig(timesteps=1, bootstrap_samples=100, **dict(pair.split("=") for pair in overrides))
         group = membership.attack([membership.load(folder)], config, confidence=0.95, seed=0)
         return float(group.trials["loss"].scores.mean())
 
@@ -255,8 +255,8 @@ def test_loop_is_sound_and_missing_noise_detected(monkeypatch: pytest.MonkeyPatc
     config = AuditConfig()
     config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000
     config.canaries.noise = "simulated"
-    config.clients.count = config.fits.longest = 0
-    config.fits.base = None
+    config.clients.count = config.noise_tests.max_length = 0
+    config.noise_tests.base = None
     lines: list[str] = []
     results = run.audit(config, lines.append)
     assert results.sound
@@ -291,14 +291,14 @@ def test_too_little_noise_fails_the_audit(
     ("mistake", "words"),
     [
         ("runs=[nowhere]", "nowhere: no finished run here"),
-        ("canaries.count=0 clients.count=0 fits.longest=0", "nothing to audit"),
+        ("canaries.count=0 clients.count=0 noise_tests.max_length=0", "nothing to audit"),
         ("canaries.epsilons=[]", "canaries.epsilons=[]: name a claim"),
         ("canaries.noise=none", "canaries.noise=none: must be one of: secure, simulated"),
         ("clients.dimension=100", "clients.dimension=100: must be clients.count or more"),
         ("membership.adapter=first", "membership.adapter=first: must be one of: best, last"),
-        ("membership.time=1", "membership.time=1.0: must lie between 0 and 1"),
-        ("fits.longest=10", "fits.longest=10: must be 0, or 1024 or more"),
-        ("false_alarms=0.5", "false_alarms=0.5: must be over 0, at most 0.05"),
+        ("membership.timestep_fraction=1", "membership.timestep_fraction=1.0: must lie between 0 and 1"),
+        ("noise_tests.max_length=10", "noise_tests.max_length=10: must be 0, or 1024 or more"),
+        ("false_alarm_rate=0.5", "false_alarm_rate=0.5: must be over 0, at most 0.05"),
         ("confidence=0.3", "confidence=0.3: must lie between"),
         ("canary.count=9", "no such key; did you mean"),
     ],

@@ -47,8 +47,8 @@ def test_audit_states_detectable_shortfall() -> None:
 @pytest.mark.parametrize("parts", [(10_000, 4000, 2**20), (0, 4000, 2**20), (10_000, 0, 0), (0, 0, 1024)])
 def test_shares_add_up_to_the_false_alarms(parts: tuple[int, int, int]) -> None:
     config = AuditConfig()
-    config.canaries.count, config.clients.count, config.fits.longest = parts
-    config.fits.base = None
+    config.canaries.count, config.clients.count, config.noise_tests.max_length = parts
+    config.noise_tests.base = None
     claims = sum(2 * 3 for count in parts[:2] if count)  # for each ε: the guesses, and the residuals
     assert run.false_alarm_share(config) * (claims + (8 if parts[2] else 0)) == pytest.approx(1e-6)
 
