@@ -34,19 +34,20 @@ TOLERANCE = 0.005  # ε of a solved σ lies in [(1 − TOLERANCE) target, target
 TRUNCATION_DELTA = 1e-12
 """Probability with which the Poisson batches of a step may be truncated, so that a job takes a public time.
 
-`training.public_duration` proves that δ grows by exactly this. It is subtracted from every δ, also if nothing is cut."""
+`training.public_duration` proves that δ grows by exactly this. It is subtracted from every δ, also if nothing is cut.
+"""
 MAX_SELF_COMPOSITION = 100_000  # steps: dp-accounting raises a number to the power of the number of compositions
 MAX_POINTS = 500_000
-"""Approximate limit on the points of all arrays of one grid, so that computing ε has a bounded cost for any σ and q that
-a server requests: half a second of a desktop's core, two of a Raspberry Pi's, and about 50 MiB. An ordinary run takes a
-tenth."""
+"""Approximate limit on the points of all arrays of one grid, so that computing ε has a bounded cost for any σ and q
+that a server requests: half a second of a desktop's core, two of a Raspberry Pi's, and about 50 MiB. An ordinary run
+takes a tenth."""
 MAX_EPSILON = 1000.0  # a larger ε is no meaningful guarantee: not solved for, and not worth a finer grid
 
 SAMPLER_DELTA = 2.0**-60
 """Share of every δ that covers the distance between sampled and exact noise.
 
-`privacy.noise.SecureNoise` samples exactly but gives up after 4,096 bits, with a probability under 2⁻⁴⁰⁰⁰ per number. Let
-γ be that probability for 2⁶⁴ numbers: (1 + e^ε) γ is far below 2⁻⁶⁰ for each ε up to `MAX_EPSILON`. So if the exact
+`privacy.noise.SecureNoise` samples exactly but gives up after 4,096 bits, with a probability under 2⁻⁴⁰⁰⁰ per number.
+Let γ be that probability for 2⁶⁴ numbers: (1 + e^ε) γ is far below 2⁻⁶⁰ for each ε up to `MAX_EPSILON`. So if the exact
 mechanism is (ε, δ − SAMPLER_DELTA)-DP, the sampled one is (ε, δ)-DP."""
 
 

@@ -1,8 +1,8 @@
 """Noised gain: how much an adapter lowers a loss, released under differential privacy.
 
 The unit of privacy is one picture if a device noises the gains of its own pictures before it reports anything, or one
-device if the trusted server noises the gains that devices reported. Both are the Gaussian mechanism (Dwork & Roth, 2014,
-doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: for the accountant a
+device if the trusted server noises the gains that devices reported. Both are the Gaussian mechanism (Dwork & Roth,
+2014, doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: for the accountant a
 `PoissonGaussian` with a sampling rate of 1 and one step.
 
 The sum is counted in whole steps of clip / `STEPS_PER_CLIP`, and its noise is a rounded Gaussian in the same steps

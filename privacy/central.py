@@ -28,8 +28,8 @@ MIN_CLIP, MAX_CLIP = 1e-12, 1e12
 """Range of the clip C, also of an adaptive one."""
 
 _SAFETY_FACTOR = 1 - 2.0**-24
-"""Norms are scaled to this fraction of C. It exceeds the rounding error of a float64 norm of 2²⁸ numbers in any order of
-summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of the values computed from it."""
+"""Norms are scaled to this fraction of C. It exceeds the rounding error of a float64 norm of 2²⁸ numbers in any order
+of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of the values computed from it."""
 
 
 class ClippedUpdates(NamedTuple):
@@ -46,9 +46,9 @@ class ClippedUpdates(NamedTuple):
 def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUpdates:
     """Compute Σ u_k · min(1, C / ‖u_k‖) with weight 1 for every update and norms in float64.
 
-    Formal guarantee: adding or removing one update, whatever it contains, changes `total` by at most C and `below` by at
-    most ½ in L2 norm. This is exact, unlike for floating point sums (Casacuberta et al., 2022, arXiv:2207.10635): clipped
-    updates are truncated to whole steps of C / `RESOLUTION`, which add up without rounding in any order.
+    Formal guarantee: adding or removing one update, whatever it contains, changes `total` by at most C and `below` by
+    at most ½ in L2 norm. This is exact, unlike for floating point sums (Casacuberta et al., 2022, arXiv:2207.10635):
+    clipped updates are truncated to whole steps of C / `RESOLUTION`, which add up without rounding in any order.
 
     Args:
         updates: updates u_k [D].
@@ -104,8 +104,8 @@ class AdaptiveClip:
         if z >= count_multiplier:
             raise AntherError(
                 f"privacy.device.target_quantile={self.quantile:g}: too few devices to adapt the clip: the noise multiplier "
-                f"{z:.3g} must be under {count_multiplier:.3g}, a tenth of the devices expected in a round; ask more devices, "
-                "allow a larger privacy.device.epsilon, or set privacy.device.target_quantile=null"
+                f"{z:.3g} must be under {count_multiplier:.3g}, a tenth of the devices expected in a round; ask more "
+                "devices, allow a larger privacy.device.epsilon, or set privacy.device.target_quantile=null"
             )
         return float((z**-2 - count_multiplier**-2) ** -0.5)
 

@@ -4,9 +4,9 @@ Each blob, each line of a journal and each head is encrypted separately, with th
 its number as associated data: none can be changed or swapped without detection. A rollback of the whole store is
 detected by the ledger's anchors, as without encryption.
 
-*Not covered*: names and sizes of files; policy.toml, which its owner edits; the marker `enrolled`, which holds an id and
-a path; previews, which are meant to be looked at; the pictures themselves, which stay where their owner put them; and
-copies of this process' memory in swap or in a dump. Anyone who can run code as the owner while the key is available
+*Not covered*: names and sizes of files; policy.toml, which its owner edits; the marker `enrolled`, which holds an id
+and a path; previews, which are meant to be looked at; the pictures themselves, which stay where their owner put them;
+and copies of this process' memory in swap or in a dump. Anyone who can run code as the owner while the key is available
 reads everything: encryption protects a card or a disk that is taken away.
 """
 
@@ -37,7 +37,7 @@ _NONCE = 12
 
 
 class DamagedDataError(AntherError, ValueError):
-    """Data that was not encrypted under this key and name. Also a ValueError, which callers of recoverable data catch."""
+    """Data that was not encrypted under this key and name. Also a ValueError, for callers that can recover it."""
 
 
 @dataclass(frozen=True, slots=True)

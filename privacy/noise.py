@@ -96,8 +96,8 @@ class SecureNoise:
     Both draws are exact: they have the distribution that `NoiseSource` states, not an approximation of it. Uniforms are
     real numbers whose first 53 bits are drawn at once; further bits are drawn where these don't decide the result. What
     remains is the event that a number is undecided after 4,096 bits, with a probability below 2⁻⁴⁰⁰⁰, which
-    `accounting.SAMPLER_DELTA` covers, and two assumptions: the operating system's bytes are uniform, and NumPy's float64
-    log, sin and cos are accurate to 16 units in the last place (4 are documented).
+    `accounting.SAMPLER_DELTA` covers, and two assumptions: the operating system's bytes are uniform, and NumPy's
+    float64 log, sin and cos are accurate to 16 units in the last place (4 are documented).
     """
 
     release = True
@@ -164,7 +164,7 @@ def _pairs(count: int, stddev: float) -> np.ndarray:
 
 
 def _resolve(first: int, second: int, stddev: float) -> tuple[int, int]:
-    """Decide a pair that `_pairs` left open: interval arithmetic with 64 more bits of u and v until both are decided."""
+    """Decide a pair that `_pairs` left open, by interval arithmetic with 64 more bits of u and v at a time."""
     from mpmath.ctx_iv import MPIntervalContext  # needed once in thousands of steps
     from mpmath.libmp import round_floor, to_int
 

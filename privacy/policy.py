@@ -1,7 +1,7 @@
 """The owner's policy on a device: the server may ask for less, never for weaker privacy.
 
-The policy is `policy.toml` next to the device's store, edited by its owner. Missing keys, and a missing file, mean these
-defaults:
+The policy is `policy.toml` next to the device's store, edited by its owner. Missing keys, and a missing file, mean
+these defaults:
 
 - The device takes part in runs without privacy until it first takes part in one with privacy. From then on it shares
   nothing without noise, whatever is requested, and nothing that would exceed ε = `DEFAULT_MAX_EPSILON` per picture. So
@@ -34,7 +34,7 @@ DEFAULT_MAX_EPSILON = 16.0
 
 MEASURES = ("none", "noised", "raw")
 MAX_PICTURES = 100_000
-"""Number of pictures that a private request may assume at most: it determines memory and time, whatever the device has."""
+"""Maximum number of pictures that a private request may assume: it determines memory and time on every device."""
 _MAX_NOISE_MULTIPLIER = 1e6  # more noise hides every signal, and much more overflows
 
 

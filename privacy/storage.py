@@ -1,8 +1,8 @@
 """Storage of one device: blobs by name, and append-only journals.
 
-The ledger's guarantees rest on it: no effect may depend on a write before the write is durable. With `FileStorage` it is
-durable when the call returns. The storage of a simulated fleet may wait for one commit of many devices, which the driver
-makes before it performs their jobs and before it hands out their replies.
+The ledger's guarantees rest on it: no effect may depend on a write before the write is durable. With `FileStorage` it
+is durable when the call returns. The storage of a simulated fleet may wait for one commit of many devices, which the
+driver makes before it performs their jobs and before it hands out their replies.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from models.base.base import Base
 from models.lora.adapter import Adapter, concatenate, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
 from simulations.fleet.participants import Participant
-from training.inference import draw
+from training.inference import generate
 from training.jobs import EarlyStopping, EncodeJob, Examples, Job, MeasureJob, Result, TrainedAdapter, TrainJob
 from training.memory import inference_share
 from typefaces.judge import Judge, legible, style_match
@@ -171,7 +171,7 @@ def gallery(
     distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
     slot = {key: index for index, key in enumerate(distinct)}
     stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.like)
-    latents = draw(
+    latents = generate(
         base,
         captions=[caption for _, _, caption in wanted],
         seeds=[derive_seed(config.seed, caption, "gallery") for _, _, caption in wanted],

@@ -1,1 +1,1 @@
-"""Local training in slots: torch only, no flwr."""
+"""Local training of many clients in shared passes. Uses PyTorch only, no Flower."""

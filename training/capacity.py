@@ -1,4 +1,4 @@
-"""How many jobs and entries a memory budget holds."""
+"""Numbers of jobs and entries that fit in a memory budget."""
 
 from __future__ import annotations
 
@@ -13,102 +13,116 @@ from common.units import GIB
 from models.base.denoiser import Denoiser
 from models.lora.batched_lora import BatchedAdapter
 from training import memory
-from training.buffers import BufferSpec, CohortBuffers, common_bytes, row_bytes
+from training.buffers import BufferSpec, CohortBuffers, row_bytes, shared_bytes
 from training.jobs import TrainJob
 from training.microbatching import Microbatch
 from training.parallel_passes import single_threaded_layers, workers
 from training.step import gradients, on_device, reduce
 
-LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.throughput.cohort`
+MAX_ENTRIES = {"cpu": 64}  # more entries per pass don't speed up a core: `bench.throughput.cohort`
 
 
 class InsufficientMemoryError(AntherError):
-    """The memory that was granted doesn't hold one job and one entry."""
+    """The memory budget doesn't hold one job and one entry."""
 
 
 class Capacity(NamedTuple):
-    """What is on the device at once."""
+    """What fits on the device at once."""
 
     jobs: int
-    entries: int  # in all passes together
-    room: int  # bytes for those passes
-    expected: int  # entries of one step of so many jobs
+    entries: int  # in all concurrent passes
+    pass_bytes: int  # memory of those passes
+    expected: int  # expected entries of one step of these jobs
 
 
 def capacity(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> Capacity:
-    """What fits in `limit` bytes, jobs and entries in the proportion in which they are needed.
+    """Compute how many jobs and entries fit in `limit` bytes, in the proportion in which they are needed.
+
+    Args:
+        base: the base.
+        jobs: jobs of one group.
+        limit: bytes.
 
     Raises:
-        TooLittleMemoryError: not even one job and one entry fit.
+        InsufficientMemoryError: one job and one entry don't fit.
     """
-    shape = BufferSpec.of(jobs)
-    row, entry, granted = row_bytes(base, shape), entry_bytes(base, shape), limit
-    limit -= common_bytes(base, shape)
-    if row + entry > limit:
-        least = row + entry + granted - limit
+    spec = BufferSpec.of(jobs)
+    row_size, entry_size, budget = row_bytes(base, spec), entry_bytes(base, spec), limit
+    limit -= shared_bytes(base, spec)
+    if row_size + entry_size > limit:
+        required = row_size + entry_size + budget - limit
         raise InsufficientMemoryError(
-            f"trainer.memory_gib={granted / GIB:.3g}: one picture of one device takes {least / GIB:.3g} here: "
+            f"trainer.memory_gib={budget / GIB:.3g}: one picture of one device takes {required / GIB:.3g} GiB here: "
             "give more, or train fewer sites"
         )
-    step = max(map(expected_entries, jobs))
-    resident = max(1, min(len(jobs), int((limit - entry) // (row + step * entry))))  # always room for one entry
-    expected = sum(sorted(map(expected_entries, jobs), reverse=True)[:resident])
-    room = limit - resident * row
-    return Capacity(resident, room // entry, room, max(1, int(expected)))
+    step_entries = max(map(expected_entries, jobs))
+    resident_jobs = max(
+        1, min(len(jobs), int((limit - entry_size) // (row_size + step_entries * entry_size)))
+    )  # always room for one entry
+    expected = sum(sorted(map(expected_entries, jobs), reverse=True)[:resident_jobs])
+    pass_bytes = limit - resident_jobs * row_size
+    return Capacity(resident_jobs, pass_bytes // entry_size, pass_bytes, max(1, int(expected)))
 
 
 def expected_entries(job: TrainJob) -> float:
-    """Entries of one step of a job; under DP the mean for as many pictures as the plan assumes, however many there are.
+    """Expected number of entries per step. Under DP it is the mean for the number of pictures that the plan assumes.
 
-    So what fits, and whether anything does, tells nothing of the pictures.
+    So neither the number of jobs that fit, nor whether any does, reveals anything about the pictures.
     """
     if job.privacy:
         return job.unit * job.privacy.sampling_rate * job.assumed_pictures
     return (2 if job.prior else 1) * job.batch_size
 
 
-def entry_bytes(base: Denoiser, shape: BufferSpec) -> int:
-    """Bytes that one entry takes in a pass and after it, counted on a pass of one entry."""
+def entry_bytes(base: Denoiser, spec: BufferSpec) -> int:
+    """Bytes that one entry takes during and after a pass, measured on a pass of one entry."""
 
     def prepare() -> Callable[[], object]:
-        rows = CohortBuffers(base, shape, 1)
+        buffers = CohortBuffers(base, spec, 1)
         zeros, ones = np.zeros(1, np.int64), np.ones(1)
         one = zeros + 1
-        pack = Microbatch(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
-        return lambda: reduce(rows, pack, *gradients(base, rows, on_device(pack, base.device)))
+        microbatch = Microbatch(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
+        return lambda: reduce(buffers, microbatch, *gradients(base, buffers, on_device(microbatch, base.device)))
 
-    return _count(base, shape, prepare)
+    return _counted_bytes(base, spec, prepare)
 
 
 def max_pictures_per_pass(
     base: Denoiser, latents: torch.Size, context: torch.Size, adapters: Sequence[BatchedAdapter], limit: int
 ) -> int:
-    """Pictures that one pass without gradients may hold, in `limit` bytes for all that run at once; at least 1.
+    """Number of pictures that one pass without gradients may hold; at least 1.
 
-    Each takes a copy of its adapters, of those that don't serve everybody.
+    Each picture takes a copy of those adapters that are not shared by all slots.
+
+    Args:
+        base: the base.
+        latents: shape of one picture's latents [c, h, w].
+        context: shape of one caption's embedding [tokens, d].
+        adapters: batched adapters that are applied.
+        limit: bytes for all concurrent passes.
     """
-    own = [stack for stacks in adapters for stack in stacks.values() if len(stack.a) > 1]
-    copies = sum(stack.a[0].nbytes + stack.b[0].nbytes for stack in own)
+    per_slot = [stack for stacks in adapters for stack in stacks.values() if len(stack.a) > 1]
+    copies = sum(stack.a[0].nbytes + stack.b[0].nbytes for stack in per_slot)
 
     @torch.no_grad()
-    def work() -> object:
+    def run() -> object:
         with base.use_adapters([]) as denoise:
             x = torch.zeros(1, *latents, dtype=base.full_precision, device=base.device)
             return denoise(x, torch.zeros(1, dtype=torch.long, device=base.device), x.new_zeros(1, *context))
 
-    return max_pass_size(base.device, limit // (_count(base, (latents, context), lambda: work) + copies))
+    return max_pass_size(base.device, limit // (_counted_bytes(base, (latents, context), lambda: run) + copies))
 
 
-def max_pass_size(device: torch.device, together: int) -> int:
-    """Entries of one pass, of so many in all passes that run at once; at least 1."""
-    return max(1, min(together // workers(device), LARGEST.get(device.type, together)))
+def max_pass_size(device: torch.device, total: int) -> int:
+    """Number of entries of one pass, given the total of all concurrent passes; at least 1."""
+    return max(1, min(total // workers(device), MAX_ENTRIES.get(device.type, total)))
 
 
-def _count(base: Denoiser, key: object, prepare: Callable[[], Callable[[], object]]) -> int:
-    """Bytes of the work that `prepare` makes ready, counted once for each key."""
+def _counted_bytes(base: Denoiser, key: object, prepare: Callable[[], Callable[[], object]]) -> int:
+    """Bytes of the work that `prepare` returns, measured once for each key."""
     if key not in base.cache:
-        work = prepare()
+        run = prepare()
         with single_threaded_layers():
-            base.cache[key] = int(memory.counted(work) * memory.WORKSPACE[base.device.type])
+            base.cache[key] = int(memory.peak_bytes(run) * memory.WORKSPACE[base.device.type])
     count: int = base.cache[key]
     return count

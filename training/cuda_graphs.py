@@ -11,58 +11,62 @@ from models.base.denoiser import Denoiser
 from training.buffers import CohortBuffers
 from training.step import Entries, gradients
 
-_WARM_UP = 2  # passes before the record: kernels are compiled and chosen in the first one
-_HALVES = 4  # sizes beside the full one
+_WARM_UP = 2  # passes before the capture; kernels are compiled and selected in the first one
+_HALVES = 4  # number of smaller sizes
 
 
 class GraphedPasses:
-    """`training.step.gradients` for up to `size` entries, in graphs of that size and of halves of it.
+    """`training.step.gradients` for up to `size` entries, as CUDA graphs of that size and of halves of it.
 
-    A pass takes the smallest graph that holds its entries; the rest is filled up with entries of weight 0. Only the
-    full size is compiled, if asked for: the others are for the last entries of a call. All are recorded here, so that
-    no round waits for one that it is the first to need.
+    A pass uses the smallest graph that holds its entries, padded with entries of weight 0. Only the full size is
+    compiled, if requested; the others are for the last entries of a call. All graphs are captured here, so that no
+    round waits for one that it is the first to need.
 
     Args:
-        one_size: no halves. Kernels differ with the size, so private passes all take one.
+        base: the base.
+        buffers: adapters and examples of the resident jobs.
+        size: maximum number of entries.
+        compiled: compile the graph of the full size.
+        one_size: no halves. Kernels depend on the size, so private passes all have one.
     """
 
     def __init__(
-        self, base: Denoiser, rows: CohortBuffers, size: int, *, compiled: bool, one_size: bool = False
+        self, base: Denoiser, buffers: CohortBuffers, size: int, *, compiled: bool, one_size: bool = False
     ) -> None:
-        pool = torch.cuda.graph_pool_handle()  # of memory: no two graphs ever run at once
+        pool = torch.cuda.graph_pool_handle()  # shared memory, since graphs never run concurrently
         halvings = 0 if one_size else _HALVES
         halves = [size >> halving for halving in range(1, halvings + 1) if size >> halving]
-        self._graphs = {size: _Graph(base, rows, size, pool, compiled=compiled)}
-        self._graphs |= {half: _Graph(base, rows, half, pool, compiled=False) for half in halves}
+        self._graphs = {size: _Graph(base, buffers, size, pool, compiled=compiled)}
+        self._graphs |= {half: _Graph(base, buffers, half, pool, compiled=False) for half in halves}
 
     def __call__(self, entries: Entries) -> tuple[Tensor, Tensor]:
-        """Gradients and losses, overwritten by the next call."""
+        """Return gradients and losses, which the next call overwrites."""
         count = len(entries.rows)
-        found, losses = self._graphs[min(size for size in self._graphs if size >= count)](entries)
-        return found[:count], losses[:count]
+        grads, losses = self._graphs[min(size for size in self._graphs if size >= count)](entries)
+        return grads[:count], losses[:count]
 
 
 class _Graph:
-    """One pass of one size."""
+    """A graph of one size."""
 
-    def __init__(self, base: Denoiser, rows: CohortBuffers, size: int, pool: Any, *, compiled: bool) -> None:
+    def __init__(self, base: Denoiser, buffers: CohortBuffers, size: int, pool: Any, *, compiled: bool) -> None:
         numbers = torch.zeros(3, size, dtype=torch.long, device=base.device)
         self._entries = Entries(*numbers, *numbers[:2].double())
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(_WARM_UP):
-                gradients(base, rows, self._entries, compiled=compiled)
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.empty_cache()  # the record keeps memory of its own
+                gradients(base, buffers, self._entries, compiled=compiled)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        torch.cuda.empty_cache()  # the graph has its own memory
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._found = gradients(base, rows, self._entries, compiled=compiled)
+            self._outputs = gradients(base, buffers, self._entries, compiled=compiled)
 
     def __call__(self, entries: Entries) -> tuple[Tensor, Tensor]:
         count = len(entries.rows)
-        for fixed, given in zip(self._entries, entries, strict=True):
-            fixed[:count] = given
+        for static, value in zip(self._entries, entries, strict=True):
+            static[:count] = value
         self._entries.weights[count:] = 0.0
         self._graph.replay()
-        return self._found
+        return self._outputs

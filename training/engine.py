@@ -1,4 +1,4 @@
-"""`perform(base, jobs)`: run whatever jobs clients have asked for, each kind together."""
+"""`perform(base, jobs)`: run the jobs that clients requested, all of one kind together."""
 
 from __future__ import annotations
 
@@ -41,33 +41,48 @@ def perform(
     compiled: bool = False,
     cancelled: Callable[[], bool] = never,
 ) -> list[Result | Exception]:
-    """Results in the jobs' order; a job that fails yields its exception and harms no other.
+    """Run jobs. A job that fails yields its exception and doesn't affect the others.
 
     Args:
-        memory: bytes of the base's device that jobs may take (`training.memory.budget`). Training takes most of it,
-            and keeps it for the next time.
-        timesteps: fixed timesteps of a held-out loss.
-        compiled: as for `training.cohort.train`.
-        cancelled: asked between the passes of all that isn't training, whose jobs have such a question of their own;
-            when it says so, the jobs of that kind yield Cancelled.
+        base: the base.
+        jobs: jobs of any clients.
+        memory: bytes of the base's device for all jobs (`training.memory.budget`). Training takes most of it, and keeps
+            it for the next call.
+        timesteps: number of fixed timesteps of a held-out loss.
+        compiled: see `training.cohort.train`.
+        cancelled: called between the passes of all jobs other than training, which have their own callback. If it
+            returns
+            True, the jobs of that kind yield Cancelled.
+
+    Returns:
+        Results in the order of the jobs.
     """
     results: list[Result | Exception] = [AntherError("not performed")] * len(jobs)
 
-    def place(kind: type, found: Sequence[Result | Exception]) -> None:
+    def store_results(kind: type, outcomes: Sequence[Result | Exception]) -> None:
         rows = [row for row, job in enumerate(jobs) if isinstance(job, kind)]
-        for row, result in zip(rows, found, strict=True):
+        for row, result in zip(rows, outcomes, strict=True):
             results[row] = result
 
-    looking = inference_share(memory)
+    inference_memory = inference_share(memory)
     pictures = [job for job in jobs if isinstance(job, EncodeJob)]
-    place(EncodeJob, _unless_cancelled(pictures, lambda: encode(base, pictures, cancelled)))
+    store_results(EncodeJob, _unless_cancelled(pictures, lambda: encode(base, pictures, cancelled)))
     losses = [job for job in jobs if isinstance(job, MeasureJob)]
-    place(MeasureJob, _unless_cancelled(losses, lambda: measure(base, losses, looking, timesteps, cancelled)))
-    each = [job for job in jobs if isinstance(job, MeasureEachJob)]
-    place(MeasureEachJob, _unless_cancelled(each, lambda: measure_each(base, each, looking, timesteps, cancelled)))
-    place(GenerateJob, [draw(base, job, looking, cancelled) for job in jobs if isinstance(job, GenerateJob)])
+    store_results(
+        MeasureJob, _unless_cancelled(losses, lambda: measure(base, losses, inference_memory, timesteps, cancelled))
+    )
+    per_example = [job for job in jobs if isinstance(job, MeasureEachJob)]
+    store_results(
+        MeasureEachJob,
+        _unless_cancelled(per_example, lambda: measure_each(base, per_example, inference_memory, timesteps, cancelled)),
+    )
+    store_results(
+        GenerateJob, [generate(base, job, inference_memory, cancelled) for job in jobs if isinstance(job, GenerateJob)]
+    )
     training = [job for job in jobs if isinstance(job, TrainJob)]
-    place(TrainJob, train(base, training, memory=training_share(memory), timesteps=timesteps, compiled=compiled))
+    store_results(
+        TrainJob, train(base, training, memory=training_share(memory), timesteps=timesteps, compiled=compiled)
+    )
     return results
 
 
@@ -79,44 +94,62 @@ def _unless_cancelled(jobs: Sequence[Job], work: Callable[[], Sequence[T]]) -> S
 
 
 def encode(base: Base, jobs: Sequence[EncodeJob], cancelled: Callable[[], bool] = never) -> list[Examples | Exception]:
-    """Encode all pictures in one go, so that the encoders are loaded once, and freed.
+    """Encode the pictures of all jobs at once, so that the encoders are loaded once, and freed.
 
-    One picture's pixels are in memory at a time: each is cut to the base's resolution before the next is read. A job
-    with one that can't be read yields that error.
+    One picture's pixels are in memory at a time: each is reduced to the base's resolution before the next is read. A
+    job with an unreadable picture yields that error.
+
+    Args:
+        base: the base.
+        jobs: jobs.
+        cancelled: called before every picture.
+
+    Returns:
+        Examples of each job, or its error.
     """
 
-    def ask() -> None:
+    def check_cancelled() -> None:
         if cancelled():
             raise Cancelled("stopped between two pictures")
 
-    fitted = [_fitted(base, job, ask) for job in jobs]
-    good = [(job, images) for job, images in zip(jobs, fitted, strict=True) if not isinstance(images, Exception)]
-    if not good:
-        return [images for images in fitted if isinstance(images, Exception)]
-    latents = base.encode_images([image for _, images in good for image in images], ask).cpu()
-    context = base.encode_captions([picture.caption for job, _ in good for picture in job.pictures], ask).cpu()
-    counts = [len(images) for _, images in good]
+    preprocessed = [_preprocess(base, job, check_cancelled) for job in jobs]
+    valid = [(job, images) for job, images in zip(jobs, preprocessed, strict=True) if not isinstance(images, Exception)]
+    if not valid:
+        return [images for images in preprocessed if isinstance(images, Exception)]
+    latents = base.encode_images([image for _, images in valid for image in images], check_cancelled).cpu()
+    context = base.encode_captions(
+        [picture.caption for job, _ in valid for picture in job.pictures], check_cancelled
+    ).cpu()
+    counts = [len(images) for _, images in valid]
     parts = zip(latents.split(counts), context.split(counts), strict=True)
     examples = (Examples(latents.clone(), context.clone()) for latents, context in parts)
-    return [images if isinstance(images, Exception) else next(examples) for images in fitted]
+    return [images if isinstance(images, Exception) else next(examples) for images in preprocessed]
 
 
-def _fitted(base: Base, job: EncodeJob, ask: Callable[[], None]) -> list[np.ndarray] | Exception:
-    """The job's pictures as the base sees them."""
-    fitted = []
+def _preprocess(base: Base, job: EncodeJob, check_cancelled: Callable[[], None]) -> list[np.ndarray] | Exception:
+    """Preprocess a job's pictures for the base."""
+    preprocessed = []
     try:
         for picture in job.pictures:
-            ask()
-            fitted.append(base.preprocess(picture.at_least(base.resolution)))
+            check_cancelled()
+            preprocessed.append(base.preprocess(picture.at_least(base.resolution)))
     except AntherError as error:
         return error
-    return fitted
+    return preprocessed
 
 
 def measure(
     base: Base, jobs: Sequence[MeasureJob], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
 ) -> list[float]:
-    """Held-out losses; jobs without an adapter share passes with those that have one."""
+    """Held-out losses. Jobs with and without an adapter share passes.
+
+    Args:
+        base: the base.
+        jobs: jobs.
+        memory: bytes for all concurrent passes.
+        timesteps: number of fixed timesteps.
+        cancelled: called before every pass.
+    """
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
     return held_out_losses(base, pools, [adapters], timesteps=timesteps, memory=memory, cancelled=cancelled)
@@ -125,16 +158,31 @@ def measure(
 def measure_each(
     base: Base, jobs: Sequence[MeasureEachJob], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
 ) -> list[Tensor]:
-    """Losses float64 [n] of every job's examples, each by itself."""
+    """Losses float64 [n] of the examples of each job, in separate passes.
+
+    Args:
+        base: the base.
+        jobs: jobs.
+        memory: bytes for all concurrent passes.
+        timesteps: number of fixed timesteps.
+        cancelled: called before every pass.
+    """
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
     return each_loss(base, pools, [adapters], timesteps=timesteps, memory=memory, cancelled=cancelled)
 
 
-def draw(
+def generate(
     base: Base, job: GenerateJob, memory: int, cancelled: Callable[[], bool] = never
 ) -> GeneratedImages | Exception:
-    """One job's pictures, or what kept them from being drawn."""
+    """Generate one job's images, or return the error that prevented it.
+
+    Args:
+        base: the base.
+        job: the job.
+        memory: bytes for all concurrent passes.
+        cancelled: called before every pass.
+    """
     try:
         latents = generate_with(
             base,
@@ -148,5 +196,5 @@ def draw(
             cancelled=cancelled,
         )
         return GeneratedImages(base.decode(latents, tile=TILE))
-    except Exception as error:  # whatever it is, it is this job's alone
+    except Exception as error:  # affects this job only
         return error

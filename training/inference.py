@@ -1,4 +1,4 @@
-"""The base with adapters in slots, without gradients: held-out loss, and pictures."""
+"""The base with batched adapters, without gradients: held-out losses and image generation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from training.capacity import max_pictures_per_pass
 from training.jobs import Cancelled, Examples, never
 from training.parallel_passes import pass_size, run_passes, without_denormals
 
+_SEED_LABEL = "draw"  # part of the seeds: changing it changes every image
+
 
 def held_out_losses(
     base: Denoiser,
@@ -30,16 +32,29 @@ def held_out_losses(
 ) -> list[float]:
     """Mean denoising loss of each pool of examples, under slot i for pool i.
 
-    Every example is seen at the same `timesteps` evenly spaced timesteps, each with one fixed noise: losses
-    of different adapters on one pool differ by the adapters alone. `memory`: bytes for all passes that run at once.
-    `cancelled`: asked before every pass; Cancelled is raised when it says so.
+    Every example is evaluated at the same evenly spaced timesteps, each with one fixed noise, so that losses of
+    different adapters on one pool differ by the adapters only.
+
+    Args:
+        base: the base.
+        pools: pools of examples.
+        adapters: batched adapters that are applied together, with a slot for each pool.
+        timesteps: number of timesteps.
+        memory: bytes for all concurrent passes.
+        cancelled: called before every pass.
+
+    Returns:
+        One loss for each pool.
+
+    Raises:
+        Cancelled: `cancelled` returned True.
     """
     if not pools:
         return []
-    place = torch.cat([torch.arange(len(pool)) for pool in pools])
-    count = len(place) * timesteps
-    size = pass_size(base.device, count, _most(base, pools, adapters, memory))
-    losses = _losses(base, pools, adapters, timesteps, place, torch.arange(count).split(size), cancelled)
+    noise_index = torch.cat([torch.arange(len(pool)) for pool in pools])
+    count = len(noise_index) * timesteps
+    size = pass_size(base.device, count, _max_pass_size(base, pools, adapters, memory))
+    losses = _losses(base, pools, adapters, timesteps, noise_index, torch.arange(count).split(size), cancelled)
     return [loss.mean().item() for loss in losses]
 
 
@@ -52,22 +67,36 @@ def each_loss(
     memory: int,
     cancelled: Callable[[], bool] = never,
 ) -> list[Tensor]:
-    """Denoising loss of each example of each pool, float64 [n], under slot i for pool i.
+    """Denoising loss of each example of each pool, under slot i for pool i.
 
-    As `held_out_losses`, but all examples are seen with the same noise, and no pass holds looks at two of them: what is
-    measured of an example is a function of it alone, however a layer's sums depend on the size of its batch.
+    As in `held_out_losses`, but all examples are evaluated with the same noise, and no pass holds entries of two
+    examples: an example's loss is a function of it alone, even if a layer's sums depend on the size of its batch.
+
+    Args:
+        base: the base.
+        pools: pools of examples.
+        adapters: batched adapters that are applied together, with a slot for each pool.
+        timesteps: number of timesteps.
+        memory: bytes for all concurrent passes.
+        cancelled: called before every pass.
+
+    Returns:
+        Losses float64 [n] of each pool.
+
+    Raises:
+        Cancelled: `cancelled` returned True.
     """
     if not sum(map(len, pools)):
         return [torch.zeros(0, dtype=torch.float64) for _ in pools]
-    place = torch.zeros(sum(map(len, pools)), dtype=torch.long)
-    size = min(timesteps, _most(base, pools, adapters, memory))
-    looks = torch.arange(len(place) * timesteps).split(timesteps)
-    parts = [part for look in looks for part in look.split(size)]
-    return [loss.mean(1) for loss in _losses(base, pools, adapters, timesteps, place, parts, cancelled)]
+    noise_index = torch.zeros(sum(map(len, pools)), dtype=torch.long)
+    size = min(timesteps, _max_pass_size(base, pools, adapters, memory))
+    entries = torch.arange(len(noise_index) * timesteps).split(timesteps)
+    parts = [part for of_example in entries for part in of_example.split(size)]
+    return [loss.mean(1) for loss in _losses(base, pools, adapters, timesteps, noise_index, parts, cancelled)]
 
 
-def _most(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[BatchedAdapter], memory: int) -> int:
-    """Entries that one pass may hold."""
+def _max_pass_size(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[BatchedAdapter], memory: int) -> int:
+    """Maximum number of entries of one pass."""
     return max_pictures_per_pass(base, pools[0].latents.shape[1:], pools[0].context.shape[1:], adapters, memory)
 
 
@@ -77,35 +106,40 @@ def _losses(
     pools: Sequence[Examples],
     adapters: Sequence[BatchedAdapter],
     timesteps: int,
-    place: Tensor,
+    noise_index: Tensor,
     parts: Sequence[Tensor],
     cancelled: Callable[[], bool],
 ) -> list[Tensor]:
     """Losses [n, timesteps] of each pool, float64.
 
     Args:
-        place: of each example of all pools [N], which of the fixed noises it is seen with.
-        parts: the entries of each pass, N · timesteps in all: an example's looks lie side by side.
+        base: the base.
+        pools: pools of examples, N in all.
+        adapters: batched adapters with a slot for each pool.
+        timesteps: number of timesteps.
+        noise_index: index of the fixed noise of each example [N].
+        parts: entries of each pass, N · timesteps in all; an example's timesteps are consecutive.
+        cancelled: called before every pass.
     """
     times = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().to(base.device)
     generator = torch.Generator().manual_seed(derive_seed("held-out"))
     full_precision = torch.zeros((), dtype=base.full_precision, device=base.device)
-    noise = torch.randn(int(place.max()) + 1, timesteps, *pools[0].latents.shape[1:], generator=generator).to(
+    noise = torch.randn(int(noise_index.max()) + 1, timesteps, *pools[0].latents.shape[1:], generator=generator).to(
         full_precision
     )
     latents = torch.cat([pool.latents for pool in pools]).to(full_precision)
     context = torch.cat([pool.context for pool in pools]).to(base.like)
     sizes = torch.tensor([len(pool) for pool in pools], device=base.device)
     slot = torch.arange(len(pools), device=base.device).repeat_interleave(sizes)
-    place = place.to(base.device)
+    noise_index = noise_index.to(base.device)
 
     @torch.no_grad()  # per thread
     def loss(part: Tensor) -> Tensor:
-        _ask(cancelled)
-        example, look = part // timesteps, part % timesteps
-        x0, t, epsilon = latents[example], times[look], noise[place[example], look]
-        lent = [select_slots(stacks, slot[example]) for stacks in adapters]
-        with without_denormals(base.device), base.use_adapters(lent) as denoise:
+        _check_cancelled(cancelled)
+        example, timestep_index = part // timesteps, part % timesteps
+        x0, t, epsilon = latents[example], times[timestep_index], noise[noise_index[example], timestep_index]
+        selected = [select_slots(stacks, slot[example]) for stacks in adapters]
+        with without_denormals(base.device), base.use_adapters(selected) as denoise:
             output = denoise(add_noise(base.schedule, x0, epsilon, t), base.schedule.times[t], context[example])
         return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 
@@ -115,7 +149,7 @@ def _losses(
 
 
 @torch.no_grad()
-def draw(
+def generate(
     base: Base,
     captions: Sequence[str],
     seeds: Sequence[int],
@@ -128,15 +162,31 @@ def draw(
     memory: int,
     cancelled: Callable[[], bool] = never,
 ) -> Tensor:
-    """Scaled latents [n, c, h, w] for the captions, each from its own seed's noise and under its own slot."""
+    """Generate scaled latents for captions, each from its own seed and under its own slot.
+
+    Args:
+        base: the base.
+        captions: captions [n].
+        seeds: seeds of the noises [n].
+        adapters: batched adapters that are applied together.
+        slots: slot of each caption [n].
+        sampler: name of the sampler.
+        steps: number of sampling steps.
+        guidance: strength of classifier-free guidance.
+        memory: bytes for all concurrent passes.
+        cancelled: called before every pass.
+
+    Returns:
+        Latents [n, c, h, w].
+    """
     context, null, strength = base.encode_guidance(captions, guidance)
     count = num_noises(sampler, steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noises = torch.stack([torch.randn(count, *base.shape, generator=generator) for generator in generators], dim=1)
     noises, index = noises.to(base.device), torch.tensor(slots, device=base.device)
 
-    def one_pass(part: Tensor) -> Tensor:
-        _ask(cancelled)
+    def generate_pass(part: Tensor) -> Tensor:
+        _check_cancelled(cancelled)
         with base.use_adapters([select_slots(stacks, index[part]) for stacks in adapters]) as denoise:
             return sample(
                 sampler,
@@ -149,9 +199,9 @@ def draw(
                 null_context=null,
             )
 
-    most = max_pictures_per_pass(base, noises.shape[2:], context.shape[1:], adapters, memory)
-    parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), most))
-    return torch.cat(list(run_passes(base.device, one_pass, parts)))
+    limit = max_pictures_per_pass(base, noises.shape[2:], context.shape[1:], adapters, memory)
+    parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), limit))
+    return torch.cat(list(run_passes(base.device, generate_pass, parts)))
 
 
 def generate_with(
@@ -166,10 +216,25 @@ def generate_with(
     memory: int,
     cancelled: Callable[[], bool] = never,
 ) -> Tensor:
-    """Scaled latents [n, c, h, w] for the captions, all under the same adapters on top of each other."""
-    seeds = [derive_seed(seed, caption, "draw") for caption in captions]
+    """Generate scaled latents for captions, all under the sum of the same adapters.
+
+    Args:
+        base: the base.
+        captions: captions [n].
+        adapters: adapters that are applied together.
+        seed: seed, combined with each caption.
+        sampler: name of the sampler.
+        steps: number of sampling steps.
+        guidance: strength of classifier-free guidance.
+        memory: bytes for all concurrent passes.
+        cancelled: called before every pass.
+
+    Returns:
+        Latents [n, c, h, w].
+    """
+    seeds = [derive_seed(seed, caption, _SEED_LABEL) for caption in captions]
     stacks = [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in adapters]
-    return draw(
+    return generate(
         base,
         captions,
         seeds,
@@ -183,6 +248,6 @@ def generate_with(
     )
 
 
-def _ask(cancelled: Callable[[], bool]) -> None:
+def _check_cancelled(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise Cancelled("stopped between two passes")

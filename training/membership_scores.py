@@ -1,13 +1,14 @@
-"""Scores of membership: how well the base with an adapter seems to know a picture.
+"""Membership inference scores: how likely a picture was a training example of an adapter.
 
-Three attacks of someone who holds the base and the adapter, each higher for a picture that seems to be a member:
+Three attacks by an adversary that holds the base and the adapter. Each score is higher for a likely member:
 
 - loss: minus the denoising loss, at fixed timesteps and noises (Yeom et al., 2018, arXiv:1709.01604, §3.2).
-- PIA: ε₀ = ε_θ(x_0, 0) stands for the noise of the picture's own trajectory; minus ‖ε_θ(x_t, t) − ε₀‖₄⁴ at the x_t
-  that it leads to (Kong et al., 2023, arXiv:2305.18355).
-- SimA: minus ‖ε_θ(x_0, t)‖₄⁴, one query at the picture as it is (Rao et al., 2025, arXiv:2509.25003).
+- PIA: ε₀ = ε_θ(x_0, 0) replaces the noise of the picture's own trajectory; minus ‖ε_θ(x_t, t) − ε₀‖₄⁴ at the resulting
+  x_t (Kong et al., 2023, arXiv:2305.18355).
+- SimA: minus ‖ε_θ(x_0, t)‖₄⁴, one query at the clean picture (Rao et al., 2025, arXiv:2509.25003).
 
-Whoever holds the base can also subtract what it says alone: how easy a picture is by itself then cancels.
+The adversary can also subtract the scores of the base without the adapter, which cancels how easy a picture is by
+itself.
 """
 
 from __future__ import annotations
@@ -29,41 +30,44 @@ from training.jobs import Examples
 from training.parallel_passes import pass_size, run_passes
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [N, c, h, w], t [N]) -> what the network predicts for these pictures and their captions."""
+"""(x_t [N, c, h, w], t [N]) -> the network's prediction for these pictures and their captions."""
 
 
 class MembershipScores(NamedTuple):
-    """Of n pictures, each float64 [n]."""
+    """Scores of n pictures by three attacks, each float64 [n]."""
 
     loss: np.ndarray
     pia: np.ndarray
     sima: np.ndarray
 
     def minus(self, base: MembershipScores) -> MembershipScores:
-        """How much better than the base alone the adapter seems to know them."""
-        return MembershipScores(*(own - alone for own, alone in zip(self, base, strict=True)))
+        """Subtract the scores of the base without the adapter."""
+        return MembershipScores(*(score - base_score for score, base_score in zip(self, base, strict=True)))
 
 
 @torch.no_grad()
 def scores(
     base: Denoiser, examples: Examples, adapter: BatchedAdapter, *, timesteps: int, time: float, memory: int
 ) -> MembershipScores:
-    """Scores of every example under one adapter ({}: the base alone), from the same noise every time.
+    """Score every example under one adapter, with the same noise in every call.
 
     Args:
-        timesteps: of the loss, evenly spaced.
-        time: of PIA and SimA, as a share of the schedule.
-        memory: bytes for all passes that run at once.
+        base: the base.
+        examples: examples [n].
+        adapter: batched adapter of one slot; {} for the base without an adapter.
+        timesteps: number of evenly spaced timesteps of the loss.
+        time: timestep of PIA and SimA, as a fraction of the schedule.
+        memory: bytes for all concurrent passes.
     """
     latents, context = examples.latents.to(base.device, base.full_precision), examples.context.to(base.like)
-    looks = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().tolist()
+    timestep_list = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().tolist()
     keys = counter_rng.child(
         counter_rng.child(derive_seed("membership"), np.arange(len(examples)))[:, None], np.arange(timesteps)
     )
     noise_keys = torch.from_numpy(keys).to(base.device)
-    at = int(time * len(base.schedule))
+    timestep = int(time * len(base.schedule))
 
-    @torch.no_grad()  # per thread
+    @torch.no_grad()  # is per thread
     def score(part: Tensor) -> Tensor:
         with base.use_adapters([adapter]) as denoise:
 
@@ -71,42 +75,74 @@ def scores(
                 return denoise(x, base.schedule.times[t], context[part])
 
             x0 = latents[part]
-            found = [
-                loss_score(base.schedule, predict, x0, looks, noise_keys[part]),
-                pia_score(base.schedule, predict, x0, at),
-                sima_score(base.schedule, predict, x0, at),
+            results = [
+                loss_score(base.schedule, predict, x0, timestep_list, noise_keys[part]),
+                pia_score(base.schedule, predict, x0, timestep),
+                sima_score(base.schedule, predict, x0, timestep),
             ]
-        return torch.stack([values.double() for values in found])
+        return torch.stack([values.double() for values in results])
 
-    most = max_pictures_per_pass(base, latents.shape[1:], context.shape[1:], [adapter], memory)
-    parts = torch.arange(len(latents), device=base.device).split(pass_size(base.device, len(latents), most))
+    limit = max_pictures_per_pass(base, latents.shape[1:], context.shape[1:], [adapter], memory)
+    parts = torch.arange(len(latents), device=base.device).split(pass_size(base.device, len(latents), limit))
     return MembershipScores(*torch.cat(list(run_passes(base.device, score, parts)), dim=1).cpu().numpy())
 
 
-def loss_score(schedule: Schedule, predict: Predict, x0: Tensor, looks: list[int], keys: Tensor) -> Tensor:
-    """Minus the mean loss [N] at these timesteps, with the noise of each entry's own keys [N, timesteps]."""
+def loss_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep_list: list[int], keys: Tensor) -> Tensor:
+    """Minus the mean loss at several timesteps.
+
+    Args:
+        schedule: diffusion schedule.
+        predict: the network.
+        x0: clean latents [N, c, h, w].
+        timestep_list: timesteps.
+        keys: keys of the noises [N, timesteps].
+
+    Returns:
+        Scores [N].
+    """
     losses = []
-    for place, look in enumerate(looks):
-        t = torch.full((len(x0),), look, device=x0.device)
-        noise = counter_rng.normals(keys[:, place], x0[0].numel()).to(x0).view_as(x0)
+    for index, timestep in enumerate(timestep_list):
+        t = torch.full((len(x0),), timestep, device=x0.device)
+        noise = counter_rng.normals(keys[:, index], x0[0].numel()).to(x0).view_as(x0)
         losses.append(per_example_loss(predict(add_noise(schedule, x0, noise, t), t), target(schedule, x0, noise, t)))
     return -torch.stack(losses).mean(0)
 
 
-def pia_score(schedule: Schedule, predict: Predict, x0: Tensor, at: int) -> Tensor:
-    """Minus the distance [N] at timestep `at` from where the picture's own trajectory begins."""
-    t = torch.full((len(x0),), at, device=x0.device)
+def pia_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep: int) -> Tensor:
+    """Minus the distance [N] at a timestep from the start of the picture's own trajectory.
+
+    Args:
+        schedule: diffusion schedule.
+        predict: the network.
+        x0: clean latents [N, c, h, w].
+        timestep: timestep t.
+    """
+    t = torch.full((len(x0),), timestep, device=x0.device)
     start = predicted_noise(schedule, predict, x0, torch.zeros_like(t))
     return -_fourth_powers(predicted_noise(schedule, predict, add_noise(schedule, x0, start, t), t) - start)
 
 
-def sima_score(schedule: Schedule, predict: Predict, x0: Tensor, at: int) -> Tensor:
-    """Minus the size [N] of the noise that is seen at timestep `at` in the picture as it is."""
-    return -_fourth_powers(predicted_noise(schedule, predict, x0, torch.full((len(x0),), at, device=x0.device)))
+def sima_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep: int) -> Tensor:
+    """Minus the size [N] of the noise that the network predicts for the clean picture at a timestep.
+
+    Args:
+        schedule: diffusion schedule.
+        predict: the network.
+        x0: clean latents [N, c, h, w].
+        timestep: timestep t.
+    """
+    return -_fourth_powers(predicted_noise(schedule, predict, x0, torch.full((len(x0),), timestep, device=x0.device)))
 
 
 def predicted_noise(schedule: Schedule, predict: Predict, x: Tensor, t: Tensor) -> Tensor:
-    """ε_θ(x, t) [N, c, h, w], whatever the network predicts."""
+    """Return ε_θ(x, t) [N, c, h, w], for any parametrization of the network.
+
+    Args:
+        schedule: diffusion schedule.
+        predict: the network.
+        x: noised latents [N, c, h, w].
+        t: timesteps [N].
+    """
     return predict_x0_and_noise(schedule, x, predict(x, t).to(x.dtype), *schedule.rates(t))[1]
 
 

@@ -1,7 +1,7 @@
-"""How much memory a cohort may use, and what that holds.
+"""Memory budget of a cohort, and measurement of what fits in it.
 
-The budget is a share of the machine's total memory, so that the same machine packs alike at every start; what a pass
-takes is counted on one pass of one entry, on tensors, so that it doesn't depend on what else runs.
+The budget is a fraction of the machine's total memory, so that a machine has the same batching at every start. The
+memory of a pass is measured on the tensors of a pass of one entry, so that it doesn't depend on other processes.
 """
 
 from __future__ import annotations
@@ -15,44 +15,50 @@ from common.errors import AntherError
 from common.units import GIB
 from models.footprint.tensor_memory import LiveStorages
 
-SHARE = {"cpu": 0.25, "cuda": 0.6}  # of the total, where nobody says otherwise
-WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # what kernels and allocators take beside the tensors that can be counted
+DEFAULT_SHARE = {"cpu": 0.25, "cuda": 0.6}  # default fraction of the total
+WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # factor for kernels and allocators, on top of the counted tensors
 
 
 def budget(memory_gib: float | None, device: torch.device) -> int:
-    """Bytes for a cohort on `device`: as asked, or a fixed share of the total."""
-    return int(memory_gib * GIB) if memory_gib else int(SHARE[device.type] * total_and_free(device)[0])
+    """Bytes for a cohort on `device`: as configured, or a fixed fraction of the total."""
+    return int(memory_gib * GIB) if memory_gib else int(DEFAULT_SHARE[device.type] * total_and_free(device)[0])
 
 
-def check_free(wanted: int, device: torch.device, *, key: str = "trainer.memory_gib") -> None:
-    """Raises AntherError, naming the `key` that asked for it, if less than `wanted` bytes are free on `device` now."""
+def check_free(required: int, device: torch.device, *, key: str = "trainer.memory_gib") -> None:
+    """Raise AntherError unless `required` bytes are free on `device` now.
+
+    Args:
+        required: bytes.
+        device: the base's device.
+        key: configuration key that set `required`, for the message.
+    """
     total, free = total_and_free(device)
-    if wanted > free:
+    if required > free:
         raise AntherError(
-            f"{key}={wanted / GIB:.3g}: only {free / GIB:.3g} of {total / GIB:.3g} GiB are free on this "
-            f"{device.type}: stop what else runs there, or ask for less"
+            f"{key}={required / GIB:.3g}: only {free / GIB:.3g} of {total / GIB:.3g} GiB are free on this "
+            f"{device.type}: stop other programs there, or set a lower value"
         )
 
 
 def training_share(granted: int) -> int:
-    """The part of what was granted that training takes, and keeps as buffers for the next time."""
+    """The part of a budget for training, which keeps it as buffers for the next call."""
     return granted * 3 // 4
 
 
 def inference_share(granted: int) -> int:
-    """The other part: for held-out losses and pictures, which may be asked for while training keeps its own."""
+    """The part of a budget for held-out losses and image generation, which may run while training keeps its buffers."""
     return granted // 4
 
 
-def counted(work: Callable[[], object]) -> int:
-    """The most bytes that `work` held at once in tensors that it made itself."""
-    with LiveStorages() as found:
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Peak bytes of the tensors that `work` allocates."""
+    with LiveStorages() as storages:
         work()
-    return found.peak
+    return storages.peak
 
 
 def total_and_free(device: torch.device) -> tuple[int, int]:
-    """Bytes of the machine's memory, or of the container's that we run in."""
+    """Total and free bytes of the machine's memory, or of the surrounding container's."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -66,7 +72,7 @@ def total_and_free(device: torch.device) -> tuple[int, int]:
 
 
 def _cgroup(name: str) -> int | None:
-    """A number that a container's memory controller tells (cgroup v2)."""
+    """Read a number of the container's memory controller (cgroup v2)."""
     try:
         text = (Path("/sys/fs/cgroup") / name).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which entries share a pass: those of all waiting jobs in the order asked, whoever they belong to."""
+"""Microbatching: pack the examples of all clients into passes, first in, first out."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from training.batches import StepBatch
 
 
 class Microbatch(NamedTuple):
-    """The entries [n] of one pass, which make u units of the steps of c clients."""
+    """The entries [n] of one pass, which form u units of the current steps of c clients."""
 
-    rows: np.ndarray  # [n] row of the entry's client; n may be more than the clients' entries: see `filled`
+    rows: np.ndarray  # [n] row of the entry's client; n may exceed the clients' entries, see `padded`
     examples: np.ndarray  # [n] index into the pooled examples
     phases: np.ndarray  # [n]
     noise_keys: np.ndarray  # [n]
     weights: np.ndarray  # [n]
-    unit_sizes: np.ndarray  # [u] entries of each unit, which lie side by side
+    unit_sizes: np.ndarray  # [u] number of entries of each unit, which are consecutive
     clients: np.ndarray  # [c] distinct rows, in the order of their units
-    units: np.ndarray  # [c] units of each client
-    entries: np.ndarray  # [c] entries of each client
-    piece: bool  # a part of one unit that is too large for a pass
-    last: bool  # whether its unit ends with this piece
+    units: np.ndarray  # [c] number of units of each client
+    entries: np.ndarray  # [c] number of entries of each client
+    piece: bool  # whether it is a piece of one unit that is too large for a pass
+    last: bool  # whether this piece completes its unit
 
     @property
     def size(self) -> int:
-        """How many entries."""
+        """Number of entries."""
         return len(self.rows)
 
     @staticmethod
-    def nothing(row: int, example: int, size: int, unit: int) -> Microbatch:
-        """A pass of `size` entries of one client's example that all weigh nothing, as large as any other."""
+    def zero_weight(row: int, example: int, size: int, unit: int) -> Microbatch:
+        """A pass of `size` entries with weight 0, which costs as much as any other pass of that size.
+
+        Args:
+            row: row of the client.
+            example: index of the example that all entries use.
+            size: number of entries.
+            unit: number of entries of a unit.
+        """
         ones = np.ones(size, np.int64)
         sizes = np.full(size // unit, unit) if unit <= size else np.array([size])
         return Microbatch(
@@ -50,31 +57,31 @@ class Microbatch(NamedTuple):
             last=True,
         )
 
-    def filled(self, size: int) -> Microbatch:
-        """The same with `size` entries: those that are missing are copies of the first, of weight 0.
+    def padded(self, size: int) -> Microbatch:
+        """Pad to `size` entries by copies of the first entry with weight 0, whose gradients are zero.
 
-        Their gradients are zero. In whole units, or in the piece, they are counted as the last client's, so that every
-        array after the pass has one shape too; `entries` leaves them out.
+        Padding is counted as whole units, or as part of the piece, of the last client, so that every array after the
+        pass has a fixed shape too; `entries` excludes it.
 
         Raises:
-            ValueError: what is missing makes no whole units.
+            ValueError: the padding is not a multiple of the unit.
         """
         missing = size - self.size
         per_unit = missing if self.piece else int(self.unit_sizes[0])
         if missing < 0 or (missing and (missing % per_unit or (self.unit_sizes != self.unit_sizes[0]).any())):
-            raise ValueError(f"{self.size} entries can't be filled up to {size} by whole units of {per_unit}")
+            raise ValueError(f"{self.size} entries can't be padded to {size} by whole units of {per_unit}")
         units = self.units.copy()
         if not self.piece:
             units[-1] += missing // per_unit
 
-        def more(values: np.ndarray) -> np.ndarray:
+        def extend(values: np.ndarray) -> np.ndarray:
             return np.concatenate([values, values[:1].repeat(missing)])
 
         return self._replace(
-            rows=more(self.rows),
-            examples=more(self.examples),
-            phases=more(self.phases),
-            noise_keys=more(self.noise_keys),
+            rows=extend(self.rows),
+            examples=extend(self.examples),
+            phases=extend(self.phases),
+            noise_keys=extend(self.noise_keys),
             weights=np.concatenate([self.weights, np.zeros(missing)]),
             unit_sizes=self.unit_sizes + missing if self.piece else self.unit_sizes[:1].repeat(size // per_unit),
             units=units,
@@ -82,15 +89,15 @@ class Microbatch(NamedTuple):
 
 
 @dataclass
-class _Waiting:
-    """What is left of one client's step."""
+class _PendingStep:
+    """The remaining entries of one client's step."""
 
     row: int
-    batch: StepBatch  # its examples as indices into the pooled ones
+    batch: StepBatch  # with indices into the pooled examples
     start: int = 0
 
     @property
-    def left(self) -> int:
+    def entries_left(self) -> int:
         return self.batch.size - self.start
 
 
@@ -98,7 +105,7 @@ class EntryQueue:
     """Entries that wait for a pass."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Waiting] = deque()
+        self._pending: deque[_PendingStep] = deque()
         self._entries = 0
 
     def __len__(self) -> int:
@@ -106,47 +113,49 @@ class EntryQueue:
 
     @property
     def unit(self) -> int:
-        """Entries of the first unit."""
-        return self._waiting[0].batch.per_unit
+        """Number of entries of the first unit."""
+        return self._pending[0].batch.per_unit
 
     def push(self, row: int, batch: StepBatch) -> None:
-        """Append the entries of one client's step, whose examples are indices into the pooled ones."""
+        """Append the entries of one client's step, with indices into the pooled examples."""
         if batch.size:
-            self._waiting.append(_Waiting(row, batch))
+            self._pending.append(_PendingStep(row, batch))
             self._entries += batch.size
 
     def drop(self, row: int) -> None:
-        """Forget a client's entries."""
-        self._waiting = deque(waiting for waiting in self._waiting if waiting.row != row)
-        self._entries = sum(waiting.left for waiting in self._waiting)
+        """Remove a client's entries."""
+        self._pending = deque(step for step in self._pending if step.row != row)
+        self._entries = sum(step.entries_left for step in self._pending)
 
-    def take(self, size: int) -> Microbatch:
-        """The next at most `size` entries, in whole units; or a piece of one unit that is larger than that."""
-        first = self._waiting[0]
+    def pop(self, size: int) -> Microbatch:
+        """Remove the next entries: at most `size` in whole units, or a piece of one unit that is larger than that."""
+        first = self._pending[0]
         unit = first.batch.per_unit
         if unit > size or first.start % unit:
             rest = unit - first.start % unit
-            return self._pack([self._cut(min(size, rest))], piece=True, last=rest <= size)
-        taken, room = [], size
-        while self._waiting and (units := min(room, self._waiting[0].left) // self._waiting[0].batch.per_unit):
-            taken.append(self._cut(units * self._waiting[0].batch.per_unit))
-            room -= taken[-1][1].size
-        return self._pack(taken, piece=False, last=True)
+            return self._make_microbatch([self._take(min(size, rest))], piece=True, last=rest <= size)
+        parts, remaining = [], size
+        while self._pending and (
+            units := min(remaining, self._pending[0].entries_left) // self._pending[0].batch.per_unit
+        ):
+            parts.append(self._take(units * self._pending[0].batch.per_unit))
+            remaining -= parts[-1][1].size
+        return self._make_microbatch(parts, piece=False, last=True)
 
-    def _cut(self, entries: int) -> tuple[int, StepBatch]:
-        """Take so many entries off the first client."""
-        first = self._waiting[0]
+    def _take(self, entries: int) -> tuple[int, StepBatch]:
+        """Take entries off the first client."""
+        first = self._pending[0]
         batch = first.batch.part(slice(first.start, first.start + entries))
         first.start += entries
         self._entries -= entries
-        if not first.left:
-            self._waiting.popleft()
+        if not first.entries_left:
+            self._pending.popleft()
         return first.row, batch
 
-    def _pack(self, taken: list[tuple[int, StepBatch]], *, piece: bool, last: bool) -> Microbatch:
-        batches = [batch for _, batch in taken]
+    def _make_microbatch(self, parts: list[tuple[int, StepBatch]], *, piece: bool, last: bool) -> Microbatch:
+        batches = [batch for _, batch in parts]
         entries = np.array([batch.size for batch in batches])
-        clients = np.array([row for row, _ in taken])
+        clients = np.array([row for row, _ in parts])
         per_unit = entries if piece else np.array([batch.per_unit for batch in batches])
         units = entries // per_unit
         return Microbatch(

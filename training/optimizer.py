@@ -1,4 +1,4 @@
-"""AdamW and SGD on flat rows, with a learning rate and a number of steps for each row."""
+"""AdamW and SGD on the rows of a matrix, with a learning rate and a step count for each row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.optim.adamw import adamw
 
 
 class AdamW:
-    """Algorithm 2 of Loshchilov & Hutter (2019, arXiv:1711.05101) without decay, on rows [S, D], by torch's own kernel.
+    """AdamW without weight decay on rows [S, D], by PyTorch's fused kernel.
 
-    Padding stays zero: where every gradient was zero, so are both moments and the step.
+    Algorithm 2 of Loshchilov & Hutter (2019, arXiv:1711.05101). Padding stays zero: if all gradients were zero, so are
+    both moments and the step.
     """
 
     def __init__(self, rows: Tensor, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
@@ -23,7 +24,7 @@ class AdamW:
         self._rates = [0.0] * len(rows)
 
     def reset(self, rows: Sequence[int], rates: Sequence[float]) -> None:
-        """Begin anew in these rows."""
+        """Set the state of these rows to zero, and set their learning rates."""
         index = torch.tensor(rows, device=self.rows.device)
         for state in (self._mean, self._square, self._steps):
             state[index] = 0.0
@@ -32,18 +33,18 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, rows: Sequence[int], gradients: Tensor) -> None:
-        """One step on these distinct rows [R], in place; gradients [R, D]."""
-        alike = defaultdict(list)
-        for place, row in enumerate(rows):
-            alike[self._rates[row]].append((place, row))
-        for rate, pairs in alike.items():
+        """Take one step on distinct rows [R], in place, with gradients [R, D]."""
+        by_rate = defaultdict(list)
+        for position, row in enumerate(rows):
+            by_rate[self._rates[row]].append((position, row))
+        for rate, pairs in by_rate.items():
             params, means, squares, steps = (
                 [state[row] for _, row in pairs] for state in (self.rows, self._mean, self._square, self._steps)
             )
-            found = [gradients[place] for place, _ in pairs]
+            selected = [gradients[position] for position, _ in pairs]
             adamw(
                 params,
-                found,
+                selected,
                 means,
                 squares,
                 [],
@@ -60,8 +61,9 @@ class AdamW:
 
 
 class SGD:
-    """w ← w − η g on rows [S, D]: the sum of K steps is η times the sum of their gradients, which is what SCAFFOLD's
-    control variates are made of.
+    """SGD on rows [S, D]: w ← w − η g.
+
+    The sum of K steps is η times the sum of their gradients, on which SCAFFOLD's control variates are based.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -69,11 +71,11 @@ class SGD:
         self._rates = rows.new_zeros(len(rows), 1)
 
     def reset(self, rows: Sequence[int], rates: Sequence[float]) -> None:
-        """Begin anew in these rows."""
+        """Set the learning rates of these rows."""
         self._rates[torch.tensor(rows, device=self.rows.device)] = self.rows.new_tensor(rates)[:, None]
 
     @torch.no_grad()
     def step(self, rows: Sequence[int], gradients: Tensor) -> None:
-        """One step on these distinct rows [R], in place; gradients [R, D]."""
+        """Take one step on distinct rows [R], in place, with gradients [R, D]."""
         index = torch.tensor(rows, device=self.rows.device)
         self.rows.index_add_(0, index, self._rates[index] * gradients, alpha=-1)

@@ -1,7 +1,7 @@
-"""Passes through the base, side by side on a CPU's cores.
+"""Parallel passes through the base on the cores of a CPU.
 
-The layers of a small UNet are too small to be shared between cores: threads spend their time waiting for each
-other, and much more of it on a busy machine. So each core takes whole passes, with single-threaded layers.
+The layers of a small UNet are too small to be split between cores: threads spend most of their time waiting for each
+other, and even more on a busy machine. So each core runs whole passes with single-threaded layers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,32 @@ R = TypeVar("R")
 
 
 def workers(device: torch.device) -> int:
-    """Passes that run at once: PyTorch's number of threads on a CPU, one elsewhere."""
+    """Number of concurrent passes: PyTorch's number of threads on a CPU, otherwise one."""
     return _cores() if device.type == "cpu" else 1
 
 
-def pass_size(device: torch.device, entries: int, most: int) -> int:
-    """Entries of one pass: at most `most`, and no more than gives every core its share."""
-    return max(1, min(most, -(-entries // workers(device))))
+def pass_size(device: torch.device, entries: int, limit: int) -> int:
+    """Number of entries of one pass: at most `limit`, and few enough that every core gets its share.
+
+    Args:
+        device: the base's device.
+        entries: entries of all passes.
+        limit: maximum per pass.
+    """
+    return max(1, min(limit, -(-entries // workers(device))))
 
 
 def run_passes(device: torch.device, function: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
-    """function(part) of every part, in order, so that sums over them don't depend on who was faster."""
+    """Apply `function` to every part, in order, so that sums over the results don't depend on timing.
+
+    Args:
+        device: the base's device.
+        function: runs one pass.
+        parts: arguments of the passes.
+
+    Returns:
+        Results in the order of `parts`.
+    """
     if workers(device) == 1:
         yield from map(function, parts)
         return
@@ -40,9 +55,9 @@ def run_passes(device: torch.device, function: Callable[[P], R], parts: Iterable
 
 @contextmanager
 def without_denormals(device: torch.device) -> Iterator[None]:
-    """Within this context the calling thread of a CPU takes numbers near the smallest for zero.
+    """Flush denormal numbers to zero in the calling CPU thread, within this context.
 
-    Arithmetic with them can take a hundred times as long, so that the time of a pass would tell of what it sees.
+    Arithmetic with denormals can take a hundred times as long, so that the duration of a pass would reveal its data.
     """
     if device.type == "cpu":
         torch.set_flush_denormal(True)
@@ -54,27 +69,27 @@ def without_denormals(device: torch.device) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds of what runs within it, each time; on a GPU it doesn't wait for that, and `seconds` does."""
+    """Measures the durations of the code blocks that run within it. On a GPU only `seconds` synchronizes."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._taken: list[tuple[Any, Any]] = []
+        self._spans: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
-        self._begun = self._now()
+        self._started = self._now()
 
     def __exit__(self, *error: object) -> None:
-        self._taken.append((self._begun, self._now()))
+        self._spans.append((self._started, self._now()))
 
     def __len__(self) -> int:
-        return len(self._taken)
+        return len(self._spans)
 
     def seconds(self) -> list[float]:
-        """Of each time, in order."""
+        """Durations in order."""
         if not self._cuda:
-            return [end - begin for begin, end in self._taken]
+            return [end - begin for begin, end in self._spans]
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) / 1000 for begin, end in self._taken]
+        return [begin.elapsed_time(end) / 1000 for begin, end in self._spans]
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -96,7 +111,7 @@ def _pool() -> ThreadPoolExecutor:
 
 @contextmanager
 def single_threaded_layers() -> Iterator[None]:
-    """Within this context every layer runs on the caller's core alone."""
+    """Run every layer on the caller's core only, within this context."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

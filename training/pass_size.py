@@ -22,31 +22,36 @@ from training.jobs import TrainJob
 from training.parallel_passes import workers
 
 PASS_OVERHEAD_BYTES = {"cpu": 16e6, "cuda": 100e6}
-"""Fixed cost of a pass (launches, Python) as the bytes that take as long; from `bench.throughput.private_cost`."""
+"""Fixed cost of a pass (launches, Python), expressed as the bytes that take as long; from
+`bench.throughput.private_cost`.
+"""
 
 
-def fixed_pass_size(device: torch.device, jobs: Sequence[TrainJob], most: int, entry: int) -> int:
+def fixed_pass_size(device: torch.device, jobs: Sequence[TrainJob], limit: int, entry: int) -> int:
     """Choose the number of entries per pass for private jobs that are resident together and share a unit size.
 
-    The size is at most `most`. It is the number of whole units that makes a step cheapest: few passes, little padding.
-    A unit larger than `most` is divided evenly.
+    The size is the number of whole units, up to `limit`, that makes a step cheapest: few passes, little padding. A unit
+    larger than `limit` is divided evenly.
 
     Args:
-        entry: bytes that an entry takes (`training.capacity.entry_bytes`). For a large base, a pass of one picture is
-            as cheap per picture as any other, and needs no padding.
+        device: the base's device.
+        jobs: the resident jobs.
+        limit: maximum number of entries per pass.
+        entry: bytes of an entry (`training.capacity.entry_bytes`). For a large base, a pass of one picture is as cheap
+            per picture as any other, and needs no padding.
     """
     unit = jobs[0].unit
-    if unit > most:
-        return math.ceil(unit / math.ceil(unit / most))
+    if unit > limit:
+        return math.ceil(unit / math.ceil(unit / limit))
     assumed_pictures = max(1, sum(job.assumed_pictures for job in jobs))
     mean = sum(job.assumed_pictures * job.privacy.sampling_rate for job in jobs if job.privacy)
     counts, chances = batch_size_distribution(assumed_pictures, min(1.0, mean / assumed_pictures))
-    overhead, at_once = PASS_OVERHEAD_BYTES[device.type] / entry, workers(device)
+    overhead, parallel = PASS_OVERHEAD_BYTES[device.type] / entry, workers(device)
 
     def cost(units: int) -> float:
-        return float(np.ceil(counts / (units * at_once)) @ chances) * (overhead + units * unit)
+        return float(np.ceil(counts / (units * parallel)) @ chances) * (overhead + units * unit)
 
-    return unit * min(range(1, min(most // unit, assumed_pictures) + 1), key=cost)
+    return unit * min(range(1, min(limit // unit, assumed_pictures) + 1), key=cost)
 
 
 def batch_size_distribution(assumed_pictures: int, rate: float) -> tuple[np.ndarray, np.ndarray]:

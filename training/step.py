@@ -1,4 +1,4 @@
-"""What a pass is for: the gradient of every entry, summed to units, clipped and summed to clients."""
+"""One pass of training: the gradient of every entry, summed by unit, clipped, and summed by client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Entries(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What a pass found for its c clients. A piece of a unit can't be clipped before the unit is whole."""
+    """Result of a pass for its c clients. A piece of a unit can't be clipped before the unit is complete."""
 
     clients: Tensor  # [c]
     losses: Tensor  # [c], summed over entries
@@ -35,50 +35,65 @@ class PassResult(NamedTuple):
     piece: Tensor | None  # [1, D]
 
 
-def on_device(pack: Microbatch, device: torch.device) -> Entries:
-    """The pack's entries, in two transfers."""
-    numbers = torch.from_numpy(np.stack([pack.rows, pack.examples, pack.noise_keys]))
-    shares = torch.from_numpy(np.stack([pack.phases, pack.weights]))
+def on_device(microbatch: Microbatch, device: torch.device) -> Entries:
+    """Copy a microbatch's entries to the device, in two transfers."""
+    numbers = torch.from_numpy(np.stack([microbatch.rows, microbatch.examples, microbatch.noise_keys]))
+    shares = torch.from_numpy(np.stack([microbatch.phases, microbatch.weights]))
     return Entries(*numbers.to(device), *shares.to(device))
 
 
 def gradients(
-    base: Denoiser, rows: CohortBuffers, entries: Entries, *, compiled: bool = False
+    base: Denoiser, buffers: CohortBuffers, entries: Entries, *, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward: the weighted gradient [n, D] and the loss [n] of each entry.
+    """Compute the weighted gradient and the loss of each entry.
 
-    Each site's factors are leaves of their own: cut from one leaf, their gradients would each be padded to all of D.
+    Each site's factors are separate leaves. As slices of one leaf, their gradients would each be padded to all of D.
+
+    Args:
+        base: the base.
+        buffers: adapters and examples of the resident jobs.
+        entries: entries [n] of the pass.
+        compiled: use the compiled network (CUDA only).
+
+    Returns:
+        Gradients [n, D] and losses [n].
     """
-    schedule, layout = base.schedule, rows.layout
-    x0, context = rows.latents[entries.examples], rows.context[entries.examples]
+    schedule, layout = base.schedule, buffers.layout
+    x0, context = buffers.latents[entries.examples], buffers.context[entries.examples]
     noise = counter_rng.normals(entries.noise_keys, x0[0].numel()).to(x0).view_as(x0)
     t = (entries.phases * len(schedule)).long()
-    copies = rows.adapters[entries.rows].to(base.dtype)
+    copies = buffers.adapters[entries.rows].to(base.dtype)
     parts = [part.detach().requires_grad_() for part in copies.split(layout.widths, dim=1)]
-    with base.use_adapters([rows.frozen(entries.rows), layout.from_parts(parts)], compiled=compiled) as denoise:
+    with base.use_adapters([buffers.frozen(entries.rows), layout.from_parts(parts)], compiled=compiled) as denoise:
         output = denoise(add_noise(schedule, x0, noise, t), schedule.times[t], context)
         losses = per_example_loss(output, target(schedule, x0, noise, t))
         if not layout.size:  # rank 0: nothing to train
             return copies.to(x0), losses.detach()
-        found = torch.autograd.grad((losses * entries.weights).sum(), parts)
-    return torch.cat([part.to(x0) for part in found], dim=1), losses.detach()
+        grads = torch.autograd.grad((losses * entries.weights).sum(), parts)
+    return torch.cat([part.to(x0) for part in grads], dim=1), losses.detach()
 
 
-def reduce(rows: CohortBuffers, pack: Microbatch, found: Tensor, losses: Tensor) -> PassResult:
-    """Gradients [n, D] and losses [n] of a pack's entries, brought together by client; `found` is overwritten.
+def reduce(buffers: CohortBuffers, microbatch: Microbatch, grads: Tensor, losses: Tensor) -> PassResult:
+    """Sum gradients and losses by client, and clip the gradients if units are complete.
 
-    What a pack is filled up with has gradients of zero, and its losses are left out.
+    Padding entries have gradients of zero, and their losses are excluded.
+
+    Args:
+        buffers: sums and bounds of the clients.
+        microbatch: the pass.
+        grads: gradients [n, D]. Overwritten.
+        losses: losses [n].
     """
-    counts = (pack.clients, pack.units, pack.entries, pack.unit_sizes)
-    clients, units, entries, sizes = (torch.from_numpy(values).to(found.device) for values in counts)
-    per_client = sum_segments(losses[: int(pack.entries.sum())].double(), entries)
-    if len(sizes) < pack.size:
-        found = sum_segments(found, sizes)
-    if pack.piece:
-        return PassResult(clients, per_client, None, found)
-    return PassResult(clients, per_client, rows.sums.clip(clients, found, units), None)
+    counts = (microbatch.clients, microbatch.units, microbatch.entries, microbatch.unit_sizes)
+    clients, units, entries, sizes = (torch.from_numpy(values).to(grads.device) for values in counts)
+    per_client = sum_segments(losses[: int(microbatch.entries.sum())].double(), entries)
+    if len(sizes) < microbatch.size:
+        grads = sum_segments(grads, sizes)
+    if microbatch.piece:
+        return PassResult(clients, per_client, None, grads)
+    return PassResult(clients, per_client, buffers.sums.clip(clients, grads, units), None)
 
 
-def clip_whole(rows: CohortBuffers, client: Tensor, unit: Tensor) -> ClippedGradients:
-    """One client's [1] unit [1, D] that was put together from its pieces, clipped."""
-    return rows.sums.clip(client, unit, torch.ones_like(client))
+def clip_unit(buffers: CohortBuffers, client: Tensor, unit: Tensor) -> ClippedGradients:
+    """Clip a unit [1, D] of one client [1] that was summed from its pieces."""
+    return buffers.sums.clip(client, unit, torch.ones_like(client))

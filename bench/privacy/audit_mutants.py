@@ -78,7 +78,7 @@ AUDIT_MUTANTS = (
     Mutant(
         "signs hide a copy",
         "privacy/audit/goodness_of_fit.py",
-        'autocorrelation(_sizes(numbers), "of the squares")',
+        'autocorrelation(_normal_from_squares(numbers), "of the squares")',
         'autocorrelation(numbers, "of the squares")',
         f"{_FOUND}[second half a copy with random signs]",
     ),
@@ -92,7 +92,7 @@ AUDIT_MUTANTS = (
     Mutant(
         "batch sizes in the middle of their steps",
         "privacy/audit/goodness_of_fit.py",
-        "below + (upto - below) * generator.random(len(sizes))",
+        "below + (up_to - below) * generator.random(len(sizes))",
         "(below + upto) / 2",
         f"{_FIT}::test_poisson_batches_become_normal",
     ),

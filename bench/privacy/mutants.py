@@ -46,15 +46,15 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "K draws counted as K people",
         "training/batches.py",
-        "weights=np.full(len(turns), 1 / draws),\n            per_unit=draws,",
-        "weights=np.full(len(turns), 1 / draws),\n            per_unit=1,",
+        "weights=np.full(len(draw_numbers), 1 / draws),\n            per_unit=draws,",
+        "weights=np.full(len(draw_numbers), 1 / draws),\n            per_unit=1,",
         f"{_NEIGHBOURS}[three draws, some clipped]",
     ),
     Mutant(
         "realised instead of public batch constant",
         "training/cohort.py",
         "resident.pending = batch.size\n",
-        "resident.pending = batch.size\n            self.rows.divisors[row] = max(1, batch.size // batch.per_unit)\n",
+        "resident.pending = batch.size\n            self.buffers.divisors[row] = max(1, batch.size // batch.per_unit)\n",
         f"{_NEIGHBOURS}[clipped]",
     ),
     Mutant(
@@ -67,8 +67,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "passes as large as batches",
         "training/cohort.py",
-        "self.queue.take(self.size).filled(self.size)",
-        "self.queue.take(self.size)",
+        "self.queue.pop(self.pass_size).padded(self.pass_size)",
+        "self.queue.pop(self.pass_size)",
         "tests/training/test_batch_independence.py::test_one_picture_more_moves_the_sum_by_its_own_alone[cpu]",
     ),
     Mutant(
@@ -81,7 +81,7 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "a job that takes as many passes as its batches",
         "training/cohort.py",
-        "units = min(batch.size // batch.per_unit, self.turns.holding(self.left))",
+        "units = min(batch.size // batch.per_unit, self.turns.max_pictures(self.turns_left))",
         "units = batch.size // batch.per_unit",
         "tests/training/test_public_duration.py::test_what_goes_beyond_counts_as_not_drawn",
     ),
@@ -116,8 +116,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "loss as the mean of the batch",
         "training/batches.py",
-        "weights=np.full(len(turns), 1 / draws),\n",
-        "weights=np.full(len(turns), 1 / max(1, len(turns))),\n",
+        "weights=np.full(len(draw_numbers), 1 / draws),\n",
+        "weights=np.full(len(draw_numbers), 1 / max(1, len(draw_numbers))),\n",
         "tests/privacy/test_neighbors.py::test_one_picture_beside_copies_of_another",
     ),
     Mutant(
@@ -375,9 +375,9 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "losses of pictures that share a pass",
         "training/inference.py",
-        "size = min(timesteps, _most(base, pools, adapters, memory))\n"
-        "    looks = torch.arange(len(place) * timesteps).split(timesteps)",
-        "size = _most(base, pools, adapters, memory)\n    looks = [torch.arange(len(place) * timesteps)]",
+        "size = min(timesteps, _max_pass_size(base, pools, adapters, memory))\n"
+        "    entries = torch.arange(len(noise_index) * timesteps).split(timesteps)",
+        "size = _max_pass_size(base, pools, adapters, memory)\n    entries = [torch.arange(len(noise_index) * timesteps)]",
         "tests/training/test_inference.py::test_no_pass_holds_two_examples",
     ),
 )

@@ -185,11 +185,11 @@ def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: i
     from common.seeding import derive_seed
     from models.lora.batched_lora import stack_adapters, to_device
     from simulations.evaluation import glyphs
-    from training.inference import draw
+    from training.inference import generate
     from training.memory import budget, inference_share
     from typefaces import dataset, judge
 
-    latents = draw(
+    latents = generate(
         base,
         captions=[dataset.caption(TRIGGER)] * samples,
         seeds=[derive_seed(config.seed, "trigger", number) for number in range(samples)],

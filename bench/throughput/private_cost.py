@@ -132,7 +132,7 @@ def fit_overhead(base: Base, examples: Examples, repeats: int) -> dict[str, floa
     best = []
     with single_threaded_layers():  # as in parallel passes
         for size in SIZES:
-            entries = on_device(Microbatch.nothing(0, 0, size, 1), base.device)
+            entries = on_device(Microbatch.zero_weight(0, 0, size, 1), base.device)
             passed = partial(gradients, base, rows, entries)
             best.append(min(time_work(base, passed)[base.device.type == "cpu"] for _ in range(repeats + 1)))
     per_entry, fixed = np.polyfit(SIZES, best, 1, w=1 / np.array(best))

@@ -10,8 +10,8 @@ claim.
 - By the whole trade-off function, for any dependence: Mahloujifar, Melis & Chaudhuri (2024, arXiv:2410.22235).
 - From cosines of canary clients, an estimate rather than a bound: Andrew et al. (2023, arXiv:2302.03098).
 
-A bound detects mistakes; it never certifies an ε. A bound at 95 % confidence exceeds a true claim by chance in 1 audit of
-20. So a claim counts as refuted only at a separate significance, which is meant to be far smaller.
+A bound detects mistakes; it never certifies an ε. A bound at 95 % confidence exceeds a true claim by chance in 1 audit
+of 20. So a claim counts as refuted only at a separate significance, which is meant to be far smaller.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.audit import tradeoff
 from privacy.audit.tradeoff import Inverse
 
-# Shares of the canaries with the highest scores, guessed to be in, and with the lowest, guessed to be out. The best pair
-# depends on the mechanism, so all are tried, and each gets its part of the significance.
+# Shares of the canaries that are guessed to be in (highest scores) and out (lowest scores). The best pair depends on the
+# mechanism, so all are tried, and each gets its part of the significance.
 SHARES = ((1 / 4, 1 / 4), (1 / 16, 1 / 16), (1 / 4, 0.0))
 _HALVINGS, _DOUBLINGS, _BISECTIONS = 3, 7, 5  # of σ, when searching for the smallest refuted one
 _MAX_EPSILON = 64.0  # no number of guesses distinguishes it from a larger ε
@@ -158,8 +158,8 @@ def refutes(guesses: Guesses, inverse: Inverse, significance: float) -> bool:
 
     Algorithm 3 of Mahloujifar et al., for canaries that are in or out. With p_j the probability of j correct guesses,
     r_i = Σ_{j≥i} j p_j / m and h_i = Σ_{j≥i} (r − j) p_j / m are the probabilities that a random canary is guessed
-    correctly or incorrectly while i or more guesses are correct. If that canary were changed, its correct guess would be
-    incorrect and one fewer would be correct, hence h_{i−1} ≥ inverse(r_i). Starting from P[V ≥ v] = significance,
+    correctly or incorrectly while i or more guesses are correct. If that canary were changed, its correct guess would
+    be incorrect and one fewer would be correct, hence h_{i−1} ≥ inverse(r_i). Starting from P[V ≥ v] = significance,
     r_0 + h_0 must not exceed r / m.
 
     Args:
@@ -290,8 +290,8 @@ def audit(
 def cosine_epsilon(cosines: Sequence[float] | np.ndarray, dimension: int, delta: float) -> float:
     """Estimate ε from the cosines of canary clients with the release (Andrew et al., algorithms 1 and 2).
 
-    The cosine of a canary that did not participate is N(0, 1/d); a normal distribution is fitted to the cosines of those
-    that did. The estimate has no confidence level, and covers only effects that are visible to such canaries.
+    The cosine of a canary that did not participate is N(0, 1/d); a normal distribution is fitted to the cosines of
+    those that did. The estimate has no confidence level, and covers only effects that are visible to such canaries.
 
     Args:
         cosines: cosine of each participating canary.

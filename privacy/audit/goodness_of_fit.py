@@ -1,12 +1,12 @@
 """Exact goodness-of-fit tests of noise and batches, for a mechanism whose inputs are all known.
 
-Every observation is first transformed to a number that is standard normal and independent of all others if the mechanism
-is the claimed one: the residual of a release divided by the standard deviation of the noise, or the randomized quantile
-residual of a batch (Dunn & Smyth, 1996). A common battery then tests these numbers: their distribution, variance and
-extremes, and their dependence at every lag.
+Every observation is first transformed to a number that is standard normal and independent of all others if the
+mechanism is the claimed one: the residual of a release divided by the standard deviation of the noise, or the
+randomized quantile residual of a batch (Dunn & Smyth, 1996). A common battery then tests these numbers: their
+distribution, variance and extremes, and their dependence at every lag.
 
-Each test returns a p-value that is valid for finite samples: for an honest mechanism it is at most p with probability at
-most p. So a Bonferroni bound over all tests of an audit bounds its false alarms.
+Each test returns a p-value that is valid for finite samples: for an honest mechanism it is at most p with probability
+at most p. So a Bonferroni bound over all tests of an audit bounds its false alarms.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repea
 def residues(integers: np.ndarray, name: str = "last digits") -> Check:
     """χ² test of the remainders of integers [n] modulo 16 against the uniform distribution.
 
-    If the noise's standard deviation exceeds 1000, they are uniform up to 10⁻¹⁰⁰⁰, for any noised sum. Noise on a coarser
-    lattice misses some remainders.
+    If the noise's standard deviation exceeds 1000, they are uniform up to 10⁻¹⁰⁰⁰, for any noised sum. Noise on a
+    coarser lattice misses some remainders.
     """
     from scipy.stats import chisquare
 

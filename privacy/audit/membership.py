@@ -1,7 +1,7 @@
 """Evaluation of membership inference attacks: ROC curve, AUC, TPR and their confidence intervals.
 
-Pictures of one writer are alike, so intervals come from resampling whole writers. Some letters are easier than others, so
-members are compared with non-members *of the same letter*: if membership is independent of the pictures, an attack
+Pictures of one writer are alike, so intervals come from resampling whole writers. Some letters are easier than others,
+so members are compared with non-members *of the same letter*: if membership is independent of the pictures, an attack
 without any information has an AUC of 0.5, even if many more small letters than digits were trained on.
 """
 
@@ -98,7 +98,7 @@ def matched_weights(weights: np.ndarray, members: np.ndarray, letters: np.ndarra
 
 
 def roc(trial: AttackTrial, weights: np.ndarray | None = None) -> RocCurve:
-    """Compute the ROC curve of an attack, with pictures weighted by `weights` [n] (default: 1) and matched by letter."""
+    """Compute the ROC curve of an attack, with weights [n] of the pictures (default: 1), matched by letter."""
     order = np.argsort(-trial.scores, kind="stable")
     is_last = np.append(np.diff(trial.scores[order]) != 0, True)  # of a run of equal scores
     return _roc(trial, np.ones(len(order)) if weights is None else weights, order, is_last)

@@ -5,8 +5,8 @@
     {"state": "sealed", …its key, the digest of the reply, and the data that the reply was made from}
     {"state": "sent", …its key}
 
-Each line also holds `at`, the device's clock, and `previous`, the link to the line before (`privacy.ledger.hash_chain`).
-These names and values are stored and can't change.
+Each line also holds `at`, the device's clock, and `previous`, the link to the line before
+(`privacy.ledger.hash_chain`). These names and values are stored and can't change.
 """
 
 from __future__ import annotations

@@ -6,15 +6,16 @@ release.
 
 *After a crash while reserved*, all derived data is discarded, and training is repeated under the same reservation, on
 the pictures that exist then. If they changed meanwhile, this is still one release of one mechanism, for a picture in
-both sets, in one or in none; the seal records which pictures it was made from. Refusing the round, or charging it twice,
-would tell the server, without noise, that a picture was added or removed. For the same reason a device whose pictures
-change between rounds continues: ε of all events bounds what is released of each picture, however few rounds it was in. An
-event that is charged to a picture which it never touched only makes the bound larger.
+both sets, in one or in none; the seal records which pictures it was made from. Refusing the round, or charging it
+twice, would tell the server, without noise, that a picture was added or removed. For the same reason a device whose
+pictures change between rounds continues: ε of all events bounds what is released of each picture, however few rounds it
+was in. An event that is charged to a picture which it never touched only makes the bound larger.
 
-*Guarantees*: charged ≥ released, and one reply for each key, through crashes at any point, power cuts, and two processes
-at once. A ledger that is missing, truncated, rolled back, copied from another device or carelessly edited is detected
-before anything more is shared (`privacy.ledger.anchors`; also the server's echo). *Not covered*: an owner who forges
-journal, head and marker together, or who holds the same pictures on two devices, whose ledgers don't know each other.
+*Guarantees*: charged ≥ released, and one reply for each key, through crashes at any point, power cuts, and two
+processes at once. A ledger that is missing, truncated, rolled back, copied from another device or carelessly edited is
+detected before anything more is shared (`privacy.ledger.anchors`; also the server's echo). *Not covered*: an owner who
+forges journal, head and marker together, or who holds the same pictures on two devices, whose ledgers don't know each
+other.
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ def test_however_small_passes_are(fine: Base, tmp_path: Path, name: str, monkeyp
     alike = private(fine, "d", rank=mode.rank, count=len(EVERYBODY), draws=mode.draws, **more)
     trains = room(fine, [alike], entries)
     packs: list[Microbatch] = []
-    really = EntryQueue.take
-    monkeypatch.setattr(EntryQueue, "take", lambda self, size: packs.append(really(self, size)) or packs[-1])
+    really = EntryQueue.pop
+    monkeypatch.setattr(EntryQueue, "pop", lambda self, size: packs.append(really(self, size)) or packs[-1])
     mode = dataclasses.replace(mode, memory=-(-trains * 4 // 3))  # training gets three quarters
     check(*neighbours(fine, tmp_path, mode, removed=1), mode.clip, EXACT)
     assert len(packs) > 16  # which is one for each step that is not empty, those of the personal adapters too

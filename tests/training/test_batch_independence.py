@@ -107,8 +107,8 @@ def entries(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
     rows.load({0: job})
     queue.push(0, batch)
     while len(queue):
-        pack = queue.take(size)
-        whole, _ = gradients(base, rows, on_device(pack.filled(size), base.device))
+        pack = queue.pop(size)
+        whole, _ = gradients(base, rows, on_device(pack.padded(size), base.device))
         assert len(whole) == size
         found.append(whole[: pack.size].cpu().clone())
     return torch.cat(found)

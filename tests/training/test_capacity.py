@@ -75,7 +75,7 @@ def check_peak(base: Base, seed: int) -> None:
     granted = some_memory(base, jobs, pick)
     base.cache.pop(cohort._BUFFERS, None)
     found: list[TrainedAdapter | Exception] = []
-    peak = memory.counted(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
+    peak = memory.peak_bytes(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
     assert not any(isinstance(outcome, Exception) for outcome in found)
     assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
 
@@ -123,7 +123,7 @@ def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
     jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20, "B alone": 20}.get(kind, 4))]
     for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 16)):
         base.cache.pop(cohort._BUFFERS, None)
-        peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
+        peak = memory.peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
 
 
@@ -136,7 +136,7 @@ def test_looks_stay_within_what_was_granted(base: Base) -> None:
     noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
     for granted in (least(base, jobs), room(base, jobs, 12)):
         base.cache.pop(cohort._BUFFERS, None)
-        peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
+        peak = memory.peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         beside = capacity(base, jobs, granted).jobs * pool + noise
         assert peak <= granted + beside, f"{(peak - beside) / granted:.3f} of {granted} bytes"
 
@@ -240,7 +240,7 @@ def test_held_out_losses_stay_within_what_was_granted(base: Base, rank: int) -> 
     losses, peaks = [], []
     for granted in (0, 10**6, 10**7):
         peaks.append(
-            memory.counted(
+            memory.peak_bytes(
                 lambda granted=granted: losses.append(
                     held_out_losses(base, pools, adapters, timesteps=2, memory=granted)
                 )

@@ -20,7 +20,7 @@ from models.diffusion.sampling import SAMPLERS
 from models.lora.batched_lora import BatchedAdapter, stack_adapters
 from tests.helpers.reference_trainer import PLENTY, examples, live
 from training.engine import perform
-from training.inference import draw, each_loss
+from training.inference import each_loss, generate
 from training.jobs import Cancelled, EncodeJob, Examples, GenerateJob, MeasureEachJob, MeasureJob, Picture
 
 TIMESTEPS = 3
@@ -144,11 +144,11 @@ def test_a_drawn_picture_is_its_own(base: Base, sampler: str) -> None:
     adapters = [stack_adapters(base.sites, [live(base, 2, 1), live(base, 2, 2)])]
     captions, seeds, slots = ["a 1", "b 2", "a 1", "a 1"], [5, 6, 5, 7], [0, 1, 0, 0]
     settings: dict[str, Any] = {"sampler": sampler, "steps": 3, "guidance": 2.0}
-    together = draw(base, captions, seeds, adapters, slots, memory=PLENTY, **settings)
-    torch.testing.assert_close(draw(base, captions, seeds, adapters, slots, memory=1, **settings), together)
+    together = generate(base, captions, seeds, adapters, slots, memory=PLENTY, **settings)
+    torch.testing.assert_close(generate(base, captions, seeds, adapters, slots, memory=1, **settings), together)
     torch.testing.assert_close(together[0], together[2])
-    alone = draw(base, captions[1:2], seeds[1:2], adapters, slots[1:2], memory=PLENTY, **settings)
+    alone = generate(base, captions[1:2], seeds[1:2], adapters, slots[1:2], memory=PLENTY, **settings)
     torch.testing.assert_close(alone[0], together[1])
-    other = draw(base, captions[1:2], seeds[1:2], adapters, [0], memory=PLENTY, **settings)
+    other = generate(base, captions[1:2], seeds[1:2], adapters, [0], memory=PLENTY, **settings)
     assert not torch.allclose(other, alone, atol=1e-3)
     assert not torch.allclose(together[0], together[3], atol=1e-3)

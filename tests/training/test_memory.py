@@ -91,15 +91,15 @@ PROGRAMS: list[tuple[Callable[[], object], int]] = [
 
 @pytest.mark.parametrize(("work", "wanted"), PROGRAMS, ids=lambda x: getattr(x, "__name__", None))
 def test_the_most_that_lived_at_once(work: Callable[[], object], wanted: int) -> None:
-    assert memory.counted(work) == wanted
-    assert memory.counted(work) == wanted  # nothing is left from before
+    assert memory.peak_bytes(work) == wanted
+    assert memory.peak_bytes(work) == wanted  # nothing is left from before
 
 
 def test_what_outlives_the_count_does_no_harm() -> None:
     kept: list[Tensor] = []
-    assert memory.counted(lambda: kept.append(torch.ones(N))) == 4 * N
+    assert memory.peak_bytes(lambda: kept.append(torch.ones(N))) == 4 * N
     kept.clear()
-    assert memory.counted(lambda: torch.ones(N)) == 4 * N
+    assert memory.peak_bytes(lambda: torch.ones(N)) == 4 * N
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
 def test_the_budget_is_what_was_asked_or_a_share_of_the_total(machine: Callable[..., None]) -> None:
     machine(16, 1)  # what happens to be free now decides nothing
-    assert memory.budget(None, CPU) == 16 * GIB * memory.SHARE["cpu"]
+    assert memory.budget(None, CPU) == 16 * GIB * memory.DEFAULT_SHARE["cpu"]
     assert memory.budget(3.5, CPU) == int(3.5 * GIB)
-    assert 0 < memory.SHARE["cpu"] < memory.SHARE["cuda"] < 1
+    assert 0 < memory.DEFAULT_SHARE["cpu"] < memory.DEFAULT_SHARE["cuda"] < 1
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_budget_is_what_was_asked_or_a_share_of_the_total(machine: Callable[
 )
 def test_a_container_is_the_machine(machine: Callable[..., None], files: dict[str, str], total: int, free: int) -> None:
     machine(16, 10, **files)
-    assert memory.budget(None, CPU) == total * GIB * memory.SHARE["cpu"]
+    assert memory.budget(None, CPU) == total * GIB * memory.DEFAULT_SHARE["cpu"]
     memory.check_free(free * GIB, CPU)
     with pytest.raises(AntherError, match=rf"trainer\.memory_gib.* only {free} of {total} GiB are free"):
         memory.check_free(free * GIB + 1, CPU)

@@ -84,7 +84,7 @@ def taken(queue: EntryQueue, sizes: list[int], known: list[Entry]) -> list[Micro
     packs = []
     while len(queue):
         size, before = sizes[len(packs) % len(sizes)], len(queue)
-        pack = queue.take(size)
+        pack = queue.pop(size)
         assert len(queue) == before - pack.size
         check(pack, entries_of(pack, known), size)
         packs.append(pack)
@@ -135,7 +135,7 @@ def test_dropping_forgets_one_client_alone(steps: list[Step], sizes: list[int], 
     out: list[Entry] = []
     for _ in range(data.draw(st.integers(0, 5))):
         if len(queue):
-            out += entries_of(queue.take(data.draw(st.integers(1, 9))), known)
+            out += entries_of(queue.pop(data.draw(st.integers(1, 9))), known)
     gone = data.draw(st.integers(0, 9))
     queue.drop(gone)
     rest = [entry for entry in known[len(out) :] if entry.row != gone]
@@ -149,8 +149,8 @@ def test_filled_packs_have_one_shape(units: int, per_unit: int, more: int, clien
     """What they are filled up with weighs nothing, in whole units of the last client, and isn't counted as its own."""
     steps = [Step(row, units, per_unit) for row in range(clients)]
     size = (clients * units + more) * per_unit
-    pack = queue_of(steps).take(size)
-    full = pack.filled(size)
+    pack = queue_of(steps).pop(size)
+    full = pack.padded(size)
     assert full.size == size
     assert all(len(full[place]) == size for place in range(5))
     assert full.weights[: pack.size].tolist() == pack.weights.tolist()
@@ -162,7 +162,7 @@ def test_filled_packs_have_one_shape(units: int, per_unit: int, more: int, clien
 
 def test_a_filled_piece_stays_one_unit() -> None:
     queue = queue_of([Step(row=0, units=1, per_unit=5)])
-    whole, rest = (queue.take(3).filled(3) for _ in range(2))
+    whole, rest = (queue.pop(3).padded(3) for _ in range(2))
     assert [whole.unit_sizes.tolist(), rest.unit_sizes.tolist()] == [[3], [3]]
     assert (rest.units.tolist(), rest.entries.tolist(), rest.weights[2:].tolist()) == ([1], [2], [0.0])
     assert rest.last
@@ -172,8 +172,8 @@ def test_a_filled_piece_stays_one_unit() -> None:
     ("steps", "size"), [([Step(0, 1, 2), Step(1, 1, 3)], 7), ([Step(0, 2, 2)], 5), ([Step(0, 2, 1)], 1)]
 )
 def test_what_makes_no_whole_units_is_not_filled_up(steps: list[Step], size: int) -> None:
-    with pytest.raises(ValueError, match="can't be filled up"):
-        queue_of(steps).take(9).filled(size)
+    with pytest.raises(ValueError, match="can't be padded"):
+        queue_of(steps).pop(9).padded(size)
 
 
 @given(steps=STEPS, later=STEPS, sizes=SIZES)
@@ -181,7 +181,7 @@ def test_who_comes_later_waits_behind(steps: list[Step], later: list[Step], size
     """Clients that are through push their next step while others still wait."""
     later = [step._replace(row=step.row + 100) for step in later]
     queue, known = queue_of(steps), waiting(steps + later)
-    out = entries_of(queue.take(sizes[0]), known) if len(queue) else []
+    out = entries_of(queue.pop(sizes[0]), known) if len(queue) else []
     push(queue, later, known)
     assert out + [entry for pack in taken(queue, sizes, known) for entry in entries_of(pack, known)] == known
 
@@ -191,11 +191,11 @@ def test_the_first_unit_is_told() -> None:
         [Step(row=3, units=0, per_unit=9), Step(row=1, units=2, per_unit=4), Step(row=2, units=1, per_unit=1)]
     )
     assert queue.unit == 4  # an empty batch doesn't wait
-    queue.take(8)
+    queue.pop(8)
     assert queue.unit == 1
 
 
 @pytest.mark.parametrize("size", [4, 5, 7])
 def test_a_unit_that_just_fits_is_whole(size: int) -> None:
-    pack = queue_of([Step(row=0, units=3, per_unit=4)]).take(size)
+    pack = queue_of([Step(row=0, units=3, per_unit=4)]).pop(size)
     assert (pack.piece, pack.last, pack.size) == (False, True, 4)

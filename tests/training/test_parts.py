@@ -169,9 +169,9 @@ def test_a_frame_that_does_not_fit_fails_alone(fine: Base) -> None:
         jobs = [job(fine, "wrong", start=start, lora_xs_bases=wrong, trains="cores"), job(fine, "sound")]
         found = train(fine, jobs, memory=PLENTY, timesteps=2)
         assert isinstance(found[0], ValueError)
-        assert "frame" in str(found[0])
+        assert "LoRA-XS bases" in str(found[0])
         trained(found[1])
-    with pytest.raises(ValueError, match="cores are trained in a frame"):
+    with pytest.raises(ValueError, match="trains='cores' only"):
         job(fine, "none", trains="cores")
-    with pytest.raises(ValueError, match="cores are trained in a frame"):
+    with pytest.raises(ValueError, match="trains='cores' only"):
         job(fine, "not asked for", lora_xs_bases=between)

@@ -28,9 +28,9 @@ def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -
     turns = TurnCount(at_once, units, pieces)
     assert turns(0) == 0
     for count in range(30):
-        assert turns.holding(turns(count)) >= count
+        assert turns.max_pictures(turns(count)) >= count
         if count:
-            assert turns.holding(turns(count) - 1) < count
+            assert turns.max_pictures(turns(count) - 1) < count
 
 
 def test_a_pass_holds_pictures_or_pieces() -> None:
@@ -142,7 +142,7 @@ def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, turns: list[
         turns.clear()
         (found,) = train(base, [crowded(base, batches)], memory=PLENTY, timesteps=2)
         assert len(turns) + idle(found) == planned
-        assert len(turns) == min(max(10 * batches, cohort.FEW_TURNS), planned)
+        assert len(turns) == min(max(10 * batches, cohort.MIN_TIMED_TURNS), planned)
     several = train(base, [crowded(base, 1), crowded(base, 2)], memory=PLENTY, timesteps=2)
     assert [idle(found) for found in several] == [0, 0]
 

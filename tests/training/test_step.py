@@ -78,8 +78,8 @@ def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list
     rows, queue = CohortBuffers(base, BufferSpec.of(jobs), len(jobs)), EntryQueue()
     rows.load(dict(enumerate(jobs)))
     for row, batch in enumerate(batches):
-        queue.push(row, batch._replace(examples=batch.examples + rows.place(row)))
-    pack = queue.take(len(queue))
+        queue.push(row, batch._replace(examples=batch.examples + rows.first_example(row)))
+    pack = queue.pop(len(queue))
     found, losses = gradients(base, rows, on_device(pack, base.device))
     assert found.shape == (pack.size, rows.layout.size)
     assert losses.shape == (pack.size,)

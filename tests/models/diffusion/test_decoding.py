@@ -14,7 +14,7 @@ from bench.lib.tiny import ATTENTION, save_pipeline
 from common.errors import AntherError
 from models.base.base import Base
 from models.diffusion.decoding import in_tiles, small_vae
-from training.memory import counted
+from training.memory import peak_bytes
 
 
 def tiny() -> Any:
@@ -64,7 +64,7 @@ def test_tiles_take_less_memory_and_change_little(make: Callable[[], Any]) -> No
     wanted, found = whole.decode(latents).sample, pieces.decode(latents).sample
     assert found.shape == wanted.shape == (1, 3, 96, 96)
     assert (found - wanted).square().mean() < 0.25 * wanted.var()  # norms look at a tile alone
-    assert counted(lambda: pieces.decode(latents)) < 0.6 * counted(lambda: whole.decode(latents))
+    assert peak_bytes(lambda: pieces.decode(latents)) < 0.6 * peak_bytes(lambda: whole.decode(latents))
 
 
 @torch.no_grad()
