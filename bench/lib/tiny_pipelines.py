@@ -195,6 +195,7 @@ def flux(folder: Path, *, dev: bool = True) -> Path:
 
 
 def flux_schnell(folder: Path) -> Path:
+    """Save a FLUX pipeline like [schnell]."""
     return flux(folder, dev=False)
 
 

@@ -252,6 +252,7 @@ class Target(NamedTuple):
 
     @staticmethod
     def of(base: str) -> Target:
+        """Return the targets of a base."""
         return Target(TARGETS[base] * 2**10, RATIO, COSINE)
 
     def met(self, peak: float, ratio: float, cosine: float) -> bool:

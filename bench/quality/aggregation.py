@@ -72,6 +72,13 @@ def layer_factors(inputs: int, outputs: int, ranks: list[int], seed: int) -> Ite
 
 
 def start(inputs: int, outputs: int, rank: int) -> Adapter:
+    """Return a zero adapter.
+
+    Args:
+        inputs: input features of its layer.
+        outputs: output features of its layer.
+        rank: its rank.
+    """
     return {"layer": Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))}
 
 

@@ -53,6 +53,7 @@ class FleetPlan(NamedTuple):
 
     @property
     def overrides(self) -> tuple[str, ...]:
+        """Hydra overrides of the plan."""
         result: tuple[str, ...] = (f"adapter.shared.steps={self.steps}", f"round_loop.timeout={self.timeout}")
         if self.memory_gib is not None:
             result += (f"cohort.eligibility.min_memory_gib={self.memory_gib:g}",)

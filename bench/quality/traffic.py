@@ -57,11 +57,13 @@ class UpdateEncoding(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Description for tables and results."""
         up = self.precision if self.keep == 1 else f"{self.precision}, {self.keep:.0%} of blocks"
         return up if self.down == "fp32" else f"{up}; {self.down} down"
 
     @property
     def overrides(self) -> list[str]:
+        """Hydra overrides of the encoding."""
         return [
             f"compression.upload={self.precision}",
             f"compression.keep_fraction={self.keep}",

@@ -116,6 +116,7 @@ def compare(arm: Mapping[str, Any], x86: Mapping[str, Any], lock: str) -> dict[s
 
 
 def versions(packages: Mapping[str, str]) -> dict[str, str | None]:
+    """Select the versions of the packages that a result depends on."""
     return {name: packages.get(name) for name in ("torch", "numpy", "diffusers", "flwr")}
 
 

@@ -72,9 +72,11 @@ class FaultScene:
 
     @property
     def device(self) -> ModuleProcess:
+        """Process of the affected device."""
         return self.federation.devices[self.victim]
 
     def server_state(self) -> dict[str, Any]:
+        """Read the state in the server's newest checkpoint."""
         newest = sorted(self.federation.runs[-1].glob("checkpoints/round-*"))[-1]
         state: dict[str, Any] = json.loads((newest / "state.json").read_text())
         return state
@@ -122,10 +124,13 @@ class FaultScene:
                 ]
 
     def pause(self, seconds: float) -> None:
+        """Sleep for a random time of at most `seconds`."""
         time.sleep(self.rng.uniform(0, seconds))
 
 
 def kill_process(what: str) -> Fault:
+    """Return the fault that kills a process of this kind at a random time."""
+
     def fault(scene: FaultScene) -> None:
         scene.pause(4)
         process = scene.process(what)
@@ -146,6 +151,7 @@ def kill_server(scene: FaultScene) -> None:
 
 
 def kill_device(scene: FaultScene) -> None:
+    """Kill a device's supervisor, and start it again."""
     scene.pause(4)
     scene.device.kill()
     time.sleep(1)
@@ -387,7 +393,14 @@ def main() -> None:
 
 
 def run_serially(rows: list[str], runs: int, seed: int, out: Path) -> None:
-    """Run all rows in one federation."""
+    """Run all rows in one federation.
+
+    Args:
+        rows: names of the rows.
+        runs: runs of each row.
+        seed: seed of the federation.
+        out: the result file.
+    """
     with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as at_work:
         for row in rows:
             for _ in range(runs):
@@ -474,6 +487,7 @@ def store_outcome(out: Path, row: str, run: FaultOutcome) -> FaultOutcome:
 
 
 def table(record: dict[str, Any]) -> Table:
+    """Return a table with a row for each fault."""
     shown = Table(title="injected faults and how the federation recovered without intervention")
     for heading in ("", "runs", "went on", "refused with a reason", "seconds (median)", "message"):
         shown.add_column(heading, justify="left" if heading in ("", "message") else "right")

@@ -40,6 +40,7 @@ def set_link(name: str, *, on: bool) -> None:
 
 
 def cable(name: str) -> str:
+    """Return the name of a device's link on the server's side."""
     return f"an-{name[-10:]}"  # interface names have at most 15 characters
 
 

@@ -33,6 +33,7 @@ QUICK = (
 
 
 def free_port() -> int:
+    """Find a free TCP port on the loopback interface."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         return int(listener.getsockname()[1])
@@ -108,13 +109,16 @@ class ModuleProcess:
 
     @property
     def log(self) -> Path:
+        """File of standard output and standard error."""
         return self.home / f"{self.module}.log"
 
     @property
     def output(self) -> str:
+        """Output of all starts so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def start(self) -> ModuleProcess:
+        """Start the process; its output is appended to the log."""
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -128,6 +132,7 @@ class ModuleProcess:
         return self
 
     def stop(self) -> None:
+        """Terminate the process, and kill it if it does not exit in 20 seconds."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -136,12 +141,14 @@ class ModuleProcess:
                 self.kill()
 
     def kill(self) -> None:
+        """Kill the process, and wait for its exit."""
         if self.process:
             self.process.kill()
             self.process.wait()
 
     @property
     def exit_code(self) -> int | None:
+        """Exit status; None while it runs, or before its start."""
         return self.process.poll() if self.process else None
 
     def children(self, part: str) -> list[psutil.Process]:
@@ -153,6 +160,7 @@ class ModuleProcess:
 
 
 def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment with another home and without settings of Anther or Flower."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHER_", "FLWR_"))}
     return {**inherited, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
 
@@ -208,6 +216,7 @@ class LocalFederation:
         )
 
     def start(self, seconds: float = 120) -> None:
+        """Start the server, and wait until it listens or exits."""
         starts = self.server.output.count("listening on")
         self.server.start()
         wait_until(
@@ -218,6 +227,7 @@ class LocalFederation:
         assert self.server.exit_code is None, self.server.output
 
     def ticket(self, holder: str = "owner") -> str:
+        """Issue an enrollment ticket."""
         process = run_module("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()
@@ -248,6 +258,7 @@ class LocalFederation:
 
     @property
     def runs(self) -> list[Path]:
+        """Folders of the server's runs, oldest first."""
         return sorted((self.server.home / "runs").glob("*/"))
 
     def rounds(self) -> int:

@@ -51,12 +51,19 @@ class MemorySamples:
     samples: dict[tuple[str, int], list[tuple[int, float]]] = field(default_factory=dict)
 
     def sample(self, running: LocalFederation, permanent: ModuleProcess, number: int) -> None:
+        """Sample the memory of all processes.
+
+        Args:
+            running: the federation.
+            permanent: the device that stays.
+            number: current round.
+        """
         homes = {str(running.server.home): SERVER, str(permanent.home): DEVICE}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 parts = homes.get(process.environ().get("ANTHER_HOME", ""), ())
-                overrides = " ".join(process.cmdline())
-                if part := next((part for part in parts if part in overrides), None):
+                command_line = " ".join(process.cmdline())
+                if part := next((part for part in parts if part in command_line), None):
                     pss = process.memory_full_info().pss / 2**20
                     self.samples.setdefault((part, process.pid), []).append((number, pss))
 
@@ -169,6 +176,7 @@ def main() -> None:
 
 
 def show(record: dict[str, Any]) -> None:
+    """Print the record."""
     console = Console(width=120)
     console.print(f"{record['rounds']} rounds in {record['seconds'] / 60:.0f} min, events {record['events']}")
     counted = record["accounts"]

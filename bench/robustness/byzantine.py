@@ -95,6 +95,7 @@ class ByzantineCase:
 
     @property
     def name(self) -> str:
+        """Name of the run and its folder."""
         return f"{self.attack.replace(' ', '-')}-{'protected' if self.protected else 'open'}-{self.seed}"
 
     @property

@@ -32,7 +32,13 @@ class ClientAttack(Protocol):
 
 
 def scale_update(start: Adapter, trained: Adapter, by: float) -> Adapter:
-    """Return `start + by * (trained - start)`, applied to each factor."""
+    """Scale an update: `start + by * (trained - start)` for each factor.
+
+    Args:
+        start: adapter before training.
+        trained: adapter after training.
+        by: the factor.
+    """
     return {
         site: Factors(*(old + by * (new - old) for old, new in zip(start[site], factors, strict=True)))
         for site, factors in trained.items()
@@ -47,6 +53,7 @@ def scaling_attack(by: float) -> ClientAttack:
 
 
 def nan_attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
+    """Attack that sends NaN in every B."""
     return [
         {site: Factors(a, torch.full_like(b, torch.nan)) for site, (a, b) in adapter.items()} for adapter in trained
     ]

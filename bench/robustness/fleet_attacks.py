@@ -131,6 +131,13 @@ class Client:
         return response.content if response.status_code == 200 else None
 
     def ask(self, kind: str, call: str, **fields: Any) -> bytes | None:
+        """Make one RPC, count it by kind and outcome, and return the answer if it succeeded.
+
+        Args:
+            kind: kind under which the call is counted.
+            call: name of the RPC.
+            fields: fields of its request.
+        """
         message = REQUESTS[call](**fields)
         if hasattr(message, "node") and "node" not in fields:
             message.node.node_id = self.node
@@ -138,6 +145,7 @@ class Client:
 
     @property
     def calls(self) -> int:
+        """Number of calls made."""
         return sum(self.outcomes.values())
 
 
@@ -191,16 +199,19 @@ def mutate(body: bytes, rng: Random) -> bytes:
 
 
 def send_malformed(client: Client) -> None:
+    """Send a damaged request of a random RPC."""
     call = client.rng.choice([*REQUESTS])
     client.post(f"mutated {call}", call, mutate(honest_request(client, call).SerializeToString(), client.rng))
 
 
 def send_invented_ids(client: Client) -> None:
+    """Send a well-formed request with invented ids."""
     call = client.rng.choice([*set(REQUESTS) - {"activate-node", "send-node-heartbeat", "pull-messages"}])
     client.post(f"invented ids: {call}", call, honest_request(client, call).SerializeToString())
 
 
 def use_other_node(client: Client) -> None:
+    """Send a request with another node's id."""
     call = client.rng.choice(["pull-messages", "send-node-heartbeat", "pull-object", "deactivate-node"])
     message = honest_request(client, call)
     if call == "deactivate-node":
@@ -229,6 +240,7 @@ def send_odd_headers(client: Client) -> None:
 
 
 def send_odd_path(client: Client) -> None:
+    """Request a path that is not an RPC."""
     path = client.rng.choice(
         ["..", "%2e%2e/control/start-run", "pull-messages/", "start-run", "pull-messages%3Fx", "a" * 5000, "%00"]
     )
@@ -328,7 +340,13 @@ def push_head(client: Client, kind: str, reply: Message, tree: ObjectTree | None
 
 
 def send(client: Client, kind: str, reply: Message) -> None:
-    """Send a complete reply, with all its objects, and count the calls under `kind`."""
+    """Send a complete reply, with all its objects.
+
+    Args:
+        client: sender of the reply.
+        kind: kind under which the calls are counted.
+        reply: the reply.
+    """
     if (response := push_head(client, kind, reply)) is None:
         return
     contents = {name: item.deflate() for name, item in get_all_nested_objects(reply).items()}

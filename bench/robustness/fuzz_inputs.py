@@ -57,6 +57,7 @@ class FuzzCounts:
     """Peak memory of the process in MiB."""
 
     def add(self, other: FuzzCounts) -> None:
+        """Add the results of other cases."""
         self.read += other.read
         self.refused += other.refused
         self.faults += other.faults

@@ -64,6 +64,14 @@ class AttackCounts:
     mib: float = 0.0
 
     def add(self, reason: str, ms: float, mib: float, violated: list[str]) -> None:
+        """Count one message.
+
+        Args:
+            reason: outcome of the message.
+            ms: CPU milliseconds to receive it.
+            mib: growth of memory in MiB.
+            violated: invariants that the accepted message violates.
+        """
         self.reasons[reason] += 1
         self.violating += bool(violated)
         self.ms, self.mib = max(self.ms, ms), max(self.mib, mib)

@@ -91,6 +91,7 @@ class GatewayResults:
 
     @property
     def slower(self) -> float:
+        """Ratio of the median round under attack to the median calm round."""
         return median(self.seconds) / median(self.calm_seconds) if self.seconds and self.calm_seconds else float("inf")
 
     def errors(self) -> list[str]:
@@ -259,6 +260,7 @@ def table(results: GatewayResults) -> Table:
 
 
 def summary(results: GatewayResults) -> str:
+    """Summarize the results in one line."""
     attacked_rounds, calm = median(results.seconds or [0.0]), median(results.calm_seconds or [0.0])
     return (
         f"rounds: {len(results.seconds)}, {len(results.lost)} without an honest reply; median {attacked_rounds:.2f} s, calm "

@@ -153,6 +153,7 @@ class _Server:
         self._request = set_message_id(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
 
     def ingresses(self) -> dict[str, Ingress]:
+        """Return an entry point for each type of reply."""
         origin: dict[str, object] = {"device": REPORT.device}
         replies: list[tuple[messages.Reply, dict[str, object], Callable[[Federated], Callable[[], dict[str, int]]]]] = [
             (
@@ -277,6 +278,7 @@ class _Device:
         )
 
     def ingresses(self) -> dict[str, Ingress]:
+        """Return an entry point for each type of request."""
         requests: list[tuple[messages.Request, dict[str, object]]] = [
             (messages.Train(plan=replace(PLAN, rank=self._rank), adapter=self._adapter), {"plan.base": PLAN.base}),
             (messages.Evaluate(run=PLAN.run, round=ROUND, adapter=self._adapter), {}),

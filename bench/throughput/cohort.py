@@ -65,6 +65,7 @@ class StepTimings:
 
     @property
     def median(self) -> float:
+        """Median milliseconds of a client-step."""
         return statistics.median(self.milliseconds)
 
     def record(self) -> dict[str, Any]:
@@ -258,6 +259,7 @@ def settings(arguments: argparse.Namespace) -> TimingSettings:
 
 
 def parse_command_line(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bases", nargs="+", choices=tuple(WORKLOADS), help="default: all on a GPU, small on a CPU")

@@ -70,7 +70,14 @@ def losses(unet: nn.Module, batch: PeerBatch) -> Tensor:
 
 
 class PeftPeer:
-    """Non-private training with diffusers, peft and torch.optim.AdamW."""
+    """Non-private training with diffusers, peft and torch.optim.AdamW.
+
+    Args:
+        unet: the frozen network.
+        examples: the client's examples.
+        schedule: the noise schedule.
+        factors: precision of the factors.
+    """
 
     def __init__(self, unet: nn.Module, examples: Examples, schedule: Schedule, *, factors: FactorPrecision) -> None:
         self.unet, self.examples, self.schedule = unet, examples, schedule
@@ -88,7 +95,14 @@ class PeftPeer:
 
 
 class OpacusPeer:
-    """Private training with diffusers, peft and Opacus: per-example gradients, clipping, sum, noise and scale."""
+    """Private training with diffusers, peft and Opacus: per-example gradients, clipping, sum, noise and scale.
+
+    Args:
+        unet: the frozen network.
+        examples: the client's examples.
+        schedule: the noise schedule.
+        factors: precision of the factors.
+    """
 
     def __init__(self, unet: nn.Module, examples: Examples, schedule: Schedule, *, factors: FactorPrecision) -> None:
         from opacus import GradSampleModule

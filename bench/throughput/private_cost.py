@@ -197,6 +197,7 @@ def measure(base: Base, examples: Examples, case: tuple[int, int, int], steps: i
 
 
 def table(record: dict[str, Any]) -> Table:
+    """Return a table with a row for each case."""
     result = Table(title=f"Private over open step, {record['steps']} steps per job, {record['device']}")
     for name in ("batch", "draws", "of", "pass", "turns", "open ms", "private ms", "computed", "waited", "formula"):
         result.add_column(name, justify="right")

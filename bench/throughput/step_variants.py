@@ -36,6 +36,7 @@ class TimingSettings:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of weights and activations."""
         return PRECISIONS[self.precision]
 
 
@@ -73,7 +74,16 @@ class PeerVariant:
 
 
 class CohortVariant:
-    """The trainer, with new jobs for each repeat, either together in shared passes or one after the other."""
+    """The trainer, with new jobs for each repeat.
+
+    Args:
+        denoiser: the base with adapter sites.
+        workload: the base's workload.
+        setting: settings of the run.
+        clients: number of clients.
+        private: whether jobs are private.
+        together: whether clients share passes, or are trained one after the other.
+    """
 
     def __init__(
         self,
