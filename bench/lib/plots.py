@@ -9,7 +9,7 @@ from statistics import median
 WIDTH, LEFT, ROW, TOP = 190, 120, 18, 34  # pixels of a small plot
 SIDE, RIGHT = 300, 250  # pixels of a scatter plot and of its legend
 INK, FAINT, MARK, BEST = "#333", "#ddd", "#4878a8", "#c0504d"
-COLOURS = ("#c0504d", "#4878a8", "#6a9a4a", "#b8860b", "#7b5ea7", "#3a9a9a")
+COLORS = ("#c0504d", "#4878a8", "#6a9a4a", "#b8860b", "#7b5ea7", "#3a9a9a")
 
 Point = tuple[float, float]
 
@@ -45,11 +45,11 @@ def dots(settings: Sequence[str], cells: Mapping[tuple[str, str], Sequence[float
             if (rule, name) not in cells:
                 continue
             mean, low, top = cells[rule, name]
-            colour = BEST if rule == best else MARK
+            color = BEST if rule == best else MARK
             parts.append(
                 f'<line x1="{x + scale * max(low, 0):.1f}" y1="{middle}" x2="{x + scale * min(top, high):.1f}" '
-                f'y2="{middle}" stroke="{colour}" stroke-width="1.5"/>'
-                f'<circle cx="{x + scale * mean:.1f}" cy="{middle}" r="3.5" fill="{colour}"/>'
+                f'y2="{middle}" stroke="{color}" stroke-width="1.5"/>'
+                f'<circle cx="{x + scale * mean:.1f}" cy="{middle}" r="3.5" fill="{color}"/>'
             )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -72,7 +72,7 @@ def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: st
         parts.append(f'<text x="{left}" y="24" font-weight="bold">{escape(name)}</text>')
         parts += _axes(left, bottom, limits, x, y)
         for index, (arm, runs) in enumerate(arms.items()):
-            colour, row = COLOURS[index % len(COLOURS)], 50 + index * ROW
+            color, row = COLORS[index % len(COLORS)], 50 + index * ROW
             reached_runs = [run for run in runs if run]
             circles = [(3, 0.6, run) for run in reached_runs]
             if reached_runs and len(reached_runs) == len(runs):
@@ -82,10 +82,10 @@ def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: st
             for radius, opacity, (across, up) in circles:
                 parts.append(
                     f'<circle cx="{left + SIDE * across / limits[0]:.1f}" cy="{bottom - SIDE * up / limits[1]:.1f}" '
-                    f'r="{radius}" fill="{colour}" opacity="{opacity}"/>'
+                    f'r="{radius}" fill="{color}" opacity="{opacity}"/>'
                 )
             reached = "" if len(reached_runs) == len(runs) else f" ({len(reached_runs)} of {len(runs)} reached it)"
-            parts.append(f'<circle cx="{left + SIDE + 20}" cy="{row}" r="5" fill="{colour}"/>')
+            parts.append(f'<circle cx="{left + SIDE + 20}" cy="{row}" r="5" fill="{color}"/>')
             parts.append(f'<text x="{left + SIDE + 30}" y="{row + 4}">{escape(arm + reached)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -43,7 +43,7 @@ from models.quantization.pack import pack
 
 MIN_REFUSED_SHARE = 0.9  # smallest share of the limit that a refused option must use
 GROUPS = Path("/sys/fs/cgroup")
-SECONDS_BETWEEN_LOOKS = 0.02
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def run_limited(command: Sequence[str], limit: int | None, environment: dict[str
             if limit is not None and resident(process.pid) > limit:
                 process.kill()
                 ended = True
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(POLL_SECONDS)
         if ended or (limit is not None and process.returncode == -9):
             return None
         for file in (output, errors):

@@ -69,7 +69,7 @@ def record(tried: Mapping[str, RunGroup]) -> dict[str, Any]:
         name: {
             "trained": arm.name,
             "writers": arm.writers,
-            "attacks": {attack: _attack(found) for attack, found in arm.attacks.items()},
+            "attacks": {attack: _attack(result) for attack, result in arm.attacks.items()},
         }
         for name, arm in tried.items()
     }

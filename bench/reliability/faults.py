@@ -344,9 +344,9 @@ def scene(folder: Path, seed: int) -> Iterator[FaultScene]:
                 mounted.append(home)
                 device = running.enroll(name, data, "test=true", "seed=1", command_prefix=command_prefix[name])
                 device.start()
-            at_work = FaultScene(running, random.Random(seed))
+            fault_scene = FaultScene(running, random.Random(seed))
             wait_until(lambda: running.rounds() >= 1, 600, running.logs())
-            yield at_work
+            yield fault_scene
     finally:
         for home in mounted:
             subprocess.run(["umount", "--lazy", str(home)], check=False)
@@ -401,10 +401,10 @@ def run_serially(rows: list[str], runs: int, seed: int, out: Path) -> None:
         seed: seed of the federation.
         out: the result file.
     """
-    with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as at_work:
+    with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as fault_scene:
         for row in rows:
             for _ in range(runs):
-                print(f"{row}: {store_outcome(out, row, run_fault(at_work, ROWS[row]))} s", file=sys.stderr)
+                print(f"{row}: {store_outcome(out, row, run_fault(fault_scene, ROWS[row]))} s", file=sys.stderr)
 
 
 def run_in_parallel(pieces: list[tuple[str, int]], jobs: int, seed: int, out: Path) -> None:

@@ -48,11 +48,11 @@ def _space(name: str) -> str:
     return f"anther-{name}"
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
 
 
 def _end(names: Sequence[str]) -> None:
     cables = (("link", "del", cable(name)) for name in names)
-    for words in (*cables, *(("netns", "del", _space(name)) for name in names), ("link", "del", _BRIDGE)):
-        subprocess.run(["ip", *words], check=False, stderr=subprocess.DEVNULL)
+    for arguments in (*cables, *(("netns", "del", _space(name)) for name in names), ("link", "del", _BRIDGE)):
+        subprocess.run(["ip", *arguments], check=False, stderr=subprocess.DEVNULL)

@@ -78,11 +78,11 @@ def write_letters(folder: Path, images: Iterable[Any], captions: Sequence[str]) 
     return folder
 
 
-def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
     """Wait for a condition.
 
     Args:
-        true: the condition.
+        condition: the condition.
         seconds: largest time to wait.
         what: description of the condition.
 
@@ -90,7 +90,7 @@ def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
         AssertionError: the condition did not hold in time, so there is no measurement.
     """
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         time.sleep(0.1)
 

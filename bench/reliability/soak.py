@@ -115,7 +115,7 @@ def account_updates(history: list[dict[str, Any]]) -> dict[str, int]:
         counts["used"] += train["replied"]
         counts["late"] += late
         counts["lost"] += train["dropped"].get("no reply", 0) - late
-        counts["rejected"] += sum(n for why, n in train["dropped"].items() if why not in ("late", "no reply"))
+        counts["rejected"] += sum(n for reason, n in train["dropped"].items() if reason not in ("late", "no reply"))
     counts["unaccounted"] = counts["asked"] - counts["used"] - counts["late"] - counts["lost"] - counts["rejected"]
     return dict(counts)
 

@@ -90,25 +90,25 @@ def damaged(rng: random.Random, data: bytes, least: int = 0) -> bytes:
         data: the bytes.
         least: number of first bytes to keep.
     """
-    spoiled = bytearray(data)
+    damaged_data = bytearray(data)
     for _ in range(rng.choice([0, 1, 1, 2, 4, 16])):
-        if len(spoiled) <= least + 1:
+        if len(damaged_data) <= least + 1:
             break
-        at = rng.randrange(least, len(spoiled))
+        at = rng.randrange(least, len(damaged_data))
         match rng.randrange(6):
             case 0:
-                spoiled[at] ^= 1 << rng.randrange(8)
+                damaged_data[at] ^= 1 << rng.randrange(8)
             case 1:
-                spoiled[at] = rng.choice([0, 1, 127, 128, 255])
+                damaged_data[at] = rng.choice([0, 1, 127, 128, 255])
             case 2:
-                del spoiled[at:]
+                del damaged_data[at:]
             case 3:
-                del spoiled[at : at + rng.randrange(1, 64)]
+                del damaged_data[at : at + rng.randrange(1, 64)]
             case 4:
-                spoiled[at:at] = rng.randbytes(rng.randrange(1, 32))
+                damaged_data[at:at] = rng.randbytes(rng.randrange(1, 32))
             case 5:
-                spoiled[at : at + 4] = rng.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0"])
-    return _checked(bytes(spoiled)) if rng.random() < 0.5 else bytes(spoiled)
+                damaged_data[at : at + 4] = rng.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0"])
+    return _checked(bytes(damaged_data)) if rng.random() < 0.5 else bytes(damaged_data)
 
 
 def _encoded(rng: random.Random) -> bytes:

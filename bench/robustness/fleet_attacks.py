@@ -521,7 +521,7 @@ def main() -> None:
             register_node(client)
             client.ask("leaving", "deactivate-node", node_id=client.node)  # stays registered, but is not sampled
         flood(client, args.calls, args.rate)
-    counts = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]
+    counts = [[kind, outcome, count] for (kind, outcome), count in sorted(client.outcomes.items())]
     write(args.folder / f"{args.role}.json", json.dumps(counts).encode())
 
 

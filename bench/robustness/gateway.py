@@ -97,10 +97,10 @@ class GatewayResults:
     def errors(self) -> list[str]:
         """List the calls whose answers are never acceptable."""
         return [
-            f"{who}: {kind}: {became} × {count}"
+            f"{who}: {kind}: {outcome} × {count}"
             for who, calls in self.outcomes.items()
-            for kind, became, count in calls
-            if became in ("500", "502") or (who == "stranger" and became == "200")
+            for kind, outcome, count in calls
+            if outcome in ("500", "502") or (who == "stranger" and outcome == "200")
         ]
 
     def failures(self) -> list[str]:
@@ -134,8 +134,8 @@ def processes(running: LocalFederation) -> dict[str, set[int]]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             who, parts = homes.get(process.environ().get("ANTHER_HOME", ""), ("", ()))
-            words = " ".join(process.cmdline())
-            if part := next((part for part in parts if part in words), None):
+            command_line = " ".join(process.cmdline())
+            if part := next((part for part in parts if part in command_line), None):
                 ids_of.setdefault(f"{who}: {part}", set()).add(process.pid)
     return ids_of
 
@@ -252,10 +252,10 @@ def table(results: GatewayResults) -> Table:
         shown.add_column(heading)
     for who, rows in results.outcomes.items():
         kinds: dict[str, Counter[str]] = {}
-        for kind, became, count in rows:
-            kinds.setdefault(kind, Counter())[became] += count
-        for kind, became_of in kinds.items():
-            shown.add_row(who, kind, ", ".join(f"{became} × {count}" for became, count in became_of.most_common()))
+        for kind, outcome, count in rows:
+            kinds.setdefault(kind, Counter())[outcome] += count
+        for kind, outcomes_of in kinds.items():
+            shown.add_row(who, kind, ", ".join(f"{outcome} × {count}" for outcome, count in outcomes_of.most_common()))
     return shown
 
 

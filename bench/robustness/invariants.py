@@ -17,27 +17,27 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-MOST_NORM, MOST_NUMBER, MOST_COUNT, MOST_TEXT = 100.0, 1e12, 2**31 - 1, 200
-LONGEST_JSON = 65_536
+MAX_NORM, MAX_NUMBER, MAX_COUNT, MAX_TEXT = 100.0, 1e12, 2**31 - 1, 200
+MAX_JSON = 65_536
 
 Check = Callable[[Any], bool]
 Matrices = dict[str, NDArray[np.float32]]
 
 
 def _text(value: Any) -> bool:
-    return type(value) is str and len(value) <= MOST_TEXT and all(c == " " or c.isprintable() for c in value)
+    return type(value) is str and len(value) <= MAX_TEXT and all(c == " " or c.isprintable() for c in value)
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MOST_COUNT
+    return type(value) is int and 0 <= value <= MAX_COUNT
 
 
 def _amount(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= MOST_NUMBER
+    return type(value) in (int, float) and 0 <= value <= MAX_NUMBER
 
 
 def _signed(value: Any) -> bool:
-    return type(value) in (int, float) and -MOST_NUMBER <= value <= MOST_NUMBER
+    return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def _flag(value: Any) -> bool:
@@ -70,7 +70,7 @@ def _object(**fields: Check) -> Check:
     )
 
 
-def _optimiser(value: Any) -> bool:
+def _optimizer(value: Any) -> bool:
     return value in ("adamw", "sgd")
 
 
@@ -84,7 +84,7 @@ _PLAN = _object(
     steps=_count,
     batch_size=_count,
     learning_rate=_amount,
-    optimiser=_optimiser,
+    optimiser=_optimizer,
     proximal=_amount,
     scaffold=_flag,
     trains=_trains,
@@ -94,7 +94,7 @@ _PLAN = _object(
     keep=_amount,
     feedback=_flag,
 )
-_ROUNDED = _object(precision=lambda value: value != "fp32" and _precision(value), rank=_count)
+_QUANTIZED = _object(precision=lambda value: value != "fp32" and _precision(value), rank=_count)
 MESSAGES: Mapping[str, Check] = {
     "DeviceReport": _object(
         device=_text,
@@ -139,11 +139,11 @@ MESSAGES: Mapping[str, Check] = {
     ),
     "Personalized": _object(device=_text, seconds=_amount, joules=_amount, quality=_quality),
     "Query": _object(adapted=_or_none(_texts)),
-    "Train": _object(plan=_PLAN, rounded=_or_none(_ROUNDED), adapted=_or_none(_texts), echo=_count),
+    "Train": _object(plan=_PLAN, rounded=_or_none(_QUANTIZED), adapted=_or_none(_texts), echo=_count),
     "Evaluate": _object(
         run=_text,
         round=_count,
-        rounded=_or_none(_ROUNDED),
+        rounded=_or_none(_QUANTIZED),
         adapted=_or_none(_texts),
         timesteps=_count,
         privacy=_or_none(_MEASURING),
@@ -157,7 +157,7 @@ MESSAGES: Mapping[str, Check] = {
         learning_rate=_amount,
         look_every=_count,
         patience=_count,
-        rounded=_or_none(_ROUNDED),
+        rounded=_or_none(_QUANTIZED),
         adapted=_or_none(_texts),
         timesteps=_count,
     ),
@@ -216,7 +216,7 @@ def _violations(records: object, expected: ExpectedMessage) -> Iterator[str]:
 
 
 def _of_text(text: str, expected: ExpectedMessage) -> Iterator[str]:
-    if len(text) > LONGEST_JSON:
+    if len(text) > MAX_JSON:
         yield "JSON too long"
         return
     try:
@@ -257,8 +257,8 @@ def _of_adapter(data: bytes, expected: ExpectedMessage) -> Iterator[str]:
             yield f"{site}: not finite"
             return
         a64, b64 = a.astype(np.float64), b.astype(np.float64)
-        if max(np.linalg.norm(a64), np.linalg.norm(b64), np.linalg.norm(b64 @ a64)) > MOST_NORM * (1 + 1e-9):
-            yield f"{site}: norm over {MOST_NORM:g}"
+        if max(np.linalg.norm(a64), np.linalg.norm(b64), np.linalg.norm(b64 @ a64)) > MAX_NORM * (1 + 1e-9):
+            yield f"{site}: norm over {MAX_NORM:g}"
     if len(ranks) != 1 or not 1 <= min(ranks) <= expected.max_rank:
         yield "more than one rank, or a rank that is not allowed"
     if "rank" in expected.exact and ranks != {expected.exact["rank"]}:

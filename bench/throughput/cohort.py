@@ -174,7 +174,7 @@ def median_paired_ratio(one: Sequence[float], other: Sequence[float]) -> float:
 
 def table(record: Mapping[str, Any]) -> Table:
     """Return a table of milliseconds per client-step, a row for each variant on each base."""
-    stands = "gpu" in record["machine"] and record["settings"]["precision"] == "bf16"
+    has_targets = "gpu" in record["machine"] and record["settings"]["precision"] == "bf16"
     shown = Table(title="milliseconds per client-step", caption=caption(record), min_width=100)
     for heading in ("base", "form", "median", "least to most", "first repeat, s", "cohort is faster by", "target"):
         shown.add_column(heading, justify="left" if heading in ("base", "form") else "right")
@@ -183,7 +183,7 @@ def table(record: Mapping[str, Any]) -> Table:
             faster = base_results["faster"].get(name)
             wanted = (
                 TARGET_SPEEDUP.get(base, {}).get(name.split()[0])
-                if stands and name in strongest(base_results["faster"])
+                if has_targets and name in strongest(base_results["faster"])
                 else None
             )
             least, most = min(form["each"]), max(form["each"])
@@ -200,7 +200,9 @@ def table(record: Mapping[str, Any]) -> Table:
             shown.add_row(base, name, "failed", error[:40])
         for name in ("share", "share DP"):
             if name in base_results:
-                target = f"≥ {TARGET_SHARE[base]:.0%}" if stands and name == "share DP" and base in TARGET_SHARE else ""
+                target = (
+                    f"≥ {TARGET_SHARE[base]:.0%}" if has_targets and name == "share DP" and base in TARGET_SHARE else ""
+                )
                 shown.add_row(
                     base, f"floor, {name}", f"{base_results['floor']:.3g}", "", "", f"{base_results[name]:.1%}", target
                 )
@@ -212,7 +214,7 @@ def table(record: Mapping[str, Any]) -> Table:
                 "",
                 "",
                 f"{base_results['DP over plain']:.3f}",
-                f"≤ {MAX_DP_COST}" if stands else "",
+                f"≤ {MAX_DP_COST}" if has_targets else "",
             )
         shown.add_section()
     return shown

@@ -94,9 +94,9 @@ def test_hostile_calls_change_nothing(served, enrolled):
     client = _InProcessClient(served, eve.key if enrolled else new_key(), eve.id, Random(enrolled))
     for _ in range(150):
         client.rng.choice(HTTP)(client)
-    became = Counter(status for (_, status), count in client.outcomes.items() for _ in range(count))
+    statuses = Counter(status for (_, status), count in client.outcomes.items() for _ in range(count))
     allowed = {"200", "412"} if enrolled else set()  # an enrolled client may activate and deactivate its node
-    assert set(became) <= {"400", "401", "403", "404", "405", "413", *allowed}, client.outcomes
+    assert set(statuses) <= {"400", "401", "403", "404", "405", "413", *allowed}, client.outcomes
     assert len(served.state.object_store) == stored
     assert set(pi.send(pi.reply(pi.receive(), records(text="done")))) == {200}
     assert len(served.replies(request)) == 1
