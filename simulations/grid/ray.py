@@ -1,7 +1,7 @@
-"""The same simulation on Flower's own runtime: Ray processes play the devices, each with a base of its own.
+"""The same simulation on Flower's own runtime: Ray processes act as the devices, each with its own base.
 
-One process for each core, or for each GPU. They make the configuration's world again and keep a device's things in the
-same place, so that the run goes on from there as on any other grid.
+One process per core, or per GPU. They rebuild the setup from the configuration and use the same storage, so that a run
+can be continued on any other grid.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Any, NoReturn
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower looks at its own as it is imported, here and in actors
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads its variables on import, here and in actors
 os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's next default, of which it would warn
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; avoids its warning
 
 import psutil
 import torch
@@ -46,40 +46,42 @@ from simulations.evaluation import Perform
 from simulations.fleet.participants import Participant
 from simulations.setup import build, make_perform
 
-_POLL = 0.05  # seconds between two looks for nodes or replies
-_RESTART = 10.0  # seconds that Ray may take to replace a process that died
+_POLL_INTERVAL = 0.05  # seconds between checks for nodes or replies
+_RESTART_TIME = 10.0  # seconds that Ray may take to replace a process that died
 
 
 def require() -> None:
-    """AntherError if Ray isn't installed."""
+    """Raise AntherError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise AntherError("grid=ray: Ray is not installed: pip install 'anther[ray]'")
 
 
 @contextlib.contextmanager
 def ray_grid(config: SimulationConfig, folder: Path, *, devices: int, device: str, memory: int) -> Iterator[Grid]:
-    """Flower's grid over the devices of the configuration's world, until the context ends.
+    """Yield Flower's grid of the simulated devices.
 
-    Flower runs a ServerApp in a thread of its own and the simulation in the caller's. Here it is the other way round:
-    an interrupt comes to the main thread, which is to end the rounds first and then the simulation.
+    Flower runs a ServerApp in its own thread and the simulation in the caller's. Here it is the reverse: an interrupt
+    arrives in the main thread, which must end the rounds first and then the simulation.
 
     Args:
-        folder: of the run, where devices keep what is theirs.
-        devices: how many there are.
-        device: type of the torch device that the run's base is on.
-        memory: bytes that jobs may take, of a GPU's memory each, or of the machine's together.
+        config: configuration of the run.
+        folder: its output folder, with the storage of the devices.
+        devices: number of devices.
+        device: type of the torch device of the run's base.
+        memory: bytes that jobs may take: of each GPU's memory, or of the machine's in total.
 
-    Raises AntherError: Ray is not installed, or has ended before its time.
+    Raises:
+        AntherError: Ray is not installed, or ended early.
     """
     require()
     grids: SimpleQueue[Grid | None] = SimpleQueue()
-    over = Event()
+    ended = Event()
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, _: Context) -> None:
         grids.put(grid)
-        over.wait()
+        ended.wait()
 
     config = dataclasses.replace(config, base=dataclasses.replace(config.base, device=device))
     with ThreadPoolExecutor(1, "flower") as pool:
@@ -88,17 +90,18 @@ def ray_grid(config: SimulationConfig, folder: Path, *, devices: int, device: st
             running.add_done_callback(lambda _: grids.put(None))
             yield RayGrid(grids.get(), running, devices)
         except BaseException:
-            over.set()
-            _abandon_jobs()
+            ended.set()
+            _kill_actors()
             raise
         finally:
-            over.set()
+            ended.set()
 
 
 class RayGrid(ForwardingGrid):
-    """Flower's grid of a simulation, patient: no reply is late, whatever the timeout, unless the simulation ended.
+    """Flower's grid of a simulation without timeouts: it waits for all replies unless the simulation ended.
 
-    A device whose process died, for want of memory say, is asked once more: what it has sealed it won't do again.
+    A device whose process died, e.g. for lack of memory, is asked once more; replies that it has sealed are not computed
+    again.
     """
 
     def __init__(self, grid: Grid | None, running: Future[None], devices: int) -> None:
@@ -111,29 +114,29 @@ class RayGrid(ForwardingGrid):
         self,
         messages: Iterable[Message],
         *,
-        timeout: float | None = None,  # noqa: ARG002  # the machine's time, which says nothing of the devices'
+        timeout: float | None = None,  # noqa: ARG002  # the machine's time is unrelated to that of devices
     ) -> Iterable[Message]:
-        asked = list(messages)
-        replies = self._replies(asked)
+        sent = list(messages)
+        replies = self._replies(sent)
         if lost := {reply.metadata.src_node_id for reply in replies if _died(reply)}:
-            time.sleep(_RESTART)
+            time.sleep(_RESTART_TIME)
             replies = [reply for reply in replies if not _died(reply)]
-            replies += self._replies([_copy(message) for message in asked if message.metadata.dst_node_id in lost])
+            replies += self._replies([_copy(message) for message in sent if message.metadata.dst_node_id in lost])
         return replies
 
     def _replies(self, messages: Iterable[Message]) -> list[Message]:
         waiting, replies = set(self.push_messages(messages)), list[Message]()
         while waiting:
             self._wait()
-            found = list(self.pull_messages(waiting))
-            waiting -= {reply.metadata.reply_to_message_id for reply in found}
-            replies += found
+            arrived = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
         return replies
 
     def _wait(self) -> None:
         if self._running.done():
             self._ended()
-        time.sleep(_POLL)
+        time.sleep(_POLL_INTERVAL)
 
     def _ended(self) -> NoReturn:
         reason = self._running.exception()
@@ -141,7 +144,7 @@ class RayGrid(ForwardingGrid):
 
 
 def _died(reply: Message) -> bool:
-    """Whether it is the runtime's word for an actor that died: what goes wrong on a device has a code of its own."""
+    """Return whether the runtime reports a dead actor; errors on a device have another code."""
     return reply.has_error() and reply.error.code == ErrorCode.UNKNOWN
 
 
@@ -150,29 +153,29 @@ def _copy(message: Message) -> Message:
 
 
 def _run(server: ServerApp, client: ClientApp, devices: int, *, gpu: bool) -> None:
-    """Flower's simulation, from the start of Ray to its end."""
+    """Run Flower's simulation, from the start of Ray to its end."""
     backend: dict[str, Any] = {
-        "client_resources": {
+        "client_resources": {  # Ray receives all of them as options of an actor
             "num_cpus": 1,
             "num_gpus": int(gpu),
             "max_restarts": -1,
-        },  # Ray gets all of them as an actor's options
+        },
         "init_args": {"address": "local", "include_dashboard": False, "logging_level": "ERROR"},
     }
     run_simulation(server, client, devices, backend_config=backend)
 
 
-def _abandon_jobs() -> None:
-    """End the processes that are at jobs which nobody waits for any more; a single one may take minutes."""
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it would tell of each at length
+def _kill_actors() -> None:
+    """Kill the processes of jobs that nobody waits for; a single job may take minutes."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it would log each of them at length
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error, IndexError):  # it has ended by itself
+        with contextlib.suppress(psutil.Error, IndexError):  # it has ended already
             if process.cmdline()[0].startswith("ray::ClientAppActor"):
                 process.kill()
 
 
 def _client(config: SimulationConfig, folder: Path, memory: int) -> ClientApp:
-    """The ClientApp of all devices: it travels to Ray's processes with every message, so it holds text only."""
+    """Build the ClientApp of all devices; it is sent to Ray's processes with every message, so it holds text only."""
     app = ClientApp()
     answer = functools.partial(_answer, strict_json.dumps(config), str(folder.absolute()), memory)
     for register in (app.query(), app.train(), app.train("personalise"), app.evaluate()):
@@ -181,9 +184,9 @@ def _client(config: SimulationConfig, folder: Path, memory: int) -> ClientApp:
 
 
 def _answer(config: str, folder: str, memory: int, message: Message, context: Context) -> Message:
-    """Reply for the device of this partition; whatever goes wrong is its own error."""
+    """Return the reply of this partition's device; every error becomes its error reply."""
     try:
-        people, perform = _world(config, folder, memory)
+        people, perform = _setup(config, folder, memory)
         device = people[int(context.node_config[PARTITION_ID_KEY])].device
         outcome = run_handlers({"": handle(parse_request(message), device)}, perform)[""]
     except Exception as error:
@@ -192,9 +195,9 @@ def _answer(config: str, folder: str, memory: int, message: Message, context: Co
 
 
 @functools.lru_cache(maxsize=1)
-def _world(config: str, folder: str, memory: int) -> tuple[list[Participant], Perform]:
-    """Everybody, and who performs their jobs: made once in each process, which has one core to itself."""
-    import ray  # not this module: where there is none, the rest of it can still be imported
+def _setup(config: str, folder: str, memory: int) -> tuple[list[Participant], Perform]:
+    """Build the participants and `perform` once per process, each of which has a core."""
+    import ray  # the package, imported late so that this module works without it
 
     torch.set_num_threads(1)
     settings: SimulationConfig = to_object(OmegaConf.create(strict_json.loads(config)), SimulationConfig)

@@ -1,4 +1,4 @@
-"""`simulate` from Python, and what a person is told who stops a run or looks at it on an old terminal."""
+"""`simulate` from Python, the command that resumes a run, and old terminals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.simulations.test_run import BARE, TINY, environment, run
 __all__ = ["environment"]  # a fixture
 
 
-def test_simulate_returns_what_it_made(
+def test_simulate_returns_its_results(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
@@ -28,20 +28,20 @@ def test_simulate_returns_what_it_made(
     assert result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert result.report.read_text().count("data.writers=1") >= 1
     assert (result.adapters / "shared.safetensors").exists()
-    assert "round" not in capsys.readouterr().out  # no display was asked for
+    assert "round" not in capsys.readouterr().out  # without a display
     with pytest.raises(AntherError, match="already holds a run"):
         simulate(words, tmp_path / "run")
 
 
 def test_pictures_are_checked_before_the_base_is_loaded(tmp_path: Path) -> None:
-    """The base isn't there at all, and the pictures are what is told."""
+    """The base doesn't exist, but the error is about the pictures."""
     (tmp_path / "photos").mkdir()
     with pytest.raises(AntherError, match=r"metadata\.jsonl: missing"):
         simulate(["base.path=/nowhere", f"data.pictures=[{tmp_path / 'photos'}]"], tmp_path / "run")
 
 
 @pytest.mark.parametrize("folder", ["Jürgen", "My Projects (old)", "it's", "50% a=b"])
-def test_resume_command_goes_through_shell_and_hydra(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_command_is_quoted_for_shell_and_hydra(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run.py"])
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -53,9 +53,7 @@ def test_resume_command_goes_through_shell_and_hydra(folder: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_old_terminals_are_no_error(
-    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, encoding: str
-) -> None:
+def test_old_terminals_work(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, encoding: str) -> None:
     variables = {**environment, "PYTHONIOENCODING": encoding}
     done = run(pipeline_folder, tmp_path / "run", variables, "data.pictures=[/nowhere]")
     assert done.returncode == 2
@@ -63,7 +61,7 @@ def test_old_terminals_are_no_error(
     assert done.stderr.startswith("error: /nowhere: no such folder")
 
 
-def test_work_after_the_rounds_is_told_in_rounds() -> None:
+def test_work_after_the_rounds_is_estimated() -> None:
     few = "data.writers=10 rounds=4 evaluation.gallery_size=0 evaluation.baseline_local=false cohort.size=5"
     training = (
         "adapter.shared.steps=2 adapter.shared.batch_size=3 adapter.personal.steps=8 adapter.personal.batch_size=5"

@@ -1,4 +1,4 @@
-"""An output folder is one run's: resumed with the same settings, base, data and pictures, or refused."""
+"""Output folders: resumed with the same settings, base, data and pictures, or refused."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ def rename_caption(folder: Path) -> None:
 def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Callable[[Path], None]) -> None:
     mine = own_pictures(tmp_path / "mine")
 
-    def now() -> str:
+    def current_hash() -> str:
         config = compose(f"data.writers=1 'data.pictures=[{mine}]'")
-        found = own_pictures_hash(participants(config, base, lambda name: FileStorage(tmp_path / name)))
-        assert found is not None
-        return found
+        digest = own_pictures_hash(participants(config, base, lambda name: FileStorage(tmp_path / name)))
+        assert digest is not None
+        return digest
 
-    before = now()
-    assert now() == before
+    before = current_hash()
+    assert current_hash() == before
     run_dir.claim(tmp_path / "run", FRESH, {**ASSETS, run_dir.PICTURES: before}, memory=7)
-    assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: now()}, memory=9) == 7
+    assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9) == 7
     change(mine)
     with pytest.raises(AntherError, match="was run with another set of pictures"):
-        run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: now()}, memory=9)
+        run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
 
 
-def test_letters_alone_have_no_pictures_of_ones_own(base: Base, tmp_path: Path) -> None:
+def test_writers_have_no_own_pictures(base: Base, tmp_path: Path) -> None:
     assert (
         own_pictures_hash(participants(compose("data.writers=2"), base, lambda name: FileStorage(tmp_path / name)))
         is None
     )
 
 
-def test_runs_of_before_are_resumed_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_older_run_is_resumed_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
     assert "background" not in json.loads((tmp_path / "run/run.json").read_text())["config"]["data"]
     assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: "p"}, memory=9) == 7
     assert "is unknown" in caplog.text
 
 
-def test_a_setting_that_was_added_counts_once_it_is_chosen(tmp_path: Path) -> None:
+def test_added_setting_counts_if_set(tmp_path: Path) -> None:
     black = compose("data.writers=0 data.pictures=[x] data.background=black resume=true")
     assert run_dir.config_hash(black) != run_dir.config_hash(FRESH)
     run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)

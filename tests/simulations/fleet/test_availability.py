@@ -1,4 +1,4 @@
-"""When devices are plugged in and idle."""
+"""Charging and usage schedules."""
 
 import json
 import math
@@ -12,47 +12,47 @@ from common.units import HOUR
 from simulations.fleet.availability import DAY, DailySchedule, RecordedSchedule, load_traces
 
 
-def test_hours_of_a_day_over_midnight():
-    hours = DailySchedule([22.0, 7.0], [0.0, 24.0], phase=HOUR)
-    at = [hours.plugged(day * DAY + hour * HOUR) for day in (0, 5) for hour in (0, 7.5, 8.5, 22, 23.5)]
-    assert at == [True, True, False, False, True] * 2
-    assert hours.idle(1e6)
-    assert hours.next_change(0.0) == 8 * HOUR
+def test_daily_span_over_midnight():
+    schedule = DailySchedule([22.0, 7.0], [0.0, 24.0], phase=HOUR)
+    plugged = [schedule.plugged(day * DAY + hour * HOUR) for day in (0, 5) for hour in (0, 7.5, 8.5, 22, 23.5)]
+    assert plugged == [True, True, False, False, True] * 2
+    assert schedule.idle(1e6)
+    assert schedule.next_change(0.0) == 8 * HOUR
     assert DailySchedule([0.0, 24.0], [0.0, 24.0]).next_change(0.0) == float("inf")
 
 
 @settings(max_examples=50)
 @given(st.floats(0, 20 * DAY), st.integers(0, 9), st.floats(0, 7200))
-def test_nothing_changes_before_the_next_change(time, seed, jitter):
+def test_next_change_is_the_first(time, seed, jitter):
     recorded = RecordedSchedule([(0.0, HOUR), (5 * HOUR, 30 * HOUR)])
-    for hours in (DailySchedule([21.5, 6.0], [9.0, 12.0], jitter=jitter, seed=seed), recorded):
-        later = hours.next_change(time)
+    for schedule in (DailySchedule([21.5, 6.0], [9.0, 12.0], jitter=jitter, seed=seed), recorded):
+        later = schedule.next_change(time)
         assert later > time
         for share in (0.1, 0.5, 0.999):
             between = min(time + share * (later - time), math.nextafter(later, time))
-            assert (hours.plugged(between), hours.idle(between)) == (hours.plugged(time), hours.idle(time))
+            assert (schedule.plugged(between), schedule.idle(between)) == (schedule.plugged(time), schedule.idle(time))
 
 
-def test_days_differ_by_the_jitter_and_follow_the_seed():
+def test_jitter_differs_by_day_and_seed():
     starts = []
     for seed in (1, 1, 2):
-        hours = DailySchedule([12.0, 13.0], [0.0, 24.0], jitter=600.0, seed=seed)
-        starts.append([hours.next_change(day * DAY + 11 * HOUR) - day * DAY - 12 * HOUR for day in range(20)])
+        schedule = DailySchedule([12.0, 13.0], [0.0, 24.0], jitter=600.0, seed=seed)
+        starts.append([schedule.next_change(day * DAY + 11 * HOUR) - day * DAY - 12 * HOUR for day in range(20)])
     assert starts[0] == starts[1] != starts[2]
     assert len(set(starts[0])) == 20
     assert all(abs(late) <= 600 for late in starts[0])
 
 
 @pytest.mark.parametrize("name", ["trace.csv", "trace.json"])
-def test_recorded_times_are_read_and_repeat(tmp_path, name):
+def test_traces_are_loaded_and_repeat(tmp_path, name):
     file = tmp_path / name
     file.write_text(
         "device,on,off\na,10,20\nb,5,90000\na,30,40\n"
         if name.endswith("csv")
         else json.dumps({"a": [[10, 20], [30, 40]], "b": [[5, 90000]]})
     )
-    found = load_traces(file)
-    assert [found["a"].plugged(time) for time in (9, 10, 19, 20, 35, DAY + 35)] == [
+    traces = load_traces(file)
+    assert [traces["a"].plugged(time) for time in (9, 10, 19, 20, 35, DAY + 35)] == [
         False,
         True,
         True,
@@ -60,8 +60,8 @@ def test_recorded_times_are_read_and_repeat(tmp_path, name):
         True,
         True,
     ]
-    assert found["a"].idle(15)
-    assert [found["b"].plugged(time) for time in (1, 89_999, 90_001, 2 * DAY + 1, 2 * DAY + 6)] == [
+    assert traces["a"].idle(15)
+    assert [traces["b"].plugged(time) for time in (1, 89_999, 90_001, 2 * DAY + 1, 2 * DAY + 6)] == [
         False,
         True,
         False,
@@ -85,7 +85,7 @@ def test_recorded_times_are_read_and_repeat(tmp_path, name):
         "\x80\x04}q\x00.",
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path, text):
+def test_invalid_csv_is_one_line(tmp_path, text):
     file = tmp_path / "trace.csv"
     file.write_text(text)
     with pytest.raises(AntherError, match=r"fleet\.trace=.*trace\.csv") as raised:
@@ -94,7 +94,7 @@ def test_a_bad_file_is_one_line(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["[]", "{", 100_000 * "[", '{"a": []}', '{"a": [[1]]}', '{"a": 5}', "{}"])
-def test_a_bad_json_is_one_line(tmp_path, text):
+def test_invalid_json_is_one_line(tmp_path, text):
     file = tmp_path / "trace.json"
     file.write_text(text)
     with pytest.raises(AntherError, match=r"fleet\.trace="):
@@ -103,8 +103,8 @@ def test_a_bad_json_is_one_line(tmp_path, text):
         load_traces(tmp_path / "absent.csv")
 
 
-def test_days_that_are_over_are_not_kept():
-    hours = DailySchedule([22.0, 6.0], [0.0, 8.0], jitter=HOUR, seed=1)
-    changes = [hours.next_change(day * DAY) for day in range(100)]
-    assert len(hours._days) <= 4
-    assert [hours.next_change(day * DAY) for day in range(100)] == changes  # also back in time
+def test_old_days_are_not_kept():
+    schedule = DailySchedule([22.0, 6.0], [0.0, 8.0], jitter=HOUR, seed=1)
+    changes = [schedule.next_change(day * DAY) for day in range(100)]
+    assert len(schedule._days) <= 4
+    assert [schedule.next_change(day * DAY) for day in range(100)] == changes  # also for earlier times

@@ -1,4 +1,4 @@
-"""Batteries, heat and habits, against small steps of time and what physics forbids."""
+"""Batteries, heat and habits, compared with small time steps and conservation of energy."""
 
 import math
 
@@ -18,7 +18,7 @@ NEVER = DailySchedule([], [])
 
 
 @given(st.floats(0, 60), WATTS, st.floats(0, 1e5))
-def test_a_battery_keeps_what_goes_in_within_its_bounds(charge, watts, seconds):
+def test_charge_is_conserved_within_bounds(charge, watts, seconds):
     after = charge_after(charge, watts, seconds, capacity=60.0)
     assert 0 <= after <= 60
     put_in = watts * seconds / HOUR
@@ -28,7 +28,7 @@ def test_a_battery_keeps_what_goes_in_within_its_bounds(charge, watts, seconds):
 
 
 @given(st.floats(0, 60), st.floats(0, 60), WATTS)
-def test_the_moment_at_which_a_level_is_reached(level, charge, watts):
+def test_time_until_a_level(level, charge, watts):
     seconds = seconds_until(level, charge, watts)
     if seconds < 1e9:
         assert charge + watts * seconds / HOUR == pytest.approx(level, abs=1e-6)
@@ -45,7 +45,7 @@ def test_heat_rises_at_work_and_falls_at_rest(level, hot, working, seconds):
     until = seconds_until_change(Heat(level, hot), working=working, **limits)
     if math.isfinite(until):
         changed = heat_after(Heat(level, hot), until + 1e-6, working=working, **limits)
-        assert changed.hot != hot or level == 0  # what is cold is not hot
+        assert changed.hot != hot or level == 0  # a cool device is not hot
     assert heat_after(Heat(), seconds, working=True, throttle_after=None, cooldown=1.0) == Heat()
 
 
@@ -71,19 +71,17 @@ HABITS = st.builds(
 
 @settings(max_examples=60)
 @given(BODIES, HABITS, st.floats(0, 1), st.floats(10, 20_000), st.booleans())
-def test_work_and_energy_add_up(power_model, hours, charged, work, interruptible):
+def test_work_and_energy_add_up(power_model, availability, charged, work, interruptible):
     start = DeviceState(time=3 * DAY, charge=charged * power_model.capacity)
-    done = advance(power_model, hours, start, work=work, interruptible=interruptible)
+    done = advance(power_model, availability, start, work=work, interruptible=interruptible)
     worked, lasted = work - done.remaining_work, done.state.time - start.time
     assert 0 <= worked <= work
     assert done.abort_reason or done.remaining_work == 0
-    # Work draws the same whatever the speed, beyond what being on draws.
+    # Above idle power, work takes the same energy at every speed.
     drawn = power_model.watts_idle * lasted + (power_model.watts_busy - power_model.watts_idle) * worked
     assert done.joules == pytest.approx(drawn, rel=1e-6, abs=1e-2)
     assert worked - 1e-3 <= lasted <= worked / power_model.throttled_speed + 1e-3
-    assert (
-        done.state.charge - start.charge
-    ) * HOUR <= power_model.charger * lasted + 1e-3  # nothing comes from nowhere
+    assert (done.state.charge - start.charge) * HOUR <= power_model.charger * lasted + 1e-3  # energy is conserved
     assert 0 <= done.drained <= done.joules + 1e-3
     if not power_model.charger:
         assert done.drained == pytest.approx(done.joules, rel=1e-6, abs=0.05)
@@ -97,20 +95,20 @@ def test_work_and_energy_add_up(power_model, hours, charged, work, interruptible
 
 @settings(max_examples=20, deadline=None)
 @given(BODIES, HABITS, st.floats(0, 1), st.floats(100, 3 * DAY))
-def test_a_life_is_the_same_however_often_one_looks(power_model, hours, charged, seconds):
-    assume(abs(seconds - power_model.cooldown) > 1e-3)  # at the very end rounding decides whether it is cool
+def test_state_does_not_depend_on_sampling(power_model, availability, charged, seconds):
+    assume(abs(seconds - power_model.cooldown) > 1e-3)  # at the exact end rounding decides whether it is cool
     start = DeviceState(time=0.0, charge=charged * power_model.capacity, heat=Heat(1.0, True))
-    whole = advance(power_model, hours, start, until=seconds)
+    whole = advance(power_model, availability, start, until=seconds)
     state, joules = start, 0.0
     for part in range(1, 40):
-        state, drawn, *_ = advance(power_model, hours, state, until=seconds * part / 39)
+        state, drawn, *_ = advance(power_model, availability, state, until=seconds * part / 39)
         joules += drawn
     assert state.charge == pytest.approx(whole.state.charge, abs=1e-4)
     assert (state.off, state.heat.hot) == (whole.state.off, whole.state.heat.hot)
     assert joules == pytest.approx(whole.joules, rel=1e-4, abs=0.1)
 
 
-def test_a_hot_phone_against_small_steps():
+def test_throttled_phone_matches_small_steps():
     power_model = PowerModel(
         watts_idle=0.5,
         watts_busy=3.5,
@@ -120,8 +118,8 @@ def test_a_hot_phone_against_small_steps():
         cooldown=300.0,
         throttled_speed=0.5,
     )
-    hours = DailySchedule([0.0, 0.25], [0.0, 24.0])
-    done = advance(power_model, hours, DeviceState(0.0, 9.0), work=2000.0)
+    availability = DailySchedule([0.0, 0.25], [0.0, 24.0])
+    done = advance(power_model, availability, DeviceState(0.0, 9.0), work=2000.0)
     time, charge, level, hot, remaining_work, step = 0.0, 9.0, 0.0, False, 2000.0, 0.05
     while remaining_work > 0:
         speed = 0.5 if hot else 1.0
@@ -135,7 +133,7 @@ def test_a_hot_phone_against_small_steps():
     assert done.state.heat.hot
 
 
-def test_who_is_flat_comes_back_when_it_was_charged_a_little():
+def test_flat_device_returns_after_charging():
     power_model = PowerModel(watts_idle=1.0, watts_busy=5.0, capacity=10.0, charger=5.0)
     evening = DailySchedule([20.0, 24.0], [0.0, 24.0])
     done = advance(power_model, evening, DeviceState(0.0, 1.0), work=3600.0)
@@ -148,14 +146,14 @@ def test_who_is_flat_comes_back_when_it_was_charged_a_little():
     assert not advance(power_model, evening, later, until=woken + 1).state.off
 
 
-def test_who_is_unplugged_or_used_breaks_off_and_only_then():
+def test_interruptible_device_aborts_when_used():
     power_model = PowerModel(watts_idle=1.0, watts_busy=5.0)
-    hours = DailySchedule([0.0, 24.0], [0.0, 1.0])
-    assert advance(power_model, hours, DeviceState(0.0), work=7200.0, interruptible=True).abort_reason == LEFT
-    assert advance(power_model, hours, DeviceState(0.0), work=7200.0).abort_reason == ""
+    availability = DailySchedule([0.0, 24.0], [0.0, 1.0])
+    assert advance(power_model, availability, DeviceState(0.0), work=7200.0, interruptible=True).abort_reason == LEFT
+    assert advance(power_model, availability, DeviceState(0.0), work=7200.0).abort_reason == ""
     assert (
-        advance(power_model, hours, DeviceState(5000.0), work=7200.0, interruptible=True).abort_reason == ""
-    )  # it was used from the first
+        advance(power_model, availability, DeviceState(5000.0), work=7200.0, interruptible=True).abort_reason == ""
+    )  # it was in use at the start
     assert advance(power_model, NEVER, DeviceState(0.0), work=7200.0).abort_reason == FLAT  # no battery, no plug
     assert advance(power_model, ALWAYS, DeviceState(0.0), until=50.0, on_task=True).joules == pytest.approx(50.0)
     assert flow(2.0, plugged=True, charger=5.0) == 3.0

@@ -1,4 +1,4 @@
-"""Who takes part."""
+"""Participants: writers, folders, profiles, owners' policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names(base: Base, folder: Path, overrides: str) -> list[str]:
     return [person.name for person in fleet(base, folder, overrides)]
 
 
-def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
+def test_owners_allow_exactly_what_the_run_promises() -> None:
     config = compose("privacy=example privacy.epsilon=4 rounds=3 private_eval.interval=3")
     policy, plan, measured = (
         owners_policy(config),
@@ -42,7 +42,7 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
         noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
     )
     policy.check_spending([round_, round_, *measured], round_)
-    for refused in (
+    for request in (
         lambda: policy.check_spending([round_, round_, round_, *measured], round_),
         lambda: policy.check_spending([], NonPrivate()),
         lambda: policy.check_evaluation(None),
@@ -51,20 +51,20 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
         ),
     ):
         with pytest.raises(RequestRefusedError):
-            refused()
+            request()
     assert owners_policy(compose("privacy=none")) == owners_policy(compose("privacy=device")) == Policy()
 
 
-def test_folders_take_the_place_of_writers(base: Base, tmp_path: Path) -> None:
+def test_folders_replace_writers(base: Base, tmp_path: Path) -> None:
     mine, yours = own_pictures(tmp_path / "mine"), own_pictures(tmp_path / "yours")
-    found = names(base, tmp_path / "fleet", f"data.writers=3 'data.pictures=[{mine}]'")
-    assert len(found) == 3
-    assert "mine" in found
+    devices = names(base, tmp_path / "fleet", f"data.writers=3 'data.pictures=[{mine}]'")
+    assert len(devices) == 3
+    assert "mine" in devices
     assert names(base, tmp_path / "fleet", f"data.writers=1 'data.pictures=[{mine},{yours}]'") == ["mine", "yours"]
     assert names(base, tmp_path / "fleet", f"data.writers=0 'data.pictures=[{mine}]'") == ["mine"]
 
 
-def test_profiles_are_dealt_in_turn_and_reports_say_so(base: Base, tmp_path: Path) -> None:
+def test_profiles_are_assigned_cyclically(base: Base, tmp_path: Path) -> None:
     config = compose("data.writers=7")
     people = fleet(base, tmp_path, "data.writers=7")
     kinds = [profile.name for profile in config.fleet.profiles]
@@ -74,14 +74,14 @@ def test_profiles_are_dealt_in_turn_and_reports_say_so(base: Base, tmp_path: Pat
     assert not (tmp_path / people[0].name).exists()  # nothing is written before the run is claimed
 
 
-def test_what_a_profile_trains_at_most_is_told(base: Base, tmp_path: Path) -> None:
-    told = {
+def test_reports_state_rank_and_sites(base: Base, tmp_path: Path) -> None:
+    reports = {
         person.profile: person.device.report
         for person in fleet(base, tmp_path, "fleet=ranks_halves data.writers=8 adapter.shared.rank=16")
     }
-    assert [told[f"rank_{rank}"].rank for rank in (2, 4, 8, 16)] == [2, 4, 8, 16]
-    assert told["rank_2"].sites is None
-    half = told["rank_2_half_the_sites"].sites
+    assert [reports[f"rank_{rank}"].rank for rank in (2, 4, 8, 16)] == [2, 4, 8, 16]
+    assert reports["rank_2"].sites is None
+    half = reports["rank_2_half_the_sites"].sites
     assert half is not None
     assert set(half) == {name for name in base.sites if "attn2" in name}
     assert 2 * len(half) == len(base.sites)
@@ -94,7 +94,7 @@ def test_what_a_profile_trains_at_most_is_told(base: Base, tmp_path: Path) -> No
         )
 
 
-def test_splits_are_as_large_as_asked_and_disjoint() -> None:
+def test_splits_are_disjoint_and_of_the_given_size() -> None:
     for writer in writers(compose("data.train=4 data.validation=3 data.test=5").data):
         assert tuple(map(len, writer.pictures)) == (4, 3, 5)
         assert len({picture.caption for split in writer.pictures for picture in split}) == 12
@@ -105,7 +105,7 @@ def test_too_many_writers_are_refused() -> None:
         writers(compose("data.writers=21").data)
 
 
-def test_folders_of_one_name_are_refused(base: Base, tmp_path: Path) -> None:
+def test_folders_with_equal_names_are_refused(base: Base, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     folders = [own_pictures(tmp_path / parent / "cats") for parent in ("one", "two")]
@@ -113,13 +113,13 @@ def test_folders_of_one_name_are_refused(base: Base, tmp_path: Path) -> None:
         names(base, tmp_path / "fleet", f"'data.pictures=[{folders[0]},{folders[1]}]'")
 
 
-def test_a_folder_with_a_writers_name_is_refused(base: Base, tmp_path: Path) -> None:
+def test_folder_with_a_writers_name_is_refused(base: Base, tmp_path: Path) -> None:
     folder = own_pictures(tmp_path / writers(compose("").data)[0].name)
     with pytest.raises(AntherError, match="two devices are called"):
         names(base, tmp_path / "fleet", f"data.writers=20 'data.pictures=[{folder}]'")
 
 
-def test_writers_are_dealt_to_devices_in_turn(base: Base, tmp_path: Path) -> None:
+def test_writers_are_assigned_cyclically(base: Base, tmp_path: Path) -> None:
     people = fleet(base, tmp_path, "data.writers=3 data.devices=8 data.train=4")
     firsts = names(base, tmp_path, "data.writers=3")
     assert [person.name for person in people if not person.copy] == firsts
@@ -130,14 +130,14 @@ def test_writers_are_dealt_to_devices_in_turn(base: Base, tmp_path: Path) -> Non
     assert sorted(person.copy for person in people) == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_a_further_device_has_its_own_pictures_and_streams(base: Base, tmp_path: Path) -> None:
+def test_copies_have_other_pictures_and_noise(base: Base, tmp_path: Path) -> None:
     people = {person.name: person for person in fleet(base, tmp_path, "data.writers=1 data.devices=4 data.train=5")}
     (first,) = (name for name, person in people.items() if not person.copy)
     writer = writers(compose("data.train=5").data)[0]
     own = people[first].pictures.train
     assert [picture.caption for picture in own] == [picture.caption for picture in writer.pictures.train]
     held_out = {picture.caption for split in writer.pictures[1:] for picture in split}
-    chosen = []
+    training = []
     for person in people.values():
         for split in ("validation", "test"):
             pairs = zip(getattr(person.pictures, split), getattr(writer.pictures, split), strict=True)
@@ -145,9 +145,9 @@ def test_a_further_device_has_its_own_pictures_and_streams(base: Base, tmp_path:
         captions = [picture.caption for picture in person.pictures.train]
         assert len(set(captions)) == 5
         assert not held_out & set(captions)
-        assert captions == [picture.caption for picture in person.device.pictures().train]  # at every look
-        chosen.append(frozenset(captions))
-    assert len(set(chosen)) == 4
+        assert captions == [picture.caption for picture in person.device.pictures().train]  # the same at each call
+        training.append(frozenset(captions))
+    assert len(set(training)) == 4
     noises = [float(person.device.noise(1, "shared").rounded_gaussian(1, 1e9)) for person in people.values()]
     assert len(set(noises)) == 4
 
@@ -164,13 +164,13 @@ def test_a_further_device_has_its_own_pictures_and_streams(base: Base, tmp_path:
         ("evaluation.devices=0", "evaluation.devices=0"),
     ],
 )
-def test_counts_that_do_not_fit_are_one_line(overrides: str, words: str) -> None:
+def test_invalid_counts_are_one_line(overrides: str, words: str) -> None:
     with pytest.raises(AntherError, match=words) as raised:
         compose(overrides)
     assert "\n" not in str(raised.value)
 
 
-def test_one_of_each_writer_is_judged_first(base: Base, tmp_path: Path) -> None:
+def test_one_device_of_each_writer_is_evaluated_first(base: Base, tmp_path: Path) -> None:
     people = fleet(base, tmp_path, "data.writers=4 data.devices=12")
     assert select_evaluated(people, None) == [person for person in people if not person.copy]
     few, more = select_evaluated(people, 2), select_evaluated(people, 6)
@@ -178,8 +178,8 @@ def test_one_of_each_writer_is_judged_first(base: Base, tmp_path: Path) -> None:
     assert select_evaluated(people, 4) == select_evaluated(people, None)
     assert sorted(person.copy for person in more) == [0, 0, 0, 0, 1, 1]
     assert [person.name for person in more] == sorted(person.name for person in more)
-    everybody = fleet(base, tmp_path, "data.writers=4")
-    assert select_evaluated(everybody, None) == everybody
+    one_each = fleet(base, tmp_path, "data.writers=4")
+    assert select_evaluated(one_each, None) == one_each
 
 
 def test_names_are_safe_for_files() -> None:
@@ -187,14 +187,16 @@ def test_names_are_safe_for_files() -> None:
     assert slug("猫") == "unnamed"
 
 
-def test_label_skew_gives_writers_glyphs_of_one_kind_and_holds_out_the_same() -> None:
+def test_label_skew_changes_training_pictures_only() -> None:
     plain, skewed = (writers(compose(f"data.train=3 data.label_skew={skew}").data) for skew in ("false", "true"))
     words = ("digit", "capital", "lowercase")
-    for place, (before, after) in enumerate(zip(plain, skewed, strict=True)):
-        (kind,) = [word for word in words if words[place % 3] == word]
+    for index, (before, after) in enumerate(zip(plain, skewed, strict=True)):
+        (kind,) = [word for word in words if words[index % 3] == word]
         available = sum(picture.caption.startswith(kind) for picture in before.pool)
         assert sum(p.caption.startswith(kind) for p in after.pictures.train) == min(3, available)
-        held_out = [[p.caption for p in who.pictures.test + who.pictures.validation] for who in (before, after)]
+        held_out = [
+            [p.caption for p in writer.pictures.test + writer.pictures.validation] for writer in (before, after)
+        ]
         assert held_out[0] == held_out[1]
     with pytest.raises(AntherError, match=r"data\.label_skew"):
         compose("data.devices=40 data.label_skew=true")

@@ -1,4 +1,4 @@
-"""One file for a whole fleet: what is committed is there, what is not never was."""
+"""Storage of a fleet in one file: committed writes are durable, others leave no trace."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def database(tmp_path: Path) -> Database:
     return Database(tmp_path / "devices" / FILE)
 
 
-def others_view(database: Database, name: str = "x", device: str = "ada") -> bytes | None:
-    """What another process would find."""
+def read_from_other_process(database: Database, name: str = "x", device: str = "ada") -> bytes | None:
+    """Read as another process would."""
     return Database(database.file).device(device).read(name)
 
 
-def test_nothing_is_written_before_it_is_needed(database: Database) -> None:
+def test_file_is_created_on_demand(database: Database) -> None:
     for name in map(str, range(1000)):
         database.device(name)
     assert not database.file.parent.exists()
 
 
-def test_devices_keep_apart(database: Database) -> None:
+def test_devices_are_separate(database: Database) -> None:
     ada, bob = database.device("ada"), database.device("bob")
     ada.write("x", b"1")
     bob.write("x", b"2")
@@ -58,30 +58,30 @@ def test_devices_keep_apart(database: Database) -> None:
     assert database.file.parent.stat().st_mode & 0o077 == 0
 
 
-def test_a_write_by_itself_is_durable_when_it_returns(database: Database) -> None:
+def test_single_write_is_durable(database: Database) -> None:
     database.device("ada").write("x", b"1")
-    assert others_view(database) == b"1"
+    assert read_from_other_process(database) == b"1"
 
 
-def test_together_they_wait_for_the_commit(database: Database) -> None:
+def test_group_commit_delays_writes(database: Database) -> None:
     ada, bob = database.device("ada"), database.device("bob")
     ada.write("x", b"0")
     with database.group_commit() as commit:
         ada.write("x", b"1")
         assert ada.read("x") == b"1"
         reader = sqlite3.connect(database.file)
-        seen = "SELECT data FROM blobs WHERE name = 'x' ORDER BY device"
-        assert reader.execute(seen).fetchall() == [(b"0",)]
+        query = "SELECT data FROM blobs WHERE name = 'x' ORDER BY device"
+        assert reader.execute(query).fetchall() == [(b"0",)]
         commit()
-        assert reader.execute(seen).fetchall() == [(b"1",)]
+        assert reader.execute(query).fetchall() == [(b"1",)]
         bob.write("x", b"2")
-    assert reader.execute(seen).fetchall() == [(b"1",), (b"2",)]
+    assert reader.execute(query).fetchall() == [(b"1",), (b"2",)]
     reader.close()
-    ada.write("x", b"3")  # by itself again
-    assert others_view(database) == b"3"
+    ada.write("x", b"3")  # a single write again
+    assert read_from_other_process(database) == b"3"
 
 
-def test_an_exception_takes_back_what_was_not_committed(database: Database) -> None:
+def test_exception_undoes_uncommitted_writes(database: Database) -> None:
     ada = database.device("ada")
 
     def fail() -> None:
@@ -96,16 +96,16 @@ def test_an_exception_takes_back_what_was_not_committed(database: Database) -> N
     assert ada.read("x") == b"1"
 
 
-def test_an_exception_within_a_journal_of_one_device_harms_no_other(database: Database) -> None:
+def test_exception_in_a_journal_harms_no_other_device(database: Database) -> None:
     ada, bob = database.device("ada"), database.device("bob")
     with database.group_commit():
         ada.write("x", b"1")
         with pytest.raises(ValueError, match="no"), bob.journal("ledger.jsonl"):
             raise ValueError("no")
-    assert others_view(database) == b"1"
+    assert read_from_other_process(database) == b"1"
 
 
-def test_together_does_not_nest(database: Database) -> None:
+def test_group_commits_do_not_nest(database: Database) -> None:
     with (
         database.group_commit(),
         pytest.raises(RuntimeError, match="in a group commit already"),
@@ -116,7 +116,7 @@ def test_together_does_not_nest(database: Database) -> None:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Python ignores the signal, so that a write beyond the limit fails as on a full disk."""
+    """Limit the size of files; Python ignores the signal, so a write beyond it fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -125,15 +125,15 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_after_a_failed_write_nothing_is_ever_committed(database: Database) -> None:
-    """The charge of a device may have been taken back with the write of another: no job may follow."""
+def test_failed_write_prevents_commits(database: Database) -> None:
+    """One device's reservation may have been undone with another's write, so no job may follow."""
     ada, bob = database.device("ada"), database.device("bob")
     ada.write("x", b"0")
 
     def serve() -> None:
         with database.group_commit() as commit:
             ada.write("x", b"1")
-            # As drive does: the error of one conversation ends that one alone.
+            # As `run_handlers` does: an error ends one conversation only.
             with largest_file(1 << 20), pytest.raises(AntherError, match=r"fleet\.sqlite: can't be used"):
                 bob.write("y", os.urandom(64 << 20))
             with pytest.raises(AntherError, match="can't be used"):
@@ -146,7 +146,7 @@ def test_after_a_failed_write_nothing_is_ever_committed(database: Database) -> N
     assert (ada.read("x"), bob.read("y")) == (b"0", None)
 
 
-def test_a_commit_that_fails_commits_nothing(database: Database) -> None:
+def test_failed_commit_commits_nothing(database: Database) -> None:
     ada = database.device("ada")
     ada.write("x", b"0")
 
@@ -159,10 +159,10 @@ def test_a_commit_that_fails_commits_nothing(database: Database) -> None:
     with pytest.raises(AntherError, match="can't be used") as raised:
         serve()
     assert "\n" not in str(raised.value)
-    assert others_view(database) == b"0"
+    assert read_from_other_process(database) == b"0"
 
 
-def test_another_process_that_does_not_let_go(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_another_process_is_reported(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simulations.fleet.storage._LOCK_TIMEOUT", 0.05)
     database.device("ada").write("x", b"0")
     other = sqlite3.connect(database.file, isolation_level=None)
@@ -170,11 +170,11 @@ def test_another_process_that_does_not_let_go(database: Database, monkeypatch: p
     with pytest.raises(AntherError, match="locked"):
         Database(database.file).device("ada").write("x", b"1")
     other.close()
-    assert others_view(database) == b"0"
+    assert read_from_other_process(database) == b"0"
 
 
-def test_processes_that_make_it_at_once_share_it(tmp_path: Path) -> None:
-    """As those of `grid=ray` do."""
+def test_concurrent_creation_is_safe(tmp_path: Path) -> None:
+    """The processes of `grid=ray` create it concurrently."""
     for attempt in range(5):
         file, children = tmp_path / str(attempt) / FILE, []
         for number in range(6):
@@ -191,27 +191,27 @@ def test_processes_that_make_it_at_once_share_it(tmp_path: Path) -> None:
             assert sorted(journal.lines) == [str(number).encode() for number in range(6)]
 
 
-def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+def test_damaged_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"not a database" * 1000)
     with pytest.raises(AntherError, match=r"fleet\.sqlite: can't be used .*not a database") as raised:
         Database(tmp_path / FILE).device("ada").read("x")
     assert "\n" not in str(raised.value)
 
 
-def test_it_can_not_be_sent_to_another_process(database: Database) -> None:
-    """Whoever drove its devices there would not know when to commit."""
+def test_storage_is_not_picklable(database: Database) -> None:
+    """Another process would not know when to commit."""
     with pytest.raises(TypeError, match="pickle"):
         pickle.dumps(database.device("ada"))
 
 
-def test_closed_it_opens_again_and_leaves_one_file(database: Database) -> None:
+def test_closed_database_reopens(database: Database) -> None:
     database.device("ada").write("x", b"1")
     database.close()
     assert [path.name for path in database.file.parent.iterdir()] == [FILE]
     assert database.device("ada").read("x") == b"1"
 
 
-def test_what_is_replaced_takes_no_more_room(database: Database) -> None:
+def test_replaced_blobs_are_freed(database: Database) -> None:
     device = database.device("ada")
     for _ in range(30):
         device.write("outbox/a", os.urandom(400_000))
@@ -221,8 +221,8 @@ def test_what_is_replaced_takes_no_more_room(database: Database) -> None:
     assert database.file.stat().st_size < 5 * 400_000
 
 
-def test_a_fleet_that_goes_on_takes_no_more_room(database: Database) -> None:
-    """The sealed reply of a round makes room for that of the next; what stays is a few lines of the ledger."""
+def test_size_is_bounded_over_rounds(database: Database) -> None:
+    """A round's sealed reply is replaced by the next; only a few lines of the ledger are added."""
     names, sizes = [f"device {number}" for number in range(20)], []
     devices = [make_device(database.device(name), name=name) for name in names]
     grid = CohortGrid(devices, Performer(), group_commit=database.group_commit)
@@ -236,7 +236,7 @@ def test_a_fleet_that_goes_on_takes_no_more_room(database: Database) -> None:
     assert sizes[-1] < 1.5 * sizes[2]
 
 
-def test_a_store_is_the_same_over_both(database: Database, tmp_path: Path) -> None:
+def test_store_works_on_both_storages(database: Database, tmp_path: Path) -> None:
     personal = PersonalAdapter(adapter(2), adapter(5, seed=1), BASE, "run:3")
     examples = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
     for storage in (database.device("ada"), FileStorage(tmp_path / "ada")):
@@ -245,10 +245,10 @@ def test_a_store_is_the_same_over_both(database: Database, tmp_path: Path) -> No
         store.save_personal(personal)
         store.save_examples("train", "k", examples)
         store.save_number("base", "k", 0.5)
-        found, cached = Store(storage).personal(SITES), store.examples("train", "k")
-        assert found is not None
+        stored, cached = Store(storage).personal(SITES), store.examples("train", "k")
+        assert stored is not None
         assert cached is not None
-        assert torch.equal(found.shared["up.to_k"].b, personal.shared["up.to_k"].b)
+        assert torch.equal(stored.shared["up.to_k"].b, personal.shared["up.to_k"].b)
         assert torch.equal(cached.latents, examples.latents)
         assert (store.number("base", "k"), store.number("base", "other")) == (0.5, None)
         assert store.seed() == Store(storage).seed()

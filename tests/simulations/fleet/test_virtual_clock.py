@@ -1,4 +1,4 @@
-"""A virtual clock: events in the order of their times, and time that never runs backwards."""
+"""Virtual clock: events in order, and monotonic time."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,12 +7,10 @@ from simulations.fleet.virtual_clock import MAX_WAIT, VirtualClock
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e5), st.booleans())), st.lists(st.floats(0, 2e4), max_size=20))
-def test_events_happen_once_in_order_and_time_only_rises(events, waits):
+def test_events_run_once_in_order(events, waits):
     clock, seen = VirtualClock(), []
-    for place, (time, worth) in enumerate(events):
-        clock.schedule(
-            time, lambda time=time, place=place, worth=worth: seen.append((time, place, clock.now())) or worth
-        )
+    for index, (time, ends) in enumerate(events):
+        clock.schedule(time, lambda time=time, index=index, ends=ends: seen.append((time, index, clock.now())) or ends)
     before = clock.now()
     for wait in waits:
         clock.wait(clock.now() + wait)
@@ -24,19 +22,19 @@ def test_events_happen_once_in_order_and_time_only_rises(events, waits):
     assert len(due) <= len(seen) <= len(events)
 
 
-def test_an_event_worth_a_look_ends_the_wait():
+def test_event_can_end_the_wait():
     clock = VirtualClock()
     clock.resume(5.0)
     clock.schedule(7.0, lambda: False)
     clock.schedule(8.0, lambda: True)
-    clock.schedule(1.0, lambda: False)  # over already: at once
+    clock.schedule(1.0, lambda: False)  # already past: runs at once
     clock.wait(100.0)
     assert clock.now() == 8.0
-    clock.wait(3.0)  # over already
+    clock.wait(3.0)  # already past
     assert clock.now() == 8.0
 
 
-def test_an_event_may_make_another():
+def test_event_can_schedule_another():
     clock, seen = VirtualClock(), []
 
     def first():

@@ -1,4 +1,4 @@
-"""The grid in one process: order, isolation of failures, commits, and the same replies however jobs are grouped."""
+"""In-process grid: order, isolation of failures, commits, and replies that don't depend on batching."""
 
 import weakref
 from contextlib import contextmanager
@@ -38,28 +38,28 @@ def replies_of(grid, messages):
 
 def test_node_ids_follow_the_names():
     grid = CohortGrid(fleet(), perform)
-    found = replies_of(
+    reports = replies_of(
         grid, [Message(records.request_to_records(Query()), node, "query") for node in grid.get_node_ids()]
     )
-    assert {node: report.device for node, report in found.items()} == {1: "a", 2: "b", 3: "c"}
+    assert {node: report.device for node, report in reports.items()} == {1: "a", 2: "b", 3: "c"}
 
 
-def test_cohort_gathers_jobs_and_serial_does_not():
-    seen = []
+def test_jobs_are_batched_only_if_asked():
+    calls = []
 
-    def watched(jobs):
-        seen.append([name for name, _ in jobs])
+    def recording_perform(jobs):
+        calls.append([name for name, _ in jobs])
         return perform(jobs)
 
     results = []
     for batched in (True, False):
-        grid = CohortGrid(fleet(), watched, batched=batched)
+        grid = CohortGrid(fleet(), recording_perform, batched=batched)
         results.append(replies_of(grid, train_messages(grid)))
-    assert seen == [["a", "b", "c"], ["a"], ["b"], ["c"]]
+    assert calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
     assert results[0] == results[1]
 
 
-def test_the_failure_of_one_is_its_own():
+def test_one_failure_harms_no_other_device():
     def break_(_reply):
         raise RuntimeError("/home/ann/photos/secret.jpg is damaged")
 
@@ -84,43 +84,45 @@ def test_replies_are_pulled_once():
     assert list(grid.pull_messages(identifiers)) == []
 
 
-def test_a_request_that_can_not_be_read_is_one_nodes_error():
+def test_unreadable_request_is_one_nodes_error():
     grid = CohortGrid(fleet(), perform)
     messages = train_messages(grid)
     messages[1].content["message"] = ConfigRecord({"json": "{"})
     replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
     assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
-    assert replies[2].error.reason.startswith("refused: malformed message: must hold json")  # the server may know why
+    assert replies[2].error.reason.startswith(
+        "refused: malformed message: must hold json"
+    )  # the server may know the reason
 
 
-def test_waves_are_bounded_and_answered_as_they_are_read(monkeypatch):
+def test_batches_are_bounded_and_lazy(monkeypatch):
     monkeypatch.setattr("simulations.grid.cohort.MAX_BATCH", 3)
-    live, most, batches = weakref.WeakSet(), [], []
+    alive, counts, batches = weakref.WeakSet(), [], []
 
-    class Talk:
-        """Something that lives as long as its conversation."""
+    class Token:
+        """Lives as long as its conversation."""
 
     def talk(request, device):
-        held = Talk()
-        live.add(held)
+        token = Token()
+        alive.add(token)
         yield (device.name, "Train")
         return (yield from handle(request, device))
 
-    def watched(jobs):
+    def recording_perform(jobs):
         batches.append([name for name, _ in jobs])
-        most.append(len(live))
+        counts.append(len(alive))
         return perform(jobs)
 
     monkeypatch.setattr("simulations.grid.cohort.handle", talk)
-    grid = CohortGrid([FakeDevice(name) for name in "abcdefgh"], watched)
+    grid = CohortGrid([FakeDevice(name) for name in "abcdefgh"], recording_perform)
     replies = iter(grid.send_and_receive(train_messages(grid)))
     assert batches == []
     assert next(replies).metadata.src_node_id == 1
     assert batches == [["a", "b", "c"]] * 2
     assert [reply.metadata.src_node_id for reply in replies] == [2, 3, 4, 5, 6, 7, 8]
     assert [len(batch) for batch in batches] == [3, 3, 3, 3, 2, 2]
-    assert max(most) == 3
-    assert not live
+    assert max(counts) == 3
+    assert not alive
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -132,18 +134,18 @@ def test_charges_are_committed_before_jobs_and_seals_before_replies(batched):
         yield lambda: events.append("commit")
         events.append("commit")
 
-    def noted(jobs):
+    def recording_perform(jobs):
         events.append(f"perform {len(jobs)}")
         return perform(jobs)
 
-    grid = CohortGrid(fleet(), noted, batched=batched, group_commit=storage)
+    grid = CohortGrid(fleet(), recording_perform, batched=batched, group_commit=storage)
     for _ in grid.send_and_receive(train_messages(grid)):
         events.append("reply")
     one = ["commit", "perform 1", "commit", "reply"]
     assert events == (["commit", "perform 3", "commit", "reply", "reply", "reply"] if batched else one * 3)
 
 
-def test_a_commit_that_fails_ends_the_run_before_any_job():
+def test_failed_commit_prevents_jobs():
     @contextmanager
     def storage():
         def fail():

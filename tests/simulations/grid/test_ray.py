@@ -60,7 +60,7 @@ class Dying(CohortGrid):
 @pytest.fixture
 def dying(monkeypatch: pytest.MonkeyPatch) -> Dying:
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
-    monkeypatch.setattr(ray, "_RESTART", 0.0)
+    monkeypatch.setattr(ray, "_RESTART_TIME", 0.0)
     return Dying([FakeDevice("a"), FakeDevice("b"), FakeDevice("c")], perform)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees at a terminal that redraws, at one that doesn't, and in a narrow one."""
+"""Terminal output: live, plain and narrow."""
 
 import io
 from typing import Any
@@ -22,8 +22,8 @@ SUMMARY: dict[str, Any] = {
 PATH = "/somewhere/with a long name that would not fit on a line/outputs/2026-01-02/03-04-05/report.html"
 
 
-class Clock:
-    """Time that passes only when it is told to."""
+class FakeClock:
+    """A clock that is set by hand."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -55,7 +55,7 @@ def printed(console: Console) -> str:
 
 
 def run(console: Console, *, stop: bool = False, epsilon: float | None = None) -> str:
-    clock = Clock()
+    clock = FakeClock()
     with Display(3, console=console, clock=clock) as display:
         display.phase("encoding", total=20)
         display.advance(20)
@@ -63,8 +63,8 @@ def run(console: Console, *, stop: bool = False, epsilon: float | None = None) -
         display.round({"round": 0, "base": 0.12, "shared": 0.12})
         for number in (1, 2, 3):
             clock.now += 10
-            promised = () if epsilon is None else (Guarantee(epsilon, 1e-3), Guarantee(7.0, 1e-4, DEVICE))
-            display.round(record(number, guarantees=promised))
+            guarantees = () if epsilon is None else (Guarantee(epsilon, 1e-3), Guarantee(7.0, 1e-4, DEVICE))
+            display.round(record(number, guarantees=guarantees))
         if stop:
             display.interrupted("anther simulate resume=true")
         else:
@@ -76,7 +76,7 @@ def run(console: Console, *, stop: bool = False, epsilon: float | None = None) -
 PROMISE = {"value": 7.94, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
 
 
-def test_plain_lines_where_there_is_no_terminal() -> None:
+def test_plain_lines_without_terminal() -> None:
     lines = run(console()).splitlines()
     assert lines[:3] == [
         " 0:00  encoding …",
@@ -92,23 +92,23 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert "\x1b" not in "".join(lines)
 
 
-def test_the_result_is_a_table() -> None:
+def test_results_are_a_table() -> None:
     rows = {line.split("  ")[0].strip(): line.split() for line in run(console()).splitlines()}
     assert rows["shared + personal"][3:] == ["0.0960", "20", "%", "95", "%"]
     assert rows["local"] == ["local", "0.105", "12", "%", "93", "%"]
     assert rows["base"] == ["base", "0.120", "97", "%"]
-    assert "style" not in rows["unseen pictures"], "nobody judged it"
+    assert "style" not in rows["unseen pictures"], "there are no style scores"
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "dumb", "NO_COLOR": "1"}])
-def test_a_dumb_terminal_gets_plain_lines(environment: dict[str, str]) -> None:
+def test_dumb_terminal_gets_plain_lines(environment: dict[str, str]) -> None:
     output = run(console(force_terminal=True, _environ=environment))
     assert "\x1b[2K" not in output
     assert "round 3 of 3" in output
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_live_on_a_terminal_of_any_width(width: int) -> None:
+def test_live_output_fits_any_width(width: int) -> None:
     output = run(console(force_terminal=True, width=width, _environ={"TERM": "xterm-256color"}), epsilon=2.5)
     assert "\x1b[" in output
     assert "round 1 of 3" in output
@@ -120,14 +120,14 @@ def test_live_on_a_terminal_of_any_width(width: int) -> None:
         assert "ε=7 per device (δ=0.0001, add or remove one)" in output
 
 
-def test_no_colour_where_none_is_wanted() -> None:
+def test_no_color_if_not_wanted() -> None:
     output = run(console(force_terminal=True, _environ={"TERM": "xterm", "NO_COLOR": "1"}))
     assert "\x1b[33m" not in output
     assert "\x1b[36m" not in output
 
 
 def test_status_shows_phase_progress_and_time_left() -> None:
-    clock, screen = Clock(), console(force_terminal=True, _environ={"TERM": "xterm"})
+    clock, screen = FakeClock(), console(force_terminal=True, _environ={"TERM": "xterm"})
     display = Display(3, console=screen, clock=clock)
     display.phase("drawing", total=8)
     display.advance(6)
@@ -139,8 +139,8 @@ def test_status_shows_phase_progress_and_time_left() -> None:
     assert display._status().plain == " 0:35  round 2 of 3  training …  about 55 s left"
 
 
-def test_rounds_before_a_resumption_count_for_nothing_in_the_time_left() -> None:
-    clock, screen = Clock(), console()
+def test_time_left_ignores_rounds_before_resumption() -> None:
+    clock, screen = FakeClock(), console()
     display = Display(3, console=screen, clock=clock)
     for number in (0, 1):
         display.round(record(number))
@@ -152,7 +152,7 @@ def test_rounds_before_a_resumption_count_for_nothing_in_the_time_left() -> None
     assert printed(screen).count("left") == 1
 
 
-def test_stopped_says_where_and_how_to_go_on() -> None:
+def test_interrupted_states_how_to_continue() -> None:
     lines = run(console(), stop=True).splitlines()
     assert lines[-2:] == ["Stopped after round 3 of 3. To continue:", "  anther simulate resume=true"]
     screen = console()
@@ -164,8 +164,8 @@ def test_stopped_says_where_and_how_to_go_on() -> None:
     assert "To continue" not in printed(screen)
 
 
-def test_time_left_counts_what_follows_the_rounds() -> None:
-    clock, screen = Clock(), console()
+def test_time_left_includes_work_after_the_rounds() -> None:
+    clock, screen = FakeClock(), console()
     display = Display(2, rounds_after=1.5, console=screen, clock=clock)
     display.phase("training")
     display.round({"round": 0, "base": 0.12, "shared": 0.12})
@@ -178,21 +178,21 @@ def test_time_left_counts_what_follows_the_rounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "little"),
+    ("changes", "small"),
     [
         ({"rounds": 2, "judged": 6}, True),
         ({"rounds": 4, "judged": 20}, False),
         ({"rounds": 4, "judged": 3}, True),
     ],
 )
-def test_small_runs_say_that_they_are_small(changes: dict[str, int], little: bool) -> None:
+def test_small_runs_are_marked(changes: dict[str, int], small: bool) -> None:
     screen = console()
     Display(2, console=screen).finish(SUMMARY | changes | {"strategy": "fedit"}, {})
-    assert ("too small to compare" in printed(screen)) == little
+    assert ("too small to compare" in printed(screen)) == small
     assert f"{changes['rounds']} rounds of fedit" in printed(screen)
 
 
-def test_runs_are_compared_by_what_differs() -> None:
+def test_runs_are_named_by_differing_settings() -> None:
     screen = console(width=120)
     compare([(["preset=quick", f"aggregation={name}"], SUMMARY) for name in ("exact", "fedit")], screen)
     rows = printed(screen).splitlines()
@@ -201,7 +201,7 @@ def test_runs_are_compared_by_what_differs() -> None:
     assert "preset" not in printed(screen)
 
 
-def test_dropped_replies_and_missing_losses_are_said() -> None:
+def test_dropped_replies_and_missing_losses_are_shown() -> None:
     screen = console(width=200)
     with Display(3, console=screen) as display:
         display.round(record(1, dropped=2, base=None, shared=None))
@@ -210,7 +210,7 @@ def test_dropped_replies_and_missing_losses_are_said() -> None:
     assert "20 devices (2 dropped)" in printed(screen)
 
 
-def test_refusals_and_noised_gains_are_said() -> None:
+def test_refusals_and_noised_gains_are_shown() -> None:
     screen = console(width=200)
     with Display(3, console=screen) as display:
         display.round(record(1, dropped=3, refused=2, base=None, shared=None, gain=-0.0123, gain_error=0.0447))
@@ -226,7 +226,7 @@ def test_narrow_results_keep_loss_and_gain() -> None:
     assert "legibility" not in printed(screen)
 
 
-def test_words() -> None:
+def test_gains_and_bars() -> None:
     assert relative_to_base(0.123) == "12 % below the base"
     assert relative_to_base(-0.02) == "2.0 % above the base"
     assert gain(0.1, 0.05) == 0.5
