@@ -13,31 +13,31 @@ from bench.privacy.mutations import PASSED, ROOT, apply_mutant, copy_source, jud
 from common.errors import AntherError
 
 EVERY = select_mutants("")
-SAMPLE = {"batches of fixed size accounted as Poisson", "weights by the order of arrival"}
+SAMPLE = {"batches of fixed size accounted as Poisson", "weights by order of arrival"}
 REQUIRED = {  # broken guarantee -> mutants that must exist for it
     "noise off": {"noise off"},
     "noise × 0.25": {"noise × 0.25"},
     "clip off": {"clip off"},
-    "realised instead of public batch constant": {
-        "realised instead of public batch constant",
-        "replies counted instead of a public constant",
+    "realized batch size as divisor": {
+        "realized batch size as divisor",
+        "number of replies as divisor",
     },
     "shuffle accounted as Poisson": {"shuffle accounted as Poisson", "sample of fixed size accounted as Poisson"},
-    "K noise draws counted as K people": {"K draws counted as K people"},
-    "noise redrawn at a resend": {"noise redrawn at a resend", "trained again at a resend", "a round released twice"},
-    "weights not uniform": {"weights by the work done", "weights by the order of arrival"},
-    "dropped client refunded": {"dropped device refunds itself", "aborted round refunded"},
-    "personal adapter in the private forward": {"personal adapter in the private forward"},
-    "simulated noise where no test was declared": {
-        "simulated noise on a device that declared no test",
+    "noise multiplicity counted as K examples": {"noise multiplicity counted as K examples"},
+    "noise redrawn on a resend": {"noise redrawn on a resend", "retrained on a resend", "round released twice"},
+    "weights not uniform": {"weights by work", "weights by order of arrival"},
+    "dropped client refunded": {"dropped device refunded", "aborted round refunded"},
+    "personal adapter in the private forward pass": {"personal adapter in the private forward pass"},
+    "simulated noise without a declared test": {
+        "simulated noise on a real device",
         "simulated noise on a real server",
     },
     "simulated noise recorded as a release": {"simulated noise recorded as a release"},
-    "noise off by little": {"noise 3 % low", "noise on a round 3 % low"},
+    "noise slightly too low": {"noise 3 % low", "round noise 3 % low"},
     "noise that repeats": {"noise that repeats every 65,536 numbers", "cosines in both halves of the noise"},
     "another source of noise": {"secure noise from NumPy's generator", "float16 noise", "float32 noise"},
-    "told from before the noise": {"signal to noise from before the noise", "a diagnostic from before the noise"},
-    "sums and batches": {"sums kept for the next step", "no noise on empty batches", "batches that are never empty"},
+    "reported before noise": {"signal-to-noise ratio before noise", "diagnostic before noise"},
+    "sums and batches": {"sums not reset", "no noise on empty batches", "batches never empty"},
 }
 
 
@@ -80,7 +80,7 @@ def test_all_other_mutants_are_caught(copied: Path) -> None:
 @pytest.mark.slow
 def test_survivors_and_broken_tests_are_not_caught(copied: Path) -> None:
     """Takes half a minute: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
-    _, mutant = select_mutants("noise redrawn at a resend")[0]
+    _, mutant = select_mutants("noise redrawn on a resend")[0]
     assert run_tests(copied, [mutant.test])[0] == PASSED
     assert not judge("image", mutant._replace(new=f"{mutant.old} "), copied).caught  # changes nothing
     assert not judge("image", mutant._replace(new="if ("), copied).caught  # no test runs
