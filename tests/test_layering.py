@@ -42,8 +42,8 @@ FLOWER = {
     "server/grid/forwarding.py",
     "server/rounds/patience.py",
     "server/grid/runtime_grid.py",  # that grid, call by call
-    "server/grid/arrivals.py",
-    "server/grid/inquiries.py",
+    "server/grid/incoming_replies.py",
+    "server/grid/pending_queries.py",
     "server/supervisor/control.py",  # of a SuperLink
     "server/gateway/calls.py",  # Flower's fleet protocol, as a table
     "server/gateway/exchange.py",

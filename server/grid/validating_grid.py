@@ -39,10 +39,10 @@ from google.protobuf.message import DecodeError
 
 from common.errors import summary
 from protocol.records import UNREADABLE
-from server.grid.arrivals import IncomingReplies
+from server.grid.backoff import NodeBackoff
 from server.grid.forwarding import ForwardingGrid
-from server.grid.inquiries import PendingQueries
-from server.grid.pauses import NodeBackoff
+from server.grid.incoming_replies import IncomingReplies
+from server.grid.pending_queries import PendingQueries
 from server.grid.runtime_grid import ReplyDiscarded, RuntimeGrid
 from server.rounds.collect import collect
 from server.supervisor.memory_limit import memory_limit

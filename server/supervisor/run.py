@@ -36,8 +36,8 @@ from protocol.messages import NEWEST, OLDEST
 from server.gateway import base_files
 from server.gateway.app import Gateway, now
 from server.gateway.device_registry import DeviceRegistry
+from server.gateway.enrolled_nodes import EnrolledNodes
 from server.gateway.listening import reload_certificate, serve
-from server.gateway.members import EnrolledNodes
 from server.supervisor import run_dirs, server_dir
 from server.supervisor.bundle import assemble, version
 from server.supervisor.run_log import log_to_console, print_log

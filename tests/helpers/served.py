@@ -1,4 +1,4 @@
-"""Flower's own SuperLink behind a gateway, in this process, and nodes that say what a test wants them to say."""
+"""Flower's own SuperLink behind a gateway, in this process, with nodes that send arbitrary calls."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def pem(key) -> bytes:
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def signed(key, path: str | None = None, *, at: datetime | None = None, as_whom=None) -> dict[str, str]:
-    """Headers that prove who asks: of a path, as our own calls do, or of the time only, as Flower's."""
+def signed(key, path: str | None = None, *, at: datetime | None = None, claimed_key=None) -> dict[str, str]:
+    """Return authentication headers: signed over time and path, as our own calls, or over the time only, as Flower's."""
     moment = (at or datetime.now(UTC)).isoformat()
     text = moment if path is None else f"{moment} {path}"
     return {
-        identity.KEY: base64.b64encode(pem(as_whom or key)).decode(),
+        identity.KEY: base64.b64encode(pem(claimed_key or key)).decode(),
         identity.TIME: moment,
         identity.SIGNATURE: base64.b64encode(key.sign(text.encode(), ec.ECDSA(hashes.SHA256()))).decode(),
     }
@@ -62,16 +62,16 @@ def hello() -> ServerHello:
 
 @functools.cache
 def superlink():
-    """One for all tests: it takes half a second, and each test has a run of its own in it."""
+    """Return the SuperLink of all tests: it takes half a second, and each test has its own run in it."""
     return create_app()
 
 
 class GatewayHarness:
-    """A SuperLink with one running run, a gateway before it, and a ServerApp's side of both.
+    """A SuperLink with one running run, a gateway in front of it, and the ServerApp's side of both.
 
     Args:
-        folder: of the register and of replies that are coming in.
-        largest: bytes of the run's largest adapter.
+        folder: folder of the registry and of incoming replies.
+        largest: size in bytes of the run's largest adapter.
     """
 
     def __init__(self, folder, *, largest: int = 64 << 20, **settings):
@@ -90,7 +90,7 @@ class GatewayHarness:
             node_of=self.ids.get,
             largest=lambda: largest,
             folder=folder,
-            transport=_Line(self),
+            transport=_RecordingTransport(self),
             **settings,
         )
         self.client = TestClient(self.gateway.app())
@@ -102,16 +102,16 @@ class GatewayHarness:
         assert self.state.activate_task(task.task_id)
         return run
 
-    def node(self, name: str) -> Node:
-        """An enrolled node that has come."""
-        found = Node(self, new_key())
-        self.registry.enroll(self.registry.issue("ada"), found.name, name)
-        self.ids[found.name] = self.state.create_node("", "", pem(found.key), 30.0)
-        found.activate()
-        return found
+    def node(self, name: str) -> ScriptedNode:
+        """Enroll and activate a node."""
+        node = ScriptedNode(self, new_key())
+        self.registry.enroll(self.registry.issue("ada"), node.name, name)
+        self.ids[node.name] = self.state.create_node("", "", pem(node.key), 30.0)
+        node.activate()
+        return node
 
-    def ask(self, node: Node, content: RecordDict, kind: str = "train", *, pushed: bool = True) -> Message:
-        """Have the ServerApp send a message to a node; `pushed`: with its objects."""
+    def ask(self, node: ScriptedNode, content: RecordDict, kind: str = "train", *, pushed: bool = True) -> Message:
+        """Have the ServerApp send a message to a node; with `pushed`, also its objects."""
         metadata = Metadata(
             run_id=self.run,
             message_id="",
@@ -134,7 +134,7 @@ class GatewayHarness:
         return message
 
     def push(self, message: Message, missing: list[str], session: str) -> None:
-        """The ServerApp's own push of objects, which ends a run where it fails."""
+        """Push objects as the ServerApp does, whose run ends if this fails."""
         objects = get_all_nested_objects(message)
         for identifier in missing:
             assert self.state.store_object(self.run, session, identifier, objects[identifier].deflate())
@@ -149,12 +149,12 @@ class GatewayHarness:
         return identifier in self.state.object_store
 
     def paths(self) -> list[str]:
-        """What has reached the SuperLink."""
+        """Return the paths of all calls that reached the SuperLink."""
         return [path for path, _ in self.seen]
 
 
-class _Line(httpx.ASGITransport):
-    """To the SuperLink, noting what goes over it."""
+class _RecordingTransport(httpx.ASGITransport):
+    """Transport to the SuperLink that records requests."""
 
     def __init__(self, served: GatewayHarness):
         super().__init__(app=served.superlink)
@@ -162,13 +162,13 @@ class _Line(httpx.ASGITransport):
 
     async def handle_async_request(self, request):
         if self.served.down:
-            raise httpx.ConnectError("nobody there")
+            raise httpx.ConnectError("unavailable")
         self.served.seen.append((request.url.path, dict(request.headers)))
         return await super().handle_async_request(request)
 
 
-class Node:
-    """A device that speaks Flower's fleet protocol by hand."""
+class ScriptedNode:
+    """A device that makes calls of Flower's fleet protocol one by one."""
 
     def __init__(self, served: GatewayHarness, key):
         self.served, self.key, self.name = served, key, openssh(key)
@@ -183,25 +183,27 @@ class Node:
         return self.served.client.post(path, content=body, headers=own)
 
     def call(self, call: calls.Call, **fields):
-        """The response of the gateway, and if it is 200 its message."""
+        """Make a call, and return the status with the message (for 200) or the text."""
         message = call.request(**fields)
         if hasattr(message, "node") and "node" not in fields:
             message.node.CopyFrom(ProtoNode(node_id=self.id))
-        found = self.post(call.path, message.SerializeToString())
-        return found.status_code, call.response.FromString(found.content) if found.status_code == 200 else found.text
+        response = self.post(call.path, message.SerializeToString())
+        return response.status_code, call.response.FromString(
+            response.content
+        ) if response.status_code == 200 else response.text
 
     def ok(self, call: calls.Call, **fields):
-        status, found = self.call(call, **fields)
-        assert status == 200, found
-        return found
+        status, message = self.call(call, **fields)
+        assert status == 200, message
+        return message
 
     def activate(self):
         return self.ok(calls.ACTIVATE, public_key=pem(self.key), heartbeat_interval=30.0)
 
     def pull(self):
-        """The head of the next message, and the tree of its objects."""
-        found = self.ok(calls.PULL_MESSAGES)
-        return (found.messages_list[0], found.message_object_trees[0]) if found.messages_list else None
+        """Return the head of the next message and the tree of its objects."""
+        pulled = self.ok(calls.PULL_MESSAGES)
+        return (pulled.messages_list[0], pulled.message_object_trees[0]) if pulled.messages_list else None
 
     def object(self, run: int, identifier: str):
         return self.call(calls.PULL_OBJECT, run_id=run, object_id=identifier)
@@ -211,32 +213,32 @@ class Node:
         return self.call(calls.CONFIRM, run_id=metadata.run_id, message_object_id=metadata.message_id)
 
     def receive(self) -> ProtoMessage:
-        """A message with all of its objects, as an honest node takes it."""
+        """Pull a message with all of its objects, as an honest node does."""
         head, tree = self.pull()
         for identifier in names(tree):
-            status, found = self.object(head.metadata.run_id, identifier)
-            assert (status, found.object_available) == (200, True)
+            status, response = self.object(head.metadata.run_id, identifier)
+            assert (status, response.object_available) == (200, True)
         assert self.confirm(head)[0] == 200
         return head
 
     def reply(self, to: ProtoMessage, content: RecordDict | None = None, **changed) -> Message:
-        """A reply; `changed`: fields of its metadata."""
-        asked = to.metadata
+        """Make a reply; `changed` overrides fields of its metadata."""
+        request = to.metadata
         fields = {
-            "run_id": asked.run_id,
+            "run_id": request.run_id,
             "message_id": "",
             "src_node_id": self.id,
-            "dst_node_id": asked.src_node_id,
-            "reply_to_message_id": asked.message_id,
-            "group_id": asked.group_id,
+            "dst_node_id": request.src_node_id,
+            "reply_to_message_id": request.message_id,
+            "group_id": request.group_id,
             "created_at": time.time(),
-            "ttl": asked.ttl - 10,
-            "message_type": asked.message_type,
+            "ttl": request.ttl - 10,
+            "message_type": request.message_type,
             **changed,
         }
         metadata = Metadata(**fields)
-        given = {"error": Error(1, "refused: no")} if content is None else {"content": content}
-        message = make_message(metadata=metadata, **given)
+        body = {"error": Error(1, "refused: no")} if content is None else {"content": content}
+        message = make_message(metadata=metadata, **body)
         message.metadata.__dict__["_message_id"] = message.object_id
         return message
 
@@ -256,29 +258,29 @@ class Node:
         )
 
     def send(self, reply: Message) -> list[int]:
-        """A whole reply, as an honest node sends it: the statuses of all its calls."""
-        status, found = self.promise(reply)
+        """Send a complete reply, as an honest node does, and return the statuses of all calls."""
+        status, response = self.promise(reply)
         if status != 200:
             return [status]
         objects, run = get_all_nested_objects(reply), reply.metadata.run_id
         return [
             status,
             *(
-                self.push_object(run, found.session_id, name, objects[name].deflate())[0]
-                for name in found.objects_to_push
+                self.push_object(run, response.session_id, name, objects[name].deflate())[0]
+                for name in response.objects_to_push
             ),
         ]
 
 
 def records(size: int = 100, *, text: str = "{}") -> RecordDict:
-    """A message's contents with an adapter of this many bytes."""
+    """Make the contents of a message with an adapter of this many bytes."""
     data = bytes(number % 251 for number in range(size))
     arrays = ArrayRecord({"adapter": Array(dtype="uint8", shape=(size,), stype="safetensors", data=data)})
     return RecordDict({"message": ConfigRecord({"json": text}), "arrays": arrays})
 
 
 def names(tree: ObjectTree) -> list[str]:
-    """All ids of a tree, children first."""
+    """List all ids of a tree, children first."""
     return [name for child in tree.children for name in names(child)] + [tree.object_id]
 
 

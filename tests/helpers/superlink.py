@@ -1,4 +1,4 @@
-"""A SuperLink's state and request handlers, Flower's own, called without HTTP; and devices that speak to it."""
+"""Flower's own SuperLink state and request handlers, called without HTTP, and fake nodes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from server.grid.validating_grid import ValidatingGrid
 
 
 class SuperLinkHarness:
-    """Its state, with one run in it.
+    """A SuperLink's state with one run.
 
     Attributes:
-        calls: called with the name of each call of the ServerApp before it is made.
+        calls: called with the name of each call of the ServerApp, before the call.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class SuperLinkHarness:
         self.calls: Callable[[str], None] = lambda _: None
 
     def device(self, name: str) -> FakeNode:
-        """A node that was registered under this name, and is there."""
+        """Register and activate a node with this name."""
         node = self.state.create_node(
             NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, f"key {next(self._numbers)}".encode(), 30.0, name=name
         )
@@ -57,18 +57,18 @@ class SuperLinkHarness:
         return FakeNode(self, node, name)
 
     def grid(self, *, largest: int = 1 << 20) -> ValidatingGrid:
-        """What a ServerApp has of it."""
+        """Return the grid of a ServerApp."""
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self.run, 1, SUPERLINK_NODE_ID
         grid = HttpGrid(token="token")
         (run,) = self.state.get_run_info(run_ids=[self.run])
         grid.set_run(run)
         gate = ValidatingGrid(grid, largest=largest, poll=0.01)
-        gate._calls._client = Handlers(self)
+        gate._calls._client = _RuntimeHandlers(self)
         return gate
 
 
-class Handlers:
-    """In place of Flower's client of the runtime API."""
+class _RuntimeHandlers:
+    """Replaces Flower's client of the runtime API."""
 
     def __init__(self, link: SuperLinkHarness) -> None:
         self._link = link
@@ -85,23 +85,23 @@ class Handlers:
             "GetNodes": runtime_handlers.get_nodes,
         }[call]
 
-        def made(request: Any) -> Any:
+        def call_handler(request: Any) -> Any:
             self._link.calls(call)
             return handler(request, self._link.state, self._task)
 
-        return made
+        return call_handler
 
 
 @dataclass(eq=False)
 class FakeNode:
-    """A node that may send what it likes."""
+    """A node that sends arbitrary replies."""
 
     link: SuperLinkHarness
     node: int
     name: str
 
     def pull(self) -> Message:
-        """The message that is there for it, with its content."""
+        """Pull the next message, with its content."""
         (head,) = self.link.state.get_message_ins(node_id=self.node, limit=1)
         tree = self.link.state.object_store.get_object_tree(head.metadata.message_id)
         contents = {
@@ -113,34 +113,34 @@ class FakeNode:
         return message
 
     def reply(self, message: Message, content: RecordDict) -> Message:
-        asked, now = message.metadata, time.time()
+        request, now = message.metadata, time.time()
         metadata = Metadata(
-            run_id=asked.run_id,
+            run_id=request.run_id,
             message_id="",
             src_node_id=self.node,
-            dst_node_id=asked.src_node_id,
-            reply_to_message_id=asked.message_id,
-            group_id=asked.group_id,
+            dst_node_id=request.src_node_id,
+            reply_to_message_id=request.message_id,
+            group_id=request.group_id,
             created_at=now,
             ttl=1000.0,
-            message_type=asked.message_type,
+            message_type=request.message_type,
         )
-        made = make_message(metadata=metadata, content=content)
-        made.metadata.__dict__["_message_id"] = made.object_id
-        return made
+        reply = make_message(metadata=metadata, content=content)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        return reply
 
     def push(self, reply: Message, *, objects: int | None = None, tree: ObjectTree | None = None) -> Callable[[], None]:
-        """Send a reply's head and tree, and of its objects so many (None: all); what sends the others."""
+        """Send a reply's head and tree, and some of its objects (None: all); return a function that sends the others."""
         state = self.link.state
         session = state.start_session(self.link.run)
         head = remove_content_from_message(reply)
         _, wanted = state.store_message_and_object_tree(head, tree or get_object_tree(reply), session)
-        there = get_all_nested_objects(reply)
+        nested = get_all_nested_objects(reply)
 
         def send(names: list[str]) -> None:
             for name in names:
-                if name in there:
-                    assert state.store_object(self.link.run, session, name, there[name].deflate())
+                if name in nested:
+                    assert state.store_object(self.link.run, session, name, nested[name].deflate())
 
         send(wanted[:objects])
         return lambda: send([] if objects is None else wanted[objects:])

@@ -1,4 +1,4 @@
-"""One real `flwr run`: the App Bundle is built, installed and simulated by Flower itself."""
+"""A real `flwr run`: Flower builds, installs and simulates the app bundle."""
 
 import json
 import os
@@ -27,7 +27,7 @@ OFFLINE = {
 
 @pytest.fixture
 def environment(tmp_path, pipeline_folder):
-    """A Flower home of its own, whose SuperLink, which outlives the command, is ended afterwards."""
+    """Environment with its own Flower home; its SuperLink, which outlives the command, is ended afterwards."""
     flower = tmp_path / "flower"
     yield (
         os.environ
@@ -43,21 +43,21 @@ def environment(tmp_path, pipeline_folder):
     )
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            ours = f"FLWR_HOME={flower}".encode() in (process / "environ").read_bytes().split(b"\0")
-            if ours:
+            belongs = f"FLWR_HOME={flower}".encode() in (process / "environ").read_bytes().split(b"\0")
+            if belongs:
                 os.kill(int(process.name), signal.SIGTERM)
         except OSError:
             continue
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds what Flower leaves running in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="finds Flower's processes in /proc")
 def test_flower_runs_the_bundle(tmp_path, environment, pipeline_folder):
     pytest.importorskip("ray", reason="pip install anther[ray]")
     app = tmp_path / "anther-app"
-    rooms = ["client", "common", "conf", "models", "privacy", "protocol", "server", "strategies", "training"]
-    for room in rooms:
-        shutil.copytree(ROOT / room, app / room, ignore=shutil.ignore_patterns("__pycache__"))
+    packages = ["client", "common", "conf", "models", "privacy", "protocol", "server", "strategies", "training"]
+    for package in packages:
+        shutil.copytree(ROOT / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, app / name)
     random = np.random.default_rng(0)

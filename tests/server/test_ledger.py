@@ -1,4 +1,4 @@
-"""The server's ledger: charged before anybody is asked, never refunded, and missed when it is gone."""
+"""The server's ledger: charged before a round, never refunded, and checked against checkpoints."""
 
 import json
 from dataclasses import replace
@@ -34,12 +34,12 @@ def charge(round=1, asked=("a", "b"), mechanism=ROUND, **changes):
     )
 
 
-def promised(*events):
+def guarantee(*events):
     return with_strict(epsilon(events, BUDGET.delta, DEVICE), events)
 
 
-def of(count, mechanism=ROUND):
-    return promised(replace(mechanism, steps=count))
+def guarantee_after(count, mechanism=ROUND):
+    return guarantee(replace(mechanism, steps=count))
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def ledger(tmp_path):
     return ServerLedger(FileStorage(tmp_path))
 
 
-def test_what_is_written_is_what_is_charged(ledger, tmp_path):
-    assert ledger.reserve(charge(), BUDGET) == of(1)
+def test_charge_is_written(ledger, tmp_path):
+    assert ledger.reserve(charge(), BUDGET) == guarantee_after(1)
     assert ledger.charges() == [charge()]
     event = json.loads((tmp_path / JOURNAL).read_text())
     expected = {
@@ -68,52 +68,54 @@ def test_what_is_written_is_what_is_charged(ledger, tmp_path):
     assert {key: event[key] for key in expected} == expected
 
 
-def test_a_secret_sample_names_nobody(ledger, tmp_path):
+def test_secret_sample_stores_no_names(ledger, tmp_path):
     ledger.reserve(charge(asked=None, mechanism=SECRET), replace(BUDGET, participations=None))
     assert json.loads((tmp_path / JOURNAL).read_text())["asked"] is None
     assert ledger.participations() == {}
 
 
-def test_beside_a_secret_sample_stands_what_it_comes_to_for_who_sees_it(ledger):
-    """Of a device that was asked in every round: without the sample, and with what is measured."""
+def test_epsilon_against_observer_of_the_sample(ledger):
+    """For a device that was asked in every round: without sampling, and with evaluation."""
     budget = replace(BUDGET, participations=None, beside=(MEASURED,))
     for number in range(3):
-        found = ledger.reserve(charge(number, None, SECRET), budget)
-    assert found.value == promised(replace(SECRET, steps=3), MEASURED).value
-    assert found.seen == epsilon([replace(SECRET, sampling_rate=1.0, steps=3), MEASURED], budget.delta).value
-    assert found.seen > found.value
-    assert str(found).endswith(f"; ε={found.seen:.3g} if the network sees who was asked)")
-    assert ledger.reserve(charge(9, ("a",)), BUDGET).seen is not None  # what was sampled before stays so
+        spent = ledger.reserve(charge(number, None, SECRET), budget)
+    assert spent.value == guarantee(replace(SECRET, steps=3), MEASURED).value
+    assert spent.seen == epsilon([replace(SECRET, sampling_rate=1.0, steps=3), MEASURED], budget.delta).value
+    assert spent.seen > spent.value
+    assert str(spent).endswith(f"; ε={spent.seen:.3g} if the network sees who was asked)")
+    assert ledger.reserve(charge(9, ("a",)), BUDGET).seen is not None  # earlier samples still count
     assert spent_guarantee([charge()], BUDGET).seen is None
 
 
-def test_the_same_round_again_is_one_more(ledger):
+def test_repeated_round_is_charged_again(ledger):
     ledger.reserve(charge(), BUDGET)
-    assert ledger.reserve(charge(), BUDGET) == of(2)
+    assert ledger.reserve(charge(), BUDGET) == guarantee_after(2)
     ledger.release("run", 1)
-    assert ledger.reserve(charge(), BUDGET) == of(3)
+    assert ledger.reserve(charge(), BUDGET) == guarantee_after(3)
     assert ledger.participations() == {"a": 3, "b": 3}
 
 
-def test_a_device_pays_for_the_rounds_that_it_was_asked_in(ledger):
+def test_device_pays_for_its_rounds(ledger):
     ledger.reserve(charge(1, ("a",)), BUDGET)
     ledger.reserve(charge(2, ("b",)), BUDGET)
-    assert ledger.reserve(charge(3, ("b", "c")), BUDGET) == of(2)
+    assert ledger.reserve(charge(3, ("b", "c")), BUDGET) == guarantee_after(2)
 
 
-def test_a_round_over_the_budget_is_not_written(ledger, tmp_path):
-    budget = replace(BUDGET, epsilon=of(2).value)
+def test_round_over_budget_is_not_written(ledger, tmp_path):
+    budget = replace(BUDGET, epsilon=guarantee_after(2).value)
     for number in (1, 2):
         ledger.reserve(charge(number), budget)
     before = (tmp_path / JOURNAL).read_bytes()
     with pytest.raises(BudgetExhausted, match=r"round 3 would bring a device to ε=.* per device .* may spend ε="):
         ledger.reserve(charge(3), budget)
     assert (tmp_path / JOURNAL).read_bytes() == before
-    assert ledger.reserve(charge(3, ("c",)), budget) == of(2)  # who wasn't asked yet has all of it left
+    assert ledger.reserve(charge(3, ("c",)), budget) == guarantee_after(
+        2
+    )  # a device that wasn't asked yet has its whole budget
 
 
-def test_a_release_is_noted_once_and_changes_nothing(ledger, tmp_path):
-    ledger.release("run", 1)  # nothing is reserved
+def test_release_is_recorded_once(ledger, tmp_path):
+    ledger.release("run", 1)  # without a reservation
     ledger.reserve(charge(), BUDGET)
     for _ in range(2):
         ledger.release("run", 1)
@@ -127,43 +129,43 @@ HISTORIES = st.lists(st.sets(st.sampled_from("abcd")), max_size=6)
 
 @settings(max_examples=30, deadline=None)
 @given(HISTORIES, st.integers(0, 3))
-def test_spending_is_that_of_the_worst_device_by_a_loop(asked, measured):
+def test_spent_guarantee_matches_reference(asked, measured):
     charges = [charge(number, tuple(sorted(names))) for number, names in enumerate(asked)]
     charges += [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(measured)]
     most = max((sum(name in names for names in asked) for name in "abcd"), default=0)
-    expected = promised(MEASURED, *[ROUND] * most)
+    expected = guarantee(MEASURED, *[ROUND] * most)
     assert spent_guarantee(charges, replace(BUDGET, beside=(MEASURED,))) == expected
 
 
-def test_measuring_more_than_planned_is_paid_for():
+def test_unplanned_evaluations_are_charged():
     again = [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(5)]
-    found = spent_guarantee(again, replace(BUDGET, beside=(MEASURED,)))
-    assert found == promised(replace(MEASURED, steps=5))
+    spent = spent_guarantee(again, replace(BUDGET, beside=(MEASURED,)))
+    assert spent == guarantee(replace(MEASURED, steps=5))
 
 
-def test_two_mechanisms_compose_over_the_device_that_had_both():
+def test_two_mechanisms_compose():
     other = replace(ROUND, noise_multiplier=3.0)
     charges = [charge(1, ("a",)), charge(2, ("b",), other), charge(3, ("a",), other)]
-    assert spent_guarantee(charges, BUDGET) == promised(ROUND, other)
+    assert spent_guarantee(charges, BUDGET) == guarantee(ROUND, other)
 
 
-def test_nothing_asked_costs_nothing():
+def test_no_charge_costs_nothing():
     assert spent_guarantee([], BUDGET).value == 0
     assert spent_guarantee([charge(asked=())], BUDGET).value == 0
 
 
-def test_an_anchor_holds_as_the_ledger_grows(ledger):
+def test_anchor_holds_as_ledger_grows(ledger):
     ledger.check(None)
     start = ledger.anchor()
     ledger.reserve(charge(), BUDGET)
     anchor = ledger.anchor()
     ledger.reserve(charge(2), BUDGET)
-    for kept in (None, start, anchor, ledger.anchor()):
-        ledger.check(kept)
+    for anchor_ in (None, start, anchor, ledger.anchor()):
+        ledger.check(anchor_)
 
 
-def damaged(lines, how):
-    match how:
+def damage(lines, kind):
+    match kind:
         case "missing":
             return []
         case "shortened":
@@ -178,19 +180,19 @@ def damaged(lines, how):
             return [lines[0], lines[1].replace(b'"clip":0.5', b'"clip":0.1')]
 
 
-@pytest.mark.parametrize("how", ["missing", "shortened", "edited", "swapped", "rubbish", "last edited"])
-def test_a_ledger_that_is_not_as_it_was_is_refused(ledger, tmp_path, how):
+@pytest.mark.parametrize("kind", ["missing", "shortened", "edited", "swapped", "rubbish", "last edited"])
+def test_changed_ledger_is_refused(ledger, tmp_path, kind):
     for number in (1, 2):
         ledger.reserve(charge(number), BUDGET)
     anchor = ledger.anchor()
     file = tmp_path / JOURNAL
-    file.write_bytes(b"".join(damaged(file.read_bytes().splitlines(keepends=True), how)))
+    file.write_bytes(b"".join(damage(file.read_bytes().splitlines(keepends=True), kind)))
     with pytest.raises(AntherError, match=r"ledger\.jsonl.*restore") as caught:
         ledger.check(anchor)
     assert "\n" not in str(caught.value)
 
 
-def test_another_runs_ledger_is_told_apart(tmp_path):
+def test_ledger_of_other_run_is_refused(tmp_path):
     one, two = ServerLedger(FileStorage(tmp_path / "one")), ServerLedger(FileStorage(tmp_path / "two"))
     one.reserve(charge(), BUDGET)
     two.reserve(charge(asked=("c",)), BUDGET)
@@ -198,7 +200,7 @@ def test_another_runs_ledger_is_told_apart(tmp_path):
         two.check(one.anchor())
 
 
-def test_a_torn_last_line_was_never_relied_on(ledger, tmp_path):
+def test_torn_last_line_is_ignored(ledger, tmp_path):
     ledger.reserve(charge(1), BUDGET)
     anchor, whole = ledger.anchor(), (tmp_path / JOURNAL).read_bytes()
     ledger.reserve(charge(2), BUDGET)
@@ -209,7 +211,7 @@ def test_a_torn_last_line_was_never_relied_on(ledger, tmp_path):
         assert ledger.charges() == [charge(1)]
 
 
-def test_an_event_of_another_kind(ledger, tmp_path):
+def test_unknown_event_is_refused(ledger, tmp_path):
     from privacy.ledger import hash_chain
 
     for event in ({"state": "refunded"}, {"state": "reserved", "run": "run"}):

@@ -1,4 +1,4 @@
-"""Nothing that devices send, or don't, stops a run: every rule, through the real loop, with a good round after it."""
+"""Bad or missing replies never stop a run, for every aggregation rule, and the next round succeeds."""
 
 from __future__ import annotations
 
@@ -34,53 +34,56 @@ def _fake_logic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
-def edited(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Update], Update]:
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Update], Update]:
     return lambda reply: replace(reply, adapter=save(change(load(reply.adapter))))
 
 
-def fails(_: Update) -> Update:
+def fail(_: Update) -> Update:
     raise RuntimeError("out of memory")
 
 
-def without_one(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dict(list(found.items())[1:])
+def without_first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(list(tensors.items())[1:])
 
 
-def with_one_more(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {**found, "z.lora_A": torch.zeros(3, 4)}
+def with_extra(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**tensors, "z.lora_A": torch.zeros(3, 4)}
 
 
-def transposed(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: part.T.contiguous() if part.shape[0] != part.shape[1] else part[:1] for name, part in found.items()}
+def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: part.T.contiguous() if part.shape[0] != part.shape[1] else part[:1] for name, part in tensors.items()}
 
 
 MISFORTUNES: dict[str, tuple[Callable[[Update], Update], bool]] = {
-    "all fail": (fails, False),
-    "a key is missing": (edited(without_one), False),
-    "there is one too many": (edited(with_one_more), False),
-    "shapes of something else": (edited(transposed), False),
-    "another rank than was asked": (lambda reply: replace(reply, rank=reply.rank + 1), False),
-    "not a number": (edited(lambda found: {name: part * float("nan") for name, part in found.items()}), False),
-    "no tensors at all": (lambda reply: replace(reply, adapter=b""), False),
-    "nothing but zeros": (edited(lambda found: {name: 0 * part for name, part in found.items()}), True),
+    "all fail": (fail, False),
+    "a key is missing": (change_tensors(without_first), False),
+    "an extra key": (change_tensors(with_extra), False),
+    "wrong shapes": (change_tensors(transposed), False),
+    "another rank than requested": (lambda reply: replace(reply, rank=reply.rank + 1), False),
+    "not a number": (
+        change_tensors(lambda tensors: {name: part * float("nan") for name, part in tensors.items()}),
+        False,
+    ),
+    "no tensors": (lambda reply: replace(reply, adapter=b""), False),
+    "only zeros": (change_tensors(lambda tensors: {name: 0 * part for name, part in tensors.items()}), True),
 }
-"""What happens to every reply, and whether it is let in all the same."""
+"""Change of every reply, and whether it is still accepted."""
 
 
-def spoilt(wrong: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2, 3)) -> Callable[[Any], Any]:
-    """Updates of these rounds, spoilt; whatever else a device replies as it is."""
-    return lambda reply: wrong(reply) if isinstance(reply, Update) and reply.round in in_rounds else reply
+def spoil(change: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2, 3)) -> Callable[[Any], Any]:
+    """Change the updates of these rounds, and no other replies."""
+    return lambda reply: change(reply) if isinstance(reply, Update) and reply.round in in_rounds else reply
 
 
-def made(name: str, folder: Path, more: str = "") -> tuple[Federated, RunState]:
+def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[Federated, RunState]:
     option = f"adapter.lora_xs_bases={bases_file(folder)}" if name == "fedsb" else ""
     config = composed(
-        f"aggregation={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {more}"
+        f"aggregation={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {overrides}"
     )
     plan = training_plan(config, run="run", base="base")
     federated = build(config, plan, SITES, accept_simulated=True)
-    begun = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
-    return federated, RunState.start(run="run", private=False, adapter=begun)
+    adapter = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
+    return federated, RunState.start(run="run", private=False, adapter=adapter)
 
 
 def run(
@@ -98,29 +101,29 @@ def run(
 
 @pytest.mark.parametrize("misfortune", MISFORTUNES)
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_after_a_round_gone_wrong_the_next_is_good(name: str, misfortune: str, tmp_path: Path) -> None:
-    wrong, let_in = MISFORTUNES[misfortune]
-    federated, state = made(name, tmp_path)
-    devices = [FakeDevice(each, misbehave=spoilt(wrong, in_rounds=(2,))) for each in NAMES]
-    found = run(federated, state, devices, tmp_path / "checkpoints")
-    rounds = [done.train for done in found.history if done.train]
-    assert [each.replied for each in rounds] == [4, 4 if let_in else 0, 4]
-    assert sum(rounds[1].dropped.values()) == (0 if let_in else 4)
-    assert all(part.isfinite().all() for factors in found.adapter.values() for part in factors)
+def test_round_after_bad_replies_succeeds(name: str, misfortune: str, tmp_path: Path) -> None:
+    change, accepted = MISFORTUNES[misfortune]
+    federated, state = make_strategy(name, tmp_path)
+    devices = [FakeDevice(device, misbehave=spoil(change, in_rounds=(2,))) for device in NAMES]
+    final = run(federated, state, devices, tmp_path / "checkpoints")
+    rounds = [done.train for done in final.history if done.train]
+    assert [train.replied for train in rounds] == [4, 4 if accepted else 0, 4]
+    assert sum(rounds[1].dropped.values()) == (0 if accepted else 4)
+    assert all(part.isfinite().all() for factors in final.adapter.values() for part in factors)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_one_good_reply_among_bad_ones_counts_alone(name: str, tmp_path: Path) -> None:
+def test_only_valid_reply_counts(name: str, tmp_path: Path) -> None:
     bad = [MISFORTUNES[which][0] for which in ("all fail", "a key is missing", "not a number")]
-    devices = [FakeDevice(each, misbehave=spoilt(wrong)) for each, wrong in zip("abc", bad, strict=True)]
-    federated, state = made(name, tmp_path)
-    found = run(federated, state, [*devices, FakeDevice("d")], tmp_path / "checkpoints")
-    assert [done.train.replied for done in found.history if done.train] == [1, 1, 1]
+    devices = [FakeDevice(device, misbehave=spoil(change)) for device, change in zip("abc", bad, strict=True)]
+    federated, state = make_strategy(name, tmp_path)
+    final = run(federated, state, [*devices, FakeDevice("d")], tmp_path / "checkpoints")
+    assert [done.train.replied for done in final.history if done.train] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_devices_of_different_ranks_and_sites(name: str, tmp_path: Path) -> None:
-    """Rules of one rank ask those alone who train it."""
+def test_mixed_ranks_and_sites(name: str, tmp_path: Path) -> None:
+    """Rules with a single rank ask only the devices that train it."""
     limits: list[dict[str, Any]] = [
         {},
         {"rank": 1},
@@ -128,20 +131,20 @@ def test_devices_of_different_ranks_and_sites(name: str, tmp_path: Path) -> None
         {"rank": 16, "sites": ("y", "nowhere")},
     ]
     devices = [
-        FakeDevice(each, report=replace(REPORT, device=each, **limit))
-        for each, limit in zip(NAMES, limits, strict=True)
+        FakeDevice(device, report=replace(REPORT, device=device, **limit))
+        for device, limit in zip(NAMES, limits, strict=True)
     ]
-    federated, state = made(name, tmp_path)
-    found = run(federated, state, devices, tmp_path / "checkpoints")
+    federated, state = make_strategy(name, tmp_path)
+    final = run(federated, state, devices, tmp_path / "checkpoints")
     asked = 4 if AGGREGATIONS[name].mixed_ranks else 2
-    assert [(done.train.asked, done.train.replied) for done in found.history if done.train] == 3 * [(asked, asked)]
-    assert rank(found.adapter) >= 3
+    assert [(done.train.asked, done.train.replied) for done in final.history if done.train] == 3 * [(asked, asked)]
+    assert rank(final.adapter) >= 3
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_nobody_may_be_asked(name: str, tmp_path: Path) -> None:
-    federated, state = made(name, tmp_path, "cohort.eligibility.idle=true")
-    devices = [FakeDevice(each, report=replace(REPORT, device=each, busy=True)) for each in NAMES]
-    found = run(federated, state, devices, tmp_path / "checkpoints")
-    assert [(done.train.asked, done.train.replied) for done in found.history if done.train] == 3 * [(0, 0)]
-    assert found.round == 3
+def test_no_eligible_devices(name: str, tmp_path: Path) -> None:
+    federated, state = make_strategy(name, tmp_path, "fleet.eligible.idle=true")
+    devices = [FakeDevice(device, report=replace(REPORT, device=device, busy=True)) for device in NAMES]
+    final = run(federated, state, devices, tmp_path / "checkpoints")
+    assert [(done.train.asked, done.train.replied) for done in final.history if done.train] == 3 * [(0, 0)]
+    assert final.round == 3

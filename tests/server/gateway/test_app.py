@@ -1,4 +1,4 @@
-"""What is answered at a federation's one port, and to whom."""
+"""HTTP endpoints of the gateway and their authentication."""
 
 import asyncio
 import base64
@@ -27,9 +27,9 @@ PULL = calls.PULL_MESSAGES.path
 
 @pytest.fixture
 def served(tmp_path):
-    found = GatewayHarness(tmp_path, base_routes=[Route(BASE, lambda _: PlainTextResponse("a base"))])
-    with found.client:
-        yield found
+    harness = GatewayHarness(tmp_path, base_routes=[Route(BASE, lambda _: PlainTextResponse("a base"))])
+    with harness.client:
+        yield harness
 
 
 @pytest.fixture
@@ -38,17 +38,17 @@ def client(served):
 
 
 def enrolled(served, key, name="pi"):
-    asked = Enrollment(protocol=NEWEST, secret=served.registry.issue("ada"), key=openssh(key), name=name)
-    found = served.client.post("/v1/anther/enrol", content=strict_json.dumps(asked))
-    assert found.status_code == 200, found.text
+    enrollment = Enrollment(protocol=NEWEST, secret=served.registry.issue("ada"), key=openssh(key), name=name)
+    response = served.client.post("/v1/anther/enrol", content=strict_json.dumps(enrollment))
+    assert response.status_code == 200, response.text
     return key
 
 
-def test_a_device_enrols_and_reaches_the_base(served, client):
-    welcomed = []
-    served.gateway.register_node = lambda key, name: welcomed.append((key, name))
+def test_enrolled_device_reaches_the_base(served, client):
+    registered = []
+    served.gateway.register_node = lambda key, name: registered.append((key, name))
     key = enrolled(served, new_key())
-    assert welcomed == [(openssh(key), "pi")]
+    assert registered == [(openssh(key), "pi")]
     assert client.get(BASE, headers=signed(key, BASE)).text == "a base"
     assert client.get(IN, headers=signed(key, IN)).status_code == 200
 
@@ -72,14 +72,14 @@ def test_a_device_enrols_and_reaches_the_base(served, client):
         "/v1/fleet/start-run",
     ],
 )
-def test_nothing_else_of_the_superlink_is_reached(served, client, path):
+def test_other_paths_are_unreachable(served, client, path):
     key = enrolled(served, new_key())
-    for found in (client.post(path, headers=signed(key, path)), client.get(path, headers=signed(key, path))):
-        assert found.status_code in (401, 404, 405)
+    for response in (client.post(path, headers=signed(key, path)), client.get(path, headers=signed(key, path))):
+        assert response.status_code in (401, 404, 405)
     assert served.seen == []
 
 
-def test_a_stranger_reaches_nothing(served, client):
+def test_unknown_key_is_rejected(served, client):
     stranger = new_key()
     for headers in ({}, signed(stranger, BASE), {identity.KEY: "!", identity.TIME: "x", identity.SIGNATURE: "y"}):
         assert client.get(BASE, headers=headers).status_code == 401
@@ -87,26 +87,26 @@ def test_a_stranger_reaches_nothing(served, client):
     assert served.seen == []
 
 
-def test_a_signature_is_for_one_path_and_one_time_and_one_key(served, client):
+def test_signature_covers_path_time_and_key(served, client):
     key = enrolled(served, new_key())
     bad = [
         signed(key, IN),
         signed(key),
         signed(key, BASE, at=datetime.now(UTC) - timedelta(hours=1)),
         signed(key, BASE, at=datetime.now(UTC) + timedelta(hours=1)),
-        signed(new_key(), BASE, as_whom=key),
+        signed(new_key(), BASE, claimed_key=key),
     ]
     assert [client.get(BASE, headers=headers).status_code for headers in bad] == [401] * 5
     without_zone = signed(key, BASE, at=datetime.now())  # noqa: DTZ005
     assert identity.authenticate(Headers(without_zone), BASE) is None
 
 
-def test_fleet_calls_are_proven_before_their_body_is_read(served, client):
+def test_authenticates_before_reading_the_body(served, client):
     pi = served.node("pi")
     bad = [
         {identity.KEY: signed(pi.key)[identity.KEY]},
         signed(pi.key, PULL),
-        signed(new_key(), as_whom=pi.key),
+        signed(new_key(), claimed_key=pi.key),
         signed(pi.key, at=datetime.now(UTC) - timedelta(hours=1)),
     ]
     for headers in bad:
@@ -115,13 +115,13 @@ def test_fleet_calls_are_proven_before_their_body_is_read(served, client):
         def body(chunks=chunks):
             yield from chunks
 
-        found = client.post(PULL, content=body(), headers={"content-type": "application/protobuf", **headers})
-        assert found.status_code == 401
+        response = client.post(PULL, content=body(), headers={"content-type": "application/protobuf", **headers})
+        assert response.status_code == 401
 
 
 @pytest.mark.parametrize("name", [identity.KEY, identity.TIME, identity.SIGNATURE])
-def test_doubled_headers_are_refused(served, client, name):
-    """Of two keys the gateway could believe the one, and the SuperLink the other."""
+def test_duplicate_headers_are_rejected(served, client, name):
+    """The gateway and the SuperLink could use different ones of two keys."""
     pi = served.node("pi")
     honest = [("content-type", "application/protobuf"), *signed(pi.key).items()]
     body = calls.HEARTBEAT.request(node={"node_id": pi.id}, heartbeat_interval=30.0).SerializeToString()
@@ -131,14 +131,14 @@ def test_doubled_headers_are_refused(served, client, name):
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256K1, ec.SECP256R1, ec.SECP521R1, ec.BrainpoolP256R1])
-def test_keys_of_other_curves(client, curve):
+def test_other_curves_are_rejected(client, curve):
     key = new_key(curve)
     headers = {**signed(new_key(), IN), identity.KEY: base64.b64encode(pem(key)).decode()}
     assert client.get(IN, headers=headers).status_code == 401
     assert client.post(PULL, headers=headers).status_code == 401
 
 
-def test_a_revoked_device_is_out_from_the_next_request_on(served, client):
+def test_revocation_takes_effect_at_next_request(served, client):
     pi = served.node("pi")
     assert pi.pull() is None
     served.registry.revoke("pi")
@@ -148,7 +148,7 @@ def test_a_revoked_device_is_out_from_the_next_request_on(served, client):
     assert len(served.seen) == before
 
 
-def test_a_damaged_register_lets_nobody_in_and_is_told(served, client, caplog):
+def test_damaged_registry_rejects_all_devices(served, client, caplog):
     pi = served.node("pi")
     (served.gateway.folder / "register.json").write_text("{")
     assert pi.call(calls.PULL_MESSAGES)[0] == 503
@@ -156,27 +156,27 @@ def test_a_damaged_register_lets_nobody_in_and_is_told(served, client, caplog):
     assert "restore it from a backup" in caplog.text
 
 
-def test_a_used_ticket_an_old_device_and_another_kind_of_key_are_told_why(served, client):
+def test_enrollment_errors_state_the_reason(served, client):
     secret = served.registry.issue("ada")
 
-    def come(**changed):
-        said = {"protocol": NEWEST, "secret": secret, "key": openssh(new_key()), "name": "pi"} | changed
-        found = client.post("/v1/anther/enrol", content=strict_json.dumps(said))
-        return found.status_code, found.json().get("error", "")
+    def enroll(**changed):
+        fields = {"protocol": NEWEST, "secret": secret, "key": openssh(new_key()), "name": "pi"} | changed
+        response = client.post("/v1/anther/enrol", content=strict_json.dumps(fields))
+        return response.status_code, response.json().get("error", "")
 
-    assert "update Anther on the device" in come(protocol=OLDEST - 1)[1]
-    assert "nistp384" in come(key=openssh(new_key(ec.SECP256R1)))[1]
-    assert come(key="no key")[0] == come(name="")[0] == come(name="a\nb")[0] == come(name="n" * 65)[0] == 403
-    assert come(secret="guessed" * 5)[1].startswith("no such ticket")
-    assert come(protocol="1")[0] == 403
-    assert come()[0] == 200
-    assert "works only once" in come()[1]
+    assert "update Anther on the device" in enroll(protocol=OLDEST - 1)[1]
+    assert "nistp384" in enroll(key=openssh(new_key(ec.SECP256R1)))[1]
+    assert enroll(key="no key")[0] == enroll(name="")[0] == enroll(name="a\nb")[0] == enroll(name="n" * 65)[0] == 403
+    assert enroll(secret="guessed" * 5)[1].startswith("no such ticket")
+    assert enroll(protocol="1")[0] == 403
+    assert enroll()[0] == 200
+    assert "works only once" in enroll()[1]
     assert client.post("/v1/anther/enrol", content=b"[" * 9000).status_code == 403
     assert client.post("/v1/anther/enrol", content=b" " * (1 << 20)).status_code == 413
 
 
 @pytest.mark.parametrize("call", calls.CALLS, ids=lambda call: call.path)
-def test_a_body_has_a_limit_and_is_a_message(served, call):
+def test_body_is_bounded_and_parsed(served, call):
     pi = served.node("pi")
     before = len(served.seen)
     assert pi.post(call.path, b"\xff" * 50).status_code == 400
@@ -186,23 +186,23 @@ def test_a_body_has_a_limit_and_is_a_message(served, call):
     assert len(served.seen) == before
 
 
-def test_fields_that_flower_doesnt_know_are_not_handed_on(served):
+def test_unknown_fields_are_dropped(served):
     pi = served.node("pi")
     body = calls.HEARTBEAT.request(node={"node_id": pi.id}, heartbeat_interval=7.0).SerializeToString()
     assert pi.post(calls.HEARTBEAT.path, body + b"\xfa\x3f\x03abc").status_code == 200
 
 
-def test_a_device_has_so_many_requests_a_minute(tmp_path):
+def test_request_rate_per_device(tmp_path):
     served = GatewayHarness(tmp_path)
     served.gateway.budget = RequestBudget(LimitsConfig(requests_per_minute=50), lambda: 0.0)
     with served.client:
         pi, other = served.node("pi"), served.node("other")
         statuses = [pi.call(calls.PULL_MESSAGES)[0] for _ in range(60)]
-        assert statuses == [200] * 20 + [503] * 40, "thirty were taken by its coming"
+        assert statuses == [200] * 20 + [503] * 40, "activation costs 30 requests"
         assert other.call(calls.PULL_MESSAGES)[0] == 200
 
 
-def test_hostile_requests_count_as_many(tmp_path, caplog):
+def test_hostile_requests_cost_more(tmp_path, caplog):
     served = GatewayHarness(tmp_path)
     served.gateway.budget = RequestBudget(LimitsConfig(requests_per_minute=100), lambda: 0.0)
     with served.client:
@@ -211,16 +211,16 @@ def test_hostile_requests_count_as_many(tmp_path, caplog):
     assert statuses == [403] * 3 + [503] * 7
     assert [record.message for record in caplog.records if "refused" in record.message] == [
         "pi of ada: refused: nodes of this federation are enrolled, and don't register"
-    ], "named once"
+    ], "logged once"
 
 
-def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
-    """One that reads slowly would else have us keep an answer of 20 MiB for each of its connections."""
+def test_request_counts_until_answer_is_read(tmp_path):
+    """Otherwise a slow reader could make the gateway hold an answer of 20 MiB per connection."""
     served = GatewayHarness(tmp_path)
     served.gateway.budget = RequestBudget(LimitsConfig(concurrent_requests=1))
     with served.client as client:
         pi, other = served.node("pi"), served.node("other")
-        began, over = threading.Event(), asyncio.Event()
+        started, finished = threading.Event(), asyncio.Event()
 
         async def read_slowly():
             body = calls.PULL_MESSAGES.request(node={"node_id": pi.id}).SerializeToString()
@@ -230,8 +230,8 @@ def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
                 return {"type": "http.request", "body": body, "more_body": False}
 
             async def send(_):
-                began.set()
-                await over.wait()
+                started.set()
+                await finished.wait()
 
             scope = {
                 "type": "http",
@@ -247,17 +247,17 @@ def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
 
         reading = client.portal.start_task_soon(read_slowly)
         try:
-            assert began.wait(10)
+            assert started.wait(10)
             assert pi.call(calls.PULL_MESSAGES)[0] == 503
-            assert pi.call(calls.HEARTBEAT, heartbeat_interval=30.0)[0] == 200, "it is there, however slow its line"
+            assert pi.call(calls.HEARTBEAT, heartbeat_interval=30.0)[0] == 200, "heartbeats are counted separately"
             assert other.call(calls.PULL_MESSAGES)[0] == 200
         finally:
-            client.portal.call(over.set)
+            client.portal.call(finished.set)
         reading.result(10)
         assert pi.call(calls.PULL_MESSAGES)[0] == 200
 
 
-def test_without_tls_a_node_registers_itself(tmp_path):
+def test_node_registers_without_tls(tmp_path):
     served = GatewayHarness(tmp_path)
     gateway = Gateway(
         superlink_url="http://inside",
@@ -277,9 +277,9 @@ def test_without_tls_a_node_registers_itself(tmp_path):
             return client.post(call.path, content=body, headers=headers)
 
         assert call(calls.PULL_MESSAGES, node={"node_id": 5}).status_code == 401
-        found = call(calls.REGISTER, public_key=pem(key))
-        assert found.status_code == 200, found.text
-        node = calls.REGISTER.response.FromString(found.content).node_id
+        response = call(calls.REGISTER, public_key=pem(key))
+        assert response.status_code == 200, response.text
+        node = calls.REGISTER.response.FromString(response.content).node_id
         assert call(calls.ACTIVATE, public_key=pem(key), heartbeat_interval=30.0).status_code == 200
         assert call(calls.PULL_MESSAGES, node={"node_id": node}).status_code == 200
         assert call(calls.UNREGISTER, node_id=node).status_code == 200

@@ -1,4 +1,4 @@
-"""What a server hands out: its bases, whole and in parts, and nothing else that lies on its disk."""
+"""The server serves files of its bases, whole or in ranges, and no other files."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def client(*folders: Path) -> TestClient:
     return TestClient(Starlette(routes=routes(BaseFiles(folders))))
 
 
-def test_a_base_whole_and_in_parts(base: Path) -> None:
-    asked, wanted = client(base), assets.digest(base)
-    manifest = asked.get(f"/v1/anther/base/{wanted}/manifest")
+def test_serves_whole_files_and_ranges(base: Path) -> None:
+    http, wanted = client(base), assets.digest(base)
+    manifest = http.get(f"/v1/anther/base/{wanted}/manifest")
     assert chunk_manifest.decode_manifest(manifest.content, wanted) == chunk_manifest.build(base)
     path = f"/v1/anther/base/{wanted}/file/1"
-    assert asked.get(path).content == bytes(range(200))
-    part = asked.get(path, headers={"Range": "bytes=50-59"})
+    assert http.get(path).content == bytes(range(200))
+    part = http.get(path, headers={"Range": "bytes=50-59"})
     assert (part.status_code, part.content) == (206, bytes(range(50, 60)))
     assert part.headers["content-range"] == "bytes 50-59/200"
-    assert asked.get(path, headers={"Range": "bytes=200-"}).status_code == 416
+    assert http.get(path, headers={"Range": "bytes=200-"}).status_code == 416
 
 
 @pytest.mark.parametrize(
@@ -56,23 +56,23 @@ def test_a_base_whole_and_in_parts(base: Path) -> None:
         "{base}/file/",
     ],
 )
-def test_nothing_else(path: str, base: Path) -> None:
+def test_other_paths_are_not_served(path: str, base: Path) -> None:
     reply = client(base).get("/v1/anther/base/" + path.format(base=assets.digest(base), other="0" * 64))
     assert reply.status_code == 404
     assert "not handed out" not in reply.text
 
 
-def test_files_of_the_hubs_cache_are_links(base: Path, tmp_path: Path) -> None:
+def test_symlinks_of_the_hub_cache(base: Path, tmp_path: Path) -> None:
     (base / "unet" / "x.safetensors").rename(tmp_path / "blob")
     (base / "unet" / "x.safetensors").symlink_to(tmp_path / "blob")
-    asked = client(base)
+    http = client(base)
     path = f"/v1/anther/base/{assets.digest(base)}/file/1"
-    assert asked.get(path).content == bytes(range(200))
+    assert http.get(path).content == bytes(range(200))
     (tmp_path / "blob").unlink()
-    assert asked.get(path).status_code == 410
+    assert http.get(path).status_code == 410
 
 
-def test_a_base_that_cant_be_handed_on_stops_the_server(base: Path) -> None:
+def test_unservable_base_is_refused(base: Path) -> None:
     (base / "my notes.txt").write_text("x")
     with pytest.raises(AntherError, match="my notes"):
         BaseFiles([base])

@@ -1,4 +1,4 @@
-"""Tickets work once, holders have so many devices, and who was shut out stays out."""
+"""Tickets work once, devices per holder are limited, and revocation is permanent."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,34 +14,34 @@ from server.gateway.device_registry import FILE, DeviceRegistry, ticket_name
 from server.supervisor.server_dir import ServerAddress
 
 
-def test_a_ticket_works_once_and_its_reply_may_be_lost(tmp_path):
+def test_ticket_works_once_even_if_reply_is_lost(tmp_path):
     registry = DeviceRegistry(tmp_path)
     secret = registry.issue("ada")
     member = registry.enroll(secret, "key a", "pi")
-    assert registry.enroll(secret, "key a", "pi") == member, "asked again by the same device"
+    assert registry.enroll(secret, "key a", "pi") == member, "same device again"
     with pytest.raises(AntherError, match="works only once"):
         registry.enroll(secret, "key b", "other")
     assert registry.snapshot().find("key a") == member
     assert registry.snapshot().find("key b") is None
 
 
-def test_of_many_that_come_with_one_ticket_one_is_in(tmp_path):
+def test_concurrent_enrollments_with_one_ticket(tmp_path):
     registry = DeviceRegistry(tmp_path)
     secret = registry.issue("ada")
 
-    def come(number):
+    def enroll(number):
         try:
             return DeviceRegistry(tmp_path).enroll(secret, f"key {number}", f"device {number}")
         except AntherError:
             return None
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(come, range(16)))
-    assert sum(member is not None for member in found) == 1
+        results = list(pool.map(enroll, range(16)))
+    assert sum(member is not None for member in results) == 1
     assert len(registry.snapshot().members) == 1
 
 
-def test_a_holder_has_so_many_devices_and_open_tickets(tmp_path):
+def test_limit_per_holder(tmp_path):
     registry = DeviceRegistry(tmp_path, per_holder=2)
     first, _ = registry.issue("ada"), registry.issue("ada")
     with pytest.raises(AntherError, match="the maximum is 2"):
@@ -52,7 +52,7 @@ def test_a_holder_has_so_many_devices_and_open_tickets(tmp_path):
     registry.issue("ada")
 
 
-def test_fewer_are_allowed_than_tickets_were_given(tmp_path):
+def test_limit_below_issued_tickets(tmp_path):
     registry = DeviceRegistry(tmp_path, per_holder=2)
     secrets = [registry.issue("ada") for _ in range(2)]
     strict = DeviceRegistry(tmp_path, per_holder=1)
@@ -61,14 +61,14 @@ def test_fewer_are_allowed_than_tickets_were_given(tmp_path):
         strict.enroll(secrets[1], "key b", "b")
 
 
-def test_an_old_ticket_is_refused(tmp_path):
+def test_expired_ticket_is_refused(tmp_path):
     registry = DeviceRegistry(tmp_path)
     secret = registry.issue("ada", days=1e-9)
     with pytest.raises(AntherError, match="expired"):
         registry.enroll(secret, "key", "pi")
 
 
-def test_names_and_keys_are_not_taken_twice(tmp_path):
+def test_names_and_keys_are_unique(tmp_path):
     registry = DeviceRegistry(tmp_path)
     registry.enroll(registry.issue("ada"), "key", "pi")
     with pytest.raises(AntherError, match="another device is called pi"):
@@ -77,7 +77,7 @@ def test_names_and_keys_are_not_taken_twice(tmp_path):
         registry.enroll(registry.issue("ada"), "key", "pi-2")
 
 
-def test_a_name_stays_with_its_key(tmp_path):
+def test_name_stays_with_its_key(tmp_path):
     registry = DeviceRegistry(tmp_path)
     secret = registry.issue("ada")
     registry.enroll(secret, "key", "pi")
@@ -87,7 +87,7 @@ def test_a_name_stays_with_its_key(tmp_path):
     registry.revoke("pi")
 
 
-def test_an_open_ticket_can_be_voided_by_its_name(tmp_path, capsys):
+def test_open_ticket_is_voided_by_name(tmp_path, capsys):
     registry = DeviceRegistry(tmp_path, per_holder=2)
     registry.enroll(registry.issue("ada"), "key", "pi")
     void, _ = registry.issue("ada"), registry.issue("ben")
@@ -103,22 +103,22 @@ def test_an_open_ticket_can_be_voided_by_its_name(tmp_path, capsys):
         registry.enroll(void, "another key", "b")
     with pytest.raises(AntherError, match="no such device or open ticket"):
         registry.revoke(name)
-    registry.issue("ada")  # its place is free again
+    registry.issue("ada")  # the voided ticket no longer counts
     assert len(registry.snapshot().members) == 1
 
 
-def test_a_ticket_that_is_voided_while_it_is_used(tmp_path, monkeypatch):
+def test_ticket_voided_during_enrollment(tmp_path, monkeypatch):
     registry = DeviceRegistry(tmp_path)
     secret, before = registry.issue("ada"), registry.snapshot()
     registry.revoke(next(iter(map(ticket_name, before.tickets))))
-    looks = [before]  # what whoever enrols saw just before
+    snapshots = [before]  # seen by the enrolling process just before
     snapshot = DeviceRegistry.snapshot
-    monkeypatch.setattr(DeviceRegistry, "snapshot", lambda self: looks.pop() if looks else snapshot(self))
+    monkeypatch.setattr(DeviceRegistry, "snapshot", lambda self: snapshots.pop() if snapshots else snapshot(self))
     with pytest.raises(AntherError, match="no such ticket"):
         registry.enroll(secret, "key a", "pi")
 
 
-def test_who_was_revoked_stays_out_and_its_name_is_free(tmp_path):
+def test_revoked_key_stays_out_and_name_is_free(tmp_path):
     registry = DeviceRegistry(tmp_path)
     registry.enroll(registry.issue("ada"), "key", "pi")
     registry.revoke("pi")
@@ -128,19 +128,19 @@ def test_who_was_revoked_stays_out_and_its_name_is_free(tmp_path):
         registry.enroll(registry.issue("ada"), "key", "pi")
     registry.enroll(registry.issue("ada"), "key b", "pi")
     with pytest.raises(AntherError, match="no such device"):
-        registry.revoke("nobody")
+        registry.revoke("unknown")
 
 
-def test_another_process_sees_it_at_once(tmp_path):
-    watching, writing = DeviceRegistry(tmp_path), DeviceRegistry(tmp_path)
-    assert watching.snapshot().members == {}
-    writing.enroll(writing.issue("ada"), "key", "pi")
-    assert watching.snapshot().find("key")
-    writing.revoke("pi")
-    assert watching.snapshot().find("key") is None
+def test_other_process_sees_changes(tmp_path):
+    reader, writer = DeviceRegistry(tmp_path), DeviceRegistry(tmp_path)
+    assert reader.snapshot().members == {}
+    writer.enroll(writer.issue("ada"), "key", "pi")
+    assert reader.snapshot().find("key")
+    writer.revoke("pi")
+    assert reader.snapshot().find("key") is None
 
 
-def test_no_secret_lies_on_the_disk(tmp_path):
+def test_secrets_are_not_stored(tmp_path):
     registry = DeviceRegistry(tmp_path)
     secret = registry.issue("ada")
     assert secret not in (tmp_path / FILE).read_text()
@@ -149,7 +149,7 @@ def test_no_secret_lies_on_the_disk(tmp_path):
     assert timedelta(days=6.9) < until - datetime.now(UTC) < timedelta(days=7.1)
 
 
-def test_a_damaged_register_is_named(tmp_path):
+def test_damaged_file_is_named(tmp_path):
     (tmp_path / FILE).write_text("{")
     with pytest.raises(AntherError, match="is damaged"):
         DeviceRegistry(tmp_path).snapshot()

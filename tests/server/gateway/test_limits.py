@@ -1,4 +1,4 @@
-"""Requests a minute and at once, and memory for bodies."""
+"""Limits on request rate, concurrent requests, and memory for bodies."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from server.gateway.limits import RequestBudget
 from server.gateway.refusal import LATER, RequestRefused
 
 
-def test_requests_come_back_with_time():
+def test_rate_budget_refills():
     now = [0.0]
     budget = RequestBudget(LimitsConfig(requests_per_minute=60), lambda: now[0])
     for _ in range(60):
@@ -23,7 +23,7 @@ def test_requests_come_back_with_time():
         budget.count_request("key")
 
 
-def test_a_punishment_ends():
+def test_penalty_expires():
     now = [0.0]
     budget = RequestBudget(LimitsConfig(requests_per_minute=60), lambda: now[0])
     for _ in range(1000):
@@ -35,7 +35,7 @@ def test_a_punishment_ends():
     budget.count_request("key")
 
 
-def test_requests_at_once_and_memory_are_given_back():
+def test_slots_and_memory_are_released():
     budget = RequestBudget(LimitsConfig(concurrent_requests=1, request_memory_mib=1))
     for _ in range(3):
         with budget.request_slot("key"), budget.reserve_memory("key", 1 << 20):
@@ -45,23 +45,23 @@ def test_requests_at_once_and_memory_are_given_back():
                 pass
 
 
-def test_one_key_leaves_memory_to_others():
-    """An object of Flower's is up to 20 MiB: eight requests of one device, held for an hour at the slowest rate."""
-    budget, held = RequestBudget(LimitsConfig(request_memory_mib=256)), 0
+def test_memory_share_per_key():
+    """Flower's objects have up to 20 MiB: one device could hold eight requests for an hour at the slowest rate."""
+    budget, reserved = RequestBudget(LimitsConfig(request_memory_mib=256)), 0
     with contextlib.ExitStack() as stack:
         for _ in range(8):
             with contextlib.suppress(RequestRefused):
                 stack.enter_context(budget.reserve_memory("one", 20 << 20))
-                held += 1
-        assert held == 3
+                reserved += 1
+        assert reserved == 3
         for other in range(9):
             stack.enter_context(budget.reserve_memory(f"other {other}", 20 << 20))
-    with budget.reserve_memory("one", 200 << 20):  # whatever its size, one alone is let in
+    with budget.reserve_memory("one", 200 << 20):  # a key's only body may have any size
         pass
     assert not budget._reserved
 
 
-def test_keys_are_forgotten():
+def test_idle_keys_are_forgotten():
     now = [0.0]
     budget = RequestBudget(LimitsConfig(), lambda: now[0])
     for number in range(10_000):

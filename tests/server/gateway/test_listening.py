@@ -1,4 +1,4 @@
-"""The gateway at a real port, over TLS: half-open connections, slow ones, and a certificate that changes."""
+"""The gateway at a real port with TLS: half-open and slow connections, and certificate reload."""
 
 import contextlib
 import socket
@@ -23,171 +23,171 @@ LIMITS = LimitsConfig(connections_per_address=8, total_connections=12, header_se
 
 
 @pytest.fixture
-def place(tmp_path):
+def directory(tmp_path):
     return ServerDir(tmp_path)
 
 
 @pytest.fixture
-def port(place):
+def port(directory):
     port = free_port()
-    place.prepare([LOOPBACK], port)
-    opened = serve(gateway(place), host=LOOPBACK, port=port, certificates=place.certificates)
+    directory.prepare([LOOPBACK], port)
+    server = serve(gateway(directory), host=LOOPBACK, port=port, certificates=directory.certificates)
     yield port
-    opened.should_exit = True
+    server.should_exit = True
 
 
-def gateway(place):
+def gateway(directory):
     return Gateway(
         superlink_url="http://inside",
-        registry=DeviceRegistry(place.folder),
+        registry=DeviceRegistry(directory.folder),
         hello=hello,
         authority=b"an authority",
         register_node=lambda *_: None,
-        folder=place.folder,
+        folder=directory.folder,
         limits=LIMITS,
     )
 
 
-def line(port, source=LOOPBACK, *, tls=True):
-    found = socket.create_connection((LOOPBACK, port), timeout=10, source_address=(source, 0))
+def connect(port, source=LOOPBACK, *, tls=True):
+    sock = socket.create_connection((LOOPBACK, port), timeout=10, source_address=(source, 0))
     if not tls:
-        return found
+        return sock
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context.wrap_socket(found)
+    return context.wrap_socket(sock)
 
 
-def greeted(port, source="127.0.0.9"):
-    """Whether another machine is greeted now."""
+def responds(port, source="127.0.0.9"):
+    """Return whether the gateway answers another machine."""
     transport = httpx.HTTPTransport(verify=False, local_address=source)
     with httpx.Client(base_url=f"https://{LOOPBACK}:{port}", transport=transport, timeout=10) as client:
         return client.get("/v1/anther/hello").status_code == 200
 
 
-def closed(sockets):
-    """How many the server has closed by now."""
+def count_closed(sockets):
+    """Count the sockets that the server has closed."""
     count = 0
-    for found in sockets:
-        found.settimeout(0.01)
+    for sock in sockets:
+        sock.settimeout(0.01)
         with contextlib.suppress(TimeoutError, ssl.SSLWantReadError):
             try:
-                count += found.recv(1000) == b""
+                count += sock.recv(1000) == b""
             except (ConnectionError, ssl.SSLError):
                 count += 1
     return count
 
 
 @pytest.mark.parametrize("tls", [True, False])
-def test_half_open_heads_shut_nobody_out(port, tls):
-    held = []
+def test_half_open_heads_do_not_block_others(port, tls):
+    connections = []
     for source in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
         for _ in range(10):
             with contextlib.suppress(OSError):
-                found = line(port, source, tls=tls)
-                found.sendall(b"GET /v1/anther/hello HTTP/1.1\r\nhost: a\r\nx: ")
-                held.append(found)
-    assert held
+                sock = connect(port, source, tls=tls)
+                sock.sendall(b"GET /v1/anther/hello HTTP/1.1\r\nhost: a\r\nx: ")
+                connections.append(sock)
+    assert connections
     time.sleep(0.6)
-    assert greeted(port), "in place of the oldest of them"
-    assert greeted(port, "127.0.0.4"), "also for others behind the same address"
-    wait_until(lambda: closed(held) == len(held), 20, "all of them closed")
-    for found in held:
-        found.close()
-    assert greeted(port, "127.0.0.2")
+    assert responds(port), "the oldest was evicted"
+    assert responds(port, "127.0.0.4"), "also for others behind the same address"
+    wait_until(lambda: count_closed(connections) == len(connections), 20, "all closed")
+    for sock in connections:
+        sock.close()
+    assert responds(port, "127.0.0.2")
 
 
-def test_a_head_that_drips_is_cut_off(port):
-    with line(port) as found:
-        found.sendall(b"GET /v1/anther/hello HTTP/1.1\r\nhost: a\r\n")
+def test_slow_head_is_closed(port):
+    with connect(port) as sock:
+        sock.sendall(b"GET /v1/anther/hello HTTP/1.1\r\nhost: a\r\n")
         began = time.monotonic()
         with pytest.raises((ConnectionError, ssl.SSLError, TimeoutError)):  # noqa: PT012
             while time.monotonic() - began < 15:
-                found.sendall(b"x")
+                sock.sendall(b"x")
                 time.sleep(0.2)
             raise AssertionError("still open")
 
 
-def test_a_body_that_stops_is_cut_off(port):
-    with line(port) as found:
-        found.sendall(b"POST /v1/anther/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 9000\r\n\r\n{")
-        found.settimeout(15)
+def test_stalled_body_is_closed(port):
+    with connect(port) as sock:
+        sock.sendall(b"POST /v1/anther/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 9000\r\n\r\n{")
+        sock.settimeout(15)
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            assert found.recv(1000) == b""
+            assert sock.recv(1000) == b""
 
 
-def test_a_body_over_a_slow_line_comes_in(port):
+def test_slow_body_is_accepted(port):
     body = b'{"protocol": 1}'.ljust(15)
-    with line(port) as found:
-        found.sendall(b"POST /v1/anther/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 15\r\n\r\n")
-        for number in range(len(body)):  # longer than a head or a pause may take
+    with connect(port) as sock:
+        sock.sendall(b"POST /v1/anther/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 15\r\n\r\n")
+        for number in range(len(body)):  # longer than the limits for a head or an idle connection
             time.sleep(0.3)
-            found.sendall(body[number : number + 1])
-        assert found.recv(1000).startswith(b"HTTP/1.1 403")
+            sock.sendall(body[number : number + 1])
+        assert sock.recv(1000).startswith(b"HTTP/1.1 403")
 
 
-def test_an_answer_over_a_slow_line_is_sent_to_its_end(place):
+def test_slow_reader_gets_whole_answer(directory):
     size, port, key = 3 << 20, free_port(), new_key()
-    place.prepare([LOOPBACK], port)
-    served = gateway(place)
+    directory.prepare([LOOPBACK], port)
+    served = gateway(directory)
     served.registry.enroll(served.registry.issue("ada"), openssh(key), "pi")
     served.base_routes = [Route("/big", lambda _: Response(bytes(size)))]
-    opened = serve(served, host=LOOPBACK, port=port, certificates=place.certificates)
+    server = serve(served, host=LOOPBACK, port=port, certificates=directory.certificates)
     try:
-        with line(port) as found:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        with connect(port) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
             head = "".join(f"{name}: {value}\r\n" for name, value in signed(key, "/big").items())
-            found.sendall(f"GET /big HTTP/1.1\r\nhost: a\r\n{head}\r\n".encode())
+            sock.sendall(f"GET /big HTTP/1.1\r\nhost: a\r\n{head}\r\n".encode())
             came = 0
             while came < size:
-                came += len(found.recv(1 << 18))
+                came += len(sock.recv(1 << 18))
                 time.sleep(0.03)
             assert came >= size
     finally:
-        opened.should_exit = True
+        server.should_exit = True
 
 
-def test_many_requests_on_one_connection(port):
+def test_many_requests_per_connection(port):
     with httpx.Client(base_url=f"https://{LOOPBACK}:{port}", verify=False) as client:
         for _ in range(20):
             assert client.get("/v1/anther/hello").status_code == 200
 
 
-def test_a_websocket_is_a_request_like_any_other(port):
-    with line(port) as found:
-        found.sendall(
+def test_websocket_upgrade_is_ignored(port):
+    with connect(port) as sock:
+        sock.sendall(
             b"GET /v1/anther/in HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
             b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
         )
-        assert found.recv(1000).startswith(b"HTTP/1.1 401")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 401")
 
 
-def test_a_head_is_at_most_so_long(port):
-    with line(port) as found:
+def test_head_size_limit(port):
+    with connect(port) as sock:
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            found.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 40_000)
+            sock.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 40_000)
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            assert found.recv(1000).partition(b"\r\n")[0] in (b"HTTP/1.1 400 Bad Request", b"HTTP/1.1 400 ", b"")
-    assert greeted(port)
+            assert sock.recv(1000).partition(b"\r\n")[0] in (b"HTTP/1.1 400 Bad Request", b"HTTP/1.1 400 ", b"")
+    assert responds(port)
 
 
-def shown(port):
-    """The certificate that a client is shown now, as PEM."""
+def presented_certificate(port):
+    """Return the certificate that clients get, in PEM."""
     return ssl.get_server_certificate((LOOPBACK, port), timeout=10).encode()
 
 
-def test_a_new_certificate_is_shown_without_a_restart(place):
+def test_certificate_reload_without_restart(directory):
     port = free_port()
-    place.prepare([LOOPBACK], port)
-    opened = serve(gateway(place), host=LOOPBACK, port=port, certificates=place.certificates)
+    directory.prepare([LOOPBACK], port)
+    server = serve(gateway(directory), host=LOOPBACK, port=port, certificates=directory.certificates)
     try:
-        assert shown(port) == place.certificates.certificate.read_bytes()
-        place.rotate()
-        reload_certificate(opened, place.certificates)
-        assert shown(port) == place.certificates.certificate.read_bytes()
+        assert presented_certificate(port) == directory.certificates.certificate.read_bytes()
+        directory.rotate()
+        reload_certificate(server, directory.certificates)
+        assert presented_certificate(port) == directory.certificates.certificate.read_bytes()
     finally:
-        opened.should_exit = True
+        server.should_exit = True
 
 
-def test_a_port_that_is_taken(port, place):
+def test_port_in_use(port, directory):
     with pytest.raises(AntherError, match=r"can't listen there .Address already in use.: choose another server.port"):
-        serve(gateway(place), host=LOOPBACK, port=port, certificates=place.certificates)
+        serve(gateway(directory), host=LOOPBACK, port=port, certificates=directory.certificates)

@@ -1,4 +1,4 @@
-"""Replies that Flower can't unpack, against Flower's own unpacking."""
+"""Replies that Flower can't unpack, with Flower's own unpacking."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.helpers.fleet import SITES, FakeDevice, handle, perform, strategy
 Change = Callable[[dict[str, bytes], Message], None]
 
 
-class Unpacking(CohortGrid):
-    """As a ServerApp's grid: it unpacks what a SuperLink kept of the replies, and raises what Flower does."""
+class _UnpackingGrid(CohortGrid):
+    """Unpacks stored objects of replies as a ServerApp's grid does, and raises the same errors."""
 
-    changed: dict[int, Change]  # by node: what it did to the objects that it pushed
-    late: int = 0  # looks in which nothing has come yet
+    changes: dict[int, Change]  # changes to the pushed objects, by node
+    late: int = 0  # number of polls before replies arrive
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         if self.late:
@@ -38,8 +38,8 @@ class Unpacking(CohortGrid):
         return [self._unpacked(reply) for reply in super().pull_messages(message_ids)]
 
     def _unpacked(self, reply: Message) -> Message:
-        objects = {name: found.deflate() for name, found in get_all_nested_objects(reply).items()}
-        self.changed.get(reply.metadata.src_node_id, lambda _objects, _reply: None)(objects, reply)
+        objects = {name: item.deflate() for name, item in get_all_nested_objects(reply).items()}
+        self.changes.get(reply.metadata.src_node_id, lambda _objects, _reply: None)(objects, reply)
         return inflate_object_from_contents(reply.object_id, objects)
 
 
@@ -63,7 +63,7 @@ def with_fields(kind: str, **fields: object) -> Change:
     return change
 
 
-def missing(objects: dict[str, bytes], _reply: Message) -> None:
+def missing_chunk(objects: dict[str, bytes], _reply: Message) -> None:
     del objects[of_type(objects, "ArrayChunk")]
 
 
@@ -72,7 +72,7 @@ def other_type(objects: dict[str, bytes], _reply: Message) -> None:
     objects[name] = objects[of_type(objects, "ConfigRecord")]
 
 
-def as_somebody_else(objects: dict[str, bytes], reply: Message) -> None:
+def as_other_node(objects: dict[str, bytes], reply: Message) -> None:
     name = reply.object_id
     reply.metadata.__dict__["_src_node_id"] = 2
     objects[name] = reply.deflate()
@@ -86,9 +86,9 @@ CHANGES: dict[str, Change] = {
     "a chunk that isn't there": with_fields("Array", arraychunk_ids=[7]),
     "a chunk by another name": with_fields("Array", arraychunk_ids=["x"]),
     "a million chunks": with_fields("Array", arraychunk_ids=[0] * 1_000_000),
-    "a shape of words": with_fields("Array", shape=["x"]),
+    "a shape of strings": with_fields("Array", shape=["x"]),
     "deep nesting": with_body("RecordDict", b"[" * 100_000),
-    "an object missing": missing,
+    "an object missing": missing_chunk,
     "another type": other_type,
 }
 
@@ -98,39 +98,39 @@ def _fake_logic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
-def train(changed: dict[int, Change], late: int = 0) -> dict[str, int]:
-    """What the strategy dropped of three devices' replies."""
-    grid = Unpacking([FakeDevice(name) for name in "abc"], perform)
-    grid.changed, federated = {}, strategy()
+def train(changes: dict[int, Change], late: int = 0) -> dict[str, int]:
+    """Train with three devices, and return the strategy's dropped replies by reason."""
+    grid = _UnpackingGrid([FakeDevice(name) for name in "abc"], perform)
+    grid.changes, federated = {}, strategy()
     gate = ValidatingGrid(grid, largest=largest(adapter_shapes(SITES, 3)), poll=0.0)
     start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
-    asked = federated.configure_train(1, start, ConfigRecord(), gate)
-    grid.changed, grid.late = changed, late
-    federated.aggregate_train(1, gate.send_and_receive(asked))
+    messages = federated.configure_train(1, start, ConfigRecord(), gate)
+    grid.changes, grid.late = changes, late
+    federated.aggregate_train(1, gate.send_and_receive(messages))
     assert federated.trained is not None
     assert federated.trained.replied + sum(federated.trained.dropped.values()) == 3
     return federated.trained.dropped
 
 
-def test_honest_replies_come_through() -> None:
+def test_honest_replies() -> None:
     assert train({}) == {}
     assert train({}, late=7) == {}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_flower_can_not_unpack_is_one_devices_malformed_reply(change: Change) -> None:
+def test_unreadable_reply_is_malformed(change: Change) -> None:
     assert train({1: change}) == {"malformed": 1}
     assert train({1: change, 3: change}, late=2) == {"malformed": 2}
 
 
-def test_who_speaks_for_another_harms_only_itself() -> None:
-    """Flower's grid takes the sender that a message names for its sender: node 2 would lose its own reply."""
-    assert train({1: as_somebody_else}) == {"malformed": 1}
+def test_forged_sender_is_malformed() -> None:
+    """Flower's grid trusts the sender that a message names: node 2 would lose its own reply."""
+    assert train({1: as_other_node}) == {"malformed": 1}
 
 
-def test_without_the_gate_one_reply_ends_the_round() -> None:
-    grid = Unpacking([FakeDevice("a"), FakeDevice("b")], perform)
-    grid.changed = {1: CHANGES["no JSON"]}
+def test_flower_grid_raises_on_one_reply() -> None:
+    grid = _UnpackingGrid([FakeDevice("a"), FakeDevice("b")], perform)
+    grid.changes = {1: CHANGES["no JSON"]}
     federated = strategy()
     start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     identifiers = grid.push_messages(federated.configure_train(1, start, ConfigRecord(), grid))
@@ -138,60 +138,60 @@ def test_without_the_gate_one_reply_ends_the_round() -> None:
         grid.pull_messages(identifiers)
 
 
-def test_a_reply_that_can_never_be_had_is_that_nodes_failure(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(CohortGrid):
+def test_unreceivable_reply_is_a_node_failure(caplog: pytest.LogCaptureFixture) -> None:
+    class _BrokenGrid(CohortGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             if "1" in message_ids:
                 raise ConnectionError("HTTP 500")
             return super().pull_messages(message_ids)
 
-    gate = ValidatingGrid(Broken([FakeDevice("a"), FakeDevice("b")], perform), largest=0, poll=0.0)
+    gate = ValidatingGrid(_BrokenGrid([FakeDevice("a"), FakeDevice("b")], perform), largest=0, poll=0.0)
     assert [report.device for report in strategy().query(gate).values()] == ["b"]
     assert "node 1 is unreachable: its reply can't be pulled: ConnectionError: HTTP 500" in caplog.text
-    assert list(gate.get_node_ids()) == [2]  # the other is left out for a while
+    assert list(gate.get_node_ids()) == [2]  # node 1 is excluded for a while
 
 
-def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
-    class Silent(CohortGrid):
-        looks = 0
+def test_timeout_forgets_missing_replies() -> None:
+    class _SilentGrid(CohortGrid):
+        polls = 0
 
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            self.looks += len(list(message_ids))
+            self.polls += len(list(message_ids))
             return []
 
-    grid = Silent([FakeDevice("a")], perform)
+    grid = _SilentGrid([FakeDevice("a")], perform)
     message = Message(records.request_to_records(Query()), 1, records.QUERY)
     gate = ValidatingGrid(grid, largest=0, poll=0.01)
     assert list(gate.send_and_receive([message], timeout=0.05)) == []
-    assert grid.looks >= 1
-    assert (gate._pending, grid._replies) == ({}, {})  # and forgotten, here and below
+    assert grid.polls >= 1
+    assert (gate._pending, grid._replies) == ({}, {})  # both grids have forgotten it
 
 
-LIMITED = """
+SCRIPT = """
 import sys
 from server.supervisor.memory_limit import memory_limit
-held = bytes(2**24)
+block = bytes(2**24)
 try:
     with memory_limit(2**26):
         assert len(bytearray(2**25)) == 2**25
-        found = bytearray()
-        while len(found) < 2**28:
-            found += held
+        memory = bytearray()
+        while len(memory) < 2**28:
+            memory += block
 except MemoryError:
-    found = None
+    memory = None
     assert len(bytearray(2**28)) == 2**28
     sys.exit(7)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems don't count what is allocated")
-def test_memory_is_limited_inside_and_nowhere_else() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA")
+def test_memory_limit_applies_only_inside() -> None:
     root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", LIMITED], cwd=root, env={"PYTHONPATH": str(root)}, check=False)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, env={"PYTHONPATH": str(root)}, check=False)
     assert done.returncode == 7
 
 
-def test_a_limit_inside_a_limit_never_widens_it() -> None:
+def test_nested_limit_never_widens() -> None:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)

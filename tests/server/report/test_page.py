@@ -1,4 +1,4 @@
-"""The page stands on its own, shows every picture, and never says more than it was given."""
+"""The report page is self-contained and complete."""
 
 import base64
 import dataclasses
@@ -78,7 +78,7 @@ def report(**changes: Any) -> Report:
         DeviceRow("Bert", "laptop", 8, 12, 8.0, 120.0, 1_850_000, 1_950_000, None, 2, {**LOSSES, "personal": 0.084}),
     ]
     full = Report(
-        title="Two devices learned together",
+        title="Two devices trained together",
         command="anther simulate rounds=3 seed=5",
         config_yaml="rounds: 3\nseed: 5\n",
         summary=summary,
@@ -92,7 +92,7 @@ def report(**changes: Any) -> Report:
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and keeps what a test looks for."""
+    """Checks that elements nest, and collects images and text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -123,13 +123,13 @@ def text_of(html: str) -> str:
     return " ".join(Page(html).text.split())
 
 
-def test_stands_on_its_own() -> None:
+def test_page_is_self_contained() -> None:
     html = render(report())
     assert not re.search(r"(?:src|href)=\"(?!data:|#)|url\(|@import|<script|<link", html)
     assert "prefers-color-scheme: dark" in html
 
 
-def test_every_picture_is_there_and_named() -> None:
+def test_every_picture_has_alt_text() -> None:
     page = Page(render(report(devices=[])))
     shown = {str(image["src"]) for image in page.images}
     for row in report().gallery:
@@ -139,9 +139,9 @@ def test_every_picture_is_there_and_named() -> None:
     assert "Bert, shared + personal: capital letter Q" in {image["alt"] for image in page.images}
 
 
-def test_says_what_happened() -> None:
+def test_summary_text() -> None:
     text = text_of(render(report()))
-    assert "Two devices learned together" in text
+    assert "Two devices trained together" in text
     assert "Each of 2 devices gave 2 pictures" in text
     assert "loss falls 20 % below the base's; local training gets 12 %" in text
     assert "No differential privacy" in text
@@ -153,7 +153,7 @@ def test_says_what_happened() -> None:
     assert "load only this file, or the shared one counts twice" in text
 
 
-def test_a_promise_is_printed_with_unit_delta_and_relation() -> None:
+def test_guarantee_has_unit_delta_and_relation() -> None:
     summary = report().summary | {
         "epsilon": {"value": 7.94, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
     }
@@ -165,7 +165,7 @@ def test_a_promise_is_printed_with_unit_delta_and_relation() -> None:
     assert "No differential privacy" not in text
 
 
-def test_two_promises_stand_side_by_side() -> None:
+def test_two_guarantees() -> None:
     of_image = {"value": 7.94, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
     of_device = {"value": 3.5, "delta": 1e-4, "unit": "device", "relation": "add_or_remove_one"}
     rounds = [row | {"epsilon": 2.0, "device_epsilon": 1.0} for row in report().rounds]
@@ -174,12 +174,12 @@ def test_two_promises_stand_side_by_side() -> None:
     assert "ε = 3.5 per device, δ = 0.0001, add or remove one" in text_of(html)
     assert "per device" in html.split("ε so far")[1].split("</figure>")[0]
     assert "No differential privacy" not in text_of(html)
-    alone = text_of(render(report(summary=report().summary | {"device_epsilon": of_device})))
-    assert "per device" in alone
-    assert "No differential privacy" not in alone
+    single = text_of(render(report(summary=report().summary | {"device_epsilon": of_device})))
+    assert "per device" in single
+    assert "No differential privacy" not in single
 
 
-def test_a_loss_that_rose_is_said_to_rise() -> None:
+def test_rising_loss() -> None:
     summary = report().summary | {"loss": LOSSES | {"personal": 0.132}}
     assert "loss rises 10 % above the base's" in text_of(render(report(summary=summary)))
 
@@ -196,12 +196,12 @@ def test_dropped_replies_are_counted() -> None:
     assert "dropped" not in text_of(render(report()))
 
 
-def test_a_noised_gain_is_shown_with_the_error_of_its_noise() -> None:
-    hidden = [row | {"base": None, "shared": None} for row in report().rounds]
-    text = text_of(render(report(rounds=hidden)))
+def test_noised_gain_has_its_error() -> None:
+    unmeasured = [row | {"base": None, "shared": None} for row in report().rounds]
+    text = text_of(render(report(rounds=unmeasured)))
     assert "Validation loss" not in text
     assert "Gain on validation" not in text
-    noised = [row | {"gain": 0.01 * row["round"], "gain_error": 0.0441} for row in hidden]
+    noised = [row | {"gain": 0.01 * row["round"], "gain_error": 0.0441} for row in unmeasured]
     noised[0] |= {"gain": None, "gain_error": None}
     text = text_of(render(report(rounds=noised)))
     assert "Gain on validation, noised" in text
@@ -223,21 +223,21 @@ def test_without_rounds_or_devices() -> None:
     assert "pipe.load_lora_weights('/runs/r/adapters/shared.safetensors')" in text
 
 
-def test_nobody_measured_validation() -> None:
+def test_without_validation() -> None:
     rounds = [row | {"base": None, "shared": None} for row in report().rounds]
     assert "Bytes so far" in text_of(render(report(rounds=rounds)))
 
 
-def test_colour_pictures_of_ones_own() -> None:
-    colour = np.zeros((40, 60, 3), np.uint8)
-    colour[..., 0] = 200
-    row = GalleryRow("me", "", [colour], ["my cat"], ["my cat in snow"], {"real": [colour], "base": [colour]})
+def test_color_pictures() -> None:
+    color = np.zeros((40, 60, 3), np.uint8)
+    color[..., 0] = 200
+    row = GalleryRow("me", "", [color], ["my cat"], ["my cat in snow"], {"real": [color], "base": [color]})
     page = Page(render(report(gallery=[row])))
     content = base64.b64decode(str(page.images[0]["src"]).removeprefix("data:image/png;base64,"))
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), colour)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), color)
 
 
-def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_write_is_atomic(tmp_path: Path) -> None:
     write(report(), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(report())
     with pytest.raises(KeyError):
@@ -245,7 +245,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_highlights_are_those_that_gained_most() -> None:
+def test_highlights_have_largest_gain() -> None:
     assert [row.name for row in highlights(report().gallery, report().devices)] == ["Bert", "Ada <hand>"]
     assert gain(LOSSES, "personal") == pytest.approx(0.2)
     assert gain({"base": 0.0, "shared": 0.1}, "shared") is None
@@ -256,29 +256,29 @@ def test_highlights_are_those_that_gained_most() -> None:
     ("low", "high", "ticks"),
     [(0, 37.2, [0, 10, 20, 30, 40]), (0.1048, 0.1163, [0.1, 0.105, 0.11, 0.115, 0.12])],
 )
-def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]) -> None:
+def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
     assert nice_ticks(low, high) == pytest.approx(ticks)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0), (0.2, 0.2), (-1, -1), (-3e3, 5e9), (1e-9, 2e-9)])
-def test_ticks_of_any_range_rise_and_enclose(low: float, high: float) -> None:
+def test_ticks_enclose_any_range(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert ticks == sorted(set(ticks))
     assert ticks[0] <= low <= high <= ticks[-1]
 
 
-def test_round_ticks_are_thinned_out() -> None:
+def test_integer_ticks() -> None:
     assert whole_ticks(1, 6) == [1, 2, 3, 4, 5, 6]
     assert whole_ticks(0, 100) == [0, 13, 26, 39, 52, 65, 78, 91]
 
 
-def test_labels_at_line_ends_keep_apart() -> None:
+def test_labels_do_not_overlap() -> None:
     placed = spread([100.0, 50.0, 101.0])
     assert placed[1] == 50.0
     assert placed[2] - placed[0] == pytest.approx(LABEL_GAP)
 
 
-def test_chart_of_one_round_and_of_gaps() -> None:
+def test_chart_with_one_round_and_gaps() -> None:
     one = line_chart([1], [LineSeries("loss", [0.1], "shared")], formatting.number, from_zero=False, x_label="round")
     assert "nan" not in one
     gaps = line_chart(
@@ -290,7 +290,7 @@ def test_chart_of_one_round_and_of_gaps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words_said"),
+    ("text", "expected"),
     [
         (formatting.number(0.089342), "0.0893"),
         (formatting.number(1530.4), "1,530"),
@@ -312,21 +312,21 @@ def test_chart_of_one_round_and_of_gaps() -> None:
         (formatting.duration(3 * 3600 + 600), "3 h 10 min"),
     ],
 )
-def test_words(said: str, words_said: str) -> None:
-    assert said == words_said
+def test_number_formats(text: str, expected: str) -> None:
+    assert text == expected
 
 
-def test_words_of_photographs_are_not_those_of_letters() -> None:
+def test_photographs_have_other_texts() -> None:
     letters, photographs = text_of(render(report())), text_of(render(report(letters=False)))
     assert "the writer's own letters" in letters
     assert "the pictures themselves" in photographs
     assert "Q" in letters
-    assert "Q" not in photographs  # the letter that a caption ends with heads no column of photographs
+    assert "Q" not in photographs  # columns of photographs have no letters as titles
     assert "writer" not in photographs.replace("nearer to this writer's", "").replace("the writer's own letter", "")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "text"),
     [
         ({"loads": False}, "reads no adapters, so it is added to the weights"),
         ({"kohya": False}, "There is no kohya layout of this base's family"),
@@ -335,24 +335,24 @@ def test_words_of_photographs_are_not_those_of_letters() -> None:
         ({}, "….kohya.safetensors is for ComfyUI, A1111, Forge and sd-scripts"),
     ],
 )
-def test_says_what_reads_an_adapter(changes: dict[str, Any], said: str) -> None:
-    assert said in text_of(render(report(use=dataclasses.replace(USE, **changes))))
+def test_compatible_tools(changes: dict[str, Any], text: str) -> None:
+    assert text in text_of(render(report(use=dataclasses.replace(USE, **changes))))
 
 
 @pytest.mark.parametrize("loads", [True, False])
 @pytest.mark.parametrize("personal", [True, False])
-def test_sentences_on_the_adapters_keep_apart(loads: bool, personal: bool) -> None:
+def test_sentences_are_separated(loads: bool, personal: bool) -> None:
     summary = report().summary | {"loss": LOSSES if personal else {"base": 0.12, "shared": 0.108}}
     text = text_of(render(report(summary=summary, use=dataclasses.replace(USE, loads=loads))))
-    told = text[text.index("Use the adapters") : text.index("from diffusers import")]
-    assert " diffusers" in told
-    assert " The same adapter as" in told
-    assert re.findall(r"[a-z)]\.[A-Zd](?=[a-z]+ )", told) == []
+    section = text[text.index("Use the adapters") : text.index("from diffusers import")]
+    assert " diffusers" in section
+    assert " The same adapter as" in section
+    assert re.findall(r"[a-z)]\.[A-Zd](?=[a-z]+ )", section) == []
 
 
 @pytest.mark.parametrize(("people", "given", "columns", "side"), [(20, 40, 4, 512), (20, 5, 32, 64), (2, 4, 2, 3000)])
-def test_pictures_of_twenty_people_fit_a_page(people: int, given: int, columns: int, side: int) -> None:
-    """Noise is the dearest picture of all: nothing in it repeats."""
+def test_page_size_limit(people: int, given: int, columns: int, side: int) -> None:
+    """Noise is the largest picture: it doesn't compress."""
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     count = people * (given + 5 * columns)
     one = Thumbnails(count)(noise)
@@ -361,20 +361,20 @@ def test_pictures_of_twenty_people_fit_a_page(people: int, given: int, columns: 
     assert one.uri == png(one)
 
 
-def test_letters_are_kept_to_the_last_bit() -> None:
+def test_small_pictures_are_lossless() -> None:
     letter = np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255
-    kept = Thumbnails(20)(letter)
-    data = base64.b64decode(kept.uri.removeprefix("data:image/png;base64,"))
+    thumbnail = Thumbnails(20)(letter)
+    data = base64.b64decode(thumbnail.uri.removeprefix("data:image/png;base64,"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), letter)
-    assert kept.shape == (64, 64)
+    assert thumbnail.shape == (64, 64)
 
 
-def test_photo_keeps_its_proportions() -> None:
+def test_thumbnail_keeps_aspect_ratio() -> None:
     photo = np.zeros((300, 600, 3), np.uint8)
     assert Thumbnails(1)(photo).shape == (64, 128, 3)
 
 
-def test_one_device_is_not_called_several() -> None:
+def test_singular_for_one_device() -> None:
     one = report(summary=report().summary | {"clients": 1}, gallery=[writer("Ada <hand>", 20)])
     assert "One device gave 2 pictures and trained small adapters" in text_of(render(one))
     assert "The 1 with" not in text_of(render(one))

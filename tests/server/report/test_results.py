@@ -1,4 +1,4 @@
-"""What a finished run of real devices leaves: an adapter that diffusers reads, its numbers, and a page."""
+"""Results of a run of real devices: adapter, summary and page."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ GUARANTEE = Guarantee(value=1.5, delta=1e-3, strict=2.5)
 
 
 def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float | None = 0.25) -> RunState:
-    """Two rounds of two devices, one of which only measured."""
+    """Return a state after two rounds of two devices; one of them only evaluated."""
     adapter = {
         name: Factors(torch.ones(2, site.inputs), torch.ones(site.outputs, 2)) for name, site in base.sites.items()
     }
-    found = RunState.start(run="r", private=False, adapter=adapter)
-    nobody = ValidationMetrics(base=None, shared=None)
-    found = found.after(Round(number=0, train=None, validation=nobody, wall_seconds=1), adapter)
-    worked = replace(zero_metrics(), rank=2, steps=4, bytes_up=10, bytes_down=20, rounds=1)
+    run_state = RunState.start(run="r", private=False, adapter=adapter)
+    unmeasured = ValidationMetrics(base=None, shared=None)
+    run_state = run_state.after(Round(number=0, train=None, validation=unmeasured, wall_seconds=1), adapter)
+    trained = replace(zero_metrics(), rank=2, steps=4, bytes_up=10, bytes_down=20, rounds=1)
     train = TrainMetrics(
         asked=2,
         replied=1,
@@ -43,14 +43,14 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
         loss=None,
         epsilon=None,
         guarantees=guarantees,
-        devices={"pi": worked, "phone": zero_metrics()},
+        devices={"pi": trained, "phone": zero_metrics()},
     )
-    validation = nobody if shared is None else ValidationMetrics(base=0.5, shared=shared)
-    return found.after(Round(number=1, train=train, validation=validation, wall_seconds=3), adapter)
+    validation = unmeasured if shared is None else ValidationMetrics(base=0.5, shared=shared)
+    return run_state.after(Round(number=1, train=train, validation=validation, wall_seconds=3), adapter)
 
 
 @pytest.mark.parametrize("test", [False, True])
-def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, test: bool) -> None:
+def test_writes_adapter_summary_and_page(base: Base, tmp_path: Path, test: bool) -> None:
     page = write_results(
         compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), arguments="rounds=1", test=test
     )
@@ -59,57 +59,57 @@ def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, tes
     assert (summary["rounds"], summary["clients"], summary["seconds"], summary["test"]) == (1, 1, 4, test)
     assert summary["loss"] == {"base": 0.5, "shared": 0.25}
     assert summary["bytes"] == {"up": 10, "down": 20}
-    said = Page(page.read_text()).text
-    assert "1 device trained together" in said
-    assert "ε = 1.5 per image, δ = 0.001, add or remove one; ε = 2.5 at δ = 1.00e-05" in said
-    assert ("so not a release" in said) == test
-    assert "anther serve rounds=1" in said
-    assert "adapters/shared.safetensors" in said
-    assert "1 no reply" in said
+    text = Page(page.read_text()).text
+    assert "1 device trained together" in text
+    assert "ε = 1.5 per image, δ = 0.001, add or remove one; ε = 2.5 at δ = 1.00e-05" in text
+    assert ("so not a release" in text) == test
+    assert "anther serve rounds=1" in text
+    assert "adapters/shared.safetensors" in text
+    assert "1 no reply" in text
 
 
-def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path: Path) -> None:
+def test_run_without_validation(base: Base, tmp_path: Path) -> None:
     page = write_results(compose(""), tmp_path, base, state(base, shared=None), arguments="", test=False)
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] == {}
-    said = Page(page.read_text()).text
-    assert "Held-out pictures" not in said
-    assert "No differential privacy" in said
+    text = Page(page.read_text()).text
+    assert "Held-out pictures" not in text
+    assert "No differential privacy" in text
 
 
 @pytest.mark.parametrize("rate", [True, False])
-def test_a_secret_sample_stays_secret(base: Base, tmp_path: Path, rate: bool) -> None:
-    """Costs of single devices and rounds are exact participation."""
+def test_secret_sample_is_not_revealed(base: Base, tmp_path: Path, rate: bool) -> None:
+    """Costs of single devices and rounds would reveal participation."""
     sampled = "cohort.sampling_rate=0.3" if rate else "cohort.size=2"
     config = compose(f"privacy=device aggregation=fedit data.devices=100 data.writers=1 {sampled}")
     seen = replace(GUARANTEE, unit="device", seen=9.25)
-    found = state(base, guarantees=(seen,), shared=None)
-    page = write_results(config, tmp_path, base, found, arguments="", test=False).read_text()
-    said, summary = Page(page).text, (tmp_path / "summary.json").read_text()
-    told = [name for name in ("pi", "phone") if f'class="text">{name}</th>' in page or f'"{name}"' in summary]
-    assert told == ([] if rate else ["pi", "phone"])
-    assert ("Each device was asked with a secret probability" in said) == rate
-    assert ("Bytes so far" in said) != rate
-    assert "ε = 9.25 if the network sees who was asked" in said
+    run_state = state(base, guarantees=(seen,), shared=None)
+    page = write_results(config, tmp_path, base, run_state, arguments="", test=False).read_text()
+    text, summary = Page(page).text, (tmp_path / "summary.json").read_text()
+    shown = [name for name in ("pi", "phone") if f'class="text">{name}</th>' in page or f'"{name}"' in summary]
+    assert shown == ([] if rate else ["pi", "phone"])
+    assert ("Each device was asked with a secret probability" in text) == rate
+    assert ("Bytes so far" in text) != rate
+    assert "ε = 9.25 if the network sees who was asked" in text
     assert json.loads(summary)["device_epsilon"]["seen"] == 9.25
     assert json.loads(summary)["bytes"] == {"up": 10, "down": 20}
 
 
-def test_the_command_that_was_typed_is_shown(base: Base, tmp_path: Path) -> None:
+def test_page_shows_the_command(base: Base, tmp_path: Path) -> None:
     save_command(tmp_path, "anther serve rounds=1 server.port=9999")
     page = write_results(compose(""), tmp_path, base, state(base), arguments="rounds=1 data.writers=1", test=False)
     assert "anther serve rounds=1 server.port=9999" in Page(page.read_text()).text
 
 
-def test_nothing_happened_and_nothing_is_drawn(base: Base, tmp_path: Path) -> None:
-    found = state(base, shared=None)
-    train = replace(found.history[1].train, seconds=0.0, joules=0.0, bytes_up=0, bytes_down=0)
-    nothing_done = replace(found, history=(found.history[0], replace(found.history[1], train=train)))
-    said = Page(write_results(compose(""), tmp_path, base, nothing_done, arguments="", test=False).read_text()).text
-    assert "-1 s" not in said
-    assert "Device time so far" not in said
+def test_empty_run_has_no_charts(base: Base, tmp_path: Path) -> None:
+    run_state = state(base, shared=None)
+    train = replace(run_state.history[1].train, seconds=0.0, joules=0.0, bytes_up=0, bytes_down=0)
+    empty = replace(run_state, history=(run_state.history[0], replace(run_state.history[1], train=train)))
+    text = Page(write_results(compose(""), tmp_path, base, empty, arguments="", test=False).read_text()).text
+    assert "-1 s" not in text
+    assert "Device time so far" not in text
 
 
-def test_the_command_says_what_is_missing(
+def test_missing_run_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))

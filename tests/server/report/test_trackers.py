@@ -1,4 +1,4 @@
-"""metrics.jsonl survives kills; every tracker gets every value."""
+"""Trackers: metrics.jsonl survives kills, and every tracker gets every value."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def log(tracker: Tracker, steps: range) -> None:
     tracker.close()
 
 
-def test_one_object_a_line_on_disk_at_once(tmp_path: Path) -> None:
+def test_each_line_is_written_immediately(tmp_path: Path) -> None:
     tracker = JSONL(tmp_path / "metrics.jsonl")
     tracker.log(0, {"loss": 0.5})
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == [{"step": 0, "loss": 0.5}]
@@ -24,7 +24,7 @@ def test_one_object_a_line_on_disk_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 4, "loss": 1}', "\n\n", '{"step"'])
-def test_resumed_file_equals_an_uninterrupted_one(tmp_path: Path, torn: str) -> None:
+def test_resumed_file_equals_uninterrupted(tmp_path: Path, torn: str) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     log(JSONL(whole), range(6))
     log(JSONL(killed), range(4))
@@ -33,26 +33,26 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path: Path, torn: str) -> 
     assert killed.read_text() == whole.read_text()
 
 
-def test_a_kill_between_two_parts_of_a_round_leaves_none_of_it(tmp_path: Path) -> None:
+def test_incomplete_step_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log(JSONL(path), range(2))
-    path.write_text("".join(path.open().readlines()[:-1]))  # step 1 has its first part only
+    path.write_text("".join(path.open().readlines()[:-1]))  # step 1 has only its first part
     log(JSONL(path, start=1), range(1, 2))
     assert len(path.read_text().splitlines()) == 4
 
 
-def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
+def test_new_run_starts_empty(tmp_path: Path) -> None:
     log(JSONL(tmp_path / "metrics.jsonl"), range(3))
     JSONL(tmp_path / "metrics.jsonl").close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_trackers_pass_everything_on(tmp_path: Path) -> None:
+def test_composite_forwards_everything(tmp_path: Path) -> None:
     log(CompositeTracker([JSONL(tmp_path / "a"), JSONL(tmp_path / "b")]), range(2))
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != ""
 
 
-def test_tensorboard_only_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "with").mkdir()
     with open_trackers(tmp_path / "with", tensorboard=True) as both:
         both.log(0, {"loss": 0.5, "epsilon": None})
@@ -82,7 +82,7 @@ def test_trackers_close_when_a_run_fails(tmp_path: Path) -> None:
         opened[0].log(1, {"loss": 0.5})
 
 
-def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+def test_tensorboard_purges_repeated_steps(tmp_path: Path) -> None:
     log(CompositeTracker([TensorBoard(tmp_path)]), range(4))
     log(CompositeTracker([TensorBoard(tmp_path, start=2)]), range(2, 4))
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -98,7 +98,7 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     assert starts == [2]
 
 
-def test_lines_that_are_not_utf8_are_dropped_with_what_follows(tmp_path: Path) -> None:
+def test_invalid_utf8_ends_the_kept_lines(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 0}\n{"step": 1, "x": "\xff\xfe"}\n{"step": 2}\n')
     with open_trackers(tmp_path, tensorboard=False, start=3) as tracker:

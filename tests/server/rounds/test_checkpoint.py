@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back, and nothing damaged does."""
+"""Checkpoints load as saved, and damaged ones are refused."""
 
 import hashlib
 import json
@@ -47,13 +47,13 @@ def round_(number, shared):
 
 
 def states(*losses, private=False):
-    """The states after each round."""
-    state, found = fresh_state(private=private), []
+    """Return the states after each round."""
+    state, loaded = fresh_state(private=private), []
     for number, loss in enumerate(losses):
         memory = {part: to_tensors(init_adapter(SITES, number + 1, seed=9)) for part in ("mean", "square")}
         state = state.after(round_(number, loss), init_adapter(SITES, 3, seed=number), memory=memory)
-        found.append(state)
-    return found
+        loaded.append(state)
+    return loaded
 
 
 def equal(one, other):
@@ -76,7 +76,7 @@ def test_round_trip(tmp_path):
     assert equal(checkpoint.load(tmp_path, sites=SITES), state)
 
 
-def test_the_history_keeps_sums_over_devices_not_the_devices():
+def test_history_keeps_sums_per_device():
     (*_, state) = states(1.0, 0.5, 0.7)
     assert all(done.train is None or done.train.devices == {} for done in state.history)
     assert all(done.validation.devices == {} for done in state.history)
@@ -84,7 +84,7 @@ def test_the_history_keeps_sums_over_devices_not_the_devices():
     assert state.devices == {"a": twice, "only 1": device(rank=1), "only 2": device(rank=2)}
 
 
-def test_what_two_rounds_took_of_a_device():
+def test_device_sums_of_two_rounds():
     one, two = device(rank=3, epsilon=1.0), device(rank=2, steps=5, epsilon=1.5)
     assert (
         one.then(two)
@@ -94,23 +94,23 @@ def test_what_two_rounds_took_of_a_device():
     assert device(epsilon=1.0).then(device()).epsilon == 1.0
 
 
-def test_nothing_to_load(tmp_path):
+def test_missing_folder_loads_none(tmp_path):
     assert checkpoint.load(tmp_path / "none", sites=SITES) is None
 
 
-def test_the_best_round_is_the_least_validation_loss():
+def test_best_round_has_lowest_validation_loss():
     assert [state.best_round for state in states(1.0, 0.5, 0.7, None, 0.4)] == [0, 1, 1, 1, 4]
     assert [state.best_round for state in states(None, None, 0.7, 0.8)] == [0, 1, 2, 2]
     best = states(1.0, 0.5, 0.7)[-1]
     assert torch.equal(best.best_adapter["x"].a, init_adapter(SITES, 3, seed=1)["x"].a)
 
 
-def test_rounds_are_compared_by_what_they_take_off_the_base_on_the_same_devices():
-    """An easy device alone in round 1; then a hard one, on which the adapter gets better and better."""
+def test_rounds_compare_by_relative_improvement():
+    """An easy device in round 1, then a hard one, on which the adapter improves."""
     state = fresh_state()
     for number, (base, shared) in enumerate([(None, None), (0.5, 0.49), (0.9, 0.8), (0.9, 0.6), (0.9, 0.7)]):
-        told = ValidationMetrics(base=base, shared=shared, improved=None if base is None else 1 - shared / base)
-        record = Round(number=number, train=None, validation=told, wall_seconds=1.0)
+        validation = ValidationMetrics(base=base, shared=shared, improved=None if base is None else 1 - shared / base)
+        record = Round(number=number, train=None, validation=validation, wall_seconds=1.0)
         state = state.after(record, init_adapter(SITES, 3, seed=number))
     assert state.best_round == 3
     assert totals.validation_losses(state) == {"base": 0.9, "shared": 0.6}
@@ -119,27 +119,27 @@ def test_rounds_are_compared_by_what_they_take_off_the_base_on_the_same_devices(
     assert [done.validation.score for done in old[1:]] == pytest.approx(scores)
 
 
-def test_a_private_run_does_not_choose():
+def test_private_run_keeps_last_round():
     assert [state.best_round for state in states(1.0, 0.5, 0.7, private=True)] == [0, 1, 2]
 
 
-def test_rounds_follow_each_other():
+def test_round_numbers_are_consecutive():
     with pytest.raises(ValueError, match="round 2 can't follow round -1"):
         fresh_state().after(round_(2, 0.5), {})
     assert fresh_state().round == -1
     assert fresh_state().best_score is None
 
 
-def test_the_newest_two_are_kept_and_the_best_is_in_them(tmp_path):
+def test_keeps_two_newest_with_best_adapter(tmp_path):
     for state in states(1.0, 0.1, 0.7, 0.6):
         checkpoint.save(tmp_path, state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000002", "round-000003"]
-    found = checkpoint.load(tmp_path, sites=SITES)
-    assert found.best_round == 1
-    assert torch.equal(found.best_adapter["x"].a, init_adapter(SITES, 3, seed=1)["x"].a)
+    loaded = checkpoint.load(tmp_path, sites=SITES)
+    assert loaded.best_round == 1
+    assert torch.equal(loaded.best_adapter["x"].a, init_adapter(SITES, 3, seed=1)["x"].a)
 
 
-def test_another_run_is_not_overwritten(tmp_path):
+def test_other_run_is_not_overwritten(tmp_path):
     first, second = states(1.0, 0.5)
     checkpoint.save(tmp_path, second)
     for state in (first, second):
@@ -149,7 +149,7 @@ def test_another_run_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "longer"])
-def test_damage_is_named_with_a_way_out(tmp_path, name, damage):
+def test_damage_is_reported_with_a_fix(tmp_path, name, damage):
     first, second = states(1.0, 0.5)
     checkpoint.save(tmp_path, first)
     file = checkpoint.save(tmp_path, second) / name
@@ -170,22 +170,22 @@ def test_damage_is_named_with_a_way_out(tmp_path, name, damage):
     assert equal(checkpoint.load(tmp_path, sites=SITES), first)
 
 
-def test_an_edited_history_is_found_even_if_it_is_json(tmp_path):
+def test_edited_json_is_refused(tmp_path):
     file = checkpoint.save(tmp_path, states(1.0)[0]) / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text())))
     with pytest.raises(AntherError, match=r"state\.json was changed after it was written .*go back to the start"):
         checkpoint.load(tmp_path, sites=SITES)
 
 
-def test_a_checkpoint_of_an_earlier_release(tmp_path):
-    """It has no gains on the same devices: the means stand in for them, and the same round is the best. Of ε it has
-    one number."""
+def test_checkpoint_of_earlier_release(tmp_path):
+    """An earlier release stores no gains on the same devices and only one ε: the means replace the gains, and the best
+    round stays the same."""
     (*_, state) = states(None, 0.5, 0.7)
-    promised = Guarantee(1.5, 1e-5)
+    spent = Guarantee(1.5, 1e-5)
     central = CentralDPMetrics(
-        guarantee=promised, clip=1.0, next_clip=1.0, deviation=1.0, snr=1.0, dropped=0, release=True
+        guarantee=spent, clip=1.0, next_clip=1.0, deviation=1.0, snr=1.0, dropped=0, release=True
     )
-    last = replace(state.history[2], train=replace(state.history[2].train, guarantees=(promised,), central=central))
+    last = replace(state.history[2], train=replace(state.history[2].train, guarantees=(spent,), central=central))
     state = replace(state, history=(*state.history[:2], last))
     folder = checkpoint.save(tmp_path, state)
     written = json.loads((folder / "state.json").read_text())
@@ -199,57 +199,57 @@ def test_a_checkpoint_of_an_earlier_release(tmp_path):
     manifest["state.json"] = hashlib.sha256(data).hexdigest()
     (folder / "state.json").write_bytes(data)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    found = checkpoint.load(tmp_path, sites=SITES)
-    assert (found.best_round, found.best_score) == (1, 0.5)
-    assert found.history == state.history
-    assert found.after(round_(3, 0.6), found.adapter).best_round == 1
-    assert found.after(round_(3, 0.4), found.adapter).best_round == 3
+    loaded = checkpoint.load(tmp_path, sites=SITES)
+    assert (loaded.best_round, loaded.best_score) == (1, 0.5)
+    assert loaded.history == state.history
+    assert loaded.after(round_(3, 0.6), loaded.adapter).best_round == 1
+    assert loaded.after(round_(3, 0.4), loaded.adapter).best_round == 3
 
 
-def test_other_sites(tmp_path):
+def test_other_sites_are_refused(tmp_path):
     checkpoint.save(tmp_path, states(1.0)[0])
     with pytest.raises(AntherError, match=r"adapter\.safetensors does not fit this base"):
         checkpoint.load(tmp_path, sites={"z": Site(2, 2)})
 
 
-class Killed(BaseException):
+class _Killed(BaseException):
     pass
 
 
-def test_killed_between_any_two_steps_the_last_complete_round_loads(tmp_path, monkeypatch):
-    """Die at the k-th call that changes the disk, for every k; whatever is left must load."""
+def test_kill_at_any_step_keeps_last_round(tmp_path, monkeypatch):
+    """Die at the k-th call that changes the disk, for every k; the remaining files must load."""
     first, second, third = states(1.0, 0.5, 0.4)
-    survived = set()
+    loaded_rounds = set()
     for die_at in range(1, 200):
         folder = tmp_path / str(die_at)
         checkpoint.save(folder, first)
         checkpoint.save(folder, second)
         calls = 0
 
-        def dying(function, die_at=die_at):
+        def killing(function, die_at=die_at):
             def wrapped(*args, **kwargs):
                 nonlocal calls
                 calls += 1
                 if calls == die_at:
-                    raise Killed
+                    raise _Killed
                 return function(*args, **kwargs)
 
             return wrapped
 
         with monkeypatch.context() as patch:
             for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "open"):
-                patch.setattr(os, name, dying(getattr(os, name)))
+                patch.setattr(os, name, killing(getattr(os, name)))
             try:
                 checkpoint.save(folder, third)
-            except Killed:
+            except _Killed:
                 pass
             else:
                 break
-        found = checkpoint.load(folder, sites=SITES)
-        assert equal(found, second) or equal(found, third)
-        survived.add(found.round)
-        if found.round == 1:
-            checkpoint.save(folder, third)  # the next process goes on
+        loaded = checkpoint.load(folder, sites=SITES)
+        assert equal(loaded, second) or equal(loaded, third)
+        loaded_rounds.add(loaded.round)
+        if loaded.round == 1:
+            checkpoint.save(folder, third)  # the next process continues
             assert equal(checkpoint.load(folder, sites=SITES), third)
-    assert survived == {1, 2}
+    assert loaded_rounds == {1, 2}
     assert die_at > 20

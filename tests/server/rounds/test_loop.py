@@ -1,4 +1,4 @@
-"""The round loop: resumed or not, the same run."""
+"""The round loop: resuming, waiting for devices, and failed rounds."""
 
 from dataclasses import replace
 
@@ -42,36 +42,36 @@ def run(folder, *, state=None, rounds=4, on_round=lambda _: None, devices="abcde
 
 
 def outcome(state):
-    """Everything but the clock."""
+    """Return everything except durations."""
     return [replace(done, wall_seconds=0.0) for done in state.history], state.best_round
 
 
-def test_a_round_for_each_and_one_before_training(tmp_path):
-    heard = []
-    state = run(tmp_path, rounds=2, on_round=heard.append)
-    assert [done.number for done in heard] == [0, 1, 2]
-    assert tuple(heard) == state.history
-    assert heard[0].train is None
-    assert heard[0].validation.shared is None  # it adds nothing: it would measure as the base
-    assert heard[2].train.asked == 2
-    assert heard[2].validation.shared == pytest.approx(1 / 3)
-    assert heard[2].train.devices == heard[2].validation.devices == {}  # summed up in the state
+def test_round_zero_and_one_per_round(tmp_path):
+    rounds_seen = []
+    state = run(tmp_path, rounds=2, on_round=rounds_seen.append)
+    assert [done.number for done in rounds_seen] == [0, 1, 2]
+    assert tuple(rounds_seen) == state.history
+    assert rounds_seen[0].train is None
+    assert rounds_seen[0].validation.shared is None  # an untrained adapter equals the base
+    assert rounds_seen[2].train.asked == 2
+    assert rounds_seen[2].validation.shared == pytest.approx(1 / 3)
+    assert rounds_seen[2].train.devices == rounds_seen[2].validation.devices == {}  # the state has sums
     assert sum(facts.steps for facts in state.devices.values()) == 2 * 2 * PLAN.steps
     assert state.best_round == 2
 
 
 @pytest.mark.parametrize("dies_after", [0, 1, 3])
-def test_killed_and_resumed_is_the_same_run(tmp_path, dies_after):
+def test_resumed_run_equals_uninterrupted(tmp_path, dies_after):
     whole = run(tmp_path / "whole")
 
-    class Killed(BaseException):
+    class _Killed(BaseException):
         pass
 
     def die(round):
         if round.number == dies_after:
-            raise Killed
+            raise _Killed
 
-    with pytest.raises(Killed):
+    with pytest.raises(_Killed):
         run(tmp_path / "parts", on_round=die)
     resumed = run(tmp_path / "parts", state=checkpoint.load(tmp_path / "parts", sites=SITES))
     assert outcome(resumed) == outcome(whole)
@@ -79,33 +79,33 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, dies_after):
     assert encode(to_tensors(resumed.best_adapter)) == encode(to_tensors(whole.best_adapter))
 
 
-def test_a_server_that_starts_again_still_knows_how_far_ledgers_had_come(tmp_path):
+def test_resume_remembers_ledger_lengths(tmp_path):
     def ask(rounds, state):
-        grid, heard = CohortGrid([FakeDevice(name) for name in "ab"], perform), []
+        grid, lengths = CohortGrid([FakeDevice(name) for name in "ab"], perform), []
 
-        def noted(messages, **_timeout):
+        def record(messages, **_timeout):
             messages = list(messages)
             for message in messages:
                 if message.metadata.message_type == "train":
-                    heard.append(records.request_from_records("train", message.content).echo)
+                    lengths.append(records.request_from_records("train", message.content).echo)
             return CohortGrid.send_and_receive(grid, messages)
 
-        grid.send_and_receive = noted
+        grid.send_and_receive = record
         run_rounds(
             grid=grid, strategy=strategy(), state=state, rounds=rounds, checkpoints=tmp_path, on_round=lambda _: None
         )
-        return heard
+        return lengths
 
     assert ask(2, fresh_state()) == [0, 0, 3, 3]
     assert ask(3, checkpoint.load(tmp_path, sites=SITES)) == [3, 3]
 
 
-def test_a_complete_run_is_left_alone(tmp_path):
+def test_complete_run_is_unchanged(tmp_path):
     state = run(tmp_path, rounds=1)
     assert run(tmp_path, state=state, rounds=1) is state
 
 
-def test_no_good_reply_keeps_the_adapter(tmp_path):
+def test_no_reply_keeps_the_adapter(tmp_path):
     def fail(reply):
         if hasattr(reply, "adapter"):
             raise RuntimeError
@@ -124,20 +124,20 @@ def test_too_few_devices(tmp_path):
         run(tmp_path, devices="a", min_devices=3, limits=RoundLimits(timeout=0.0))
 
 
-class Leaving(CohortGrid):
-    """At each look fewer are there, as given; then the last number of them."""
+class _LeavingGrid(CohortGrid):
+    """Lists the given numbers of nodes in turn, then the last number."""
 
-    def __init__(self, devices, there):
+    def __init__(self, devices, counts):
         super().__init__(devices, perform)
-        self.there = there
+        self.counts = counts
 
     def get_node_ids(self):
-        now = self.there.pop(0) if len(self.there) > 1 else self.there[0]
+        now = self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
         return sorted(super().get_node_ids())[:now]
 
 
-class Ticks:
-    """A clock on which every wait takes a minute."""
+class _MinuteClock:
+    """Clock on which every wait takes a minute."""
 
     def __init__(self):
         self.time = 0.0
@@ -149,81 +149,83 @@ class Ticks:
         self.time += 60.0
 
 
-def left(folder, there, **settings):
-    """The rounds of four devices of which some leave once the first round has begun."""
-    grid = Leaving([FakeDevice(name) for name in "abcd"], [4])
+def leave_after_first_round(folder, counts, **settings):
+    """Run four devices, some of which leave after the first round."""
+    grid = _LeavingGrid([FakeDevice(name) for name in "abcd"], [4])
 
     def on_round(done):
-        grid.there = there if done.number else grid.there
+        grid.counts = counts if done.number else grid.counts
 
-    chosen = {"min_devices": 4, "limits": RoundLimits(timeout=0.0)} | settings
+    options = {"min_devices": 4, "limits": RoundLimits(timeout=0.0)} | settings
     return run_rounds(
-        grid=grid, strategy=strategy(), state=fresh_state(), rounds=3, checkpoints=folder, on_round=on_round, **chosen
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=3, checkpoints=folder, on_round=on_round, **options
     )
 
 
-def test_devices_that_leave_end_no_run(tmp_path):
-    """All must be there before the first round, and after it whoever is."""
-    found = left(tmp_path, [3])
-    assert [done.train.replied for done in found.history[1:]] == [4, 3, 3]
+def test_run_survives_leaving_devices(tmp_path):
+    """All devices must be connected before the first round; later rounds use the connected ones."""
+    state = leave_after_first_round(tmp_path, [3])
+    assert [done.train.replied for done in state.history[1:]] == [4, 3, 3]
 
 
-def test_a_run_without_anybody_waits_on_or_ends_with_an_error(tmp_path, caplog):
+def test_no_devices_waits_or_raises(tmp_path, caplog):
     with pytest.raises(AntherError, match="0 of 1 devices are connected after 0 s"):
-        left(tmp_path / "dead", [0])
-    clock = Ticks()
-    gone = [0] * 130 + [2]  # looks, a minute from each other
-    found = left(tmp_path / "night", gone, wait_forever=True, limits=RoundLimits(timeout=3600.0, clock=clock))
-    assert [done.train.replied for done in found.history[1:]] == [4, 2, 2]
-    told = [line for line in caplog.messages if line.startswith("0 of 1 devices are connected; waiting for 1 more")]
-    assert len(told) == 3  # at once, and each hour
+        leave_after_first_round(tmp_path / "dead", [0])
+    clock = _MinuteClock()
+    counts_by_minute = [0] * 130 + [2]  # number of nodes, minute by minute
+    state = leave_after_first_round(
+        tmp_path / "night", counts_by_minute, wait_forever=True, limits=RoundLimits(timeout=3600.0, clock=clock)
+    )
+    assert [done.train.replied for done in state.history[1:]] == [4, 2, 2]
+    lines = [line for line in caplog.messages if line.startswith("0 of 1 devices are connected; waiting for 1 more")]
+    assert len(lines) == 3  # immediately, and every hour
 
 
 def failing(times, reason=RuntimeError):
-    """A device whose first updates fail."""
-    left = [times]
+    """Make the first updates of a device fail."""
+    remaining = [times]
 
     def fail(reply):
-        if isinstance(reply, Update) and left[0] > 0:
-            left[0] -= 1
+        if isinstance(reply, Update) and remaining[0] > 0:
+            remaining[0] -= 1
             raise reason
         return reply
 
     return fail
 
 
-def tried(folder, *devices, clock=None, **settings):
-    heard, clock = [], clock or Ticks()
+def run_with_retries(folder, *devices, clock=None, **settings):
+    rounds_seen, clock = [], clock or _MinuteClock()
     state = run_rounds(
         grid=CohortGrid(list(devices), perform),
         strategy=strategy(),
         state=fresh_state(),
         rounds=2,
         checkpoints=folder,
-        on_round=heard.append,
+        on_round=rounds_seen.append,
         wait_forever=True,
         limits=RoundLimits(timeout=60.0, clock=clock),
         **settings,
     )
-    return state, [done.number for done in heard]
+    return state, [done.number for done in rounds_seen]
 
 
-def test_a_round_without_a_good_reply_does_not_count(tmp_path, caplog):
+def test_round_without_reply_is_retried(tmp_path, caplog):
     device = FakeDevice("a", misbehave=failing(3))
-    state, heard = tried(tmp_path, device)
-    assert heard == [0, 1, 2]
+    state, rounds_seen = run_with_retries(tmp_path, device)
+    assert rounds_seen == [0, 1, 2]
     assert [done.train.replied for done in state.history[1:]] == [1, 1]
     assert device.heard.count("Train") == 5
-    assert device.heard.count("Evaluate") == 2  # of an adapter that nobody trained nothing is measured
-    told = [line for line in caplog.messages if "it doesn't count" in line]
-    assert told[0] == "round 1: 0 accepted replies of 1 (1 failed), 1 needed: it doesn't count; retrying in 30 s"
-    assert [line.rsplit(" ", 2)[1] for line in told] == ["30", "60", "120"]
+    assert device.heard.count("Evaluate") == 2  # an untrained adapter isn't evaluated
+    lines = [line for line in caplog.messages if "it doesn't count" in line]
+    assert lines[0] == "round 1: 0 accepted replies of 1 (1 failed), 1 needed: it doesn't count; retrying in 30 s"
+    assert [line.rsplit(" ", 2)[1] for line in lines] == ["30", "60", "120"]
     assert torch.isfinite(state.adapter["x"].a).all()
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -1.0, 1e300])
-def test_losses_that_are_none_are_one_devices_rejected_reply(tmp_path, loss):
-    """In training and in measuring; the checkpoint, which is JSON, is written all the same."""
+def test_invalid_losses_are_rejected(tmp_path, loss):
+    """In training and in evaluation; the checkpoint, which is JSON, is still written."""
 
     def wrong(reply):
         if isinstance(reply, Update):
@@ -240,12 +242,12 @@ def test_losses_that_are_none_are_one_devices_rejected_reply(tmp_path, loss):
     assert state.history[2].validation.shared == pytest.approx(1 / 3)
 
 
-def test_patience_ends_and_the_run_is_not_over(tmp_path):
+def test_patience_stops_an_unfinished_run(tmp_path):
     device = FakeDevice("a", misbehave=failing(10**6))
     with pytest.raises(
         AntherError, match=r"round 1 had no 1 accepted replies in \d+ tries over 2 hours \(\d+ failed\)"
     ):
-        tried(tmp_path, device, patience=2.0)
+        run_with_retries(tmp_path, device, patience=2.0)
     assert checkpoint.load(tmp_path, sites=SITES).round == 0
     resumed = run_rounds(
         grid=CohortGrid([FakeDevice("a")], perform),
@@ -258,7 +260,7 @@ def test_patience_ends_and_the_run_is_not_over(tmp_path):
     assert resumed.round == 2
 
 
-def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
+def test_device_without_pictures_is_not_counted(tmp_path):
     empty = FakeDevice("a", report=replace(REPORT, device="a", pictures=False))
     with pytest.raises(AntherError, match="1 of 2 devices are connected"):
         run_rounds(
@@ -273,7 +275,7 @@ def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
         )
 
 
-def test_fedit_runs_the_same_loop(tmp_path):
+def test_fedit(tmp_path):
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform, batched=False)
     state = run_rounds(
         grid=grid,
@@ -287,8 +289,8 @@ def test_fedit_runs_the_same_loop(tmp_path):
     assert state.adapter["x"].a.shape == (3, 6)
 
 
-def test_what_measuring_cost_is_remembered(tmp_path):
-    """After its last training a device may still measure: what a run has spent is what its ledgers hold by then."""
+def test_evaluation_cost_is_remembered(tmp_path):
+    """A device may still evaluate after its last training, which counts as spent."""
     privacy = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
     hidden = EvaluationPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
     devices = [FakeDevice(name) for name in "ab"]
@@ -297,7 +299,7 @@ def test_what_measuring_cost_is_remembered(tmp_path):
         strategy=strategy(
             plan=replace(PLAN, privacy=privacy),
             measuring=EvaluationPolicy(every=2, local_noise=hidden),
-            selection=Named(),
+            selection=_FirstOnly(),
             accept_simulated=True,
         ),
         state=fresh_state(private=True),
@@ -306,17 +308,17 @@ def test_what_measuring_cost_is_remembered(tmp_path):
         on_round=lambda _: None,
     )
     assert [device.heard.count("Evaluate") for device in devices] == [1, 1]
-    assert [done.epsilon for done in state.history] == [None, 1.5, 2.0, 2.0]  # the most that fake devices said
+    assert [done.epsilon for done in state.history] == [None, 1.5, 2.0, 2.0]  # maximum that fake devices report
     assert [done.validation.gain is None for done in state.history] == [True, True, False, True]
     assert all(done.validation.spent == done.validation.devices == {} for done in state.history)
     assert {name: facts.epsilon for name, facts in state.devices.items()} == {"a": 2.0, "b": 2.0}
-    assert state.devices["b"].steps == 0  # it only measured
+    assert state.devices["b"].steps == 0  # it only evaluated
     loaded = checkpoint.load(tmp_path, sites=SITES)
     assert (loaded.history, loaded.devices) == (state.history, state.devices)
 
 
-class Named:
-    """Asks the first device alone."""
+class _FirstOnly:
+    """Selects only the first device."""
 
     sensitivity = Sampling(data_independent=True, amplifies=False, reason="by name")
 
@@ -324,7 +326,7 @@ class Named:
         return sorted(names)[:1] if draw else []
 
 
-def test_personalise():
+def test_personalize():
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     request = Personalize(
         run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
@@ -332,14 +334,14 @@ def test_personalise():
     assert personalize(grid=grid, strategy=strategy(), request=request, timeout=1.0).devices == ("a", "b")
 
 
-def test_every_leg_waits_as_long_as_the_strategy_says(tmp_path):
+def test_timeout_applies_to_every_step(tmp_path):
     class Timed(CohortGrid):
         def send_and_receive(self, messages, *, timeout=None):
-            asked = list(messages)
-            waited.setdefault(asked[0].metadata.message_type, timeout)
-            return super().send_and_receive(asked)
+            batch = list(messages)
+            timeouts.setdefault(batch[0].metadata.message_type, timeout)
+            return super().send_and_receive(batch)
 
-    waited = {}
+    timeouts = {}
     federate(
         compose("rounds=1 adapter.shared.rank=3 round_loop.timeout=77"),
         grid=Timed([FakeDevice("a")], perform),
@@ -349,4 +351,4 @@ def test_every_leg_waits_as_long_as_the_strategy_says(tmp_path):
         checkpoints=tmp_path,
         on_round=lambda _: None,
     )
-    assert waited == {"query": 120.0, "train": 77.0, "evaluate": 77.0, "train.personalise": 77.0}
+    assert timeouts == {"query": 120.0, "train": 77.0, "evaluate": 77.0, "train.personalise": 77.0}

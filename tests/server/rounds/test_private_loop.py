@@ -1,4 +1,4 @@
-"""Rounds that are charged for: broken off, resumed, and ended before they cost too much."""
+"""Charged rounds: aborted, resumed, and ended before the budget is exceeded."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from tests.helpers.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, pe
 SECRET = {"budget": replace(BUDGET, participations=None), "sampling_rate": 0.5}
 
 
-class Killed(BaseException):
+class _Killed(BaseException):
     pass
 
 
@@ -33,14 +33,14 @@ def _fake_logic(monkeypatch):
 
 
 def run(folder, *, rounds=3, resume=False, on_round=lambda _: None, kill=None, **strategy):
-    """A run of three devices; the device `a` dies, and the server with it, in round `kill`."""
-    heard = []
+    """Run three devices; in round `kill`, device `a` fails and kills the server."""
+    rounds_seen = []
 
     def die(reply):
         if type(reply).__name__ == "Update":
-            heard.append(reply.round)
+            rounds_seen.append(reply.round)
             if reply.round == kill:
-                raise Killed
+                raise _Killed
         return reply
 
     grid = CohortGrid([FakeDevice("a", misbehave=die), FakeDevice("b"), FakeDevice("c")], perform)
@@ -64,17 +64,17 @@ def states(folder):
     return [(event["state"], event["round"]) for event in map(json.loads, (folder / JOURNAL).read_text().splitlines())]
 
 
-def test_every_round_is_reserved_and_released(tmp_path):
+def test_rounds_are_reserved_and_released(tmp_path):
     state = run(tmp_path)
     assert states(tmp_path) == [(kind, number) for number in (1, 2, 3) for kind in ("reserved", "released")]
     assert [done.train.central.guarantee for done in state.history[1:]] == [spent(rounds) for rounds in (1, 2, 3)]
-    assert state.best_round == 3  # fixed beforehand
+    assert state.best_round == 3  # fixed in advance
     assert checkpoint.load(tmp_path / "checkpoints", sites=SITES).ledger == state.ledger
 
 
-def test_an_aborted_round_stays_charged_and_the_run_ends_a_round_early(tmp_path, caplog):
-    """Everyone is asked in every round, and σ is solved for three."""
-    with pytest.raises(Killed):
+def test_aborted_round_stays_charged(tmp_path, caplog):
+    """Every device is asked in every round, and σ is calibrated for three."""
+    with pytest.raises(_Killed):
         run(tmp_path, kill=2)
     with caplog.at_level(logging.WARNING):
         state = run(tmp_path, resume=True)
@@ -88,18 +88,18 @@ def test_an_aborted_round_stays_charged_and_the_run_ends_a_round_early(tmp_path,
     assert state.round == 2
     assert "the run ends after round 2 of 3: every device was asked in 3 rounds" in caplog.text
     assert state.history[2].train.central.guarantee == spent(3)
-    again = run(tmp_path, resume=True)  # and stays there
+    again = run(tmp_path, resume=True)  # and doesn't continue
     assert encode(to_tensors(again.adapter)) == encode(to_tensors(state.adapter))
     assert len(states(tmp_path)) == 5
 
 
-def test_aborted_under_a_secret_sample_the_whole_population_pays(tmp_path, caplog):
+def test_aborted_secret_sample_charges_all_devices(tmp_path, caplog):
     level = {**SECRET, "budget": replace(SECRET["budget"], epsilon=spent(3, 0.5).value)}
     settings = {"level": level, "selection": poisson(0.5)}
     whole = run(tmp_path / "whole", **settings)
     assert whole.round == 3
     broken = next(number for number in (1, 2, 3) if "a" in poisson(0.5).select("abc", draw=number))
-    with pytest.raises(Killed):
+    with pytest.raises(_Killed):
         run(tmp_path / "parts", kill=broken, **settings)
     with caplog.at_level(logging.WARNING):
         state = run(tmp_path / "parts", resume=True, **settings)
@@ -109,17 +109,17 @@ def test_aborted_under_a_secret_sample_the_whole_population_pays(tmp_path, caplo
 
 
 @pytest.mark.parametrize("dies_after", [0, 1, 2])
-def test_killed_between_rounds_it_is_the_same_run(tmp_path, dies_after):
-    """Nothing was broken off, so nothing is paid for twice; a release that was not noted yet is noted."""
+def test_kill_between_rounds_changes_nothing(tmp_path, dies_after):
+    """No round was aborted, so none is charged twice; a missing release is recorded."""
     adaptive = AdaptiveClip(quantile=0.5, rate=0.5, noise_stddev=1.0)
     level = {"mechanism": GaussianMechanism(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
     whole = run(tmp_path / "whole", level=level)
 
     def die(done):
         if done.number == dies_after:
-            raise Killed
+            raise _Killed
 
-    with pytest.raises(Killed):
+    with pytest.raises(_Killed):
         run(tmp_path / "parts", on_round=die, level=level)
     journal = tmp_path / "parts" / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -135,7 +135,7 @@ def test_killed_between_rounds_it_is_the_same_run(tmp_path, dies_after):
 
 
 @pytest.mark.parametrize("how", ["missing", "shortened"])
-def test_a_run_whose_ledger_is_gone_is_not_resumed(tmp_path, how):
+def test_missing_ledger_prevents_resume(tmp_path, how):
     run(tmp_path, rounds=2)
     journal = tmp_path / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -144,7 +144,7 @@ def test_a_run_whose_ledger_is_gone_is_not_resumed(tmp_path, how):
         run(tmp_path, rounds=3, resume=True)
 
 
-def test_a_run_that_only_its_server_makes_private_does_not_choose_by_what_it_measured(tmp_path):
+def test_central_dp_run_keeps_last_round(tmp_path):
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     state = federate(
         compose("rounds=1 adapter.shared.rank=3"),
@@ -159,7 +159,7 @@ def test_a_run_that_only_its_server_makes_private_does_not_choose_by_what_it_mea
     assert state.private
 
 
-def test_a_budget_that_pays_for_no_round_leaves_the_start(tmp_path, caplog):
+def test_budget_below_one_round(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         state = run(tmp_path, level={"budget": replace(BUDGET, epsilon=0.01)})
     assert (state.round, states(tmp_path)) == (0, [])

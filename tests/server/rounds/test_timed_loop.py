@@ -1,4 +1,4 @@
-"""Rounds on a virtual clock: whatever devices do or don't, a run goes on; the same seed gives the same run."""
+"""Rounds on a virtual clock: runs continue whatever devices do, and the same seed gives the same run."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -56,14 +56,14 @@ def run(
     order=0,
     **more,
 ):
-    """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
+    """Run some rounds, and return the state and the fleet; asynchronous with `size`, the updates per round."""
     grid, lives = timed_grid(folder, *fleet, **more)
     if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
     limits = RoundLimits(clock=lives.clock, timeout=timeout, target_replies=enough, seed=order)
     round_runner = size and FedBuffRunner(grid, chosen, limits, shift=shift, size=size, concurrency=concurrency)
-    found = run_rounds(
+    final = run_rounds(
         grid=grid,
         strategy=chosen,
         state=state or fresh_state(),
@@ -75,7 +75,7 @@ def run(
         min_devices=0,
         before_checkpoint=lives.save,
     )
-    return found, lives
+    return final, lives
 
 
 def outcome(state):
@@ -90,79 +90,79 @@ def speeds(*values):
     return [virtual_device(name, speed=value) for name, value in zip("abcdefgh", values, strict=False)]
 
 
-def test_a_round_ends_with_enough_replies_and_counts_who_came_late(tmp_path):
+def test_round_ends_with_enough_replies(tmp_path):
     fleet = speeds(8.0, 4.0, 1.0, 0.5)
     waits, lives = run(tmp_path / "all", *fleet, timeout=1e6)
     assert [done.train.replied for done in waits.history[1:]] == [4, 4]
     assert times(lives) == [0, 16, 32]
-    found, lives = run(tmp_path / "enough", *speeds(8.0, 4.0, 1.0, 0.5), rounds=5, enough=2)
-    assert [done.train.replied for done in found.history[1:]] == [2] * 5
-    assert found.history[1].train.dropped == {"no reply": 2}
+    final, lives = run(tmp_path / "enough", *speeds(8.0, 4.0, 1.0, 0.5), rounds=5, enough=2)
+    assert [done.train.replied for done in final.history[1:]] == [2] * 5
+    assert final.history[1].train.dropped == {"no reply": 2}
     assert times(lives)[1] == 2
-    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+    assert sum(done.train.dropped.get("late", 0) for done in final.history[1:]) > 0
 
 
-def test_of_replies_that_come_at_once_names_decide_nothing(tmp_path):
+def test_names_do_not_order_simultaneous_replies(tmp_path):
     counted = set()
     for seed in range(8):
-        found, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=seed)
-        counted.add(tuple(name for name, facts in sorted(found.devices.items()) if facts.rounds))
+        final, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=seed)
+        counted.add(tuple(name for name, facts in sorted(final.devices.items()) if facts.rounds))
     assert len(counted) > 3
     again, _ = run(tmp_path / "again", *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=7)
-    assert outcome(again) == outcome(found)
+    assert outcome(again) == outcome(final)
 
 
-def test_who_is_too_slow_for_the_deadline_is_not_waited_for(tmp_path):
-    found, lives = run(tmp_path, *speeds(8.0, 4.0, 0.1), timeout=10.0)
+def test_timeout_drops_slow_devices(tmp_path):
+    final, lives = run(tmp_path, *speeds(8.0, 4.0, 0.1), timeout=10.0)
     assert times(lives) == [0, 10, 20]
-    assert [done.train.dropped for done in found.history[1:]] == [{"no reply": 1}] * 2
+    assert [done.train.dropped for done in final.history[1:]] == [{"no reply": 1}] * 2
     assert lives.log.rounds[2].lost == {}
 
 
-def test_whoever_needs_too_much_memory_stops_nothing(tmp_path):
+def test_out_of_memory_device_stops_no_run(tmp_path):
     fleet = [virtual_device(name, memory_mib=RUNTIME + 1) for name in "ab"]
-    found, lives = run(tmp_path, *fleet)
-    assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+    final, lives = run(tmp_path, *fleet)
+    assert torch.equal(final.adapter["x"].a, fresh_state().adapter["x"].a)
     assert [facts.lost for facts in lives.log.rounds] == [{}, {"killed: memory": 2}, {"killed: memory": 2}]
     assert times(lives) == [0, 100, 200]
     for size in (1, 2):
-        found, lives = run(tmp_path / str(size), *fleet, size=size)
-        assert [done.train.replied for done in found.history[1:]] == [0, 0]
+        final, lives = run(tmp_path / str(size), *fleet, size=size)
+        assert [done.train.replied for done in final.history[1:]] == [0, 0]
         assert times(lives)[-1] == 200
 
 
-def test_a_round_waits_for_somebody_to_ask_and_goes_by_if_nobody_comes(tmp_path):
-    away = [virtual_device("a", availability=DailySchedule([], [0.0, 24.0]))]
-    found, lives = run(tmp_path / "never", *away)
-    assert [done.train.asked for done in found.history[1:]] == [0, 0]
+def test_round_waits_for_devices_until_timeout(tmp_path):
+    offline = [virtual_device("a", availability=DailySchedule([], [0.0, 24.0]))]
+    final, lives = run(tmp_path / "never", *offline)
+    assert [done.train.asked for done in final.history[1:]] == [0, 0]
     assert times(lives) == [0, 100, 200]
     later = [virtual_device("a", availability=DailySchedule([1.0, 24.0], [0.0, 24.0]))]
     for size in (None, 1):
-        found, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
-        assert [done.train.replied for done in found.history[1:]] == [1, 1]
+        final, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
+        assert [done.train.replied for done in final.history[1:]] == [1, 1]
         assert 3600 < lives.log.rounds[1].ended < 3600 + 700
-    nobody = strategy(selection=Poisson(rate=0.5, coins=lambda _: Tails()))
-    found, lives = run(tmp_path / "tails", virtual_device("a"), chosen=nobody)
-    assert times(lives) == [0, 0, 0]  # that sample is not drawn again
+    empty_sample = strategy(selection=Poisson(rate=0.5, coins=lambda _: _NeverIncluded()))
+    final, lives = run(tmp_path / "tails", virtual_device("a"), chosen=empty_sample)
+    assert times(lives) == [0, 0, 0]  # that sample isn't drawn again
 
 
-class Tails:
+class _NeverIncluded:
     release = False
 
     def poisson_batch(self, _size, _rate):
         return torch.arange(0)
 
 
-def test_below_the_quorum_the_adapter_is_kept(tmp_path):
-    found, _ = run(tmp_path, *speeds(1.0, 1.0, 0.05), chosen=strategy(quorum=3), rounds=1)
-    assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
-    assert (found.history[1].train.replied, found.history[1].train.diagnostics) == (2, {})
-    found, _ = run(tmp_path / "met", *speeds(1.0, 1.0, 0.5), chosen=strategy(quorum=3), rounds=1)
-    assert not torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+def test_adapter_is_kept_below_quorum(tmp_path):
+    final, _ = run(tmp_path, *speeds(1.0, 1.0, 0.05), chosen=strategy(quorum=3), rounds=1)
+    assert torch.equal(final.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert (final.history[1].train.replied, final.history[1].train.diagnostics) == (2, {})
+    final, _ = run(tmp_path / "met", *speeds(1.0, 1.0, 0.5), chosen=strategy(quorum=3), rounds=1)
+    assert not torch.equal(final.adapter["x"].a, fresh_state().adapter["x"].a)
 
 
 @pytest.mark.parametrize("size", [None, 2])
-def test_the_same_seed_gives_the_same_run(tmp_path, size):
+def test_same_seed_gives_same_run(tmp_path, size):
     def once(folder, seed):
         fleet = [
             virtual_device(name, drop_out=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
@@ -176,7 +176,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path, size):
     assert once("third", 2) != once("fourth", 1)
 
 
-def test_killed_and_resumed_it_is_the_same_run(tmp_path):
+def test_resumed_run_equals_uninterrupted(tmp_path):
     def fleet():
         return [
             virtual_device(name, speed=0.1, battery_wh=2.0, charge=1.5, hot_after=60.0, hot_speed=0.5) for name in "abc"
@@ -190,11 +190,11 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path):
     assert again.log.rounds == lives.log.rounds
 
 
-def test_an_asynchronous_run_does_not_wait_for_the_slow(tmp_path):
-    found, lives = run(tmp_path, *speeds(4.0, 4.0, 0.4), rounds=6, size=2, timeout=1000.0)
-    assert [done.train.replied for done in found.history[1:]] == [2] * 6
-    assert times(lives)[-1] < 20  # of which a wait for all would take 120
-    rounds = {name: facts.rounds for name, facts in found.devices.items()}
+def test_fedbuff_does_not_wait_for_slow_devices(tmp_path):
+    final, lives = run(tmp_path, *speeds(4.0, 4.0, 0.4), rounds=6, size=2, timeout=1000.0)
+    assert [done.train.replied for done in final.history[1:]] == [2] * 6
+    assert times(lives)[-1] < 20  # waiting for all would take 120
+    rounds = {name: facts.rounds for name, facts in final.devices.items()}
     assert sum(rounds.values()) == 12
     assert rounds["a"] > rounds.get("c", 0)
     run(tmp_path / "again", *speeds(4.0, 4.0, 0.4), rounds=3, size=2)
@@ -203,25 +203,25 @@ def test_an_asynchronous_run_does_not_wait_for_the_slow(tmp_path):
     assert [done.train.replied for done in resumed.history[1:]] == [2] * 6
 
 
-def test_a_device_that_declines_is_left_alone_for_the_round(tmp_path):
+def test_declining_device_is_not_asked_again(tmp_path):
     def fail(_reply):
         raise RuntimeError
 
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=fail)]
-    found, _ = run(tmp_path, *speeds(1.0, 8.0), devices=devices, size=3, timeout=1000.0)
-    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 1}] * 2
-    assert [done.train.replied for done in found.history[1:]] == [3, 3]
+    final, _ = run(tmp_path, *speeds(1.0, 8.0), devices=devices, size=3, timeout=1000.0)
+    assert [done.train.dropped for done in final.history[1:]] == [{"failed": 1}] * 2
+    assert [done.train.replied for done in final.history[1:]] == [3, 3]
 
 
-def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
+def test_plan_numbers_are_unique(tmp_path):
     chosen, numbers = strategy(aggregation=FedIT()), []
     let_in = chosen.let_in
 
-    def noted(asked, *given, **named):
+    def record(asked, *count_updates, **named):
         numbers.extend((report.device, plan.round) for report, plan in asked.plans.values())
-        return let_in(asked, *given, **named)
+        return let_in(asked, *count_updates, **named)
 
-    chosen.let_in = noted
+    chosen.let_in = record
     grid, lives = timed_grid(tmp_path, *speeds(1.0, 0.3))
     limits = RoundLimits(clock=lives.clock, timeout=1000.0)
     round_runner = FedBuffRunner(grid, chosen, limits, shift=rebase_factors, size=4, concurrency=2)
@@ -244,59 +244,59 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
     )  # twice in a round
 
 
-def test_private_updates_of_older_adapters_are_taken_in(tmp_path):
+def test_private_stale_updates_are_aggregated(tmp_path):
     chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
     fleet = speeds(1.0, 1.0, 1.0, 0.3)
-    found, _ = run(tmp_path, *fleet, rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
-    diagnostics = [done.train.diagnostics for done in found.history[1:]]
-    assert [done.train.replied for done in found.history[1:]] == [3] * 4
+    final, _ = run(tmp_path, *fleet, rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
+    diagnostics = [done.train.diagnostics for done in final.history[1:]]
+    assert [done.train.replied for done in final.history[1:]] == [3] * 4
     assert "snr" in diagnostics[0]
     assert any("snr" not in each for each in diagnostics)
 
 
-def test_private_devices_are_asked_once_a_round_and_nobody_is_waited_for(tmp_path):
-    """They have paid for so many rounds; others may be asked again and again."""
+def test_private_devices_are_asked_once_per_round(tmp_path):
+    """They have paid for a fixed number of rounds; other devices may be asked again."""
 
     def asked(folder, **changes):
         chosen, fresh = strategy(**changes), fresh_state(private="plan" in changes)
-        found, lives = run(folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, chosen=chosen, state=fresh, timeout=1e4)
-        return {name: facts.asked for name, facts in found.devices.items()}, times(lives)[-1]
+        final, lives = run(folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, chosen=chosen, state=fresh, timeout=1e4)
+        return {name: facts.asked for name, facts in final.devices.items()}, times(lives)[-1]
 
     assert asked(tmp_path / "open")[0]["a"] > 4
     of_each, seconds = asked(tmp_path / "private", plan=PRIVATE, accept_simulated=True)
     assert of_each == {"a": 4, "b": 4, "c": 4}
-    assert seconds < 4 * 40  # four rounds of the slowest, whose passes are filled up to a public size
+    assert seconds < 4 * 40  # four rounds of the slowest device, whose passes are padded to a public size
 
 
-def test_a_round_that_everybody_declines_is_over(tmp_path):
+def test_round_ends_if_all_decline(tmp_path):
     def fail(_reply):
         raise RuntimeError
 
     devices = [FakeDevice(name, misbehave=fail) for name in "ab"]
-    found, lives = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
-    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 2}] * 2
+    final, lives = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
+    assert [done.train.dropped for done in final.history[1:]] == [{"failed": 2}] * 2
     assert times(lives)[-1] < 10
 
 
 @pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
-def test_who_is_given_up_is_counted_when_it_comes_and_forgotten_after_ten_rounds(tmp_path, monkeypatch, size, rounds):
-    grids, made = [], timed_grid
+def test_late_replies_are_counted_for_ten_rounds(tmp_path, monkeypatch, size, rounds):
+    grids, make_grid = [], timed_grid
 
-    def kept(*given, **named):
-        grids.append(made(*given, **named))
+    def record_grid(*count_updates, **named):
+        grids.append(make_grid(*count_updates, **named))
         return grids[-1]
 
-    monkeypatch.setattr(f"{__name__}.timed_grid", kept)
-    found, _ = run(tmp_path / "late", *speeds(8.0, 8.0, 0.6), rounds=rounds, timeout=10.0, size=size)
-    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+    monkeypatch.setattr(f"{__name__}.timed_grid", record_grid)
+    final, _ = run(tmp_path / "late", *speeds(8.0, 8.0, 0.6), rounds=rounds, timeout=10.0, size=size)
+    assert sum(done.train.dropped.get("late", 0) for done in final.history[1:]) > 0
     run(tmp_path / "never", *speeds(8.0, 8.0, 0.01), rounds=rounds, timeout=10.0, size=size)
     for _ in range(99):
         grids[1][1].clock.wait(1e9)
     assert len(grids[1][0]._replies) <= 10
 
 
-class Watched(Everyone):
-    """Everyone, and when, and by whose coins, they were asked for."""
+class _RecordingSelection(Everyone):
+    """Selects every device, and records round and draw of each selection."""
 
     def __init__(self):
         self.seen = []
@@ -306,14 +306,14 @@ class Watched(Everyone):
         return super().select(devices, draw=draw)
 
 
-def test_whoever_selects_goes_by_the_round_and_tosses_coins_of_its_own(tmp_path):
-    """And learning rates fall by the round."""
-    watched, rates = Watched(), {}
+def test_selection_gets_round_and_own_draw(tmp_path):
+    """Learning rates also decay by round."""
+    watched, rates = _RecordingSelection(), {}
 
-    def noted(rate, round):
+    def record(rate, round):
         return rates.setdefault(round, rate / round)
 
-    run(tmp_path, *speeds(1.0, 0.3), rounds=3, size=4, chosen=strategy(selection=watched, decay=noted), timeout=1000.0)
+    run(tmp_path, *speeds(1.0, 0.3), rounds=3, size=4, chosen=strategy(selection=watched, decay=record), timeout=1000.0)
     draws = [draw for _, draw in watched.seen]
     assert draws == sorted(draws)
     assert len(set(draws)) > 3
@@ -322,8 +322,8 @@ def test_whoever_selects_goes_by_the_round_and_tosses_coins_of_its_own(tmp_path)
 
 
 @pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
-def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_path, monkeypatch, optimiser):
-    """Five rounds of 10⁻³ on numbers of about 1, which int4 holds to 0.3."""
+def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
+    """Five rounds add 10⁻³ to numbers of about 1, for which int4 has a resolution of 0.3."""
 
     def moved(request, device):
         if not isinstance(request, messages.Train):
@@ -349,31 +349,31 @@ def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_pat
 
     monkeypatch.setattr("simulations.grid.cohort.handle", moved)
     chosen = strategy(aggregation=FedIT(), download="int4", optimiser=optimiser)
-    found, _ = run(
+    final, _ = run(
         tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, chosen=chosen, size=3, timeout=1000.0, shift=rebase_factors
     )
-    assert [done.train.replied for done in found.history[1:]] == [3] * 5
+    assert [done.train.replied for done in final.history[1:]] == [3] * 5
     before = to_tensors(fresh_state().adapter)
-    changes = torch.cat([(tensor - before[name]).ravel() for name, tensor in to_tensors(found.adapter).items()])
-    assert float(changes.max() - changes.min()) < 1e-5  # all alike: those of older adapters count less
+    changes = torch.cat([(tensor - before[name]).ravel() for name, tensor in to_tensors(final.adapter).items()])
+    assert float(changes.max() - changes.min()) < 1e-5  # all equal: updates of older adapters have a lower weight
     assert 3e-3 < float(changes.mean()) < 5.01e-3
 
 
-def given(monkeypatch):
-    """How many updates each device gave to each round that is closed."""
+def count_updates(monkeypatch):
+    """Record the number of updates per device of each closed round."""
     seen, close = [], Federated.close
 
-    def noted(self, number, current, asked, found, dropped, **named):
-        seen.append(Counter(update.device for update in found.updates))
-        return close(self, number, current, asked, found, dropped, **named)
+    def record(self, number, current, asked, final, dropped, **named):
+        seen.append(Counter(update.device for update in final.updates))
+        return close(self, number, current, asked, final, dropped, **named)
 
-    monkeypatch.setattr(Federated, "close", noted)
+    monkeypatch.setattr(Federated, "close", record)
     return seen
 
 
-def test_one_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
-    """A robust rule takes a fifth of the devices for malicious, not four fifths of the updates."""
-    seen = given(monkeypatch)
+def test_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
+    """A robust rule tolerates a fifth of the devices being malicious, not four fifths of the updates."""
+    seen = count_updates(monkeypatch)
     _, lives = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
     assert [sum(each.values()) for each in seen] == [5] * 4
     assert all(each["a"] <= 1 for each in seen)
@@ -381,20 +381,20 @@ def test_one_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 1), (4, 2), (5, 2), (7, 3)])
-def test_of_too_few_devices_each_has_its_share_of_a_round(tmp_path, monkeypatch, size, most):
-    seen = given(monkeypatch)
+def test_few_devices_share_a_round(tmp_path, monkeypatch, size, most):
+    seen = count_updates(monkeypatch)
     run(tmp_path, *speeds(80.0, 1.0, 0.5), rounds=4, timeout=1e6, size=size, concurrency=3)
     assert [sum(each.values()) for each in seen] == [size] * 4
     assert max(max(each.values()) for each in seen) <= most
 
 
-def test_whoever_is_left_fills_a_round_when_the_others_have_gone(tmp_path, monkeypatch):
-    """Of three fast ones two leave, and then the slow ones fail."""
+def test_remaining_device_fills_the_round(tmp_path, monkeypatch):
+    """Two of three fast devices leave, and then the slow ones fail."""
 
     def fail(_reply):
         raise RuntimeError
 
-    seen = given(monkeypatch)
+    seen = count_updates(monkeypatch)
     hours = [DailySchedule([0.0, end], [0.0, 24.0]) for end in (24.0, 4 / 3600, 4 / 3600)]
     fast = [virtual_device(name, speed=8.0, availability=each) for name, each in zip("abc", hours, strict=True)]
     slow = [virtual_device(name) for name in "def"]
@@ -405,51 +405,51 @@ def test_whoever_is_left_fills_a_round_when_the_others_have_gone(tmp_path, monke
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
-def test_killed_and_resumed_a_private_device_is_charged_no_more_often_than_there_are_rounds(tmp_path, monkeypatch, at):
-    """σ is solved for so many plans of each: whoever is asked again for a round answers for the same number."""
+def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
+    """σ is calibrated for a number of plans per device, so a repeated request uses the same plan number."""
     asked, sent, let_in, calls = defaultdict(set), Federated.sent, Federated.let_in, count(1)
 
-    def noted(self):
-        found = sent(self)
-        for report, plan in found.plans.values():
+    def record(self):
+        final = sent(self)
+        for report, plan in final.plans.values():
             asked[report.device].add(plan.round)
-        return found
+        return final
 
-    def killed(self, *given, **named):
+    def killed(self, *count_updates, **named):
         if next(calls) == at:
             raise KeyboardInterrupt
-        return let_in(self, *given, **named)
+        return let_in(self, *count_updates, **named)
 
     def once(saved):
         chosen = strategy(plan=PRIVATE, accept_simulated=True)
         fleet = speeds(8.0, 4.0, 2.0, 1.0, 0.7)
         return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, chosen=chosen, state=saved)
 
-    monkeypatch.setattr(Federated, "sent", noted)
+    monkeypatch.setattr(Federated, "sent", record)
     monkeypatch.setattr(Federated, "let_in", killed)
     with pytest.raises(KeyboardInterrupt):
         once(fresh_state(private=True))
-    found, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
-    assert [done.train.replied for done in found.history[1:]] == [2] * 3
+    final, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
+    assert [done.train.replied for done in final.history[1:]] == [2] * 3
     assert max(map(len, asked.values())) <= 3
 
 
 @pytest.mark.parametrize("size", [None, 3])
-def test_directions_turn_between_the_ranks_that_devices_train(tmp_path, monkeypatch, size):
-    blocks, found = set(), exact.align
+def test_exact_rotates_within_rank_blocks(tmp_path, monkeypatch, size):
+    blocks, final = set(), exact.align
 
-    def noted(a, b, towards, between):
+    def record(a, b, towards, between):
         blocks.add(tuple(between))
-        return found(a, b, towards, between)
+        return final(a, b, towards, between)
 
-    monkeypatch.setattr(exact, "align", noted)
+    monkeypatch.setattr(exact, "align", record)
     devices = [FakeDevice(n, report=replace(REPORT, device=n, rank=r)) for n, r in zip("abc", (1, 2, 3), strict=True)]
     run(tmp_path, *speeds(4.0, 2.0, 0.5), devices=devices, rounds=4, size=size, timeout=1e4)
     assert {each for block in blocks for each in block} <= {1, 2, 3}
 
 
-def test_a_private_round_with_an_earlier_one_s_update_is_over_when_nobody_is_left(tmp_path, monkeypatch):
-    seen = given(monkeypatch)
+def test_private_round_ends_without_devices(tmp_path, monkeypatch):
+    seen = count_updates(monkeypatch)
     chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
     _, lives = run(tmp_path, *speeds(8.0, 4.0, 0.5), rounds=4, size=2, chosen=chosen, state=fresh, timeout=1e5)
     assert all(max(each.values()) == 1 for each in seen)
@@ -482,13 +482,13 @@ def test_a_private_round_with_an_earlier_one_s_update_is_over_when_nobody_is_lef
         ("aggregation=fedit privacy=device round_loop.quorum=2", "round_loop.quorum=2: what is private per device"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(overrides, said):
+def test_incompatible_settings_are_refused(overrides, said):
     config = compose(overrides)
     with pytest.raises(AntherError, match=said):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
-def test_over_selection_asks_more_than_it_needs():
+def test_overselection():
     config = compose("cohort.size=5 cohort.overselection=1.3")
-    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
-    assert len(found._selection.select([str(number) for number in range(20)], draw=1)) == 7
+    final = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+    assert len(final._selection.select([str(number) for number in range(20)], draw=1)) == 7

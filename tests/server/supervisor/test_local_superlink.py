@@ -1,4 +1,4 @@
-"""Who may connect to the SuperLink on loopback."""
+"""Access to the SuperLink on loopback is limited to its own user."""
 
 import contextlib
 import os
@@ -25,16 +25,16 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=10) as li
 """
 
 
-def of_nobody() -> str | None:
-    """A Python that another user may run: ours may lie in a home that is closed to them."""
-    for found in (sys.executable, "/usr/local/bin/python3", "/usr/bin/python3"):
+def find_python() -> str | None:
+    """Find a Python that another user may run: this one may be in a home folder that is closed to others."""
+    for path in (sys.executable, "/usr/local/bin/python3", "/usr/bin/python3"):
         with contextlib.suppress(OSError):
-            if subprocess.run([found, "-c", ""], user=NOBODY, cwd="/", check=False).returncode == 0:
-                return found
+            if subprocess.run([path, "-c", ""], user=NOBODY, cwd="/", check=False).returncode == 0:
+                return path
     return None
 
 
-PYTHON = of_nobody() if os.geteuid() == 0 else None
+PYTHON = find_python() if os.geteuid() == 0 else None
 needs_another_user = pytest.mark.skipif(PYTHON is None, reason="needs root, and a Python that others may run")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net/tcp")
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net
 
 @pytest.fixture
 def port():
-    """Of a listener that greets each connection of its own user."""
+    """Port of a listener that greets each connection of its own user."""
     with OwnUserListener(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -73,11 +73,11 @@ def test_own_user_connects(port):
 
 
 @needs_another_user
-def test_another_user_is_closed_before_a_byte_is_read(port, capfd):
+def test_other_user_is_disconnected(port, capfd):
     for _ in range(3):
         assert connect(port, PYTHON, user=NOBODY, cwd="/") == ""
     assert connect(port) == "welcome"
-    assert capfd.readouterr().err == f"closed a connection of user {NOBODY}\n", "named once a minute"
+    assert capfd.readouterr().err == f"closed a connection of user {NOBODY}\n", "logged once a minute"
 
 
 GREET = """
@@ -87,7 +87,7 @@ print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=1
 
 
 @needs_another_user
-def test_flowers_own_superlink_answers_nobody_else(tmp_path):
+def test_superlink_answers_only_its_user(tmp_path):
     port = free_port()
     words = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     with (tmp_path / "log").open("w") as log:
@@ -107,7 +107,7 @@ def test_flowers_own_superlink_answers_nobody_else(tmp_path):
         wait_until(lambda: health().stdout == "200\n", 60, "a SuperLink")
         other = health(PYTHON, user=NOBODY, cwd="/")
         assert other.stdout == ""
-        assert "refused" not in other.stderr.lower(), "it is there, and closes the connection"
+        assert "refused" not in other.stderr.lower(), "it listens, and closes the connection"
         assert f"closed a connection of user {NOBODY}" in (tmp_path / "log").read_text()
         assert health().stdout == "200\n"
     finally:
@@ -115,7 +115,7 @@ def test_flowers_own_superlink_answers_nobody_else(tmp_path):
         running.wait()
 
 
-def test_a_port_that_another_program_holds_ends_it_in_one_line(tmp_path):
+def test_port_in_use_is_reported(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -136,14 +136,14 @@ def test_a_port_that_another_program_holds_ends_it_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_owner_is_that_of_the_other_end_while_it_is_open():
+def test_owner_of_the_other_end():
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as line:
         connection, peer = listener.accept()
         ours = listener.getsockname()
         with connection:
             with open("/proc/net/tcp") as table:  # noqa: PTH123
                 assert owner(peer, ours, table.read()) == os.geteuid()
-            line.close()  # a socket that nobody holds is listed as root's
+            line.close()  # the kernel lists a socket without owner as root's
             with open("/proc/net/tcp") as table:  # noqa: PTH123
                 assert owner(peer, ours, table.read()) is None
     assert owner(("192.0.2.1", 5), ours, "header\n") is None

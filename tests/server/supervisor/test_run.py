@@ -1,4 +1,4 @@
-"""A real federation: SuperLink, TLS, keys, SuperNodes and workers as processes of their own, on loopback."""
+"""A real federation on loopback: SuperLink, TLS, keys, SuperNodes and workers as separate processes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ RUN = (
     "adapter.shared.steps=2 adapter.personal.steps=1 evaluation.timesteps=1 round_loop.timeout=300"
 )
 OWNERS = ("owner-0", "owner-1", "owner-2")
-DEVICE = ("test=true", "seed=7", "device=cpu")  # as the simulation, to be compared, also where there is a GPU
+DEVICE = ("test=true", "seed=7", "device=cpu")  # comparable with the simulation, even with a GPU
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found and ended in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
-def test_a_federation_of_processes(tmp_path, monkeypatch):
-    """In one test: another worker of pytest's would run it all again."""
+def test_federation_of_processes(tmp_path, monkeypatch):
+    """All checks are in one test, since another pytest worker would run the federation again."""
     folder = tmp_path / "federation"
     pictures = write_letter_folders(folder / "pictures", len(OWNERS), each=8)
     with federation(folder, RUN) as running:
@@ -56,27 +56,27 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
         for owner in OWNERS:
             running.enroll(owner, pictures[owner], *DEVICE).start()
         wait_until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.logs()}")
-        for dies in (
+        for process in (
             *running.devices[OWNERS[0]].children("client.runtime.worker"),
             *running.server.children("flwr-serverapp"),
         ):
-            dies.kill()  # neither changes a bit of what follows
-        refusals = refused(running, pictures[OWNERS[0]])
+            process.kill()  # neither changes the results
+        refusals = collect_refusals(running, pictures[OWNERS[0]])
         wait_until(lambda: running.server.exit_code is not None, 400, f"the run's end\n{running.logs()}")
         assert running.server.exit_code == 0, running.logs()
-        it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path / "simulated", monkeypatch)
-        what_was_noised_reproducibly_is_no_release(running)
-        strangers_are_refused(refusals)
-        every_device_has_a_personal_adapter(running)
-        the_run_leaves_an_adapter_and_a_page(running)
+        check_equal_to_simulation(running, pictures, tmp_path / "simulated", monkeypatch)
+        check_no_release_in_tests(running)
+        check_refusals(refusals)
+        check_personal_adapters(running)
+        check_results(running)
 
 
-def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
-    """What becomes of who has no business here, while the federation runs."""
-    used = run_module(
+def collect_refusals(running: LocalFederation, pictures: Path) -> dict[str, str]:
+    """Try to get access without permission while the federation runs, and return the refusals."""
+    enrolled = run_module(
         "client.cli.enroll", f"data={pictures}", "name=dora", home=running.folder / "d", stdin=running.ticket()
     )
-    assert used.returncode == 0, used.stderr
+    assert enrolled.returncode == 0, enrolled.stderr
     ticket = running.ticket()
     first = run_module("client.cli.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", stdin=ticket)
     assert first.returncode == 0, first.stderr
@@ -86,7 +86,7 @@ def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
         "client.runtime.supervisor", owner.arguments, running.folder / "second", {"ANTHER_HOME": str(owner.home)}
     ).start()
     wait_until(lambda: second.exit_code is not None, 120, f"a second one's refusal\n{second.output}")
-    # A key that nobody enrolled, with everything else right.
+    # A key that isn't enrolled, with everything else correct.
     stranger = ModuleProcess("client.runtime.supervisor", ["connection.max_poll_seconds=1"], running.folder / "d")
     (stranger.home / "link" / "node.key").unlink()
     from client.runtime.server_connection import _new_key
@@ -101,14 +101,14 @@ def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
             answer = plain.recv(100)
         except ConnectionError:
             answer = b""
-    nobody = ssl.create_default_context()
-    nobody.check_hostname, nobody.verify_mode = False, ssl.CERT_NONE
-    with httpx.Client(base_url=f"https://{LOOPBACK}:{running.port}", verify=nobody) as client:
+    unverified = ssl.create_default_context()
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    with httpx.Client(base_url=f"https://{LOOPBACK}:{running.port}", verify=unverified) as client:
         control = client.post("/v1/control/list-runs", content=b"").status_code
         shelf = client.get("/v1/anther/base/x/manifest").status_code
         fleet = client.post("/v1/fleet/pull-messages", content=b"").status_code
     return {
-        "used": again.stderr,
+        "enrolled": again.stderr,
         "second": second.output,
         "stranger": stranger.output,
         "control": str(control),
@@ -118,7 +118,7 @@ def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
     }
 
 
-def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path, monkeypatch):
+def check_equal_to_simulation(running, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     config = compose(shlex.join(run_overrides(shlex.split(RUN), 100)))
     base = load(config.base.path, sites=config.adapter.sites)
@@ -149,34 +149,34 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
         assert apart <= 1e-4 * max(1.0, float(torch.linalg.norm(b @ a))), site
 
 
-def what_was_noised_reproducibly_is_no_release(running):
+def check_no_release_in_tests(running):
     for owner in OWNERS:
         done = run_module("client.cli.ledger", "--name", owner, home=running.folder / owner)
         assert "no: test" in done.stdout, done.stdout + done.stderr
         assert "ε=" not in done.stdout.split("All of it together")[0]
 
 
-def strangers_are_refused(refusals):
-    assert "works only once" in refusals["used"]
+def check_refusals(refusals):
+    assert "works only once" in refusals["enrolled"]
     assert "isn't enrolled there, or was revoked" in refusals["stranger"]
     assert "is in use by process" in refusals["second"]
     assert "200" not in refusals["plain"]
     assert (refusals["shelf"], refusals["fleet"]) == ("401", "401")
-    assert refusals["control"] in ("401", "404", "405")  # nothing behind the gateway but what devices need
+    assert refusals["control"] in ("401", "404", "405")  # only the endpoints that devices need
 
 
-def the_run_leaves_an_adapter_and_a_page(running):
+def check_results(running):
     (run,) = running.runs
     assert len(load_file(run / "adapters" / "shared.safetensors")) == 2 * 56
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
-    (over,) = (line for line in running.server.output.splitlines() if "the run is over" in line)
-    assert str(run / "report.html") in over
+    (line,) = (line for line in running.server.output.splitlines() if "the run is over" in line)
+    assert str(run / "report.html") in line
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["rounds"], summary["clients"], summary["test"]) == (3, 3, True)
     assert 0 < summary["epsilon"]["value"] <= 8
     assert "so not a release" in (run / "report.html").read_text()
 
 
-def every_device_has_a_personal_adapter(running):
+def check_personal_adapters(running):
     for owner in OWNERS:
         assert list((running.folder / owner).rglob("personal.safetensors")), running.devices[owner].output

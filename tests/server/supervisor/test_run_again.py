@@ -1,4 +1,4 @@
-"""A server whose run is over says so, and begins no other by itself: a machine that starts again would."""
+"""A server with a finished run starts no other on its own, for example after a reboot."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ WORDS = ["rounds=1", "cohort.size=1"]
 
 
 @pytest.mark.parametrize(("words", "refused"), [([], True), (["server.allow_rerun=true"], False)])
-def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: list[str], refused: bool) -> None:
+def test_finished_run_is_not_restarted(tmp_path: Path, words: list[str], refused: bool) -> None:
     folder = run_dirs.run_folder(" ".join(run_overrides(WORDS, 100)), tmp_path / "runs")
     run_dirs.mark_finished(folder)
-    # A folder that can't be made ends a server that gets any further, and quickly.
+    # A folder that can't be created ends a server quickly if it gets any further.
     (tmp_path / "file").write_text("")
     command = [
         sys.executable,
@@ -44,8 +44,8 @@ def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: li
     assert (f"{folder}: the run of this configuration is over" in done.stderr) == refused, done.stderr
 
 
-def test_two_servers_of_one_folder(tmp_path: Path) -> None:
-    """The second would register the same devices with another SuperLink."""
+def test_second_server_is_refused(tmp_path: Path) -> None:
+    """A second server would register the same devices with another SuperLink."""
     command = [sys.executable, "-m", "server.supervisor.run", *WORDS, "server.hostnames=[127.0.0.1]"]
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path)}
     with exclusive(tmp_path / "server", what="a federation"):

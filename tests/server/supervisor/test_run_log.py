@@ -1,4 +1,4 @@
-"""What an operator reads of a run's log, through Flower's own logger."""
+"""A run's log as the operator reads it, through Flower's own logger."""
 
 import io
 import logging
@@ -11,7 +11,7 @@ from server.supervisor.run_log import format_line, log_through_flower, log_to_co
 
 @pytest.mark.parametrize("timestamps", [True, False])
 @pytest.mark.parametrize("colored", [True, False])
-def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
+def test_our_log_lines_are_plain(colored, timestamps):
     stream = io.StringIO()
     handler = ConsoleHandler(timestamps=timestamps, json=False, colored=colored, stream=stream)
     before, FLOWER_LOGGER.handlers = FLOWER_LOGGER.handlers, [handler]
@@ -19,7 +19,7 @@ def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
     try:
         log_through_flower("room")
         logging.getLogger("room.inner").info("round %d of %d", 1, 3)
-        logging.getLogger("room.inner").warning("node 7 is left out")
+        logging.getLogger("room.inner").warning("node 7 is excluded")
         FLOWER_LOGGER.info("Starting Flower ServerApp")
         FLOWER_LOGGER.error("something broke")
     finally:
@@ -27,7 +27,7 @@ def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
         room.handlers.clear()
     assert [format_line(line) for line in stream.getvalue().splitlines()] == [
         "round 1 of 3",
-        "warning: node 7 is left out",
+        "warning: node 7 is excluded",
         None,
         "error: something broke",
     ]
@@ -40,8 +40,8 @@ def test_a_traceback_is_shown():
     assert format_line("Using SuperLink: anther (127.0.0.1:9444)") is None
 
 
-def test_this_process_tells_too(capsys):
+def test_log_to_console(capsys):
     log_to_console("lobby")
-    logging.getLogger("lobby.door").info("ada-pi is in, of %s", "ada")
+    logging.getLogger("lobby.gateway").info("ada-pi is in, of %s", "ada")
     logging.getLogger("lobby").handlers.clear()
     assert capsys.readouterr().out.endswith(" ada-pi is in, of ada\n")

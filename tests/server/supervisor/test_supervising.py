@@ -1,4 +1,4 @@
-"""What `server.supervisor.run` does while a SuperLink fails, over a SuperLink that fails as it is told to."""
+"""The supervisor during failures of the SuperLink, with a fake SuperLink."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import pytest
 
 from common.errors import AntherError
 from conf.schemas.server import ServerConfig
-from server.gateway.members import EnrolledNodes
+from server.gateway.enrolled_nodes import EnrolledNodes
 from server.supervisor import run_dirs
 from server.supervisor.run import ServerSupervisor
 
 WORDS = ["rounds=3"]
 
 
-class SuperLink:
-    """Args:
-    ends: called when a run was followed to its end.
-    broken: whether its control API answers nothing.
+class _FakeSuperLink:
+    """A SuperLink that fails on request.
+
+    Args:
+        ends: called at the end of each run.
+        broken: returns whether the control API fails.
     """
 
     certificates = None
@@ -49,11 +51,11 @@ class SuperLink:
         return len(self.submitted)
 
     def watch(self, run: int) -> SimpleNamespace:
-        """Its log breaks off at once."""
+        """Return a process whose log ends immediately."""
         return SimpleNamespace(stdout=io.StringIO(f"log of {run}"), poll=lambda: 0, terminate=str, wait=str)
 
     @property
-    def control(self) -> SuperLink:
+    def control(self) -> _FakeSuperLink:
         return self
 
     def check(self) -> None:
@@ -71,66 +73,66 @@ class SuperLink:
 
 
 @pytest.fixture(autouse=True)
-def passing(monkeypatch) -> SimpleNamespace:
-    passing = SimpleNamespace(at=0.0, slept=[])
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(at=0.0, slept=[])
 
     def sleep(seconds: float) -> None:
-        passing.at += seconds
-        passing.slept.append(seconds)
+        clock.at += seconds
+        clock.slept.append(seconds)
 
-    monkeypatch.setattr("server.supervisor.run.time", SimpleNamespace(monotonic=lambda: passing.at, sleep=sleep))
+    monkeypatch.setattr("server.supervisor.run.time", SimpleNamespace(monotonic=lambda: clock.at, sleep=sleep))
     monkeypatch.setattr("server.supervisor.run.stop_leftovers", lambda _home: None)
     monkeypatch.setattr("server.supervisor.run._write_results", lambda _folder: ". Its report: page")
-    return passing
+    return clock
 
 
-def served(superlink: SuperLink, folders: Path) -> None:
+def serve(superlink: _FakeSuperLink, runs: Path) -> None:
     config = SimpleNamespace(server=ServerConfig())
-    federation = ServerSupervisor(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
-    federation.superlink = superlink  # type: ignore[assignment]
-    register = SimpleNamespace(snapshot=lambda: SimpleNamespace(active_devices=dict))
-    federation.nodes = EnrolledNodes(register, superlink)  # type: ignore[arg-type]
-    federation._run_until_finished(Path("app"), folders)
+    supervisor = ServerSupervisor(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
+    supervisor.superlink = superlink  # type: ignore[assignment]
+    registry = SimpleNamespace(snapshot=lambda: SimpleNamespace(active_devices=dict))
+    supervisor.nodes = EnrolledNodes(registry, superlink)  # type: ignore[arg-type]
+    supervisor._run_until_finished(Path("app"), runs)
 
 
-def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
-    def over() -> None:
+def test_failing_run_is_retried(tmp_path, capsys):
+    def finish() -> None:
         run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))
 
-    superlink = SuperLink(iter([*[lambda: None] * 12, over]), lambda: False)
-    served(superlink, tmp_path)
-    said = capsys.readouterr().out
+    superlink = _FakeSuperLink(iter([*[lambda: None] * 12, finish]), lambda: False)
+    serve(superlink, tmp_path)
+    output = capsys.readouterr().out
     assert len(superlink.submitted) == 13
-    pauses = [int(line.split()[-2]) for line in said.splitlines() if "the run broke off" in line]
+    pauses = [int(line.split()[-2]) for line in output.splitlines() if "the run broke off" in line]
     assert pauses == [4, 8, 16, 32, 64, 128, 256, 512, 600, 600, 600, 600]
     folder = run_dirs.newest_run("rounds=3", tmp_path)
-    assert said.splitlines()[-1].endswith(f"the run is over: {folder}. Its report: page")
+    assert output.splitlines()[-1].endswith(f"the run is over: {folder}. Its report: page")
     assert run_dirs.read_command(folder).endswith("server.supervisor.run rounds=3 server.port=9999")
 
 
-def test_a_superlink_that_answers_500_is_waited_for(tmp_path, passing, capsys):
-    superlink = SuperLink(
-        iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]), lambda: passing.at < 1500
+def test_failing_superlink_is_waited_for(tmp_path, clock, capsys):
+    superlink = _FakeSuperLink(
+        iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]), lambda: clock.at < 1500
     )
-    served(superlink, tmp_path)
-    said = capsys.readouterr().out
-    assert said.count("HTTP 500; retrying") == 1
-    assert said.count("has not answered for 10 min: restarting it") == superlink.started == 2
+    serve(superlink, tmp_path)
+    output = capsys.readouterr().out
+    assert output.count("HTTP 500; retrying") == 1
+    assert output.count("has not answered for 10 min: restarting it") == superlink.started == 2
     assert superlink.submitted == ["rounds=3"]
 
 
-def test_a_run_that_is_at_work_is_never_begun_twice(tmp_path):
-    """Its log broke off, and for a while the SuperLink answers nothing."""
-    deaf = [False, False, *[True] * 5]
-    superlink = SuperLink(
+def test_running_run_is_not_submitted_twice(tmp_path):
+    """The log broke off, and the SuperLink doesn't answer for a while."""
+    failures = [False, False, *[True] * 5]
+    superlink = _FakeSuperLink(
         iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]),
-        lambda: deaf.pop(1) if len(deaf) > 2 else False,
+        lambda: failures.pop(1) if len(failures) > 2 else False,
     )
-    served(superlink, tmp_path)
+    serve(superlink, tmp_path)
     assert superlink.submitted == ["rounds=3"]
 
 
-def test_what_a_person_has_to_mend_ends_it(tmp_path):
-    superlink = SuperLink(iter([lambda: run_dirs.save_refusal(tmp_path, 1, "no such base")]), lambda: False)
+def test_refusal_ends_the_server(tmp_path):
+    superlink = _FakeSuperLink(iter([lambda: run_dirs.save_refusal(tmp_path, 1, "no such base")]), lambda: False)
     with pytest.raises(AntherError, match="no such base"):
-        served(superlink, tmp_path)
+        serve(superlink, tmp_path)
