@@ -143,7 +143,7 @@ def test_mixed_ranks_and_sites(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_no_eligible_devices(name: str, tmp_path: Path) -> None:
-    federated, state = make_strategy(name, tmp_path, "fleet.eligible.idle=true")
+    federated, state = make_strategy(name, tmp_path, "cohort.eligibility.idle=true")
     devices = [FakeDevice(device, report=replace(REPORT, device=device, busy=True)) for device in NAMES]
     final = run(federated, state, devices, tmp_path / "checkpoints")
     assert [(done.train.asked, done.train.replied) for done in final.history if done.train] == 3 * [(0, 0)]

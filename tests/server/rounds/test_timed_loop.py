@@ -165,7 +165,7 @@ def test_adapter_is_kept_below_quorum(tmp_path):
 def test_same_seed_gives_same_run(tmp_path, size):
     def once(folder, seed):
         fleet = [
-            virtual_device(name, drop_out=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
+            virtual_device(name, dropout_per_hour=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
             for name in "abcdef"
         ]
         chosen = strategy(selection=Sample(size=4, seed=3))
@@ -179,7 +179,8 @@ def test_same_seed_gives_same_run(tmp_path, size):
 def test_resumed_run_equals_uninterrupted(tmp_path):
     def fleet():
         return [
-            virtual_device(name, speed=0.1, battery_wh=2.0, charge=1.5, hot_after=60.0, hot_speed=0.5) for name in "abc"
+            virtual_device(name, speed=0.1, battery_wh=2.0, charge=1.5, throttle_after=60.0, throttled_speed=0.5)
+            for name in "abc"
         ]
 
     whole, lives = run(tmp_path / "whole", *fleet(), rounds=4, timeout=1e4)
@@ -215,13 +216,13 @@ def test_declining_device_is_not_asked_again(tmp_path):
 
 def test_plan_numbers_are_unique(tmp_path):
     chosen, numbers = strategy(aggregation=FedIT()), []
-    let_in = chosen.let_in
+    accept_replies = chosen.accept_replies
 
-    def record(asked, *count_updates, **named):
+    def record(asked, *args, **kwargs):
         numbers.extend((report.device, plan.round) for report, plan in asked.plans.values())
-        return let_in(asked, *count_updates, **named)
+        return accept_replies(asked, *args, **kwargs)
 
-    chosen.let_in = record
+    chosen.accept_replies = record
     grid, lives = timed_grid(tmp_path, *speeds(1.0, 0.3))
     limits = RoundLimits(clock=lives.clock, timeout=1000.0)
     round_runner = FedBuffRunner(grid, chosen, limits, shift=rebase_factors, size=4, concurrency=2)
@@ -282,8 +283,8 @@ def test_round_ends_if_all_decline(tmp_path):
 def test_late_replies_are_counted_for_ten_rounds(tmp_path, monkeypatch, size, rounds):
     grids, make_grid = [], timed_grid
 
-    def record_grid(*count_updates, **named):
-        grids.append(make_grid(*count_updates, **named))
+    def record_grid(*args, **kwargs):
+        grids.append(make_grid(*args, **kwargs))
         return grids[-1]
 
     monkeypatch.setattr(f"{__name__}.timed_grid", record_grid)
@@ -363,9 +364,9 @@ def count_updates(monkeypatch):
     """Record the number of updates per device of each closed round."""
     seen, close = [], Federated.close
 
-    def record(self, number, current, asked, final, dropped, **named):
+    def record(self, number, current, asked, final, dropped, **kwargs):
         seen.append(Counter(update.device for update in final.updates))
-        return close(self, number, current, asked, final, dropped, **named)
+        return close(self, number, current, asked, final, dropped, **kwargs)
 
     monkeypatch.setattr(Federated, "close", record)
     return seen
@@ -407,7 +408,7 @@ def test_remaining_device_fills_the_round(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
 def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
     """σ is calibrated for a number of plans per device, so a repeated request uses the same plan number."""
-    asked, sent, let_in, calls = defaultdict(set), Federated.sent, Federated.let_in, count(1)
+    asked, sent, accept_replies, calls = defaultdict(set), Federated.sent, Federated.accept_replies, count(1)
 
     def record(self):
         final = sent(self)
@@ -415,10 +416,10 @@ def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
             asked[report.device].add(plan.round)
         return final
 
-    def killed(self, *count_updates, **named):
+    def killed(self, *args, **kwargs):
         if next(calls) == at:
             raise KeyboardInterrupt
-        return let_in(self, *count_updates, **named)
+        return accept_replies(self, *args, **kwargs)
 
     def once(saved):
         chosen = strategy(plan=PRIVATE, accept_simulated=True)
@@ -426,7 +427,7 @@ def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
         return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, chosen=chosen, state=saved)
 
     monkeypatch.setattr(Federated, "sent", record)
-    monkeypatch.setattr(Federated, "let_in", killed)
+    monkeypatch.setattr(Federated, "accept_replies", killed)
     with pytest.raises(KeyboardInterrupt):
         once(fresh_state(private=True))
     final, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
