@@ -1,11 +1,11 @@
-"""Shared fixtures: one tiny base for the whole session."""
+"""Shared fixtures: a tiny base for the whole session."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more only slow tiny layers on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads slow down tiny layers on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -1,4 +1,4 @@
-"""The house rule: imports run downwards only, Flower stays in a named list of modules, a device knows no server."""
+"""Layering: imports run downwards only, Flower is imported in listed modules only, devices import no server code."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
+LAYERS = {
     "anther": 7,
     "simulations": 6,
     "bench": 6,
@@ -23,40 +23,40 @@ FLOORS = {
     "common": 0,
     "tools": 8,
 }
-ARROWS = {
+SAME_LAYER_IMPORTS = {
     ("typefaces", "models"),
-    ("bench", "simulations"),  # it measures what they cost
+    ("bench", "simulations"),  # measures simulations
 }
-NOT_ON_A_DEVICE = {"server", "strategies", "simulations", "typefaces", "bench"}
-DEVICE = {"client", "training", "models", "privacy", "protocol", "conf", "common"}  # what runs on one
-FLOWER = {
+SERVER_ONLY = {"server", "strategies", "simulations", "typefaces", "bench"}
+ON_DEVICE = {"client", "training", "models", "privacy", "protocol", "conf", "common"}  # packages that run on a device
+FLOWER_MODULES = {
     "client/app.py",
-    "client/runtime/supernode.py",  # its SuperNode, and our ClientApp in place of the one that a server sends
+    "client/runtime/supernode.py",  # SuperNode with our ClientApp instead of the server's
     "server/app.py",
     "server/rounds/loop.py",
-    "server/rounds/federation.py",  # the round loop's whole run
-    "server/rounds/collect.py",  # what comes back of it
+    "server/rounds/federation.py",  # whole federation over a grid
+    "server/rounds/collect.py",  # replies of a grid
     "server/rounds/sync.py",
     "server/rounds/fedbuff.py",
-    "server/grid/validating_grid.py",  # around Flower's own grid
+    "server/grid/validating_grid.py",  # wraps Flower's own grid
     "server/grid/forwarding.py",
     "server/rounds/patience.py",
-    "server/grid/runtime_grid.py",  # that grid, call by call
+    "server/grid/runtime_grid.py",  # Flower's own grid with deadlines for each call
     "server/grid/incoming_replies.py",
     "server/grid/pending_queries.py",
-    "server/supervisor/control.py",  # of a SuperLink
+    "server/supervisor/control.py",  # control API of a SuperLink
     "server/gateway/calls.py",  # Flower's fleet protocol, as a table
     "server/gateway/exchange.py",
     "server/gateway/fleet.py",
     "server/gateway/replies.py",
-    "server/supervisor/local_superlink.py",  # its command, with a socket of ours
+    "server/supervisor/local_superlink.py",  # SuperLink on a socket of ours
     "strategies/strategy.py",
     "strategies/round/connected_devices.py",
     "protocol/records.py",
     "simulations/grid/cohort.py",
-    "simulations/grid/timed.py",  # the same with time
-    "simulations/grid/ray.py",  # another grid: Flower's own simulation
-    "bench/throughput/ray_recipe.py",  # the peer is Flower's own recipe
+    "simulations/grid/timed.py",  # on a virtual clock
+    "simulations/grid/ray.py",  # Flower's own simulation
+    "bench/throughput/ray_recipe.py",  # compares with Flower's own recipe
     "bench/robustness/attack_corpus.py",  # an attacker writes Flower's records
     "bench/robustness/ingress.py",
     "bench/robustness/fleet_attacks.py",  # an attacker writes Flower's fleet protocol
@@ -65,7 +65,7 @@ FLOWER = {
 
 
 def imported(source: str) -> Iterator[str]:
-    """Every module that a file imports, at its top or inside a function."""
+    """Yield every module that a file imports, at the top level or in a function."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -74,29 +74,29 @@ def imported(source: str) -> Iterator[str]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What a file, named relative to the root, imports against the rule."""
-    room, found = path.split("/")[0], []
+    """List the violations of a file, whose path is relative to the root."""
+    package, messages = path.split("/")[0], []
     for module in imported(source):
         other = module.split(".")[0]
         if module.startswith("."):
-            found.append(f"{path}: relative import; name the room")
-        elif other == "tests" or (other == "bench" and room != "bench"):
-            found.append(f"{path}: nothing imports {other}")
-        elif other == "flwr" and path not in FLOWER:
-            found.append(f"{path}: imports flwr, which belongs in {', '.join(sorted(FLOWER))}")
-        elif other in FLOORS and other != room:
-            above = FLOORS[other] > FLOORS[room]
-            beside = FLOORS[other] == FLOORS[room] and (room, other) not in ARROWS
+            messages.append(f"{path}: relative import; name the package")
+        elif other == "tests" or (other == "bench" and package != "bench"):
+            messages.append(f"{path}: nothing imports {other}")
+        elif other == "flwr" and path not in FLOWER_MODULES:
+            messages.append(f"{path}: imports flwr, which belongs in {', '.join(sorted(FLOWER_MODULES))}")
+        elif other in LAYERS and other != package:
+            above = LAYERS[other] > LAYERS[package]
+            beside = LAYERS[other] == LAYERS[package] and (package, other) not in SAME_LAYER_IMPORTS
             if above or beside:
-                found.append(f"{path}: {room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})")
-            elif room in DEVICE and other in NOT_ON_A_DEVICE:
-                found.append(f"{path}: runs on a device, and imports {other}")
-    return found
+                messages.append(f"{path}: {package} (layer {LAYERS[package]}) imports {other} (layer {LAYERS[other]})")
+            elif package in ON_DEVICE and other in SERVER_ONLY:
+                messages.append(f"{path}: runs on a device, and imports {other}")
+    return messages
 
 
-def test_every_import_keeps_the_rule() -> None:
-    files = [path for room in FLOORS for path in (ROOT / room).rglob("*.py")]
-    assert len(files) > 30, "the rooms are elsewhere"
+def test_no_import_violates_the_layers() -> None:
+    files = [path for package in LAYERS for path in (ROOT / package).rglob("*.py")]
+    assert len(files) > 30, "the packages are elsewhere"
     assert [
         line
         for path in files
@@ -104,9 +104,9 @@ def test_every_import_keeps_the_rule() -> None:
     ] == []
 
 
-def test_every_package_is_a_room() -> None:
+def test_every_package_has_a_layer() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages - set(FLOORS) == set()
+    assert packages - set(LAYERS) == set()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_every_package_is_a_room() -> None:
         ("models/base/base.py", "from bench.lib.tiny import base"),
     ],
 )
-def test_a_planted_violation_is_found(path: str, source: str) -> None:
+def test_planted_violation_is_found(path: str, source: str) -> None:
     assert len(violations(path, source)) == 1
 
 
@@ -143,5 +143,5 @@ def test_a_planted_violation_is_found(path: str, source: str) -> None:
         ("models/base/base.py", "import torch"),
     ],
 )
-def test_what_is_allowed_is_not_found(path: str, source: str) -> None:
+def test_allowed_import_is_not_found(path: str, source: str) -> None:
     assert violations(path, source) == []

@@ -1,4 +1,4 @@
-"""What is packed: the wheel holds the rooms and nothing of a dependency; the App Bundle what a device needs."""
+"""Contents of the wheel and of the Flower App Bundle."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ PACKAGES = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The names of all files of a freshly built wheel."""
+    """Build the wheel and return the names of its files."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,37 +42,40 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_wheel_holds_the_rooms_and_nothing_else(wheel: list[str]) -> None:
+def test_wheel_holds_the_packages_only(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
     assert sum(name.endswith(".dist-info/licenses/LICENSE") for name in wheel) == 1
 
 
-def test_wheel_holds_every_file_that_the_code_reads(wheel: list[str]) -> None:
-    wanted = [
+def test_wheel_holds_all_data_files(wheel: list[str]) -> None:
+    expected = [
         path.relative_to(ROOT).as_posix()
-        for room in PACKAGES
-        for path in (ROOT / room).rglob("*")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix in {".py", ".yaml", ".html", ".json", ".parquet", ".safetensors", ".txt"}
     ]
-    assert len(wanted) > 60
-    assert sorted(set(wanted) - set(wheel)) == []
+    assert len(expected) > 60
+    assert sorted(set(expected) - set(wheel)) == []
 
 
-def test_wheel_owns_no_path_of_a_dependency(wheel: list[str]) -> None:
+def test_wheel_shares_no_path_with_a_dependency(wheel: list[str]) -> None:
     ours = {name for name in wheel if ".dist-info/" not in name}
-    others = {found.metadata["Name"]: found for found in distributions()}
+    installed = {distribution.metadata["Name"]: distribution for distribution in distributions()}
     owned = {
-        str(file): name for name, found in others.items() if canonical(name) != "anther" for file in found.files or []
+        str(file): name
+        for name, distribution in installed.items()
+        if canonical(name) != "anther"
+        for file in distribution.files or []
     }
     assert len(owned) > 1000, "no dependency is installed here"
     assert {name: owned[name] for name in ours & set(owned)} == {}
-    # A module of theirs under the name of a room would shadow it, or be shadowed.
+    # Their module with the name of one of our packages would shadow it, or be shadowed.
     tops = {path.split("/")[0].removesuffix(".py"): name for path, name in owned.items()}
-    assert {room: tops[room] for room in PACKAGES & set(tops)} == {}
+    assert {package: tops[package] for package in PACKAGES & set(tops)} == {}
 
 
-def test_app_bundle_holds_what_a_device_needs() -> None:
+def test_app_bundle_holds_what_devices_need() -> None:
     build = pytest.importorskip("flwr.cli.build")
     tops = [path for path in ROOT.iterdir() if path.name not in {".git", ".venv", "outputs", "multirun"}]
     files = {
@@ -85,4 +88,4 @@ def test_app_bundle_holds_what_a_device_needs() -> None:
     for needed in ("client/app.py", "server/app.py", "conf/simulate.yaml", "conf/fleet/mixed.yaml", "pyproject.toml"):
         assert needed in names
     assert {name.split("/")[0] for name in names if "/" in name} <= PACKAGES - {"simulations", "typefaces"} | {".info"}
-    assert len(bundle) < 2_000_000  # code alone: the smallest base is eight times as much
+    assert len(bundle) < 2_000_000  # code only: the smallest base is eight times as large

@@ -1,7 +1,7 @@
-"""Runs a simulation in a process of its own and tells what each round left in memory. For tests/simulations/test_scale.
+"""Script that runs a simulation and writes its memory after each round, for `tests/simulations/test_scale.py`.
 
-Resident memory is what the kernel counts for the process once garbage is collected and the allocator has given its free
-pages back, so that it is what is still held, not what once was needed.
+Resident memory is measured after garbage collection and after the allocator has returned its free pages, so that it is
+the memory still in use rather than a peak.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from simulations.report.display import Display
 
 
 def resident() -> int:
-    """Bytes."""
+    """Return the resident memory in bytes."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -34,8 +34,8 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-class Watched(Display):
-    """Notes after each round what is held."""
+class MeasuringDisplay(Display):
+    """Measures memory and open resources after each round."""
 
     def __init__(self, rounds: int, folder: Path, out: Path) -> None:
         super().__init__(rounds)
@@ -43,7 +43,7 @@ class Watched(Display):
 
     def round(self, record: Mapping[str, Any]) -> None:
         super().round(record)
-        held = {
+        measured = {
             "round": record["round"],
             "asked": record["asked"],
             "replied": record["replied"],
@@ -51,18 +51,17 @@ class Watched(Display):
             "resident": resident(),
             "files": open_files(),
             "conversations": sum(
-                inspect.isgenerator(found) and found.gi_code is handler.handle.__code__ for found in gc.get_objects()
+                inspect.isgenerator(item) and item.gi_code is handler.handle.__code__ for item in gc.get_objects()
             ),
             "database": sum(file.stat().st_size for file in (self._folder / "devices").glob(f"{FILE}*")),
         }
         with self._out.open("a") as file:
-            file.write(json.dumps(held) + "\n")
+            file.write(json.dumps(measured) + "\n")
 
 
 def main(folder: str, out: str, overrides: str) -> None:
     config = compose(overrides)
-    run.command = lambda: "python -m tests.helpers.scale"  # there is no Hydra here to ask
-    with Watched(config.rounds, Path(folder), Path(out)) as display:
+    with MeasuringDisplay(config.rounds, Path(folder), Path(out)) as display:
         run.simulate(config, Path(folder), display)
 
 

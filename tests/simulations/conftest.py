@@ -1,4 +1,4 @@
-"""What tests of whole rounds share."""
+"""Fixtures of tests of whole rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads of two busy cores wait for each other longer than so small a network takes."""
+    """Use one thread: synchronizing several takes longer than a pass of such a small network."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,6 @@
 """Kill a whole fleet at every statement of its database, at every kind of byte of a commit, and at random.
 
-For each device: what was performed was charged before, what was handed out is what it sealed, and only that.
+For each device, performed jobs were charged before, and only sealed replies were returned.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Fleet:
-    """Answers every round, noting in files what is performed and handed out; counts what a kill may come between."""
+class CrashingFleet:
+    """Answers every round and records performed jobs and returned replies in files; counts the steps to kill at."""
 
     def __init__(self, folder: Path, kill_at: int | None = None) -> None:
         self.folder, self._kill_at, self._step = folder, kill_at, 0
@@ -49,32 +49,32 @@ class Fleet:
         self.grid = CohortGrid(devices, self.perform, group_commit=database.group_commit)
 
     def serve(self) -> None:
-        asked = self.folder / "asked"  # as many bytes as rounds; after a crash the last is asked for again
-        before = asked.stat().st_size if asked.exists() else 0
+        requested = self.folder / "asked"  # one byte per requested round; after a crash the last is requested again
+        before = requested.stat().st_size if requested.exists() else 0
         for number in range(max(1, before), ROUNDS + 1):
-            append(asked, bytes(number - before))
+            append(requested, bytes(number - before))
             before = number
             content = records.request_to_records(train_request(number=number))
             for reply in self.grid.send_and_receive([Message(content, node, "train") for node in (1, 2, 3)]):
                 assert reply.has_content(), reply.error
                 update = records.reply_from_records("train", reply.content)
                 assert isinstance(update, Update)
-                self._passed()
+                self._count_step()
                 digest = hashlib.sha256(repr(update).encode()).hexdigest()
                 append(self.folder / "wire", f"{update.device} {number} {digest}\n".encode())
 
     def perform(self, asked: list[jobs.Job]) -> Sequence[jobs.Result | Exception]:
         for job in asked:
             if isinstance(job, jobs.TrainJob):
-                self._passed()
+                self._count_step()
                 append(self.folder / "performed", f"{job.client} {job.round}\n".encode())
         return Performer()(asked)
 
     def _watched(self, connection: sqlite3.Connection) -> sqlite3.Connection:
-        connection.set_trace_callback(lambda _: self._passed())
+        connection.set_trace_callback(lambda _: self._count_step())
         return connection
 
-    def _passed(self) -> None:
+    def _count_step(self) -> None:
         if self._step == self._kill_at:
             kill()
         self._step += 1
@@ -96,7 +96,7 @@ def _entries(database: Database, name: str) -> tuple[LedgerEntry, ...]:
 
 
 def check(folder: Path) -> dict[tuple[str, int], LedgerEntry]:
-    """What must hold after any crash; the ledgers' entries."""
+    """Check the invariants that hold after any crash, and return the ledgers' entries."""
     entries = ledgers(folder)
     for name, number in read(folder / "performed"):
         assert (name, int(number)) in entries, "performed without a charge"
@@ -110,8 +110,8 @@ def check(folder: Path) -> dict[tuple[str, int], LedgerEntry]:
 
 
 def finish(folder: Path) -> None:
-    """The next start carries on to the end and charges each round once."""
-    assert in_child(lambda: Fleet(folder).serve()) == 0
+    """Check that the next start completes all rounds and charges each once."""
+    assert in_child(lambda: CrashingFleet(folder).serve()) == 0
     assert set(check(folder)) == set(itertools.product(NAMES, range(1, ROUNDS + 1)))
     assert {(name, int(number)) for name, number, _ in read(folder / "wire")} == set(ledgers(folder))
 
@@ -122,34 +122,37 @@ def _epsilon_is_known() -> None:
 
 
 def test_a_kill_at_every_statement(tmp_path: Path) -> None:
-    together, seen = [], set()
+    states_by_step, seen = [], set()
     for step in itertools.count():
         folder = tmp_path / str(step)
         folder.mkdir()
-        status = in_child(lambda folder=folder, step=step: Fleet(folder, kill_at=step).serve())  # type: ignore[misc]
+        status = in_child(lambda folder=folder, step=step: CrashingFleet(folder, kill_at=step).serve())  # type: ignore[misc]
         if status == 0:  # there are no more steps
             break
         assert status == -signal.SIGKILL
         entries = check(folder)
-        together.append({number: [e.state for (_, n), e in entries.items() if n == number] for number in (1, 2)})
+        states_by_step.append({number: [e.state for (_, n), e in entries.items() if n == number] for number in (1, 2)})
         seen |= {entry.state for entry in entries.values()}
         if step % 5 == 0:
             finish(folder)
     assert step > 60
     assert seen == {RESERVED, SEALED, SENT}
-    # The charges of a round are one transaction, and so are its seals: nobody is ahead of the others.
-    assert all(len(set(states)) <= 1 and len(states) in (0, 3) for found in together for states in found.values())
+    # The reservations of a round are one transaction, and so are its seals: all devices are in the same state.
+    assert all(
+        len(set(states)) <= 1 and len(states) in (0, 3) for by_round in states_by_step for states in by_round.values()
+    )
 
 
 def test_a_kill_within_a_commit(tmp_path: Path) -> None:
-    """A limit on the size of files kills at the byte that passes it: in the database, or in the journal with the pages
-    as they were before, which begins with a sector of 512 bytes and writes a number before each page and after it.
+    """Kill at the byte that exceeds a limit on file sizes, in the database or in its rollback journal.
+
+    The journal starts with a sector of 512 bytes and has a number before and after each page.
     """
 
     def serve_up_to(size: int, folder: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        Fleet(folder).serve()
+        CrashingFleet(folder).serve()
 
     page, killed = 65536, 0
     for pages, beside in itertools.product(range(6), (0, 1, 28, 512, 516, 524, 5000, page - 1)):
@@ -165,23 +168,23 @@ def test_a_kill_within_a_commit(tmp_path: Path) -> None:
 
 
 def test_kills_at_random_times(tmp_path: Path) -> None:
-    drawn = random.Random(0)
+    generator = random.Random(0)
 
     def serve_for(seconds: float) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process wherever it is
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        Fleet(tmp_path).serve()
+        CrashingFleet(tmp_path).serve()
 
     for _ in range(12):
-        in_child(partial(serve_for, drawn.uniform(0.001, 0.1)))
+        in_child(partial(serve_for, generator.uniform(0.001, 0.1)))
         check(tmp_path)
     finish(tmp_path)
 
 
 def test_without_the_commits_the_checks_fail(tmp_path: Path) -> None:
-    """The tests above can fail: a fleet that performs jobs before it commits is caught."""
+    """A fleet that performs jobs before it commits is detected."""
 
-    class Hasty(Fleet):
+    class UncommittedFleet(CrashingFleet):
         def __init__(self, folder: Path, kill_at: int) -> None:
             super().__init__(folder, kill_at)
             self.grid._group_commit = _uncommitted(self.grid._group_commit)  # type: ignore[assignment]
@@ -189,7 +192,7 @@ def test_without_the_commits_the_checks_fail(tmp_path: Path) -> None:
     def caught(step: int) -> bool:
         folder = tmp_path / str(step)
         folder.mkdir()
-        in_child(lambda: Hasty(folder, kill_at=step).serve())
+        in_child(lambda: UncommittedFleet(folder, kill_at=step).serve())
         try:
             check(folder)
         except AssertionError as error:
@@ -199,12 +202,12 @@ def test_without_the_commits_the_checks_fail(tmp_path: Path) -> None:
     assert any(caught(step) for step in range(20, 120, 2))
 
 
-def _uncommitted(together: Any) -> Any:
+def _uncommitted(group_commit: Any) -> Any:
     from contextlib import contextmanager
 
     @contextmanager
     def storage() -> Any:
-        with together():
+        with group_commit():
             yield lambda: None
 
     return storage

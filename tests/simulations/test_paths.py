@@ -1,4 +1,4 @@
-"""The same request gives the same reply on every path: Flower's ClientApp, and the in-process grid in both its ways."""
+"""Every path gives the same reply to a request: Flower's ClientApp and the in-process grid, batched or not."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def requests(base):
 
 
 def node_config(pictures, folder, owner):
-    """A test device: the private request comes last, so the stores of all paths have shared the same before."""
+    """Return the configuration of a test device."""
     private = {"data": str(pictures / owner), "name": owner, "store": str(folder / owner), "test": True}
     return private | {"partition-id": 0}
 
@@ -75,7 +75,7 @@ def by_grid(base, pictures, folder, *, batched):
     work = partial(perform, base, memory=2**28, timesteps=2)
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
-            shutil.rmtree(folder)  # what was shared without noise can't be followed by an ε
+            shutil.rmtree(folder)  # an ε can't follow an update without noise
         devices = [from_config(node_config(pictures, folder, owner), base) for owner in "ab"]
         grid = CohortGrid(devices, work, batched=batched)
         messages = [
@@ -105,38 +105,40 @@ def read(message):
 
 
 def near(one, other):
-    """Equal, but for the rounding of sums that are taken in another order."""
+    """Check equality up to the rounding of sums in another order."""
     assert type(one) is type(other)
     for name, value in vars(one).items():
-        wanted = vars(other)[name]
+        expected = vars(other)[name]
         if isinstance(value, bytes):
             header = int.from_bytes(value[:8], "little") + 8
-            assert value[:header] == wanted[:header]
-            values, wanteds = (np.frombuffer(data[header:], np.float32) for data in (value, wanted))
-            assert np.linalg.norm(values - wanteds) <= 1e-3 * np.linalg.norm(wanteds)  # Adam magnifies tiny gradients
+            assert value[:header] == expected[:header]
+            values, expected_values = (np.frombuffer(data[header:], np.float32) for data in (value, expected))
+            assert np.linalg.norm(values - expected_values) <= 1e-3 * np.linalg.norm(
+                expected_values
+            )  # Adam magnifies tiny gradients
         elif isinstance(value, float):
-            assert value == pytest.approx(wanted, rel=1e-4)
+            assert value == pytest.approx(expected, rel=1e-4)
         else:
-            assert value == wanted
+            assert value == expected
 
 
-def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path, monkeypatch):
-    def afresh(name):
-        """A folder for stores, with the heads of their ledgers in it: whoever removes one removes both."""
+def test_all_paths_give_equal_replies(base, pictures, pipeline_folder, tmp_path, monkeypatch):
+    def new_folder(name):
+        """Return a folder for stores and the heads of their ledgers, so that both are removed together."""
         monkeypatch.setenv("ANTHER_HOME", str(tmp_path / name / "home"))
         return tmp_path / name
 
-    serial = by_grid(base, pictures, afresh("serial"), batched=False)
+    serial = by_grid(base, pictures, new_folder("serial"), batched=False)
     assert len(serial) == 10
-    cohort = by_grid(base, pictures, afresh("cohort"), batched=True)
-    flower = by_app(base, pictures, afresh("flower"), pipeline_folder)
+    cohort = by_grid(base, pictures, new_folder("cohort"), batched=True)
+    flower = by_app(base, pictures, new_folder("flower"), pipeline_folder)
     for one, two, three in zip(serial, cohort, flower, strict=True):
         near(read(one), read(two))
         near(read(one), read(three))
 
 
-def test_an_error_tells_the_server_nothing_of_the_device(pictures, tmp_path, pipeline_folder):
-    CohortGrid([], lambda _: [])  # so that messages can be made
+def test_errors_reveal_nothing_about_the_device(pictures, tmp_path, pipeline_folder):
+    CohortGrid([], lambda _: [])  # sets what Message needs
     message = Message(records.request_to_records(Query()), 1, "query")
     node = node_config(pictures, tmp_path, "secret") | {
         "test": "perhaps",

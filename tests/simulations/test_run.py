@@ -1,4 +1,4 @@
-"""The whole path on a tiny base, as a person runs it: a process, its exit code, its files."""
+"""Whole runs on a tiny base from the command line: exit codes and files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = [
     "base.device=cpu",
 ]
 BARE = ["evaluation.gallery_size=0", "evaluation.baseline_local=false"]
-"""For runs of which nobody looks at what they drew."""
+"""Overrides for runs whose generated pictures are not tested."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,7 +55,7 @@ def run(base: Path, folder: Path, environment: dict[str, str], *overrides: str) 
 
 
 def numbers(folder: Path) -> tuple[dict[str, object], list[dict[str, object]], object]:
-    """Everything that a run came to, but for how long it took."""
+    """Return all results of a run except durations and memory."""
     summary = json.loads((folder / "summary.json").read_text())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in [summary, *metrics]:
@@ -72,7 +72,7 @@ def finished(
     return folder, run(pipeline_folder, folder, environment)
 
 
-def test_a_run_leaves_what_it_promises(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_run_writes_all_results(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = finished
     assert done.returncode == 0, done.stderr
     summary = json.loads((folder / "summary.json").read_text())
@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, subprocess.Complete
     assert "round 3 of 3" in done.stdout
 
 
-def test_a_personal_adapter_loads_in_diffusers(
+def test_personal_adapter_loads_in_diffusers(
     finished: tuple[Path, subprocess.CompletedProcess[str]], pipeline_folder: Path
 ) -> None:
     from diffusers import StableDiffusionPipeline
@@ -104,8 +104,8 @@ def test_a_personal_adapter_loads_in_diffusers(
     assert pipe.get_active_adapters()
 
 
-@pytest.mark.slow  # killed and resumed it does so too
-def test_the_same_seed_gives_the_same_numbers(
+@pytest.mark.slow  # the test of a killed run covers it too
+def test_same_seed_gives_same_results(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     pipeline_folder: Path,
     environment: dict[str, str],
@@ -116,15 +116,15 @@ def test_the_same_seed_gives_the_same_numbers(
 
 
 @pytest.mark.parametrize(
-    "moment",
+    "phase",
     ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("personalizing", "local baselines"))],
 )
-def test_killed_and_resumed_it_comes_to_the_same(
+def test_killed_and_resumed_run_gives_same_results(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     pipeline_folder: Path,
     environment: dict[str, str],
     tmp_path: Path,
-    moment: str,
+    phase: str,
 ) -> None:
     folder = tmp_path / "killed"
     with subprocess.Popen(
@@ -132,7 +132,7 @@ def test_killed_and_resumed_it_comes_to_the_same(
     ) as process:
         assert process.stdout
         for line in process.stdout:
-            if moment in line:
+            if phase in line:
                 process.send_signal(signal.SIGKILL)
                 break
     assert not (folder / "summary.json").exists()
@@ -140,7 +140,9 @@ def test_killed_and_resumed_it_comes_to_the_same(
     assert numbers(folder) == numbers(finished[0])
 
 
-def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_interrupted_run_prints_resume_command(
+    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
     with subprocess.Popen(
         command(pipeline_folder, tmp_path / "run", "rounds=9"),
         cwd=ROOT,
@@ -162,7 +164,7 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             "cohort.size=2 cohort.overselection=1.5",
@@ -184,8 +186,8 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
         ("fleet.schedule_jitter=2", "fleet.schedule_jitter=2: devices of this fleet"),
     ],
 )
-def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said: str) -> None:
-    with pytest.raises(AntherError, match=said):
+def test_untimed_fleet_refuses_timed_settings(overrides: str, message: str) -> None:
+    with pytest.raises(AntherError, match=message):
         check_time(compose(overrides))
 
 
@@ -197,12 +199,12 @@ def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said:
         "cohort.eligibility.min_battery=0.4 cohort.eligibility.idle=true planning.max_battery_fraction=0.1",
     ],
 )
-def test_what_a_timed_fleet_can(timed: str) -> None:
+def test_timed_fleet_accepts_timed_settings(timed: str) -> None:
     check_time(compose(f"fleet=week {timed} data.writers=3"))
 
 
-class TestRefused:
-    """One clear line, an exit code, and nothing written over."""
+class TestRefusedRuns:
+    """Refused runs print one line, exit with 2 and overwrite nothing."""
 
     def refuse(self, done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert done.returncode == 2, done.stderr
@@ -210,14 +212,12 @@ class TestRefused:
         assert len(lines) == 1, done.stderr
         assert all(word in lines[0] for word in words), lines[0]
 
-    def test_a_folder_that_holds_something(
-        self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
-    ) -> None:
+    def test_folder_with_other_files(self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("mine")
         self.refuse(run(pipeline_folder, tmp_path, environment), "already holds files", "hydra.run.dir")
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
-    def test_another_run(
+    def test_folder_of_another_run(
         self,
         finished: tuple[Path, subprocess.CompletedProcess[str]],
         pipeline_folder: Path,
@@ -232,10 +232,10 @@ class TestRefused:
         self.refuse(run(pipeline_folder, folder, environment), "already holds a run", "resume=true")
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def test_nothing_to_resume(self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    def test_no_run_to_resume(self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
         self.refuse(run(pipeline_folder, tmp_path / "new", environment, "resume=true"), "no run to resume")
 
-    def test_a_truncated_checkpoint(
+    def test_truncated_checkpoint(
         self,
         finished: tuple[Path, subprocess.CompletedProcess[str]],
         pipeline_folder: Path,
@@ -258,7 +258,7 @@ class TestRefused:
             ("aggregation.max_rank=2", ("aggregation.max_rank=2",)),
         ],
     )
-    def test_bad_settings(
+    def test_invalid_settings(
         self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, override: str, words: tuple[str, ...]
     ) -> None:
         self.refuse(run(pipeline_folder, tmp_path / "new", environment, override), *words)
@@ -266,7 +266,7 @@ class TestRefused:
 
 
 def own_pictures(folder: Path, count: int = 6) -> Path:
-    """A folder in the imagefolder convention."""
+    """Write a folder in the imagefolder convention."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     lines = []
@@ -277,9 +277,7 @@ def own_pictures(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def test_a_folder_of_ones_own_takes_the_place_of_a_writer(
-    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_own_folder_replaces_a_writer(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     mine = own_pictures(tmp_path / "My cat!")
     done = run(pipeline_folder, tmp_path / "run", environment, f"data.pictures=['{mine}']")
     assert done.returncode == 0, done.stderr
@@ -291,16 +289,14 @@ def test_a_folder_of_ones_own_takes_the_place_of_a_writer(
     assert (tmp_path / "run" / "adapters" / "personal" / "my-cat.with_shared.safetensors").exists()
 
 
-def test_private_training_reports_what_it_promises(
-    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_private_run_reports_its_guarantee(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     measuring = ["private_eval.interval=3", "private_eval.noise_multiplier=5"]
     done = run(
         pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring, *BARE
     )
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all((row["base"], row["shared"]) == (None, None) for row in rounds)  # as on real devices: none tells a loss
+    assert all((row["base"], row["shared"]) == (None, None) for row in rounds)  # as on real devices, no loss is sent
     assert [row["gain"] is None for row in rounds] == [True, True, True, False]
     assert rounds[3]["gain_error"] == pytest.approx(5 * 0.1 / (2 * 3**0.5))
     assert "by its noise" in done.stdout
@@ -309,10 +305,10 @@ def test_private_training_reports_what_it_promises(
     assert 3.9 < summary["epsilon"].pop("value") <= 4 < summary["epsilon"].pop("strict")
     assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one", "seen": None}
     assert summary["device_epsilon"] is None
-    assert summary["best_round"] == 3  # fixed beforehand: choosing would look at the pictures
+    assert summary["best_round"] == 3  # fixed in advance: selecting it would use the pictures
 
 
-def test_two_promises_stand_side_by_side(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_run_with_both_guarantees(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     chosen = [
         "privacy=both",
         "privacy.epsilon=4",
@@ -333,7 +329,7 @@ def test_two_promises_stand_side_by_side(pipeline_folder: Path, environment: dic
     assert [event["release"] for event in events[::2]] == [False] * 3
 
 
-def test_serial_and_cohort_come_to_the_same(
+def test_serial_and_cohort_give_same_results(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     pipeline_folder: Path,
     environment: dict[str, str],

@@ -1,4 +1,4 @@
-"""A large fleet in little memory: nothing is held for a device that isn't asked, or for a round that is over."""
+"""Memory of large fleets: none is used for devices that aren't asked or for completed rounds."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TINY = (
     "evaluation.gallery_size=0 evaluation.devices=3 tracker.tensorboard=false"
 )
 
-STEADY = {
+STEADY_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "131072",  # fixed: else glibc raises it, and large blocks leave holes behind
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",  # of torch's CPU kernels, by shape: 1024 take tens of rounds to fill up
 }
-"""What a process comes to hold in its first rounds whatever the fleet, kept small so that the fleet's share shows."""
+"""Limit the memory that a process takes in its first rounds with any fleet, so that the fleet's part is visible."""
 
 
 def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
-    """What each round held, and at last what the run came to."""
-    out = folder / "held.jsonl"
+    """Run a simulation and return the measurements of each round."""
+    out = folder / "measurements.jsonl"
     script = ROOT / "tests/helpers/scale.py"
     command = [sys.executable, str(script), str(folder / "run"), str(out), f"base.path={base} {TINY} {overrides}"]
     environment = {
         **os.environ,
-        **STEADY,
+        **STEADY_MEMORY,
         "ANTHER_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
@@ -45,7 +45,7 @@ def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_fleet_is_no_more_than_who_is_asked(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_memory_depends_on_the_cohort_only(pipeline_folder: Path, tmp_path: Path) -> None:
     count = 300
     rounds = simulate(
         pipeline_folder, tmp_path, f"data.devices={count} cohort.size=15 rounds=6 privacy=example data.train=8"

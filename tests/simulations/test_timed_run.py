@@ -1,4 +1,4 @@
-"""A fleet that lives, as a person runs it: killed and resumed it comes to the same, and the page tells of it."""
+"""Runs of a timed fleet from the command line, whole, killed and resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEEK = [
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_a_fleet_lives_on(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_timed_run_gives_same_results(pipeline_folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     done = run(pipeline_folder, tmp_path / "whole", environment, *WEEK)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Rounds of a real federation on a tiny base, its updates in every precision."""
+"""Rounds of a real federation on a tiny base with updates in every precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = (
     "data.writers=2 data.validation=1 rounds=3 adapter.shared.rank=4 adapter.shared.steps=2 "
     "adapter.shared.batch_size=2 adapter.shared.lr=1e-2"
 )
-PROMISES = {"open": "privacy=none", "example": "privacy=example", "device": "privacy=device"}
+GUARANTEES = {"open": "privacy=none", "example": "privacy=example", "device": "privacy=device"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,55 +57,55 @@ def flat(adapter: Adapter) -> torch.Tensor:
 
 
 def sent(state: RunState) -> int:
-    """Bytes of all updates; every one was let in."""
+    """Return the bytes of all updates; none was rejected."""
     trained = [done.train for done in state.history if done.train]
     assert all(facts.dropped == {} for facts in trained)
     return sum(facts.bytes_up for facts in trained)
 
 
-@pytest.mark.parametrize("promise", PROMISES)
+@pytest.mark.parametrize("guarantee", GUARANTEES)
 @pytest.mark.parametrize("strategy", ["fedit", "exact"])
-def test_a_run_comes_to_the_same_in_fewer_bytes(base: Base, tmp_path: Path, promise: str, strategy: str) -> None:
-    if (strategy, promise) == ("exact", "device"):
+def test_fewer_bytes_give_similar_results(base: Base, tmp_path: Path, guarantee: str, strategy: str) -> None:
+    if (strategy, guarantee) == ("exact", "device"):
         pytest.skip("not linear in the updates")
     start = flat(init_adapter(base.sites, 4, seed=0))
-    chosen = f"aggregation={strategy} {PROMISES[promise]} compression.upload="
+    chosen = f"aggregation={strategy} {GUARANTEES[guarantee]} compression.upload="
     whole = federated(base, tmp_path / "fp32", f"{chosen}fp32")
     for precision, least, apart in (("fp16", 1.9, 0.01), ("int8", 3.5, 0.05), ("int4", 6.5, 0.5)):
-        found = federated(base, tmp_path / precision, chosen + precision)
-        assert sent(whole) > least * sent(found)
+        state = federated(base, tmp_path / precision, chosen + precision)
+        assert sent(whole) > least * sent(state)
         if strategy == "fedit":  # of exact, factors of one product may turn
             moved = (flat(whole.adapter) - start).norm()
-            assert 0 < (flat(found.adapter) - flat(whole.adapter)).norm() < apart * moved
+            assert 0 < (flat(state.adapter) - flat(whole.adapter)).norm() < apart * moved
 
 
-def test_a_share_of_the_blocks_takes_a_share_of_the_bytes(base: Base, tmp_path: Path) -> None:
+def test_half_of_the_blocks_takes_half_of_the_bytes(base: Base, tmp_path: Path) -> None:
     chosen = "aggregation=fedit privacy=none compression.upload=int4"
     whole = federated(base, tmp_path / "whole", chosen, rounds=2)
     half = federated(base, tmp_path / "half", f"{chosen} compression.keep_fraction=0.5", rounds=2)
     assert 0.5 < sent(half) / sent(whole) < 0.6
 
 
-def test_downloads_in_few_bits_can_be_resumed(base: Base, tmp_path: Path) -> None:
+def test_quantized_downloads_can_be_resumed(base: Base, tmp_path: Path) -> None:
     chosen = "aggregation=fedit compression.download=int8"
-    found = federated(base, tmp_path / "few", chosen, rounds=2)
+    state = federated(base, tmp_path / "few", chosen, rounds=2)
     numbers = flat(init_adapter(base.sites, 4, seed=0)).numel()
-    assert 0.7 < received(found) / (2 * 2 * numbers) < 1.04  # at first B is 0
+    assert 0.7 < received(state) / (2 * 2 * numbers) < 1.04  # at first B is 0
     before = federated(base, tmp_path / "parts", chosen, rounds=1)
     parts = federated(base, tmp_path / "parts", chosen, saved=before, rounds=2)
-    assert torch.equal(flat(parts.adapter), flat(found.adapter))
+    assert torch.equal(flat(parts.adapter), flat(state.adapter))
 
 
 def received(state: RunState) -> int:
-    """Bytes of all adapters that were sent to be trained."""
+    """Return the bytes of all adapters that were sent for training."""
     return sum(done.train.bytes_down for done in state.history if done.train)
 
 
-@pytest.mark.parametrize("promise", PROMISES)
-def test_a_server_that_begins_a_round_again_comes_to_the_same(base: Base, tmp_path: Path, promise: str) -> None:
-    """It died after the replies had come and before its checkpoint: devices answer as they did."""
-    chosen = f"aggregation=fedit {PROMISES[promise]} compression.upload=int4"
-    rounds = 2 if promise == "device" else 3  # the server charges for a round as often as it begins it
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+def test_repeated_round_gives_same_results(base: Base, tmp_path: Path, guarantee: str) -> None:
+    """The server died after the replies and before its checkpoint: devices repeat their replies."""
+    chosen = f"aggregation=fedit {GUARANTEES[guarantee]} compression.upload=int4"
+    rounds = 2 if guarantee == "device" else 3  # the server charges for a round each time it starts it
     whole = federated(base, tmp_path / "whole", chosen, rounds=rounds)
     broken = tmp_path / "broken"
     before = federated(base, broken, chosen, rounds=1)

@@ -1,4 +1,4 @@
-"""The grid on Flower's own simulation: it comes to what the serial grid does, and leaves nothing running."""
+"""Grid on Flower's own simulation: same results as the serial grid, and no processes left."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ TINY = [
 ]
 
 
-class Dying(CohortGrid):
-    """Node 2 falls silent so many times, in Flower's way, before it answers."""
+class DyingGrid(CohortGrid):
+    """Node 2 dies `deaths` times, as Flower reports it, before it answers."""
 
     deaths = 1
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._perhaps(reply) for reply in super().pull_messages(message_ids)]
+        return [self._maybe_dead(reply) for reply in super().pull_messages(message_ids)]
 
-    def _perhaps(self, reply: Message) -> Message:
+    def _maybe_dead(self, reply: Message) -> Message:
         if reply.metadata.src_node_id != 2 or not self.deaths:
             return reply
         self.deaths -= 1
@@ -58,23 +58,23 @@ class Dying(CohortGrid):
 
 
 @pytest.fixture
-def dying(monkeypatch: pytest.MonkeyPatch) -> Dying:
+def dying(monkeypatch: pytest.MonkeyPatch) -> DyingGrid:
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
     monkeypatch.setattr(ray, "_RESTART_TIME", 0.0)
-    return Dying([FakeDevice("a"), FakeDevice("b"), FakeDevice("c")], perform)
+    return DyingGrid([FakeDevice("a"), FakeDevice("b"), FakeDevice("c")], perform)
 
 
 def reports(grid: ray.RayGrid) -> dict[int, DeviceReport | None]:
-    asked = [Message(records.request_to_records(Query()), node, records.QUERY) for node in grid.get_node_ids()]
+    queries = [Message(records.request_to_records(Query()), node, records.QUERY) for node in grid.get_node_ids()]
     return {
         reply.metadata.src_node_id: None
         if reply.has_error()
         else records.reply_from_records(records.QUERY, reply.content)
-        for reply in grid.send_and_receive(asked)
+        for reply in grid.send_and_receive(queries)
     }
 
 
-def test_a_device_whose_process_died_is_asked_once_more(dying: Dying) -> None:
+def test_device_is_asked_again_after_its_process_died(dying: DyingGrid) -> None:
     assert {node: report.device for node, report in reports(ray.RayGrid(dying, Future(), 3)).items()} == {
         1: "a",
         2: "b",
@@ -84,7 +84,7 @@ def test_a_device_whose_process_died_is_asked_once_more(dying: Dying) -> None:
     assert [node for node, report in reports(ray.RayGrid(dying, Future(), 3)).items() if report is None] == [2]
 
 
-def test_a_simulation_that_ended_is_not_waited_for(dying: Dying) -> None:
+def test_ended_simulation_is_an_error(dying: DyingGrid) -> None:
     running: Future[None] = Future()
     running.set_exception(RuntimeError("no room in /dev/shm"))
     with pytest.raises(AntherError, match="no room in /dev/shm"):
@@ -93,7 +93,7 @@ def test_a_simulation_that_ended_is_not_waited_for(dying: Dying) -> None:
         ray.RayGrid(None, running, 3)
 
 
-def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_states_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(AntherError, match=r"pip install 'anther\[ray\]'"):
         ray.require()
@@ -105,7 +105,7 @@ def command(base: Path, folder: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_it_comes_to_the_same_as_serial(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_run_equals_serial(pipeline_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="pip install anther[ray]")
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path / "home")}
     serial, folder = tmp_path / "serial", tmp_path / "ray"
@@ -131,8 +131,8 @@ def test_interrupted_and_resumed_it_comes_to_the_same_as_serial(pipeline_folder:
     _, left = psutil.wait_procs(started, timeout=10)
     assert left == []
     subprocess.run(command(pipeline_folder, folder, "grid=ray", "resume=true"), cwd=ROOT, env=environment, check=True)
-    found, wanted = (json.loads((run / "evaluation.json").read_text()) for run in (folder, serial))
-    assert [person["name"] for person in found] == [person["name"] for person in wanted]
-    for one, other in zip(found, wanted, strict=True):
+    resumed, expected = (json.loads((run / "evaluation.json").read_text()) for run in (folder, serial))
+    assert [person["name"] for person in resumed] == [person["name"] for person in expected]
+    for one, other in zip(resumed, expected, strict=True):
         for arm in ("base", "local", "shared", "personal"):
             assert one[arm]["loss"] == pytest.approx(other[arm]["loss"], rel=1e-4)
