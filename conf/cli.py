@@ -26,6 +26,7 @@ from common.errors import REPORTED_ERRORS, AntherError, told
 from common.terminal import use_plain_output
 from conf.explain import explain, known_keys
 from conf.overrides import prepare_overrides
+from conf.renames import BY_APPLICATION, Renames, refuse_renamed
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -46,12 +47,14 @@ def hydra_application(
         after: called once all jobs of the command have run.
     """
 
+    renames = BY_APPLICATION.get(name, Renames())
+
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)
         @functools.wraps(main)
         def job(config: DictConfig) -> None:
             try:
-                main(to_object(config, schema))
+                main(to_object(config, schema, renames))
             except REPORTED_ERRORS as error:
                 drop_empty(output_dir())
                 _stop(told(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
@@ -60,13 +63,14 @@ def hydra_application(
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors: Hydra is to raise them as they are
             use_plain_output()
-            sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
             try:
+                refuse_renamed(sys.argv[1:], renames)
+                sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
                 job()
                 if after is not None:
                     after()
             except (HydraException, OmegaConfBaseException, YAMLError) as error:
-                _stop(explain(error, known_keys(schema)))
+                _stop(explain(error, known_keys(schema), renames))
             except ValueError as error:  # Hydra has no exception of its own for `group=null` and `group=3`
                 if not str(error).startswith("Config group override must be"):
                     raise
@@ -84,7 +88,7 @@ def hydra_application(
     return decorate
 
 
-def to_object(config: DictConfig, schema: type) -> Any:
+def to_object(config: DictConfig, schema: type, renames: Renames = Renames()) -> Any:  # noqa: B008
     """The validated instance of `schema` that a composed configuration describes; AntherError if it is refused."""
     try:
         # As plain data into a fresh schema: Hydra's `+key=value` lifts the protection of the composed one.
@@ -95,7 +99,7 @@ def to_object(config: DictConfig, schema: type) -> Any:
             raise AntherError(f"{key}={value}: must be a finite number")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise AntherError(explain(error, known_keys(schema))) from error
+        raise AntherError(explain(error, known_keys(schema), renames)) from error
     except ValueError as error:  # raised by a schema's __post_init__
         raise AntherError(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""A simulation's configuration from the one string that Flower's run configuration has room for."""
+"""Compose a simulation's configuration from one string, as Flower's run configuration holds it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.overrides import prepare_overrides
+from conf.renames import SIMULATE, refuse_renamed
 from conf.schemas.simulation import SimulationConfig
 
 
@@ -28,15 +29,15 @@ def compose(overrides: str | Sequence[str]) -> SimulationConfig:
         AntherError: one of them is refused.
     """
     try:
-        words = prepare_overrides(
-            shlex.split(overrides) if isinstance(overrides, str) else list(overrides), SimulationConfig
-        )
+        words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
     except ValueError as error:
         raise AntherError(f"overrides={overrides}: {error}") from error
+    refuse_renamed(words, SIMULATE)
+    words = prepare_overrides(words, SimulationConfig)
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra.compose("simulate", overrides=words)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: `group=null`
-        raise AntherError(explain(error, known_keys(SimulationConfig))) from error
-    found: SimulationConfig = to_object(config, SimulationConfig)
-    return found
+        raise AntherError(explain(error, known_keys(SimulationConfig), SIMULATE)) from error
+    composed: SimulationConfig = to_object(config, SimulationConfig, SIMULATE)
+    return composed

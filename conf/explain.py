@@ -10,6 +10,7 @@ from dataclasses import is_dataclass
 from typing import get_type_hints
 
 from conf.overrides import quote
+from conf.renames import Renames, present_key, present_option
 
 CALLED = {
     "aggregation": {
@@ -59,7 +60,7 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def explain(error: BaseException, known: Sequence[str]) -> str:
+def explain(error: BaseException, known: Sequence[str], renames: Renames = Renames()) -> str:  # noqa: B008
     """One line for what Hydra or OmegaConf objects to."""
     text = _flat(error)
     cause = _flat(error.__cause__) if error.__cause__ else text
@@ -67,6 +68,8 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
         choice, group, options = option.groups()
         listed = ", ".join(options.split(" Config search path")[0].split())
         choice = choice.removeprefix(f"{group}/")
+        if present := present_option(group, choice, renames):
+            return f"{group}={choice}: renamed to {present}"
         return f"{group}={choice}: no such option{_meant(group, choice, options)}; {group} is one of: {listed}"
     if unreadable := getattr(error, "override", None):
         return _unreadable(unreadable)
@@ -75,13 +78,19 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     if nested := re.search(r"Could not override '([^']+)'.*", text):
         inner = re.search(r"Key '([^']+)' not in '(\w+)'", cause)
         if inner and nested[1] in known:  # the key is right, but the value holds a wrong one
+            for key in (f"{nested[1]}.{inner[1]}", f"{nested[1]}[].{inner[1]}"):
+                if present := present_key(key, renames):
+                    return f"{key}: renamed to {present}"
             return f"{nested[1]}: '{inner[1]}' is no key of a {inner[2]}"
-        return _no_such_key(nested[1].lstrip("+~"), known)
+        return _no_such_key(nested[1].lstrip("+~"), known, renames)
+    interpolated = re.search(r"Interpolation key '([\w.]+)' not found", text)
+    if interpolated and (present := present_key(interpolated[1], renames)):
+        return f"${{{interpolated[1]}}}: renamed to ${{{present}}}"
     if twice := re.search(r"Multiple values for ([\w/]+)\.", text):
         return f"{twice[1]}: chosen twice; write {twice[1]}=… once, without +"
     full_key = re.search(r"full_key: ([\w.\[\]]+)", f"{cause} {text}")
     if unknown := re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')", cause):
-        return _no_such_key(full_key[1] if full_key else unknown[1], known)
+        return _no_such_key(full_key[1] if full_key else unknown[1], known, renames)
     if full_key:
         return f"{full_key[1]}: {_expected(cause)}"
     return text.split(" Check that it's in your config search path")[0]
@@ -115,8 +124,10 @@ def _expected(cause: str) -> str:
     return cause.split(" full_key:")[0].rsplit("raised while composing config: ", 1)[-1]
 
 
-def _no_such_key(key: str, known: Sequence[str]) -> str:
+def _no_such_key(key: str, known: Sequence[str], renames: Renames) -> str:
     """Suggest the nearest sibling, then the same or a near name elsewhere, else list what the parent holds."""
+    if present := present_key(key, renames):
+        return f"{key}: renamed to {present}"
     parent, _, leaf = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     everywhere: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
-"""The schema of a real device, `anther device run`: what its owner decides, and no server.
+"""Schema of a real device, `anther device run`: decided by its owner, never by a server.
 
-`anther device enroll` writes what was said at enrolment to ANTHER_HOME/node.conf, a `key=value` a line; what the
-command line says goes over that.
+`anther device enroll` writes its words to ANTHER_HOME/node.conf, one `key=value` per line; the command line overrides
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.key_value import parse_override
+from conf.renames import NODE, present_words, refuse_renamed
 from conf.schemas.checks import require, require_choice, require_color
 
 METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
@@ -205,7 +206,10 @@ class NodeConfig:
 
 
 def read_enrollment(file: Path) -> list[str]:
-    """The words that an enrolment has left, in order; none before it.
+    """Return the words that an enrollment has written, in order, under the keys' present names.
+
+    Returns:
+        An empty list if the device is not enrolled.
 
     Raises:
         AntherError: the file can't be read.
@@ -217,23 +221,25 @@ def read_enrollment(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise AntherError(f"{file}: can't be read ({error}); enrol again with anther device enroll") from error
     try:
-        return [word for line in lines if line.strip() and not line.startswith("#") for word in shlex.split(line)]
+        words = [word for line in lines if line.strip() and not line.startswith("#") for word in shlex.split(line)]
     except ValueError as error:
-        raise AntherError(f"{file}: {error}; it holds a key=value a line") from error
+        raise AntherError(f"{file}: {error}; it holds one key=value per line") from error
+    return present_words(words, NODE)
 
 
 def compose(words: Sequence[str], file: Path) -> NodeConfig:
-    """A device's configuration: of this schema, over it the file of its enrolment, over it these words.
+    """Compose a device's configuration: the schema's defaults, then the enrollment's file, then `words`.
 
-    Composed by OmegaConf alone, as `conf.schemas.planning`: there are no groups, and paths may be written as people do.
+    Composed by OmegaConf without Hydra, as in `conf.schemas.planning`: there are no groups, and paths need no quotes.
 
     Raises:
         AntherError: a key or a value is refused, in one line.
     """
-    asked = [parse_override(word, NodeConfig) for word in (*read_enrollment(file), *words)]
+    refuse_renamed(words, NODE)
+    overrides = [parse_override(word, NodeConfig) for word in (*read_enrollment(file), *words)]
     try:
-        config = OmegaConf.merge(OmegaConf.structured(NodeConfig), *asked)
+        config = OmegaConf.merge(OmegaConf.structured(NodeConfig), *overrides)
     except OmegaConfBaseException as error:
-        raise AntherError(explain(error, known_keys(NodeConfig))) from error
-    node: NodeConfig = to_object(config, NodeConfig)  # type: ignore[arg-type]
+        raise AntherError(explain(error, known_keys(NodeConfig), NODE)) from error
+    node: NodeConfig = to_object(config, NodeConfig, NODE)  # type: ignore[arg-type]
     return node

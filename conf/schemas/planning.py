@@ -17,6 +17,7 @@ from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.key_value import parse_override
+from conf.renames import PLAN, refuse_renamed
 from conf.schemas.checks import require
 
 DEVICES = Path(__file__).parents[1] / "device"
@@ -115,14 +116,15 @@ def compose_plan(words: Sequence[str], own: Path) -> PlanConfig:
     Raises:
         AntherError: a key or a value is refused, or there is no such device.
     """
+    refuse_renamed(words, PLAN)
     named = [word.removeprefix("device=") for word in words if word.startswith("device=")]
     profile = _profile(named[-1] if named else THIS, own)
     asked = [parse_override(word, PlanConfig) for word in words if not word.startswith("device=")]
     try:
         config = OmegaConf.merge(OmegaConf.structured(PlanConfig), {"device": profile}, *asked)
     except OmegaConfBaseException as error:
-        raise AntherError(explain(error, known_keys(PlanConfig))) from error
-    found: PlanConfig = to_object(config, PlanConfig)  # type: ignore[arg-type]
+        raise AntherError(explain(error, known_keys(PlanConfig), PLAN)) from error
+    found: PlanConfig = to_object(config, PlanConfig, PLAN)  # type: ignore[arg-type]
     return found
 
 

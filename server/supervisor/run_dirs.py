@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.atomic_files import write
 from common.errors import AntherError
+from conf.renames import SIMULATE, present_words
 
 # File names in a run's folder, and for refusals in its parent (stored; don't change).
 _ARGUMENTS, _FINISHED, _COMMAND, _REFUSED = "words", "over", "command", "refused-"
@@ -37,7 +38,7 @@ def newest_run(overrides: str, runs: Path) -> Path | None:
     """Return the newest run with the same arguments."""
     identity = _identity(overrides)
     for folder in sorted(runs.glob("*/"), reverse=True):
-        if (folder / _ARGUMENTS).is_file() and (folder / _ARGUMENTS).read_bytes() == identity:
+        if (folder / _ARGUMENTS).is_file() and _identity(read_overrides(folder)) == identity:
             return folder
     return None
 
@@ -74,15 +75,16 @@ def take_refusal(runs: Path, flower_run: int) -> str | None:
 
 
 def read_overrides(folder: Path) -> str:
-    """Return the arguments of a run.
+    """Return the arguments of a run, under the keys' present names.
 
     Raises:
         AntherError: the folder contains no run.
     """
     try:
-        return shlex.join((folder / _ARGUMENTS).read_text(encoding="utf-8").splitlines())
+        arguments = (folder / _ARGUMENTS).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise AntherError(f"{folder}: holds no run ({error.strerror}): name its folder, in ANTHER_HOME/runs") from error
+    return shlex.join(present_words(arguments, SIMULATE))
 
 
 def last_round(folder: Path | None) -> int:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from common.errors import AntherError
 from conf.cli import to_object
+from conf.renames import SIMULATE, present_settings
 from conf.schemas.audit import MembershipConfig
 from conf.schemas.simulation import DataConfig, SimulationConfig
 from models.base import base
@@ -86,7 +87,8 @@ def load(folder: Path) -> FinishedRun:
     try:
         record: dict[str, Any] = json.loads((folder / RUN).read_text())
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-        config, base_hash, epsilon = record["config"], record["assets"]["base"], summary["epsilon"]
+        config = present_settings(record["config"], SIMULATE)
+        base_hash, epsilon = record["assets"]["base"], summary["epsilon"]
     except OSError as error:
         raise AntherError(f"{folder}: no finished run here ({error.strerror}: {error.filename})") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,189 @@
+"""Refuse former names of keys on command lines and in YAML files, and translate them in stored configurations."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from common.errors import AntherError
+from conf import renamed_keys
+from conf.renamed_keys import Renamed
+
+_CONFIG_DIR = ("--config-dir", "-cd")
+
+
+class Renames(NamedTuple):
+    """Former names that one application knows."""
+
+    keys: Sequence[Renamed] = ()
+    groups: Sequence[Renamed] = ()
+
+
+SIMULATE = Renames(renamed_keys.SIMULATION, renamed_keys.SIMULATION_GROUPS)
+SERVE = Renames((*renamed_keys.SIMULATION, *renamed_keys.SERVER), renamed_keys.SIMULATION_GROUPS)
+NODE, PLAN = Renames(renamed_keys.NODE), Renames(renamed_keys.PLAN)
+AUDIT, PRETRAINING = Renames(renamed_keys.AUDIT), Renames(renamed_keys.PRETRAINING)
+BY_APPLICATION = {
+    "simulate": SIMULATE,
+    "serve": SERVE,
+    "audit": AUDIT,
+    "train_base": PRETRAINING,
+    "train_judge": PRETRAINING,
+}
+"""By the name of the Hydra configuration."""
+
+
+def refuse_renamed(words: Sequence[str], renames: Renames) -> None:
+    """Refuse the first word of a command line, or key of a YAML file in its `--config-dir`, with a former name.
+
+    Raises:
+        AntherError: one line that names the present key and value.
+    """
+    for word in words:
+        if (present := present_word(word, renames)) != word.lstrip("+~"):
+            raise AntherError(f"{word.lstrip('+~')}: renamed to {present}")
+    for folder in _config_dirs(words):
+        for file in sorted(folder.rglob("*.yaml")):
+            for word in _words_of(file, folder):
+                if (present := present_word(word, renames)) != word:
+                    raise AntherError(f"{file}: {word}: renamed to {present}")
+
+
+def present_word(word: str, renames: Renames) -> str:
+    """Return `key=value` under its present names, without Hydra's prefixes `+` and `~`."""
+    key, equals, value = word.lstrip("+~").partition("=")
+    for row in (*renames.groups, *renames.keys):
+        if row.old == key:
+            return f"{row.new}{equals}{_present_value(value, row)}"
+    return key + equals + value
+
+
+def present_words(words: Sequence[str], renames: Renames) -> list[str]:
+    """Translate stored words; those without a former name stay as they are."""
+    return [word if (present := present_word(word, renames)) == word.lstrip("+~") else present for word in words]
+
+
+def present_key(key: str, renames: Renames) -> str | None:
+    """Return the present name of a former key, of a former group of keys their present groups; None for other keys."""
+    key = re.sub(r"\[\d+\]", "[]", key)
+    renamed = [row for row in (*renames.keys, *renames.groups) if row.old != row.new]
+    if exact := next((row.new for row in renamed if row.old == key), None):
+        return exact
+    groups = {row.new.rpartition(".")[0] or row.new for row in renamed if row.old.startswith(f"{key}.")}
+    present = {row.new.split(".")[0] for row in renames.keys}
+    return None if not groups or key in present else ", ".join(sorted(groups))
+
+
+def present_option(group: str, option: str, renames: Renames) -> str | None:
+    """Return the present name of a group's former option; None for other options."""
+    word = f"{group}={option}"
+    present = present_word(word, renames)
+    return None if present == word else present
+
+
+def present_settings(settings: dict[str, Any], renames: Renames) -> dict[str, Any]:
+    """Translate a stored configuration, nested as its schema: every value moves to its present key."""
+    present = copy.deepcopy(settings)
+    moved: list[tuple[str, Any]] = []
+    for row in renames.keys:
+        parent, _, element = row.old.partition("[].")
+        if element:
+            _rename_elements(_get(present, parent), element, row)
+        elif (value := _pop(present, row.old.split("."))) is not _ABSENT:
+            moved.append((row.new, _present_setting(value, row)))
+    for key, value in moved:
+        *parents, name = key.split(".")
+        group = present
+        for part in parents:
+            group = group.setdefault(part, {})
+        group[name] = value
+    return present
+
+
+_ABSENT = object()
+
+
+def _present_value(value: str, row: Renamed) -> str:
+    return re.sub(r"[\w-]+", lambda name: row.values.get(name[0], row.values.get(name[0].lower(), name[0])), value)
+
+
+def _present_setting(value: Any, row: Renamed) -> Any:
+    if not row.values:
+        return value
+    if isinstance(value, list):
+        return [_present_setting(element, row) for element in value]
+    return row.values.get(str(value).lower() if isinstance(value, bool) else value, value)
+
+
+def _get(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def _rename_elements(elements: Any, name: str, row: Renamed) -> None:
+    for element in elements if isinstance(elements, list) else ():
+        if name in element:
+            element[row.new.rpartition("[].")[2]] = element.pop(name)
+
+
+def _pop(settings: Any, path: list[str]) -> Any:
+    """Remove a value, and the groups that it leaves empty."""
+    if not isinstance(settings, dict) or path[0] not in settings:
+        return _ABSENT
+    if len(path) == 1:
+        return settings.pop(path[0])
+    value = _pop(settings[path[0]], path[1:])
+    if value is not _ABSENT and not settings[path[0]]:
+        del settings[path[0]]
+    return value
+
+
+def _config_dirs(words: Sequence[str]) -> Iterator[Path]:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option in _CONFIG_DIR:
+            yield Path(value if equals else following)
+
+
+def _words_of(file: Path, folder: Path) -> Iterator[str]:
+    """List what a YAML file sets, as `key=value` with full keys, and the options that its defaults list chooses."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # Hydra reports it if it is used
+        return
+    if not isinstance(content, dict):
+        return
+    for default in content.pop("defaults", None) or ():
+        if isinstance(default, dict):
+            yield from (
+                f"{str(group).removeprefix('override ').lstrip('/')}={_text(default[group])}" for group in default
+            )
+    package = re.search(r"^# *@package +(\S+)", text, re.MULTILINE)
+    name = package[1] if package else ".".join(file.parent.relative_to(folder).parts)
+    yield from _flat(content, "" if name in ("", "_global_") else f"{name}.")
+
+
+def _flat(settings: dict[Any, Any], prefix: str) -> Iterator[str]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+            continue
+        groups = [element for element in value if isinstance(element, dict)] if isinstance(value, list) else []
+        for group in groups:
+            yield from _flat(group, f"{prefix}{key}[].")
+        if not groups:
+            yield f"{prefix}{key}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """Write a value of YAML as on a command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
