@@ -43,6 +43,12 @@ def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
 
 
 def make_perform(config: SimulationConfig, base: Base, memory: int) -> Perform:
-    """Return a function that runs jobs on the base within `memory` bytes."""
+    """Return a function that runs jobs on the base.
+
+    Args:
+        config: configuration of the run.
+        base: base of the run.
+        memory: bytes that jobs may take.
+    """
     timesteps, compiled = config.evaluation.timesteps, config.trainer.compile
     return partial(perform, base, memory=memory, timesteps=timesteps, compiled=compiled)

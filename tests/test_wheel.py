@@ -75,7 +75,7 @@ def test_wheel_shares_no_path_with_a_dependency(wheel: list[str]) -> None:
     assert {package: tops[package] for package in PACKAGES & set(tops)} == {}
 
 
-def test_app_bundle_holds_what_devices_need() -> None:
+def test_app_bundle_is_complete_for_devices() -> None:
     build = pytest.importorskip("flwr.cli.build")
     tops = [path for path in ROOT.iterdir() if path.name not in {".git", ".venv", "outputs", "multirun"}]
     files = {

@@ -46,7 +46,13 @@ def write(results: AuditResults, config: AuditConfig, folder: Path, command: str
 
 
 def as_json(results: AuditResults, config: AuditConfig, command: str) -> dict[str, Any]:
-    """Return the contents of `audit.json`."""
+    """Return the contents of `audit.json`.
+
+    Args:
+        results: results of the audit.
+        config: its configuration.
+        command: command that repeats the audit.
+    """
     return {
         "command": command,
         "sound": results.sound,
@@ -68,7 +74,13 @@ def as_json(results: AuditResults, config: AuditConfig, command: str) -> dict[st
 
 
 def render(results: AuditResults, config: AuditConfig, command: str) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML.
+
+    Args:
+        results: results of the audit.
+        config: its configuration.
+        command: command that repeats the audit.
+    """
     tones, groups = _tones(len(results.run_groups)), results.run_groups
     return (
         environment(Path(__file__).parent)

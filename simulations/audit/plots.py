@@ -32,14 +32,26 @@ class Curve:
 
 
 def curves(lines: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
-    """Plot curves with their labels on linear axes from 0."""
+    """Plot curves with their labels on linear axes from 0.
+
+    Args:
+        lines: curves to plot.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+    """
     x_ticks = nice_ticks(0.0, max(max(curve.x) for curve in lines))
     y_ticks = nice_ticks(0.0, max(max(curve.y) for curve in lines))
     return _plot(lines, x_ticks, y_ticks, lambda x: x / x_ticks[-1], lambda y: y / y_ticks[-1], x_label, y_label)
 
 
 def rate_curves(lines: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
-    """Plot rates on logarithmic axes, since their lower end matters (Carlini et al., 2022, §4)."""
+    """Plot rates on logarithmic axes, since their lower end matters (Carlini et al., 2022, §4).
+
+    Args:
+        lines: curves to plot, with rates of 0 to 1 in both directions.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+    """
     ticks = [MIN_RATE, 1e-2, 1e-1, 1.0]
 
     def position(rate: float) -> float:

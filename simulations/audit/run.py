@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BASE_MEMORY = 2**30  # bytes for passes of a real base
 CANARY_MEMORY = 2**28  # bytes for passes of canaries, which are a few numbers each
-SOURCE_NUMBERS = 2**14  # number of samples for the largest σ, many of which need additional random bits
+SOURCE_NUMBERS = 2**14  # samples of the largest σ; many need additional random bits
 PASSED, FAILED = 0, 1
 IMAGE, DEVICE = "image", "device"  # stored; don't change
 

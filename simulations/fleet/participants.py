@@ -102,7 +102,7 @@ def participants(
 
 
 def owners_policy(config: SimulationConfig) -> Policy:
-    """Return the simulated owners' policy: it allows exactly what the run promises, so other requests are refused."""
+    """Return the simulated owners' policy: it allows exactly the run's guarantee, and refuses other requests."""
     private = config.privacy
     if not private.of_examples:
         return Policy()

@@ -31,7 +31,7 @@ PRAGMA page_size = {_PAGE};
 PRAGMA auto_vacuum = INCREMENTAL; -- tracks the owner of each page, so that a blob is removed without reading it
 PRAGMA secure_delete = OFF; -- if on, a removed blob is overwritten
 PRAGMA cache_size = -{_CACHE};
-PRAGMA journal_mode = DELETE; -- journals changed pages only, of which a new blob has none; a WAL would hold it twice
+PRAGMA journal_mode = DELETE; -- journals changed pages only, and a new blob changes none; a WAL would hold it twice
 PRAGMA synchronous = EXTRA; -- with less, a power cut can restore a deleted journal, which undoes a commit
 CREATE TABLE IF NOT EXISTS blobs (device TEXT, name TEXT, data BLOB NOT NULL, PRIMARY KEY (device, name));
 CREATE TABLE IF NOT EXISTS journal (

@@ -105,7 +105,7 @@ class CohortGrid(InProcessGrid):
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Drop the replies to these messages, which nobody will pull.
+        """Drop the replies to these messages, which will not be pulled.
 
         Part of `server.rounds.collect`'s protocol for grids that keep replies.
         """

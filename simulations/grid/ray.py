@@ -166,7 +166,7 @@ def _run(server: ServerApp, client: ClientApp, devices: int, *, gpu: bool) -> No
 
 
 def _kill_actors() -> None:
-    """Kill the processes of jobs that nobody waits for; a single job may take minutes."""
+    """Kill the processes that run abandoned jobs; a single job may take minutes."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it would log each of them at length
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, IndexError):  # it has ended already
@@ -196,7 +196,7 @@ def _answer(config: str, folder: str, memory: int, message: Message, context: Co
 
 @functools.lru_cache(maxsize=1)
 def _setup(config: str, folder: str, memory: int) -> tuple[list[Participant], Perform]:
-    """Build the participants and `perform` once per process, each of which has a core."""
+    """Build the participants and `perform` once per process; each process has a core."""
     import ray  # the package, imported late so that this module works without it
 
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """In-process grid on a virtual clock, where training takes simulated time, energy and memory.
 
-The server sees what it would see of a real fleet: replies at the time at which they would arrive, or none. Why a reply
-is missing (out of memory, empty battery, the owner uses the device, dropout) is in the fleet's log only. Query,
+As with a real fleet, the server receives replies at the time at which they would arrive, or none. Why a reply is
+missing (out of memory, empty battery, the owner uses the device, dropout) is in the fleet's log only. Query,
 evaluation and personalization are the simulation's own measurements: they are answered at once and cost nothing.
 """
 
@@ -61,7 +61,7 @@ class TimedGrid(CohortGrid):
         super().__init__(devices, perform, batched=batched, group_commit=group_commit)
         self._fleet, self._costs, self._seed = fleet, costs, seed
         self._asked: dict[str, Message] = {}  # Train messages without a reply, by message id
-        self._forgotten: set[str] = set()  # those whose reply nobody will pull
+        self._forgotten: set[str] = set()  # those whose reply will not be pulled
         self._pending: dict[str, None] = {}  # ordered set of those that will complete and are not trained yet
         self._outcomes: dict[str, Reply | Exception] = {}  # trained, but not sent yet
 

@@ -1,1 +1,1 @@
-"""What a simulation prints and writes."""
+"""Terminal output, results and report of a simulation."""

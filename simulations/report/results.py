@@ -235,7 +235,13 @@ def fleet_summary(people: Sequence[Participant], state: RunState, fleet: Sequenc
 
 
 def write_evaluation(file: Path, people: Sequence[Participant], scores: Mapping[str, Mapping[str, ArmScores]]) -> None:
-    """Write every person's scores as JSON, for paired comparisons."""
+    """Write every person's scores as JSON, for paired comparisons.
+
+    Args:
+        file: path of `evaluation.json`.
+        people: the people that were evaluated.
+        scores: scores by person and arm.
+    """
     rows = [
         {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(score) for arm, score in scores[p.name].items()}}
         for p in people
@@ -301,7 +307,13 @@ def rate_source(people: Sequence[Participant], base: Base) -> str:
 
 
 def device_row(person: Participant, state: RunState, scores: Mapping[str, ArmScores]) -> DeviceRow:
-    """Build the report's row of one device over all rounds; zeros if it was never asked."""
+    """Build the report's row of one device over all rounds; zeros if it was never asked.
+
+    Args:
+        person: owner of the device.
+        state: state after the last round.
+        scores: the person's scores by arm.
+    """
     metrics = state.devices.get(person.name, zero_metrics())
     return totals.device_row(person.name, person.profile, metrics, {arm: score.loss for arm, score in scores.items()})
 

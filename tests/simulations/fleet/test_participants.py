@@ -27,7 +27,7 @@ def names(base: Base, folder: Path, overrides: str) -> list[str]:
     return [person.name for person in fleet(base, folder, overrides)]
 
 
-def test_owners_allow_exactly_what_the_run_promises() -> None:
+def test_owners_allow_exactly_the_runs_guarantee() -> None:
     config = compose("privacy=example privacy.epsilon=4 rounds=3 private_eval.interval=3")
     policy, plan, measured = (
         owners_policy(config),
