@@ -1,4 +1,4 @@
-"""Files that survive a power cut: what the ledger's promises rest on."""
+"""Atomic, durable writes: files that survive a power failure. The ledger's guarantees rest on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder for its owner's eyes only, with its parents, so that it is still there after a crash."""
+    """Create a folder that only its owner can access, with its parents, durably."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -16,7 +16,7 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step: a crash leaves the old content or the new, never a mixture."""
+    """Replace a file's content atomically: a crash leaves the old content or the new, never a mixture."""
     make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -32,7 +32,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: a file's fsync keeps its content, not its name."""
+    """Make the names in a folder durable: fsync of a file makes its content durable, not its name."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

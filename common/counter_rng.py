@@ -1,8 +1,8 @@
-"""Ordinary random numbers by key: the same for an entry whoever it shares a pass with, on every device.
+"""Counter-based random numbers: the same for a key on every device and in any batch.
 
-SplitMix64 (Steele, Lea & Flood, 2014, doi:10.1145/2660193.2660195, figure 14): the k-th number of the stream of a key
-is a hash of key + (k+1)·γ, so that numbers of many streams are drawn at once. For timesteps and diffusion noise only:
-anyone who knows a key knows the numbers, so DP noise comes from `privacy.noise`.
+SplitMix64 (Steele, Lea & Flood, 2014, doi:10.1145/2660193.2660195, figure 14): the k-th number of a key's stream is a
+hash of key + (k+1)·γ, so that numbers of many streams are drawn at once. For timesteps and diffusion noise only: anyone
+who knows a key knows the numbers, so DP noise comes from `privacy.noise`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ONE, _TWO = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def child(keys: np.ndarray | int, number: np.ndarray | int) -> np.ndarray:
-    """Keys int64 of streams of their own, for child `number` of each key."""
+    """Derive keys, int64, of separate streams: child `number` of each key."""
     step = np.asarray(number, np.int64).view(np.uint64) + np.uint64(1)
     with np.errstate(over="ignore"):
         z = np.asarray(keys, np.int64).view(np.uint64) + step * np.uint64(_GAMMA)
@@ -28,12 +28,12 @@ def child(keys: np.ndarray | int, number: np.ndarray | int) -> np.ndarray:
 
 
 def uniform(keys: np.ndarray | int) -> np.ndarray:
-    """The first number of each stream, float64 in [0, 1)."""
+    """Return the first number of each stream, float64 in [0, 1)."""
     return (child(keys, 0).view(np.uint64) >> np.uint64(11)) * 2.0**-53
 
 
 def normals(keys: Tensor, count: int) -> Tensor:
-    """The first `count` standard normals of each stream: float32 [n, count]. Box and Muller (1958)."""
+    """Return the first `count` standard normals of each stream [n], float32 [n, count] (Box and Muller, 1958)."""
     bits = _hashes(keys, -(-count // 2))
     u = (_logical_shift(bits, 32).float() + 0.5) * 2.0**-32  # in (0, 1]: its logarithm is finite
     angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
@@ -42,7 +42,7 @@ def normals(keys: Tensor, count: int) -> Tensor:
 
 
 def _hashes(keys: Tensor, count: int) -> Tensor:
-    """The first `count` numbers of each stream: int64 [n, count], all bits random; arithmetic wraps around."""
+    """Return the first `count` numbers of each stream, int64 [n, count], all bits random. Arithmetic wraps around."""
     steps = torch.arange(1, count + 1, device=keys.device) * _signed(_GAMMA)
     z = keys[:, None] + steps
     z = (z ^ _logical_shift(z, 30)) * _signed(_ONE)
@@ -51,7 +51,7 @@ def _hashes(keys: Tensor, count: int) -> Tensor:
 
 
 def _logical_shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right, zeros from the left: int64 shifts keep the sign."""
+    """Shift right with zeros from the left: int64 shifts keep the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""One owner at a time: a lock on a folder that is held for the life of whoever took it, and falls with its process."""
+"""Exclusive lock on a folder, released when its holder's process ends."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ FILE = "lock"
 
 @contextmanager
 def exclusive(folder: Path, *, what: str) -> Iterator[None]:
-    """Within this context nobody else has the folder, in this process or another.
+    """Hold a folder exclusively within this context, also against other processes.
 
-    The file stays when the lock is let go of: two who made it anew could both hold one of it. It holds the process id
-    of whoever took it last.
+    The lock file stays when the lock is released: two processes that recreate it could hold one of the two each. It
+    contains the process id of the last holder.
 
     Args:
-        what: is being locked, for the message: "the store".
+        folder: the folder.
+        what: name of the locked thing, for the message, e.g. "the store".
 
     Raises:
-        AntherError: somebody has it, or the disk knows no locks.
+        AntherError: another holder has it, or the file system doesn't support locks.
     """
     path = folder / FILE
     try:
         atomic_files.make_folder(folder)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise AntherError(f"{path}: can't be made ({error.strerror}): free or mend the disk") from error
+        raise AntherError(f"{path}: can't be created ({error.strerror}): free or repair the disk") from error
     try:
         _take(handle, path, what)
         yield
     finally:
-        os.close(handle)  # and unlock
+        os.close(handle)  # also unlocks
 
 
 def _take(handle: int, path: Path, what: str) -> None:
@@ -49,8 +50,8 @@ def _take(handle: int, path: Path, what: str) -> None:
         raise AntherError(f"{path.parent}: {what} is in use by {who}: wait for it, or stop it first") from None
     except OSError as error:
         raise AntherError(
-            f"{path}: can't be locked ({error.strerror}): {what} needs a disk that knows locks"
+            f"{path}: can't be locked ({error.strerror}): {what} needs a file system with locks"
         ) from error
-    with suppress(OSError):  # a full disk keeps no number; the lock holds all the same
+    with suppress(OSError):  # on a full disk the number is missing; the lock is held all the same
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

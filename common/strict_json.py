@@ -1,8 +1,8 @@
-"""Frozen dataclasses of plain values as JSON, and back, strictly.
+"""Strict conversion of frozen dataclasses of plain values to JSON and back.
 
-Field by field: str, bool, int, float, `T | None`, dict[str, T], tuple[T, ...], nested dataclasses, and bytes, which
-JSON has not: they are put in beside it. Nothing is coerced except an integer where a float is expected, so what comes
-back is what the type promises.
+Supported field types: str, bool, int, float, `T | None`, dict[str, T], tuple[T, ...], nested dataclasses, and bytes,
+which are not part of the JSON and are added to its parsed form. Nothing is coerced except an integer to a float, so the
+result has exactly the declared types.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def dumps(value: Any) -> str:
-    """JSON of plain values and dataclasses of them: the same text for equal values; ValueError if not finite."""
+    """Encode plain values and dataclasses of them, equal values as equal text. ValueError if not finite."""
     return _encoder.encode(value)
 
 
 def loads(text: str | bytes) -> Any:
-    """Parse JSON that states each key once and knows no NaN; ValueError with one line otherwise."""
+    """Parse JSON without duplicate keys and NaN; ValueError with one line otherwise."""
     try:
         return _decoder.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
@@ -32,13 +32,22 @@ def loads(text: str | bytes) -> Any:
 
 
 def from_plain(kind: type[T], value: Any, where: str = "value") -> T:
-    """`value`, as parsed from JSON, as a `kind`; ValueError names the first field that is not as its type says."""
+    """Convert a value that was parsed from JSON.
+
+    Args:
+        kind: target type.
+        value: parsed value.
+        where: name of the value, for messages.
+
+    Raises:
+        ValueError: names the first field that doesn't match its type.
+    """
     of_kind: Any = kind  # mypy: a type is hashable
     return _converter(of_kind)(value, where)
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON sees it, a level at a time: `dataclasses.asdict` copies everything below it too."""
+    """Fields of a dataclass, one level at a time: `dataclasses.asdict` also copies everything below."""
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
@@ -49,7 +58,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key[:100]!r} is there twice")
+            raise ValueError(f"key {key[:100]!r} is duplicated")
         found[key] = value
     return found
 
@@ -66,7 +75,7 @@ Convert = Callable[[Any, str], Any]
 
 @functools.cache
 def _converter(kind: Any) -> Convert:
-    """The function that checks and converts one value of a type."""
+    """Return the function that checks and converts values of a type."""
     if dataclasses.is_dataclass(kind):
         return _dataclass_converter(kind)
     origin, parts = get_origin(kind), get_args(kind)
@@ -106,7 +115,7 @@ def _dataclass_converter(kind: Any) -> Convert:
 
 
 def _shown(key: str) -> str:
-    """A key that a stranger wrote, for one line of a log."""
+    """Printable form of an untrusted key, for one line of a log."""
     return ascii(key[:100])[1:-1]
 
 

@@ -6,8 +6,8 @@ device if the trusted server noises the gains that devices reported. Both are th
 `PoissonGaussian` with a sampling rate of 1 and one step.
 
 The sum is counted in whole steps of clip / `STEPS_PER_CLIP`, and its noise is a rounded Gaussian in the same steps
-(`privacy.noise`). So the sensitivity holds exactly, and a released gain is a whole number of steps, each of which is
-possible whatever the gains are.
+(`privacy.noise`). So the sensitivity holds exactly, and a released gain can be any whole number of
+steps, whatever the gains are.
 """
 
 from __future__ import annotations

@@ -110,8 +110,7 @@ class StoreCipher:
             return self._cipher.decrypt(body[:_NONCE], body[_NONCE:], _associated_data(self._store, *context))
         except (InvalidTag, ValueError):
             raise DamagedDataError(
-                f"{where}: not what was encrypted under this key and name: it was damaged or swapped; restore it from "
-                "a backup"
+                f"{where}: not encrypted under this key and name: it was damaged or swapped; restore it from a backup"
             ) from None
 
     def encrypt_line(self, line: bytes, name: str, number: int) -> bytes:

@@ -128,7 +128,7 @@ def noise_source(round: int, purpose: str, *, client: str, seed: int | None) -> 
 
     Args:
         round: number of the round.
-        purpose: what is noised; keys the stream.
+        purpose: purpose of the noise, which keys the stream.
         client: name of the client, or of the server.
         seed: None for `SecureNoise`; a number for reproducible `SimulatedNoise` in simulations and tests.
     """

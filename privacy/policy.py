@@ -8,7 +8,7 @@ these defaults:
   the first run decides, and no later one can revoke its guarantee.
 - An owner who sets `max_epsilon` requires privacy from the beginning: nothing at all is shared without noise.
 
-A refusal states what was requested and what is allowed, which the server may know, and nothing about the pictures. With
+A refusal states the request and the limit, which the server may know, and nothing about the pictures. With
 fewer than `min_pictures`, a device refuses to share without noise; if asked with noise, it trains on no picture and
 replies with noise only (`client.rounds.train`).
 """
@@ -60,7 +60,7 @@ class Policy:
     max_clip: float = 100.0
     """Maximum clip of a gradient, and of a gain."""
     min_pictures: int = 1
-    """Minimum number of training pictures: with fewer, none of them enters what is shared."""
+    """Minimum number of training pictures: with fewer, none of them is used for anything that is shared."""
     sites: str = ".*"
     """Regular expression for the full names of layers that may have an adapter, e.g. `.*attn[12].*`."""
     bases: tuple[str, ...] = ()

@@ -1,1 +1,1 @@
-"""What crosses the wire: device report, training plan, adapter update, and the strict codec."""
+"""Messages between server and devices (device report, training plan, adapter update), and the strict codec."""

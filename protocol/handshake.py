@@ -1,4 +1,4 @@
-"""What is said before anything else, over HTTPS: can this device and this server work together, and on which base."""
+"""Handshake over HTTPS, before any other message: can this device and this server work together, and on which base."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from common.errors import AntherError, shown
 from protocol import messages
 
 LARGEST_BASE = 1 << 43
-"""Bytes of a base: 8 TiB."""
+"""Maximum size of a base in bytes: 8 TiB."""
 _FEDERATION = re.compile(r"(?!null$)[a-z0-9][a-z0-9._-]{0,79}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerHello:
-    """What a server says of itself."""
+    """A server's self-description."""
 
     oldest: int
-    """Version of the protocol that it still speaks."""
+    """Oldest protocol version that it supports."""
     newest: int
     anther: str
     """Its release, for people to read."""
     federation: str
-    """Its name: what a device keeps apart from other federations."""
+    """Its name, by which a device separates federations."""
     base: str
-    """Content hash of the base that devices hold."""
+    """Content hash of the federation's base."""
     base_bytes: int
-    """What a device without it downloads."""
+    """Download size of the base."""
     time: str
-    """Of the server's clock, ISO 8601."""
+    """The server's clock, ISO 8601."""
 
     def check(self) -> None:
-        """AntherError, with what to do, if this device and the server don't speak alike, or a value can't be meant.
+        """Raise AntherError, with a remedy, if the protocol versions don't match or a value is invalid.
 
-        Whoever says it may be anybody: nothing of it is used before.
+        The sender is not authenticated yet: nothing of the message is used before this check.
         """
-        theirs = shown(self.anther, 40)
+        server_release = shown(self.anther, 40)
         if self.oldest > messages.NEWEST:
             raise AntherError(
-                f"this server (Anther {theirs}) speaks protocol {self.oldest} and later, this device "
+                f"this server (Anther {server_release}) supports protocol {self.oldest} and later, this device "
                 f"{messages.NEWEST}: update Anther here (pip install --upgrade anther), then start again"
             )
         if self.newest < messages.OLDEST:
             raise AntherError(
-                f"this server (Anther {theirs}) speaks protocol {self.newest} at most, this device "
+                f"this server (Anther {server_release}) supports protocols up to {self.newest}, this device "
                 f"{messages.OLDEST} and later: ask its operator to update it"
             )
         for name, valid, rule in (
@@ -56,26 +56,28 @@ class ServerHello:
             ("time", self.clock() is not None, "a date and time with its zone"),
         ):
             if not valid:
-                said = shown(repr(getattr(self, name)), 60)
-                raise AntherError(f"the server's greeting says {name}={said}, which must be {rule}: ask its operator")
+                shown_value = shown(repr(getattr(self, name)), 60)
+                raise AntherError(
+                    f"the server's greeting says {name}={shown_value}, which must be {rule}: ask its operator"
+                )
 
     def clock(self) -> datetime | None:
-        """What the server's clock showed; None if it doesn't say so, with its zone."""
+        """Return the server's time, or None if it is invalid or has no time zone."""
         try:
-            found = datetime.fromisoformat(self.time) if len(self.time) <= 40 else None
+            moment = datetime.fromisoformat(self.time) if len(self.time) <= 40 else None
         except ValueError:
             return None
-        return found if found is not None and found.utcoffset() is not None else None
+        return moment if moment is not None and moment.utcoffset() is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Enrollment:
-    """What a device says to come in."""
+    """A device's request to join."""
 
     protocol: int
-    """The newest version that it speaks."""
+    """Newest protocol version that it supports."""
     secret: str
-    """Of its ticket."""
+    """Secret of its ticket."""
     key: str
-    """Its public key, as OpenSSH writes it."""
+    """Its public key in OpenSSH format."""
     name: str

@@ -1,8 +1,8 @@
-"""What the values of a message may be at all, whoever sends it.
+"""Ranges of all values in messages, for any sender.
 
-Types alone let a count of 10⁴⁰⁰⁰ through, which no float holds, a name of a megabyte, and one with a line feed or half
-a surrogate pair, which forges a line of a log or can't be written to a file. What a plan may ask of a device is not
-decided here but by its policy, and what a reply must say by the strategy.
+Types by themselves admit a count of 10⁴⁰⁰⁰, which no float represents, a name of a megabyte, and names with a line feed
+or an unpaired surrogate, which forge a line of a log or can't be written to a file. Further limits on plans are set by a
+device's policy, and on replies by the strategy.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import dataclasses
 from functools import cache
 from typing import Any
 
-MOST_COUNT = 2**31 - 1
-MOST_NUMBER = 1e12
-"""Sums of as many numbers as there are devices stay finite."""
-MOST_TEXT = 200  # characters
-MOST_TIMESTEPS = 1000  # as many as a schedule has; how many a device takes is its policy's to say
-MOST_ENTRIES = 20_000  # more than any base has layers
+MAX_COUNT = 2**31 - 1
+MAX_NUMBER = 1e12
+"""Sums of such numbers over all devices stay finite."""
+MAX_TEXT = 200  # characters
+MAX_TIMESTEPS = 1000  # length of a schedule; a device's own limit is in its policy
+MAX_ENTRIES = 20_000  # more than the number of layers of any base
 
-_SIGNED = {"gain"}  # every other number is an amount
-_SHARES = {"battery"}  # of a whole
-_WORDS = {
+_SIGNED = {"gain"}  # all other numbers are nonnegative
+_FRACTIONS = {"battery"}  # at most 1
+_CHOICES = {
     "optimiser": ("adamw", "sgd"),
     "precision": ("fp16", "int8", "int4"),
     "quality": ("measured", "estimate"),
@@ -30,12 +30,12 @@ _WORDS = {
 
 
 def check(message: Any) -> None:
-    """ValueError, naming the field, for a value of a message, or of a dataclass within it, that no honest one holds."""
+    """Raise ValueError, naming the field, if a value of a message or of a nested dataclass is out of range."""
     _check(message, type(message).__name__, "")
 
 
 def _check(value: Any, where: str, name: str) -> None:
-    """The same for a value that is, or is within, the field of this name."""
+    """Check a value that is, or is nested in, the field of this name."""
     kind: Any = type(value)  # mypy: a type is hashable
     if names := _fields(kind):
         for field in names:
@@ -45,36 +45,36 @@ def _check(value: Any, where: str, name: str) -> None:
             _check(key, f"{where}, key {index}", name)
             _check(item, f"{where}, value {index}", name)
     elif isinstance(value, tuple):
-        if len(value) > MOST_ENTRIES:
-            raise ValueError(f"{where}: {len(value)} entries, where {MOST_ENTRIES} are the most")
+        if len(value) > MAX_ENTRIES:
+            raise ValueError(f"{where}: {len(value)} entries, the maximum is {MAX_ENTRIES}")
         for index, item in enumerate(value):
             _check(item, f"{where}[{index}]", name)
-    elif complaint := _complaint(name, value):
-        raise ValueError(f"{where}: {complaint}")
+    elif problem := _problem(name, value):
+        raise ValueError(f"{where}: {problem}")
 
 
 @cache
 def _fields(kind: Any) -> tuple[str, ...]:
-    """Names of a dataclass' fields; none of any other type."""
+    """Names of the fields of a dataclass; none for any other type."""
     return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
-def _complaint(name: str, value: Any) -> str | None:
-    """What is wrong with one plain value; bytes are for `protocol.tensor_codec`."""
+def _problem(name: str, value: Any) -> str | None:
+    """Return the problem with one plain value, or None. Bytes are checked by `protocol.tensor_codec`."""
     match value:
         case bool():
             return None
         case int() if name == "timesteps":
-            return None if 1 <= value <= MOST_TIMESTEPS else f"must be 1 to {MOST_TIMESTEPS}"
+            return None if 1 <= value <= MAX_TIMESTEPS else f"must be 1 to {MAX_TIMESTEPS}"
         case int():
-            return None if 0 <= value <= MOST_COUNT else f"must be 0 to {MOST_COUNT}"
+            return None if 0 <= value <= MAX_COUNT else f"must be 0 to {MAX_COUNT}"
         case float():
-            least = -MOST_NUMBER if name in _SIGNED else 0.0
-            most = 1.0 if name in _SHARES else MOST_NUMBER
-            return None if least <= value <= most else f"must be {least:g} to {most:g}"
-        case str() if name in _WORDS:
-            return None if value in _WORDS[name] else f"must be one of {', '.join(_WORDS[name])}"
+            minimum = -MAX_NUMBER if name in _SIGNED else 0.0
+            maximum = 1.0 if name in _FRACTIONS else MAX_NUMBER
+            return None if minimum <= value <= maximum else f"must be {minimum:g} to {maximum:g}"
+        case str() if name in _CHOICES:
+            return None if value in _CHOICES[name] else f"must be one of {', '.join(_CHOICES[name])}"
         case str():
-            fits = len(value) <= MOST_TEXT and value.isprintable()
-            return None if fits else f"must be {MOST_TEXT} printable characters at most"
+            fits = len(value) <= MAX_TEXT and value.isprintable()
+            return None if fits else f"must be at most {MAX_TEXT} printable characters"
     return None

@@ -1,7 +1,7 @@
-"""The few things that a server and a device say to each other.
+"""The messages between the server and a device.
 
-Each is a frozen dataclass of plain values, so that it travels as JSON and can be checked field by field.
-Adapters travel beside them as bytes of `protocol.tensor_codec`.
+Each is a frozen dataclass of plain values, so that it can be sent as JSON and checked field by field. Adapters are sent
+next to the JSON as bytes of `protocol.tensor_codec`. Field names are the wire format.
 """
 
 from __future__ import annotations
@@ -15,132 +15,142 @@ from common.errors import AntherError
 from protocol import limits
 
 OLDEST, NEWEST = 2, 2
-"""Versions of this protocol that are spoken here. A message names the one that it is written in; whoever doesn't speak
-it says who has to update, and nothing of the message is read.
+"""Supported versions of this protocol. A message contains its version; a receiver that doesn't support it says which
+side has to update, and reads nothing else of the message.
 
-1: a device took sites and timesteps from its server's configuration. 2: they are fields of the messages."""
+1: a device took sites and timesteps from its server's configuration. 2: they are fields of the messages.
+"""
 
 MAX_JSON_CHARS = 128 * 1024
-"""Characters of a message's JSON; the longest that we write names every site of a base twice, each about 40,000."""
+"""Maximum number of characters of a message's JSON. Our longest messages contain the names of all sites of a base
+twice, about 40,000 characters each.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceReport:
-    """What a device tells of itself: coarse on purpose, since fine traces identify people."""
+    """State of a device, coarse on purpose, since detailed traces identify people."""
 
     device: str
-    """The device's own stable name; randomness is keyed by it, never by Flower's node id."""
+    """The device's own stable name, which keys its randomness; never Flower's node id."""
     base: str
-    """Content hash of the base that it holds."""
+    """Content hash of the device's base."""
     profile: str
-    """Kind of hardware, e.g. `pi4_4gb`."""
+    """Type of hardware, e.g. `pi4_4gb`."""
     memory_gib: float
     examples_per_second: float
     """Training examples (forward and backward) per second, measured or from its profile."""
     watts: float
-    """Power while training, measured or estimated."""
+    """Power in watts while training, measured or estimated."""
     uplink_mbps: float
     downlink_mbps: float
     metered: bool = False
     battery: float | None = None
-    """What is left of a full one, in fifths; None: the device has none."""
+    """Remaining charge as a fraction, in steps of one fifth. None: no battery."""
     battery_wh: float | None = None
-    """What a full one holds, by the kind of device; None: it has none, or nobody knows."""
+    """Capacity in watt-hours, by type of device. None: no battery, or unknown."""
     charging: bool = False
     busy: bool = False
-    """Its owner uses it."""
+    """Whether its owner uses the device."""
     hot: bool = False
-    """It runs slower than it could, or is about to."""
+    """Whether the device throttles, or is about to."""
     rank: int | None = None
-    """The highest that it trains; None: any."""
+    """Maximum rank that the device trains. None: any."""
     sites: tuple[str, ...] | None = None
-    """The only ones that it trains; None: any."""
+    """Sites that the device can train. None: any."""
     pictures: bool = True
-    """Whether it has any to train on. Where privacy is promised it says so always: to tell would tell of them."""
+    """Whether the device has pictures to train on. Always True where privacy is guaranteed: the answer would reveal
+    them.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrivacy:
-    """DP-SGD on the device: adversary is everyone else, the unit is one picture, add/remove-one.
+    """DP-SGD on the device. The adversary is everyone else, the unit is one picture, the relation is add/remove-one.
 
-    A plan that carries a seed does not exist: whoever knows the noise seed can subtract the noise.
+    There is no seed in a plan: with the seed of the noise, the noise could be subtracted.
     """
 
     noise_multiplier: float
     """σ: each step adds N(0, (σ·clip)² I) to the sum of clipped gradients."""
     clip: float
-    """C: bound on the norm of one picture's gradient."""
+    """C: bound on the L2 norm of one picture's gradient."""
     sampling_rate: float
-    """q of the Poisson batch."""
+    """q of the Poisson batches."""
     draws: int
-    """Noise multiplicity: (t, ε) draws per picture, averaged before the clip."""
+    """Noise multiplicity: (t, ε) draws per picture, averaged before clipping."""
     delta: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What one device is asked to do in one round."""
+    """The work of one device in one round."""
 
     run: str
     round: int
     base: str
     rank: int
-    """Rank that the device trains; directions of the sent adapter beyond it stay frozen beside it."""
+    """Rank that the device trains. Further directions of the sent adapter are applied but frozen."""
     trains: str = "both"
-    """What is trained of the factors, and comes back: `both`; `a` or `b` alone; `cores`, C [rank, rank] of B = L C,
-    where L travels beside the adapter; or `split`, both, of which B stays on the device and is its own."""
+    """Factors that are trained and sent back: `both`; `a` or `b` only; `cores`, which are C [rank, rank] of B = L C,
+    where L is sent with the adapter; or `split`, where both are trained and B stays on the device as its own.
+    """
     sites: tuple[str, ...] | None = None
-    """Names of the sites that the device trains; what was sent of the others stays frozen beside them. None: all."""
+    """Names of the sites that the device trains; other sites of the sent adapter are applied but frozen. None: all."""
     steps: int
     batch_size: int
-    """Examples a step; under DP the public constant that the noised sum is divided by."""
+    """Examples per step; under DP the public constant that the noised sum is divided by."""
     learning_rate: float
     optimiser: str = "adamw"
-    """Of the device's steps: `adamw` or `sgd`."""
+    """Optimizer on the device: `adamw` or `sgd`."""
     proximal: float = 0.0
-    """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t where the round begins."""
+    """μ of FedProx: μ/2 ‖w − w_t‖² is added to the loss, with w_t at the start of the round."""
     scaffold: bool = False
-    """Correct gradients by control variates (`models.lora.scaffold`): the server's travels beside the adapter."""
+    """Correct gradients by control variates (`models.lora.scaffold`). The server's are sent with the adapter."""
     privacy: ExamplePrivacy | None = None
     update: str = "fp32"
-    """How the result comes back: `fp32`, as it is; `fp16`, `int8` or `int4`, what training changed, rounded so
-    (`protocol.quantization`)."""
+    """Format of the result: `fp32`, the adapter itself; or `fp16`, `int8` or `int4`, its quantized change
+    (`protocol.quantization`).
+    """
     keep: float = 1.0
-    """Share of a rounded change that is sent, its largest blocks."""
+    """Fraction of the blocks of a quantized change that is sent, those with the largest norms."""
     feedback: bool = False
-    """Add what rounding left of the last round's change to this one's: directions keep their meaning."""
+    """Error feedback: add the quantization error of the last round to this round's change. Requires that directions
+    keep their meaning between rounds.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedFormat:
-    """How an adapter that isn't sent whole is to be read (`protocol.quantization`)."""
+    """Format of an adapter that is sent quantized (`protocol.quantization`)."""
 
     precision: str
     """`fp16`, `int8` or `int4`."""
     rank: int
-    """Of every site: the bytes don't say."""
+    """Rank of every site, which the bytes don't contain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train the shared adapter by this plan, starting from the adapter sent."""
+    """Train the shared adapter by a plan, starting from the sent adapter."""
 
     plan: TrainingPlan
     adapter: bytes
     rounded: QuantizedFormat | None = None
-    """None: `adapter` is whole."""
+    """None: `adapter` is not quantized."""
     adapted: tuple[str, ...] | None = None
-    """As of a Query."""
+    """See `Query.adapted`."""
     echo: int = 0
-    """Events in the device's ledger when the server last heard of it. A ledger with fewer was rolled back, and its
-    device refuses; more of them permit nothing."""
+    """Number of events in the device's ledger when the server last heard of it. A ledger with fewer events was rolled
+    back, and its device refuses; more events permit nothing.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What the plan has trained, at its rank and sites, and what that cost.
+    """Result of a plan, with its rank and sites, and its cost.
 
-    In the precision that the plan asks for: what isn't fp32 is their change from what was sent.
+    Unless the plan's `update` is `fp32`, `adapter` is the change from the sent adapter.
     """
 
     device: str
@@ -149,67 +159,67 @@ class Update:
     rank: int
     adapter: bytes
     release: bool
-    """False when simulated noise was used: a server that is not itself in test mode rejects it."""
+    """False if simulated noise was used. A server that is not in test mode rejects such an update."""
     seconds: float
     joules: float
     quality: str
-    """How seconds and joules were had: `measured` or `estimate`."""
+    """Source of seconds and joules: `measured` or `estimate`."""
     loss: float | None
-    """Mean training loss; None under DP: it was not noised."""
+    """Mean training loss. None under DP, since it is not noised."""
     epsilon: float | None
-    """What the ledger has composed to so far, per picture at the plan's δ; None without DP."""
+    """ε of the composition of the device's ledger, per picture at the plan's δ. None without DP."""
     events: int
-    """In the device's ledger now: the server echoes it (`Train.echo`)."""
+    """Number of events in the device's ledger now, which the server echoes (`Train.echo`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPrivacy:
-    """The Gaussian mechanism on a sum of gains, each clipped to [−clip, clip]; the unit is one picture."""
+    """The Gaussian mechanism on a sum of gains, each clipped to [−clip, clip]. The unit is one picture."""
 
     noise_multiplier: float
-    """σ: the sum gets N(0, (σ·clip)²)."""
+    """σ: N(0, (σ·clip)²) is added to the sum."""
     clip: float
-    """Bound on what one picture's loss can fall or rise by."""
+    """Bound on the change of one picture's loss."""
     pictures: int
-    """The public constant that the noised sum is divided by."""
+    """Public constant that the noised sum is divided by."""
     delta: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure the sent adapter on the device's own validation pictures."""
+    """Evaluate the sent adapter on the device's validation pictures."""
 
     run: str
     round: int
     adapter: bytes
     rounded: QuantizedFormat | None = None
-    """As of a Train."""
+    """See `Train.rounded`."""
     adapted: tuple[str, ...] | None = None
-    """As of a Query."""
+    """See `Query.adapted`."""
     timesteps: int = 3
-    """Fixed timesteps at which the loss of each picture is measured."""
+    """Number of fixed timesteps at which the loss of each picture is measured."""
     privacy: EvaluationPrivacy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean validation loss of the base and of the adapter sent; or, if it was asked for with privacy, a noised gain."""
+    """Mean validation losses of the base and of the sent adapter; or, if requested with privacy, a noised gain."""
 
     device: str
     round: int
     base: float | None
     shared: float | None
     gain: float | None = None
-    """Mean over pictures of what the adapter takes off the base's loss, clipped and noised on the device."""
+    """Mean reduction of the base's loss by the adapter over pictures, clipped and noised on the device."""
     release: bool = True
-    """As of an Update; only meant for a noised gain."""
+    """See `Update.release`; applies to a noised gain only."""
     epsilon: float | None = None
-    """As of an Update, with what this gain cost; None without a noised one."""
+    """See `Update.epsilon`, including the cost of this gain; None without a noised one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Personalize:
-    """Train the personal adapter on top of the shared one sent; nothing of it comes back."""
+    """Train the personal adapter on top of the sent shared one. Nothing of it is sent back."""
 
     run: str
     round: int
@@ -219,20 +229,20 @@ class Personalize:
     batch_size: int
     learning_rate: float
     look_every: int
-    """Steps between two looks at the validation pictures, which keep the best adapter."""
+    """Steps between two evaluations on the validation pictures; the best adapter is kept."""
     patience: int
-    """Looks without improvement before training ends."""
+    """Evaluations without improvement before training ends."""
     rounded: QuantizedFormat | None = None
-    """As of a Train."""
+    """See `Train.rounded`."""
     adapted: tuple[str, ...] | None = None
-    """As of a Query."""
+    """See `Query.adapted`."""
     timesteps: int = 3
-    """As of an Evaluate."""
+    """See `Evaluate.timesteps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Personalized:
-    """The device has a personal adapter now; its cost, and no measure of its pictures."""
+    """The device now has a personal adapter. Contains its cost, and no measure of its pictures."""
 
     device: str
     seconds: float
@@ -242,10 +252,10 @@ class Personalized:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """Ask a device for its report."""
+    """Request the device's report."""
 
     adapted: tuple[str, ...] | None = None
-    """Names of the base's layers that adapters of this run sit at; None: those that the base's family adapts."""
+    """Names of the base's layers that have adapters in this run. None: the default ones of the base's family."""
 
 
 Request = Query | Train | Evaluate | Personalize
@@ -255,22 +265,28 @@ T = TypeVar("T", DeviceReport, Update, Evaluation, Personalized, Query, Train, E
 
 
 def payloads(message: Request | Reply) -> dict[str, bytes]:
-    """The fields that travel beside the JSON, by name: those whose value is bytes."""
+    """Return the fields that are sent next to the JSON, by name: those with bytes."""
     return {name: value for name, value in vars(message).items() if isinstance(value, bytes)}
 
 
 def to_json(message: Request | Reply) -> str:
-    """Every field but the payloads. ValueError for a number that is not finite."""
+    """Encode all fields except the payloads. ValueError for a number that is not finite."""
     beside = payloads(message)
     fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
     return strict_json.dumps({name: value for name, value in fields.items() if name not in beside})
 
 
 def from_json(kind: type[T], text: str, **beside: bytes) -> T:
-    """The message that `to_json` wrote, with its payloads by name.
+    """Decode a message that `to_json` encoded, with its payloads.
 
-    Raises AntherError, naming the field, for an unknown or missing one, a wrong type, a number that is not finite, or
-    what `protocol.limits` allows nobody to say.
+    Args:
+        kind: class of the message.
+        text: JSON.
+        beside: payloads by name of the field.
+
+    Raises:
+        AntherError: names the field that is unknown, missing, of a wrong type, not finite, or outside
+            `protocol.limits`.
     """
     if len(text) > MAX_JSON_CHARS:
         raise AntherError(f"{kind.__name__}: a message of {len(text)} characters is too long")

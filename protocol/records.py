@@ -1,8 +1,8 @@
-"""Messages as Flower's records: the JSON in a ConfigRecord, an adapter as the one Array of an ArrayRecord.
+"""Messages as Flower records: the JSON in a ConfigRecord, an adapter as the only Array of an ArrayRecord.
 
-The adapter's bytes stay those of `protocol.tensor_codec`; Flower cuts the Array into chunks and never parses it. A SHA-256 of
-both travels beside the JSON and is compared before either is parsed: Flower names objects by their hash, but whoever
-pulls one doesn't compare. It finds damage; who sent a message is for Flower's authentication of nodes.
+The adapter's bytes are those of `protocol.tensor_codec`; Flower splits the Array into chunks and never parses it. A
+SHA-256 of both is sent with the JSON and compared before either is parsed: Flower names objects by their hash, but a
+receiver doesn't compare it. The checksum detects damage; the sender is authenticated by Flower's node authentication.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from protocol.messages import Reply, Request
 QUERY, TRAIN, EVALUATE, PERSONALIZE = "query", "train", "evaluate", "train.personalise"
 
 REFUSED = "refused: "
-"""How the reason of an error reply begins if it is a device's no, and nothing went wrong."""
+"""Prefix of an error reply's reason if the device refused, and nothing went wrong."""
 
 UNREADABLE = 1000
-"""Error code of a reply that Flower itself could not unpack; Flower's own lie far below."""
+"""Error code of a reply that Flower could not unpack; Flower's own codes are far below."""
 
 _MESSAGE, _ARRAYS, _ADAPTER, _STYPE, _DTYPE = "message", "arrays", "adapter", "safetensors", "uint8"
 _JSON, _SHA256, _VERSION = "json", "sha256", "version"
@@ -45,11 +45,12 @@ _EXCHANGES = {
 
 
 def message_type(request: Request) -> str:
-    """Flower's message type for a request, which routes it to the function of the ClientApp."""
+    """Return Flower's message type for a request, which selects the function of the ClientApp."""
     return next(name for name, exchange in _EXCHANGES.items() if isinstance(request, exchange.request))
 
 
 def request_to_records(request: Request) -> RecordDict:
+    """Encode a request."""
     adapter = messages.payloads(request).get(_ADAPTER)
     if adapter is None:
         return _records(_text(request), None, None)
@@ -58,36 +59,45 @@ def request_to_records(request: Request) -> RecordDict:
 
 
 def request_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Request:
-    """The request in a message of this type; AntherError with one line if it is malformed.
+    """Decode a request; AntherError with one line if it is malformed.
 
     Args:
-        most: bytes of an adapter that are looked at; None: whatever has come.
+        message_type: Flower's message type.
+        records: the message's content.
+        most: maximum number of bytes of an adapter. None: no limit.
     """
     return _message(_exchange(message_type).request, *_contents(records, most))
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
+    """Encode a reply."""
     adapter = messages.payloads(reply).get(_ADAPTER)
     return _records(messages.to_json(reply), adapter, None if adapter is None else adapter_to_record(adapter))
 
 
 def reply_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Reply:
-    """The reply to a message of this type; AntherError and `most` as for a request."""
+    """Decode a reply; AntherError with one line if it is malformed.
+
+    Args:
+        message_type: Flower's message type of the request.
+        records: the message's content.
+        most: maximum number of bytes of an adapter. None: no limit.
+    """
     return _message(_exchange(message_type).reply, *_contents(records, most))
 
 
 def adapter_to_record(adapter: bytes) -> ArrayRecord:
-    """An adapter of `protocol.tensor_codec` as Flower holds global arrays: one Array of bytes."""
+    """Wrap an adapter of `protocol.tensor_codec` in the form of Flower's global arrays: one Array of bytes."""
     return ArrayRecord({_ADAPTER: Array(dtype=_DTYPE, shape=(len(adapter),), stype=_STYPE, data=adapter)})
 
 
 def adapter_from_record(record: ArrayRecord) -> bytes:
-    """Inverse of `adapter_to_record`; AntherError if the record holds anything else, or other than it claims."""
+    """Inverse of `adapter_to_record`; AntherError if the record's content or declared shape is different."""
     if list(record) != [_ADAPTER] or record[_ADAPTER].stype != _STYPE:
         raise AntherError(f"arrays must hold one {_STYPE} entry named {_ADAPTER!r} and hold {len(record)} entries")
     array = record[_ADAPTER]
     if (array.dtype, array.shape) != (_DTYPE, (len(array.data),)):
-        raise AntherError(f"arrays: {_ADAPTER!r} claims another dtype or shape than its {len(array.data)} bytes have")
+        raise AntherError(f"arrays: dtype or shape of {_ADAPTER!r} don't match its {len(array.data)} bytes")
     return array.data
 
 
@@ -103,11 +113,11 @@ def _records(text: str, adapter: bytes | None, arrays: ArrayRecord | None) -> Re
 
 
 def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]:
-    """The JSON and the adapter of a message, as they were sent; what is cheap to find is found first."""
+    """Return the JSON and the adapter of a message, after all checks; cheap ones come first."""
     names = set(records) if isinstance(records, RecordDict) else set()
     config, arrays = (records[name] if name in names else None for name in (_MESSAGE, _ARRAYS))
     if isinstance(config, ConfigRecord) and _VERSION in config:
-        _check_version(config[_VERSION])  # first of all: another version may hold whatever it likes
+        _check_version(config[_VERSION])  # first, since other versions may have other content
     expected = {_JSON, _SHA256, _VERSION}
     if not isinstance(config, ConfigRecord) or set(config) != expected or names - {_MESSAGE, _ARRAYS}:
         listed = f"{_JSON}, {_SHA256} and {_VERSION}"
@@ -121,20 +131,20 @@ def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]
             raise AntherError(f"malformed message: an adapter travels in an ArrayRecord, not a {type(arrays).__name__}")
         adapter = adapter_from_record(arrays)
         if most is not None and len(adapter) > most:
-            raise AntherError(f"malformed message: an adapter of {len(adapter)} bytes, where {most} are the most")
+            raise AntherError(f"malformed message: an adapter of {len(adapter)} bytes, the maximum is {most}")
     if checksum != _checksum(text, adapter):
-        raise AntherError("malformed message: damaged in transit, its checksum is another")
+        raise AntherError("malformed message: damaged in transit, the checksum doesn't match")
     return text, adapter
 
 
-def _check_version(found: object) -> None:
-    """AntherError that says who has to update."""
-    if not isinstance(found, int) or isinstance(found, bool):
+def _check_version(version_number: object) -> None:
+    """Raise AntherError that says which side has to update."""
+    if not isinstance(version_number, int) or isinstance(version_number, bool):
         raise AntherError(f"malformed message: its {_VERSION} is not a whole number")
-    if not messages.OLDEST <= found <= messages.NEWEST:
-        behind = "whoever reads it" if found > messages.NEWEST else "whoever wrote it"
+    if not messages.OLDEST <= version_number <= messages.NEWEST:
+        behind = "the receiver" if version_number > messages.NEWEST else "the sender"
         spoken = f"{messages.OLDEST} to {messages.NEWEST}"
-        raise AntherError(f"a message of protocol {found}, and {spoken} is spoken here: {behind} has to update Anther")
+        raise AntherError(f"message of protocol {version_number}, supported: {spoken}: {behind} has to update Anther")
 
 
 def _message(kind: Any, text: str, adapter: bytes | None) -> Any:
@@ -150,8 +160,9 @@ _hashed: deque[tuple[bytes, bytes]] = deque(maxlen=4)
 
 
 def _sha256(adapter: bytes) -> bytes:
-    """Kept for the many simulated devices of one process that are sent the same; known by the object, since to look
-    it up by its content would cost as much again.
+    """Cached SHA-256 for simulated devices of one process that are sent the same adapter.
+
+    The cache compares object identity: comparing content would cost as much as hashing it again.
     """
     for known, digest in tuple(_hashed):
         if known is adapter:
@@ -163,11 +174,11 @@ def _sha256(adapter: bytes) -> bytes:
 
 @lru_cache(maxsize=64)
 def _text(request: Request) -> str:
-    """Of a request without its adapter: made once for the hundreds of devices that are asked for the same."""
+    """JSON of a request without its adapter, cached for the many devices with the same request."""
     return messages.to_json(request)
 
 
 @lru_cache(maxsize=2)
 def _sent_adapter(adapter: bytes) -> ArrayRecord:
-    """One for all that are sent the same adapter."""
+    """Cached record of an adapter that is sent to many devices."""
     return adapter_to_record(adapter)

@@ -1,7 +1,7 @@
-"""A strict codec for named tensors: safetensors bytes, read as if a stranger had written them.
+"""A strict codec for named tensors: safetensors bytes from untrusted senders.
 
-safetensors itself accepts duplicate keys, any number of empty tensors, any dtype and NaN. Here the receiver says
-what it expects, and every check that can be made on the header is made before anything is allocated.
+safetensors itself accepts duplicate keys, any number of empty tensors, any dtype and NaN. Here the receiver specifies
+the expected tensors, and everything that can be checked on the header is checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _HEADER_BYTES = 64 * 1024
 _HEADER_BYTES_PER_TENSOR = 200
 _FREE = -1
-_MOST_FREE = 2**16
-_PART = 2**16  # numbers that are compared at once: what that takes doesn't grow with the payload
+_MAX_FREE = 2**16
+_CHUNK = 2**16  # numbers that are compared at a time, so that the memory for it doesn't grow with the payload
 
 Shape = tuple[int, ...]
 
 
 class CodecError(AntherError):
-    """Bytes that are not what was expected; names the key."""
+    """The bytes are not a valid encoding of the expected tensors; names the key."""
 
 
 def encode(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32) -> bytes:
-    """safetensors bytes of the tensors cast to `dtype`: the same bytes for equal tensors in any order."""
+    """Encode tensors, cast to `dtype`, as safetensors. Equal tensors give equal bytes, in any order."""
     if dtype not in _DTYPES:
         raise ValueError(f"{dtype=}: must be one of {list(_DTYPES)}")
     names = sorted(tensors)
-    header = _written(dtype, tuple([(name, tensors[name].shape) for name in names]))
+    header = _encode_header(dtype, tuple([(name, tensors[name].shape) for name in names]))
     if not names:
         return header
     with torch.no_grad():
@@ -46,8 +46,8 @@ def encode(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32)
 
 
 @lru_cache(maxsize=16)
-def _written(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) -> bytes:
-    """What stands before the data: kept, since the replies of a whole fleet have the same."""
+def _encode_header(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) -> bytes:
+    """Header bytes. Cached, since the replies of a whole fleet have the same."""
     header, position = {}, 0
     for name, shape in shapes:
         end = position + math.prod(shape) * dtype.itemsize
@@ -58,25 +58,44 @@ def _written(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def largest(expected: Mapping[str, Shape], *, free: int = _MOST_FREE, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the longest payload that `decode` takes for these shapes: of a longer one nothing need be looked at."""
+def max_payload(expected: Mapping[str, Shape], *, free: int = _MAX_FREE, dtype: torch.dtype = torch.float32) -> int:
+    """Return the length in bytes of the longest payload that `decode` accepts for these shapes.
+
+    Longer ones need not be looked at.
+
+    Args:
+        expected: expected shapes by name; -1 for an unknown size.
+        free: maximum of the unknown size.
+        dtype: expected dtype.
+    """
     numbers = sum(math.prod(free if size == _FREE else size for size in shape) for shape in expected.values())
     return 8 + _longest_header(len(expected)) + numbers * dtype.itemsize
 
 
 def decode(
-    data: bytes, expected: Mapping[str, Shape], *, free: int = _MOST_FREE, dtype: torch.dtype = torch.float32
+    data: bytes, expected: Mapping[str, Shape], *, free: int = _MAX_FREE, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The tensors of exactly the expected names, shapes and dtype, all finite, in the expected order.
+    """Decode tensors with exactly the expected names, shapes and dtype, all of them finite.
 
-    A size of -1 stands for one unknown number of 1 to `free`, the same wherever it appears: the rank of an adapter
-    whose sites are known (`models.lora.adapter.shapes(sites, -1)`). The tensors share one writable copy of `data`, in which
-    subnormal numbers have become 0: they carry nothing, and each costs a processor a hundred times as much as another.
+    A size of -1 stands for one unknown number from 1 to `free`, the same wherever it appears: the rank of an adapter
+    whose sites are known (`models.lora.adapter.adapter_shapes(sites, -1)`). The tensors share one writable copy of
+    `data`, in which subnormal numbers are replaced by 0: they carry no information, and arithmetic with them takes a
+    hundred times as long.
 
-    Raises CodecError for anything else than what `encode` writes of such tensors.
+    Args:
+        data: the payload.
+        expected: expected shapes by name.
+        free: maximum of the unknown size.
+        dtype: expected dtype.
+
+    Returns:
+        Tensors in the order of `expected`.
+
+    Raises:
+        CodecError: `data` is not the result of `encode` for such tensors.
     """
-    if len(data) > (most := largest(expected, free=free, dtype=dtype)):
-        raise CodecError(f"payload of {len(data)} bytes, where {most} are the most")
+    if len(data) > (limit := max_payload(expected, free=free, dtype=dtype)):
+        raise CodecError(f"payload of {len(data)} bytes, the maximum is {limit}")
     header, start = _header(data, len(expected))
     _check_keys(header, expected)
     sizes = _resolve(header, expected, free)
@@ -85,17 +104,17 @@ def decode(
     values = torch.frombuffer(buffer, dtype=dtype, offset=start) if len(data) > start else torch.empty(0, dtype=dtype)
     tensors = {}
     for name, shape in sizes.items():
-        place = offsets[name] // dtype.itemsize
-        tensors[name] = values[place : place + math.prod(shape)].view(shape)
+        offset = offsets[name] // dtype.itemsize
+        tensors[name] = values[offset : offset + math.prod(shape)].view(shape)
     if not _finite(values):
         raise CodecError(f"{next(name for name, t in tensors.items() if not _finite(t))}: holds NaN or infinite values")
-    for part in values.split(_PART):
+    for part in values.split(_CHUNK):
         part.masked_fill_(part.abs() < torch.finfo(dtype).tiny, 0.0)
     return tensors
 
 
 def _finite(values: Tensor) -> bool:
-    """Without a copy: a NaN becomes both extremes."""
+    """Whether all values are finite, without a copy: a NaN becomes both extremes."""
     return not values.numel() or all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
@@ -104,13 +123,13 @@ def _longest_header(tensors: int) -> int:
 
 
 def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
-    """The parsed header, and where the data starts."""
+    """Parse the header; return it and the start of the data."""
     if len(data) < 8:
         raise CodecError(f"payload of {len(data)} bytes is too short for a header")
     length = int.from_bytes(data[:8], "little")
     if length > _longest_header(tensors):
         raise CodecError(f"header of {length} bytes is too long for {tensors} tensors")
-    if length > len(data) - 8 or length % 8:  # the format pads it: tensors then lie aligned
+    if length > len(data) - 8 or length % 8:  # the format pads it, so that tensors are aligned
         raise CodecError(f"header of {length} bytes is cut off or not padded to 8")
     try:
         header = loads(data[8 : 8 + length].decode())
@@ -124,7 +143,7 @@ def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
 def _check_keys(header: Mapping[str, object], expected: Mapping[str, Shape]) -> None:
     if missing := sorted(expected.keys() - header.keys()):
         raise CodecError(f"{missing[0]}: missing")
-    if extra := sorted(header.keys() - expected.keys()):  # __metadata__ too: nothing here needs it
+    if extra := sorted(header.keys() - expected.keys()):  # also __metadata__, which is not used here
         raise CodecError(f"{extra[0][:100]!r}: not expected")
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -134,40 +153,42 @@ def _check_keys(header: Mapping[str, object], expected: Mapping[str, Shape]) -> 
                 raise CodecError(f"{name}: {key} must be a list of non-negative integers")
 
 
-def _resolve(header: Mapping, expected: Mapping[str, Shape], most: int) -> dict[str, Shape]:
-    """The expected shapes with the unknown size filled in, once the header's shapes agree with them."""
+def _resolve(header: Mapping, expected: Mapping[str, Shape], limit: int) -> dict[str, Shape]:
+    """Return the expected shapes with the unknown size filled in, after comparing them with the header's."""
     free: int | None = None
     sizes = {}
     for name, shape in expected.items():
         declared = tuple(header[name]["shape"])
         for size, wanted in zip(declared, shape, strict=False):
             if wanted == _FREE and free is None:
-                if not 0 < size <= most:
-                    raise CodecError(f"{name}: shape holds {_shown(size)} where 1 to {most} may be")
+                if not 0 < size <= limit:
+                    raise CodecError(f"{name}: shape holds {_describe(size)} instead of 1 to {limit}")
                 free = size
         sizes[name] = tuple(free if wanted == _FREE and free else wanted for wanted in shape)
         if declared != sizes[name]:
-            raise CodecError(f"{name}: shape must be {list(sizes[name])}, is {_shown(list(declared[:8]))}")
+            raise CodecError(f"{name}: shape must be {list(sizes[name])}, is {_describe(list(declared[:8]))}")
     return sizes
 
 
 def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtype, total: int) -> dict[str, int]:
-    """Where each tensor starts: tensors must follow each other without gap or overlap and cover the data."""
+    """Return the start of each tensor. Tensors must be contiguous, without overlap, and cover the data."""
     position = 0
     for name in sorted(sizes, key=lambda name: header[name]["data_offsets"]):
         entry = header[name]
         if entry["dtype"] != _DTYPES[dtype]:
-            raise CodecError(f"{name}: dtype must be {_DTYPES[dtype]}, is {_shown(entry['dtype'])}")
+            raise CodecError(f"{name}: dtype must be {_DTYPES[dtype]}, is {_describe(entry['dtype'])}")
         end = position + math.prod(sizes[name]) * dtype.itemsize
         if entry["data_offsets"] != [position, end]:
-            raise CodecError(f"{name}: data_offsets must be {[position, end]}, are {_shown(entry['data_offsets'][:4])}")
+            raise CodecError(
+                f"{name}: data_offsets must be {[position, end]}, are {_describe(entry['data_offsets'][:4])}"
+            )
         position = end
     if position != total:
         raise CodecError(f"payload holds {total} bytes of data, its header declares {position}")
     return {name: header[name]["data_offsets"][0] for name in sizes}
 
 
-def _shown(found: object) -> str:
-    """What a stranger wrote, for one line of a log: a list may be as deep as a parser goes, and repr goes less deep."""
+def _describe(found: object) -> str:
+    """Describe an untrusted value in one log line. A list may be nested deeper than repr supports."""
     numbers = isinstance(found, list) and all(type(n) is int for n in found)
     return ascii(found)[:100] if numbers or isinstance(found, str | int) else type(found).__name__

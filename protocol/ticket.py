@@ -1,9 +1,9 @@
-"""What an operator hands to whoever is to take part: where the server is, who it is, and a secret that works once.
+"""Enrollment ticket from the operator to a participant: address and identity of the server, and a one-time secret.
 
     anther://host:port/SECRET/FINGERPRINT
 
-The fingerprint is that of the federation's own authority (SHA-256, hex): a device that has the ticket trusts nobody
-else, whoever answers at that address.
+The fingerprint is that of the federation's own certificate authority (SHA-256, hex): a device with the ticket trusts no
+other authority at that address.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WRITTEN = re.compile(r"anther://(?P<address>[^/\s]+:\d{1,5})/(?P<secret>[\w-]{2
 
 
 class Ticket(NamedTuple):
-    """What it says."""
+    """The fields of a ticket."""
 
     address: str
     """host:port."""
@@ -28,8 +28,8 @@ class Ticket(NamedTuple):
         return f"anther://{self.address}/{self.secret}/{self.fingerprint}"
 
 
-def read(text: str) -> Ticket:
-    """The ticket that somebody was given; AntherError if it is none, or not whole."""
+def parse(text: str) -> Ticket:
+    """Parse a ticket; AntherError if it is incomplete or not a ticket."""
     found = _WRITTEN.fullmatch(text.strip())
     if found is None:
         raise AntherError("not a whole ticket: it looks like anther://host:port/…/…, as `anther keys ticket` prints it")

@@ -19,7 +19,7 @@ from models.base import assets
 from models.base.base import load
 from models.lora.adapter import adapter_shapes
 from privacy.storage import FileStorage
-from protocol.tensor_codec import largest
+from protocol.tensor_codec import max_payload
 from server.grid.validating_grid import ValidatingGrid
 from server.ledger import ServerLedger
 from server.report.trackers import open_trackers, round_metrics
@@ -64,7 +64,7 @@ def _federate(grid: Grid, context: Context, runs: Path) -> None:
     ledger = ServerLedger(FileStorage(folder))
     strategy = build(config, plan, base.sites, accept_simulated=test, ledger=ledger, base=base)
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
-    save_largest_adapter(max_bytes := largest(adapter_shapes(base.sites, plan.rank)))
+    save_largest_adapter(max_bytes := max_payload(adapter_shapes(base.sites, plan.rank)))
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     settings = context.run_config
     with open_trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:

@@ -70,7 +70,7 @@ def each_loss(
     """Denoising loss of each example of each pool, under slot i for pool i.
 
     As in `held_out_losses`, but all examples are evaluated with the same noise, and no pass holds entries of two
-    examples: an example's loss is a function of it alone, even if a layer's sums depend on the size of its batch.
+    examples: an example's loss is a function of it only, even if a layer's sums depend on the size of its batch.
 
     Args:
         base: the base.

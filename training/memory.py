@@ -1,4 +1,4 @@
-"""Memory budget of a cohort, and measurement of what fits in it.
+"""Memory budget of a cohort, and measurement of the memory of a pass.
 
 The budget is a fraction of the machine's total memory, so that a machine has the same batching at every start. The
 memory of a pass is measured on the tensors of a pass of one entry, so that it doesn't depend on other processes.

@@ -28,7 +28,7 @@ from privacy.noise import SecureNoise
 from privacy.policy import Policy
 from privacy.storage import FileStorage
 from protocol import messages, records
-from protocol.tensor_codec import encode, largest
+from protocol.tensor_codec import encode, max_payload
 from server.grid.validating_grid import ValidatingGrid
 from simulations.grid.cohort import InProcessGrid, set_message_id
 from strategies.aggregation import Aggregated, Linearity, Updates, always
@@ -149,7 +149,7 @@ class _Server:
         self._plan, self._sites, self._adapter = replace(PLAN, rank=rank), sites, adapter
         self._arrays = records.adapter_to_record(adapter)
         self._line, self._rule = _OneNodeGrid(), _RecordingRule()
-        self._gate = ValidatingGrid(self._line, largest=largest(adapter_shapes(sites, rank)), poll=0.0)
+        self._gate = ValidatingGrid(self._line, largest=max_payload(adapter_shapes(sites, rank)), poll=0.0)
         self._request = set_message_id(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
 
     def ingresses(self) -> dict[str, Ingress]:
@@ -290,7 +290,7 @@ class _Device:
     def _ingress(self, request: messages.Request, exact: dict[str, object]) -> Ingress:
         expected = _expected(request, self._device.sites, self._device.policy.max_rank, exact)
         message = Message(RecordDict(), NODE, records.message_type(request))
-        most = largest(adapter_shapes(self._device.sites, -1), free=self._device.policy.max_rank)
+        most = max_payload(adapter_shapes(self._device.sites, -1), free=self._device.policy.max_rank)
 
         def prepare_attack(attack: MessageAttack) -> PendingAttack:
             delivery = attack.prepare(message)

@@ -85,7 +85,7 @@ def ticket_text(file: str | None) -> str:
 
 def enroll(text: str, words: Sequence[str]) -> str:
     """Come in with a ticket, and keep what was said; in words what comes next."""
-    ticket, file = tickets.read(text), paths.words()
+    ticket, file = tickets.parse(text), paths.words()
     node = compose(words, file)
     name = node.name or platform.node() or "device"
     found, hello = server_connection.enroll(ticket, name)

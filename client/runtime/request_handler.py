@@ -20,7 +20,7 @@ from models.base.base import Base, load
 from models.lora.adapter import adapter_shapes
 from privacy.policy import RequestRefusedError
 from protocol.messages import Evaluate, Personalize, Query, Reply, Request, payloads
-from protocol.tensor_codec import largest
+from protocol.tensor_codec import max_payload
 from training.cohort import free_buffers
 from training.engine import perform
 from training.jobs import Cancelled, Job, Result, never
@@ -73,7 +73,7 @@ def answer(
         memory = budget(None if own is None else float(str(own)), base.device)
         _check_free(memory, base)
         owner = from_config(stated, base) if resources is None else resources.device(stated, base)
-        most = largest(adapter_shapes(owner.sites, -1), free=owner.policy.max_rank)
+        most = max_payload(adapter_shapes(owner.sites, -1), free=owner.policy.max_rank)
         if any(len(data) > most for data in payloads(request).values()):
             raise RequestRefusedError(f"an adapter of more than {most} bytes, which no adapter of this base takes")
         timesteps = request.timesteps if isinstance(request, Evaluate | Personalize) else 1

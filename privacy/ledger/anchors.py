@@ -26,7 +26,7 @@ RECOVERY_HINT = (
 
 @dataclass(frozen=True, slots=True)
 class JournalHead:
-    """Head of a journal: what is known of it outside of its folder."""
+    """Head of a journal, stored outside of its folder."""
 
     ledger: str
     events: int

@@ -132,7 +132,7 @@ def reserved_event(reservation: Reservation) -> dict[str, Any]:
 
 
 def sealed_event(reservation: Reservation, sha256: str) -> dict[str, Any]:
-    """Return the event that fixes the reply and records what it was made from."""
+    """Return the event that fixes the reply and records its inputs."""
     made_from = {name: getattr(reservation, name) for name in _MADE_FROM}
     return {"state": SEALED, **_key(reservation.key), "sha256": sha256, **made_from}
 
@@ -152,7 +152,7 @@ def _key(key: Key) -> dict[str, Any]:
 def _add_event(entries: dict[Key, LedgerEntry], ledger: str | None, event: Mapping[str, Any]) -> str:
     """Add one more event to the entries of a ledger, whose id is None before its first event; return the id."""
     if (event["state"] == ENROLLED) != (ledger is None):
-        raise ValueError("a ledger begins with its one enrolment")
+        raise ValueError("a ledger begins with its one enrollment")
     if ledger is None:
         return str(event["ledger"])
     key = (event["run"], event["round"], event["purpose"])

@@ -8,7 +8,7 @@ release.
 the pictures that exist then. If they changed meanwhile, this is still one release of one mechanism, for a picture in
 both sets, in one or in none; the seal records which pictures it was made from. Refusing the round, or charging it
 twice, would tell the server, without noise, that a picture was added or removed. For the same reason a device whose
-pictures change between rounds continues: ε of all events bounds what is released of each picture, however few rounds it
+pictures change between rounds continues: ε of all events bounds the release of each picture, however few rounds it
 was in. An event that is charged to a picture which it never touched only makes the bound larger.
 
 *Guarantees*: charged ≥ released, and one reply for each key, through crashes at any point, power cuts, and two

@@ -104,8 +104,8 @@ class ReplyValidator:
         """Bytes of the longest payload that comes back of this plan."""
         expected = self.trained_shapes(plan)
         if plan.update == "fp32":
-            return tensor_codec.largest(expected)
-        return quantization.largest(expected, plan.update, keep=plan.keep)
+            return tensor_codec.max_payload(expected)
+        return quantization.max_payload(expected, plan.update, keep=plan.keep)
 
     def update(
         self, current: Adapter, asked: tuple[DeviceReport, TrainingPlan], reply: Update

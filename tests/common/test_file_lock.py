@@ -94,6 +94,6 @@ def test_an_owners_command_that_writes_waits_for_nobody(
 def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(AntherError, match="can't be made"), file_lock.exclusive(tmp_path, what="the store"):
+    with pytest.raises(AntherError, match="can't be created"), file_lock.exclusive(tmp_path, what="the store"):
         pass
     assert (tmp_path / "precious").read_text() == "x"

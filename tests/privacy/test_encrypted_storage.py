@@ -92,9 +92,7 @@ def test_swapped_blobs_are_found_out(tmp_path: Path) -> None:
     shutil.copy(folder / "previous.safetensors", folder / "personal.safetensors")
     shutil.copy(folder / "previous.safetensors", folder / "federations/a/personal.safetensors")
     for name in ("personal.safetensors", "federations/a/personal.safetensors"):
-        with pytest.raises(
-            DamagedDataError, match=r"personal\.safetensors: not what was encrypted under this key and name"
-        ):
+        with pytest.raises(DamagedDataError, match=r"personal\.safetensors: not encrypted under this key and name"):
             kept.read(name)
     assert kept.read("previous.safetensors") == b"previous.safetensors"
     storage(tmp_path, store="another").write("previous.safetensors", b"of another store under the same key")
@@ -123,7 +121,7 @@ def test_lines_that_were_moved_are_found_out(change: str, tmp_path: Path) -> Non
         "none": [],
     }[change]
     (tmp_path / "store" / JOURNAL).write_bytes(b"".join(changed))
-    with pytest.raises(AntherError, match=r"not what was encrypted|rolled back|is missing"):
+    with pytest.raises(AntherError, match=r"not encrypted|rolled back|is missing"):
         DeviceLedger(storage(tmp_path)).entries()
 
 
@@ -170,5 +168,5 @@ def test_the_reply_is_the_one_that_was_sealed(tmp_path: Path) -> None:
     (reply,) = (tmp_path / "store" / "outbox").iterdir()
     data = reply.read_bytes()
     reply.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(AntherError, match="not what was encrypted"):
+    with pytest.raises(AntherError, match="not encrypted"):
         ledger.sealed(KEY, PLAN)

@@ -55,7 +55,7 @@ def test_no_battery_is_more_than_full() -> None:
 
 
 def test_edges() -> None:
-    largest = dataclasses.replace(UPDATE, round=limits.MOST_COUNT, seconds=limits.MOST_NUMBER, device="é" * 200)
+    largest = dataclasses.replace(UPDATE, round=limits.MAX_COUNT, seconds=limits.MAX_NUMBER, device="é" * 200)
     limits.check(largest)
     limits.check(dataclasses.replace(UPDATE, events=0, seconds=0.0, epsilon=None))
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from common.errors import AntherError
 from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
-from protocol.ticket import Ticket, read
+from protocol.ticket import Ticket, parse
 
 WHOLE = Ticket("pi.local:9443", "s" * 32, "0f" * 32)
 
@@ -19,13 +19,13 @@ WHOLE = Ticket("pi.local:9443", "s" * 32, "0f" * 32)
 )
 def test_what_is_printed_is_read(address, secret, fingerprint):
     ticket = Ticket(address, secret, fingerprint)
-    assert read(f"  {ticket}\n") == ticket
+    assert parse(f"  {ticket}\n") == ticket
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40, 64, 70, 110])
 def test_half_a_ticket_is_none(cut):
     with pytest.raises(AntherError, match="not a whole ticket"):
-        read(str(WHOLE)[:-cut])
+        parse(str(WHOLE)[:-cut])
 
 
 def hello(oldest: int, newest: int) -> ServerHello:

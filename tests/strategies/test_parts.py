@@ -186,7 +186,8 @@ def test_the_longest_reply_is_that_of_the_plan():
         checks.largest(replace(PLAN, sites=sites, trains=trains)) for sites, trains in ((None, "both"), (("x",), "b"))
     ]
     whole, part = (
-        tensor_codec.largest(trained_shapes(sites, 3, t)) for sites, t in ((SITES, "both"), ({"x": SITES["x"]}, "b"))
+        tensor_codec.max_payload(trained_shapes(sites, 3, t))
+        for sites, t in ((SITES, "both"), ({"x": SITES["x"]}, "b"))
     )
     assert sizes == [whole, part]
 

@@ -273,7 +273,7 @@ def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     kept.put_lines([hash_chain.encode_event({"at": "now", **entries.reserved_event(FIRST)}, hash_chain.START)])
-    with pytest.raises(AntherError, match="begins with its one enrolment"):
+    with pytest.raises(AntherError, match="begins with its one enrollment"):
         ledger.entries()
 
 

@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from models.lora.adapter import adapter_shapes, init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Query
-from protocol.tensor_codec import encode, largest
+from protocol.tensor_codec import encode, max_payload
 from server.grid.validating_grid import ValidatingGrid
 from server.supervisor.memory_limit import memory_limit
 from simulations.grid.cohort import CohortGrid
@@ -102,7 +102,7 @@ def train(changes: dict[int, Change], late: int = 0) -> dict[str, int]:
     """Train with three devices, and return the strategy's dropped replies by reason."""
     grid = _UnpackingGrid([FakeDevice(name) for name in "abc"], perform)
     grid.changes, federated = {}, strategy()
-    gate = ValidatingGrid(grid, largest=largest(adapter_shapes(SITES, 3)), poll=0.0)
+    gate = ValidatingGrid(grid, largest=max_payload(adapter_shapes(SITES, 3)), poll=0.0)
     start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     messages = federated.configure_train(1, start, ConfigRecord(), gate)
     grid.changes, grid.late = changes, late
