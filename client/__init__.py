@@ -1,1 +1,1 @@
-"""What runs on a device: its pictures, its store, and the one generator that answers requests."""
+"""Code that runs on a device: its pictures, its store, and the generator that answers requests."""

@@ -1,4 +1,4 @@
-"""One device: what it tells of itself, what it keeps, what it allows, and where its randomness comes from."""
+"""One device: its report, store, policy and randomness."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from protocol.messages import DeviceReport
 
 log = logging.getLogger(__name__)
 
-# What a device is taken for that doesn't say: the slowest of conf/fleet, so that nothing is promised too soon.
+# Defaults of a device that states nothing: the slowest of conf/fleet, so that no duration is underestimated.
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
 HOT, BATTERY_HOT = (
     80.0,
     40.0,
-)  # °C, as `throttle.max_celsius` and `throttle.max_battery_celsius`: from here on training waits
+)  # °C, like `throttle.max_celsius` and `throttle.max_battery_celsius`: training pauses above them
 
 
-def _at_once(_: float) -> None:
+def _no_wait(_: float) -> None:
     pass
 
 
@@ -47,35 +47,38 @@ def _no_limit(_: int, __: Collection[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """All that `client.rounds.handler` needs to answer for one device."""
+    """Everything that `client.rounds.handler` needs to answer for one device."""
 
     name: str
     report: DeviceReport
     store: Store
     pictures: Callable[[], Pictures]
-    """Reads the owner's pictures when they are needed, and raises AntherError if they can't be used."""
+    """Read the owner's pictures when they are needed; raises AntherError if they can't be used."""
     sites: Sites
-    """Where the base that it holds can be adapted."""
+    """Sites of the device's base."""
     policy: policy.Policy
     noise: Callable[[int, str], NoiseSource]
-    """The source for one round and purpose; the server has no say in it."""
+    """Return the noise source of one round and purpose; the server cannot influence it."""
     seed: int
-    """Of the ordinary streams: batches without privacy, timesteps, diffusion noise."""
+    """Seed of the non-private streams: ordinary batches, timesteps, diffusion noise."""
     resolution: int
     """Side in pixels of pictures as the base sees them."""
-    listed: Callable[[], Pictures] | None = None
-    """The same for private jobs, with an Absent where a picture can't be used, as its owner's log says. None: as
-    `pictures` has them."""
-    wait: Callable[[float], None] = _at_once
-    """Lets so many seconds pass before a private reply, so that it comes at a public time; Cancelled if the device is
-    to stop meanwhile. In a simulation time is counted."""
+    listed_pictures: Callable[[], Pictures] | None = None
+    """Like `pictures`, for private jobs: each unusable picture is a `MissingPicture`, and the owner's log says why.
+    None: `pictures` is used.
+    """
+    wait: Callable[[float], None] = _no_wait
+    """Wait this many seconds before a private reply, so that it is sent at a public time; raises Cancelled if the
+    device is stopped meanwhile. A simulation only counts the time.
+    """
     check_memory: Callable[[int, Collection[str]], None] = _no_limit
-    """Raises Refusal if training an adapter of this rank at these sites wouldn't fit; a simulation's memory is the
-    cohort's affair."""
+    """Raise RequestRefusedError if training an adapter of this rank at these sites would not fit. In a simulation the
+    cohort manages memory.
+    """
     previews: int = 0
-    """How many pictures its owner is shown of what was learnt, each time that something was."""
-    spent: Callable[[], TrainingCost | None] | None = None
-    """What the training that was done last took, as a meter found; None: it has none, and estimates."""
+    """Number of preview pictures drawn for the owner after each training of the personal adapter."""
+    measured_cost: Callable[[], TrainingCost | None] | None = None
+    """Metered cost of the last training; None: there is no meter, and costs are estimated."""
 
 
 def from_config(
@@ -84,22 +87,23 @@ def from_config(
     *,
     store: Store | None = None,
     read: Callable[[], Conditions] | None = None,
-    spent: Callable[[], TrainingCost | None] | None = None,
-    wait: Callable[[float], None] = _at_once,
+    measured_cost: Callable[[], TrainingCost | None] | None = None,
+    wait: Callable[[float], None] = _no_wait,
 ) -> Device:
-    """The device that a SuperNode's own configuration describes.
+    """Build the device that a SuperNode's configuration describes.
 
     Args:
-        node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which pick its k-th
-            sub-folder in a simulation. Optional: `background`, which transparent pictures are put on; `name`; `store`,
-            a folder; `previews`, how many pictures are drawn into it whenever something was learnt; `test=true`, which
-            makes noise reproducible by `seed` and nothing a release; and what the report says: `examples-per-second`,
-            `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; and `rank` and `sites`, the highest rank and, as a
-            regular expression, the only layers that it is to train.
-        base: what the device holds.
-        store: that is open already; None: it is opened here, in the clear.
-        read: its sensors, for what the report says of now; None: nothing is said of it.
-        spent, wait: as of the Device.
+        node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which select its k-th
+            sub-folder in a simulation. Optional: `background`, the color behind transparent pictures; `name`; `store`,
+            a folder; `previews`, the number of pictures drawn into it after each personal training; `test=true`, which
+            makes noise reproducible by `seed`, so that nothing counts as a release; for the report:
+            `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; `rank` and `sites`, the highest
+            rank and, as a regular expression, the only layers to train.
+        base: the base that the device holds.
+        store: an open store; None: open an unencrypted one.
+        read: reads the sensors for the device's current state; None: the report does not include it.
+        measured_cost: see `Device.measured_cost`.
+        wait: see `Device.wait`.
 
     Raises:
         AntherError: a key is missing or its value can't be used.
@@ -112,14 +116,14 @@ def from_config(
     files = device_files(name, node_config.get("store"))
     store = store or Store(files)
     is_test = _flag(node_config, "test")
-    seed = whole(node_config, "seed") if is_test else store.seed()
+    seed = non_negative_int(node_config, "seed") if is_test else store.seed()
     read_pictures = partial(load_folder, pictures, background=str(node_config.get("background", WHITE)))
     return Device(
         name=name,
         report=build_report(name, base, node_config, store=store, read=read),
         store=store,
         pictures=read_pictures,
-        listed=partial(read_pictures, on_error=lambda mistake: log.error("%s", mistake)),
+        listed_pictures=partial(read_pictures, on_error=lambda mistake: log.error("%s", mistake)),
         wait=wait,
         sites=base.sites,
         policy=policy.load(files.folder / "policy.toml"),
@@ -127,8 +131,8 @@ def from_config(
         seed=seed,
         resolution=base.resolution,
         check_memory=partial(preflight.check_memory, base, store),
-        previews=whole(node_config, "previews"),
-        spent=spent,
+        previews=non_negative_int(node_config, "previews"),
+        measured_cost=measured_cost,
     )
 
 
@@ -140,33 +144,45 @@ def build_report(
     store: Store | None = None,
     read: Callable[[], Conditions] | None = None,
 ) -> DeviceReport:
-    """The report of this machine: memory and cores as found, speed and watts as stated, as `anther device benchmark`
-    has measured, or else a small board's; and what sensors say of now."""
+    """Describe this machine: measured memory and cores, rates and watts, and the current sensor readings.
+
+    Rates and watts are taken from the configuration, else from the result of `anther device benchmark`, else from a
+    small board.
+
+    Args:
+        name: the device's name.
+        base: the base that it holds.
+        stated: the node's configuration.
+        store: caches the predicted duration of a pass; None: no cache.
+        read: reads the sensors; None: the current state is left out.
+    """
     import psutil
 
     cores = psutil.cpu_count(logical=False) or 1
-    known = throughput.benchmarked(base, store)
+    measured = throughput.benchmarked(base, store)
     report = DeviceReport(
         device=name,
         base=base.hash,
         profile=f"{platform.machine().lower()}_{cores}_cores",
         memory_gib=float(round(psutil.virtual_memory().total / 2**30)),
         examples_per_second=_positive(
-            stated, "examples-per-second", known.examples_per_second if known else EXAMPLES_PER_SECOND_PER_CORE * cores
+            stated,
+            "examples-per-second",
+            measured.examples_per_second if measured else EXAMPLES_PER_SECOND_PER_CORE * cores,
         ),
-        watts=_positive(stated, "watts", known.watts if known else WATTS),
+        watts=_positive(stated, "watts", measured.watts if measured else WATTS),
         uplink_mbps=_positive(stated, "uplink-mbps", UPLINK_MBPS),
         downlink_mbps=_positive(stated, "downlink-mbps", DOWNLINK_MBPS),
         metered=_flag(stated, "metered"),
-        battery_wh=known.battery_wh if known else None,
-        rank=whole(stated, "rank") or None,
+        battery_wh=measured.battery_wh if measured else None,
+        rank=non_negative_int(stated, "rank") or None,
         sites=_sites(stated, base.sites),
     )
     return report if read is None else with_conditions(report, read())
 
 
 def with_conditions(report: DeviceReport, now: Conditions) -> DeviceReport:
-    """The report with what holds now, as coarsely as it is told: the rest of what sensors say is nobody's business."""
+    """Add the current state to a report, as coarse as the server needs it: finer readings stay on the device."""
     return replace(
         report,
         battery=None if now.battery is None else math.floor(5 * now.battery + 1e-9) / 5,
@@ -178,33 +194,33 @@ def with_conditions(report: DeviceReport, now: Conditions) -> DeviceReport:
 
 
 def _sites(stated: Mapping[str, Any], sites: Sites) -> tuple[str, ...] | None:
-    """The layers that a device is to train; None: any."""
+    """Return the layers that the device trains; None: any."""
     pattern = str(stated.get("sites") or "")
     try:
-        found = tuple(name for name in sites if re.fullmatch(pattern or ".*", name))
+        selected = tuple(name for name in sites if re.fullmatch(pattern or ".*", name))
     except re.error as error:
         raise AntherError(f"sites={pattern}: not a regular expression ({error})") from None
-    if not found:
-        raise AntherError(f"sites={pattern}: the base has none such; one that it has is {next(iter(sites))}")
-    return found if pattern else None
+    if not selected:
+        raise AntherError(f"sites={pattern}: matches no layer of the base; one of its layers is {next(iter(sites))}")
+    return selected if pattern else None
 
 
 def _folder(node_config: Mapping[str, Any]) -> Path:
-    """The owner's pictures, or those of one simulated owner."""
+    """Return the folder of the owner's pictures, or of one simulated owner's."""
     if "data" in node_config:
         return Path(str(node_config["data"])).expanduser()
     if "partition-id" not in node_config or "data-root" not in node_config:
         raise AntherError(f"the node's configuration names no pictures: set data to a folder with {METADATA}")
     root = Path(str(node_config["data-root"])).expanduser()
     owners = sorted(folder for folder in root.glob("*/") if not folder.name.startswith("."))
-    chosen = whole(node_config, "partition-id")
-    if chosen >= len(owners):
-        raise AntherError(f"{root}: has {len(owners)} sub-folders, so there is none for partition {chosen}")
-    return owners[chosen]
+    index = non_negative_int(node_config, "partition-id")
+    if index >= len(owners):
+        raise AntherError(f"{root}: has {len(owners)} sub-folders, so there is none for partition {index}")
+    return owners[index]
 
 
 def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
-    """A number over 0; Flower passes what a person wrote."""
+    """Parse a number over 0; Flower passes values as the user wrote them."""
     try:
         number = float(values.get(key, default))
     except (TypeError, ValueError):
@@ -214,8 +230,8 @@ def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
     return number
 
 
-def whole(values: Mapping[str, Any], key: str) -> int:
-    """A whole number of 0 or more; 0 if it isn't stated."""
+def non_negative_int(values: Mapping[str, Any], key: str) -> int:
+    """Parse a whole number of 0 or more; 0 if the key is missing."""
     text = str(values.get(key, 0))
     if not text.isdecimal():
         raise AntherError(f"{key}={text}: must be a whole number of 0 or more")

@@ -33,7 +33,7 @@ from rich.table import Table
 from bench.lib.machine import machine, versions
 from bench.memory import predicted, published_bases
 from bench.memory.predicted import NETWORKS, RUNTIME, FootprintCase, MeasuredStep
-from client.cli.plan import SITES, predictor, ways
+from client.cli.plan import SITES, predictor, training_settings
 from client.planning.plan_search import FootprintPredictor, TrainingOption, TrainingSetting, search_plans
 from common import low_memory
 from common.units import GIB, MIB
@@ -96,7 +96,10 @@ def find_trials(plans: Sequence[PlanConfig]) -> list[LimitTrial]:
         return cached_predict
 
     base = NETWORKS[plans[0].base]
-    return [select_trial(plan, *search_plans(ways(base), plan, cached(predictor(base, plan)))) for plan in plans]
+    return [
+        select_trial(plan, *search_plans(training_settings(base), plan, cached(predictor(base, plan))))
+        for plan in plans
+    ]
 
 
 def select_trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -> LimitTrial:

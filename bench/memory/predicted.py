@@ -242,7 +242,7 @@ def measure_case(case: FootprintCase, folder: Path) -> MeasuredStep:
 
 def measure_rates() -> DeviceProfileConfig:
     """Measure this machine's rates on one core."""
-    return benchmark.measured(compose_plan(["device=laptop"], Path()).device, CALIBRATION)
+    return benchmark.measure(compose_plan(["device=laptop"], Path()).device, CALIBRATION)
 
 
 def _peak() -> int:

@@ -109,8 +109,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "evaluation without padding pictures",
         "client/rounds/evaluate.py",
-        "seen = _filled(some, min(AT_ONCE, privacy.pictures - start))",
-        "seen = some",
+        "padded = _padded(chunk, min(AT_ONCE, privacy.pictures - start))",
+        "padded = chunk",
         "tests/client/rounds/test_evaluate.py::test_a_noised_gain_and_nothing_else",
     ),
     Mutant(
@@ -305,8 +305,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "simulated noise reported as a release",
         "client/rounds/train.py",
-        "release=noise.release,\n        seconds=spent.seconds,",
-        "release=True,\n        seconds=spent.seconds,",
+        "release=noise.release,\n        seconds=cost.seconds,",
+        "release=True,\n        seconds=cost.seconds,",
         "tests/client/rounds/test_handler.py::test_simulated_noise_is_no_release",
     ),
     Mutant(
@@ -327,7 +327,7 @@ EXAMPLE_MUTANTS = (
         "residual of an unsent reply enters the next",
         "client/rounds/train.py",
         "if sealed is not packed:\n        return _unpack(sealed)",
-        "if sealed is not packed:\n        keep(device, goes)\n        return _unpack(sealed)",
+        "if sealed is not packed:\n        save_round_state(device, upload)\n        return _unpack(sealed)",
         "tests/client/rounds/test_upload.py::test_of_two_processes_what_the_one_left_that_replied_is_kept",
     ),
     Mutant(
@@ -347,8 +347,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "quantization residual used in two rounds",
         "client/rounds/upload.py",
-        "return kept.left if kept.round == last else {}",
-        "return kept.left",
+        "return stored.left if stored.round == last else {}",
+        "return stored.left",
         "tests/client/rounds/test_upload.py::test_killed_at_every_step_nothing_is_sent_twice",
     ),
     Mutant(

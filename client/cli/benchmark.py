@@ -1,8 +1,8 @@
-"""What can this device do? One minute of measuring:  anther device benchmark [--like pi4_2gb]
+"""Measure this device for one minute:  anther device benchmark [--like pi4_2gb]
 
-Sustained rates of matrix products, convolutions and element-wise operations, and a small training step beside what is
-predicted of it. Leaves ANTHER_HOME/device.yaml, which `device=this` reads. What can't be measured from here (power, the
-battery) is taken from the profile of a device like this one.
+Measures sustained rates of matrix products, convolutions and element-wise operations, and a small training step, which
+is compared with its prediction. Writes ANTHER_HOME/device.yaml, which `device=this` reads. Power and battery can't be
+measured here; they are taken from the profile of a similar device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from models.lora.batched_lora import Layout
 from training.memory import total_and_free
 
 SECONDS = 60.0
-FREE = 0.9  # of what is free now that training may fill
+FREE = 0.9  # fraction of the free memory that training may use
 STEP = BaseSpec(
     family=STABLE_DIFFUSION,
     config={  # 34 million parameters
@@ -57,40 +57,43 @@ STEP = BaseSpec(
 PIXELS, RANK = 256, 8
 
 _HEADER = """# What this device can do, measured by `anther device benchmark` on {when} with PyTorch {torch}.
-# Watts and battery are those of {like}; mend them where you know better.
+# Watts and battery are those of {like}; correct them if you know better.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 0, or 2 with one line on standard error."""
+    """Run the command; return the exit status: 0, or 2 with one line on standard error."""
     parser = argparse.ArgumentParser(
         prog="anther device benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--like", choices=devices(), default="laptop", help="whose watts and battery (default: laptop)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="in all, about")
-    asked = parser.parse_args(arguments)
+    parser.add_argument(
+        "--like", choices=devices(), default="laptop", help="device whose watts and battery to use (default: laptop)"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="approximate total time (default: 60)")
+    options = parser.parse_args(arguments)
     path = assets.home() / PROFILE
     try:
-        if asked.seconds <= 0:
-            raise AntherError(f"--seconds {asked.seconds}: must be over 0")
-        found = measured(compose_plan([f"device={asked.like}"], path).device, asked.seconds)
-        write(found, path, like=asked.like)
+        if options.seconds <= 0:
+            raise AntherError(f"--seconds {options.seconds}: must be greater than 0")
+        profile = measure(compose_plan([f"device={options.like}"], path).device, options.seconds)
+        write(profile, path, like=options.like)
     except (AntherError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    print("\n".join(f"{key}: {_number(value)}" for key, value in asdict(found).items()))
-    print(f"in {path}: now `anther device plan device=this`")
+    print("\n".join(f"{key}: {_number(value)}" for key, value in asdict(profile).items()))
+    print(f"written to {path}. Next: anther device plan device=this")
     return DONE
 
 
-def measured(like: DeviceProfileConfig, seconds: float) -> DeviceProfileConfig:
-    """The profile of this device, with the watts and the battery of another; takes about so many seconds.
+def measure(like: DeviceProfileConfig, seconds: float) -> DeviceProfileConfig:
+    """Measure this device; watts and battery are taken from `like`. Takes about `seconds`.
 
-    The step comes first: its peak tells what the process holds beside it, before anything else was large.
+    The training step comes first: its peak shows the process's memory beyond the predicted, before anything else was
+    large.
     """
     free = total_and_free(torch.device("cpu"))[1]
     step, runtime = training_step(seconds / 4)
-    rates = replace(
+    profile = replace(
         like,
         name=platform.node() or "this",
         memory_gib=free * FREE / GIB,
@@ -101,48 +104,54 @@ def measured(like: DeviceProfileConfig, seconds: float) -> DeviceProfileConfig:
         slowdown=1.0,
     )
     try:
-        return replace(rates, slowdown=step / pass_seconds(predicted_step(), rates))
-    except ValueError as error:  # beyond what the schema allows
-        raise AntherError(f"{error}: was this device busy? Measure again when nothing else runs") from error
+        return replace(profile, slowdown=step / pass_seconds(predicted_step(), profile))
+    except ValueError as error:  # outside the schema's limits
+        raise AntherError(f"{error}: the device was probably busy; measure again when nothing else runs") from error
 
 
 def predicted_step() -> Footprint:
-    """Of the step that is measured."""
+    """Predict the footprint of the measured step."""
     return footprint(meta_denoiser(STEP, sites=STEP.family.sites), *example_shapes(STEP, PIXELS), rank=RANK)
 
 
 def training_step(seconds: float) -> tuple[float, int]:
-    """Seconds of one forward and backward pass, and the bytes that the process holds beside what is predicted."""
+    """Return the seconds of one forward and backward pass, and the bytes of the process beyond the prediction."""
     network = STEP.network().to_empty(device="cpu")
     for tensor in (*network.parameters(), *network.buffers()):
         nn.init.normal_(tensor, std=0.02)
     base = Denoiser(network, DUMMY_SCHEDULE, sites=STEP.family.sites)
     layout, (latents, context) = Layout(base.sites, RANK), example_shapes(STEP, PIXELS)
-    entry = torch.zeros(1, *latents), torch.zeros(1, *context), layout, torch.zeros(1, layout.size)
-    found = sustained(lambda: forward_backward(base, *entry), seconds)
-    return found, max(10 * MIB, peak_bytes() - predicted_step().peak_bytes)
+    inputs = torch.zeros(1, *latents), torch.zeros(1, *context), layout, torch.zeros(1, layout.size)
+    step_seconds = mean_seconds(lambda: forward_backward(base, *inputs), seconds)
+    return step_seconds, max(10 * MIB, peak_bytes() - predicted_step().peak_bytes)
 
 
 def matrix_rate(seconds: float, n: int = 1024) -> float:
-    """Operations per second of a product of n×n matrices."""
+    """Return operations per second of a product of n×n matrices."""
     a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / sustained(lambda: a @ b, seconds)
+    return 2 * n**3 / mean_seconds(lambda: a @ b, seconds)
 
 
 def convolution_rate(seconds: float, channels: int = 320, side: int = 32) -> float:
-    """Operations per second of a 3×3 convolution."""
+    """Return operations per second of a 3×3 convolution.
+
+    Args:
+        seconds: duration of the measurement.
+        channels: input and output channels.
+        side: height and width in pixels.
+    """
     x, weight = torch.randn(1, channels, side, side), torch.randn(channels, channels, 3, 3)
-    return 2 * 9 * (channels * side) ** 2 / sustained(lambda: F.conv2d(x, weight, padding=1), seconds)
+    return 2 * 9 * (channels * side) ** 2 / mean_seconds(lambda: F.conv2d(x, weight, padding=1), seconds)
 
 
 def bandwidth(seconds: float, numbers: int = 2**23) -> float:
-    """Bytes read and written per second by an element-wise operation, into memory that is fresh each time."""
+    """Return bytes read and written per second by an element-wise operation, into newly allocated memory each time."""
     x = torch.randn(numbers)
-    return 2 * x.nbytes / sustained(lambda: F.silu(x), seconds)
+    return 2 * x.nbytes / mean_seconds(lambda: F.silu(x), seconds)
 
 
-def sustained(work: Callable[[], object], seconds: float) -> float:
-    """Mean seconds of one run of `work`, of as many as there is time for in the second half: a device grows hot."""
+def mean_seconds(work: Callable[[], object], seconds: float) -> float:
+    """Return the mean seconds of one run of `work`, over the second half of the time: a hot device is slower."""
     started = time.perf_counter()
     work()
     while time.perf_counter() - started < seconds / 2:
@@ -155,18 +164,24 @@ def sustained(work: Callable[[], object], seconds: float) -> float:
 
 
 def peak_bytes() -> int:
-    """The most that this process ever held."""
+    """Return the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def write(profile: DeviceProfileConfig, path: Path, *, like: str) -> None:
-    """The profile as YAML; appears when complete."""
+    """Write the profile as YAML, atomically.
+
+    Args:
+        profile: the measured profile.
+        path: the file.
+        like: name of the profile that watts and battery are taken from.
+    """
     header = _HEADER.format(when=datetime.now(UTC).date(), torch=torch.__version__, like=like)
     path.parent.mkdir(parents=True, exist_ok=True)
-    filling = path.with_suffix(f".{os.getpid()}")
-    filling.write_text(header + "".join(f"{key}: {_number(value)}\n" for key, value in asdict(profile).items()))
-    filling.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(header + "".join(f"{key}: {_number(value)}\n" for key, value in asdict(profile).items()))
+    temporary.replace(path)
 
 
 def _number(value: object) -> str:

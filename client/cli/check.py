@@ -12,7 +12,7 @@ DONE, USAGE = 0, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m client.cli.check FOLDER`."""
+    """Run as `python -m client.cli.check FOLDER`."""
     (folder,) = sys.argv[1:] if arguments is None else arguments
     try:
         load_folder(folder)

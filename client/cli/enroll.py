@@ -1,8 +1,8 @@
-"""Take part with this device:  anther device enroll [--ticket-file FILE] [data=FOLDER] [name=NAME] [key=value …]
+"""Join a federation with this device:  anther device enroll [--ticket-file FILE] [data=FOLDER] [key=value …]
 
-The ticket is what the federation's operator gave you; it works once. It is asked for, or read from a file or standard
-input: what is on a command line, every user of this machine can read. What else is said here, any key of a device's
-configuration (conf/schemas/node.py), is kept in ANTHER_HOME/node.conf, for `anther device run`.
+You got the ticket from the federation's operator; it works once. You are asked for it, or it is read from a file or
+standard input, because other users of this machine can see a command line. All other settings given here (keys of
+conf/schemas/node.py, e.g. name=NAME) are saved in ANTHER_HOME/node.conf for `anther device run`.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from protocol import ticket as tickets
 from protocol.handshake import ServerHello
 
 DONE, USAGE = 0, 2
-_LONGEST = 4096  # characters of what a ticket is read from
-_SCHEME = "anther://"
+_MAX_TICKET = 4096  # characters
+_TICKET_SCHEME = "anther://"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: USAGE with one line on standard error where something is wrong."""
+    """Run the command; return the exit status, USAGE with one line on standard error after an error."""
     parser = argparse.ArgumentParser(
         prog="anther device enroll", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ticket-file", metavar="FILE", help="that the ticket is in; -: standard input (default: it is asked for)"
+        "--ticket-file", metavar="FILE", help="file that contains the ticket; -: standard input (default: ask for it)"
     )
-    parser.add_argument("words", nargs="*", metavar="key=value")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
     try:
-        if any(word.startswith(_SCHEME) for word in asked.words):
+        if any(word.startswith(_TICKET_SCHEME) for word in options.settings):
             raise AntherError(
-                "a ticket on the command line can be read by every user of this machine, and stays in the shell's "
-                "history: leave it out, and paste it when it is asked for; or --ticket-file FILE"
+                "a ticket on the command line is visible to every user of this machine, and stays in the shell's "
+                "history: leave it out and paste it when asked, or use --ticket-file FILE"
             )
-        checked = _checked(asked.words)
-        print(enroll(ticket_text(asked.ticket_file), checked))
+        checked = _checked_settings(options.settings)
+        print(enroll(ticket_text(options.ticket_file), checked))
     except AntherError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -55,58 +55,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _checked(words: Sequence[str]) -> Sequence[str]:
-    """The words, once nothing is wrong with them nor with the pictures: the ticket, which works once, comes after.
+def _checked_settings(settings: Sequence[str]) -> Sequence[str]:
+    """Return the settings after checking them and the pictures: the ticket works only once, so it is read afterwards.
 
-    Raises AntherError otherwise.
+    Raises AntherError if anything is wrong.
     """
-    node = compose(words, paths.words())
+    node = compose(settings, paths.config_file())
     if node.data is not None:
         from client.data import load_folder  # torch
 
         load_folder(node.data)
-    return words
+    return settings
 
 
 def ticket_text(file: str | None) -> str:
-    """The ticket as it was written: in a file, on standard input, or at the terminal without being shown."""
+    """Read the ticket from a file, from standard input, or from the terminal without showing it."""
     try:
         if file not in (None, "-"):
             with Path(str(file)).expanduser().open(encoding="utf-8") as content:
-                return content.read(_LONGEST)
+                return content.read(_MAX_TICKET)
         if file is None and sys.stdin.isatty():
             return getpass.getpass("Ticket (it isn't shown): ")
-        return sys.stdin.readline(_LONGEST)
+        return sys.stdin.readline(_MAX_TICKET)
     except OSError as error:
         raise refused(error, file) from error
     except UnicodeDecodeError as error:
-        raise AntherError(f"{file or 'standard input'}: not a text, so no ticket") from error
+        raise AntherError(f"{file or 'standard input'}: not a text file, so not a ticket") from error
 
 
-def enroll(text: str, words: Sequence[str]) -> str:
-    """Come in with a ticket, and keep what was said; in words what comes next."""
-    ticket, file = tickets.parse(text), paths.words()
-    node = compose(words, file)
+def enroll(text: str, settings: Sequence[str]) -> str:
+    """Join with a ticket and save the settings; return the next steps as text."""
+    ticket, file = tickets.parse(text), paths.config_file()
+    node = compose(settings, file)
     name = node.name or platform.node() or "device"
-    found, hello = server_connection.enroll(ticket, name)
-    said = [
+    connection, hello = server_connection.enroll(ticket, name)
+    entries = [
         *read_enrollment(file),
-        *words,
+        *settings,
         f"name={name}",
-        f"connection.address={found.address}",
+        f"connection.address={connection.address}",
         "connection.insecure=false",
     ]
-    said.append(f"federation={hello.federation}")
-    last = {word.partition("=")[0]: word for word in said}
-    lines = ["# Written by anther device enroll; a key=value a line, to be changed by hand as you like."]
+    entries.append(f"federation={hello.federation}")
+    last = {word.partition("=")[0]: word for word in entries}
+    lines = ["# Written by anther device enroll: one key=value per line. You can edit it."]
     write(file, "\n".join([*lines, *(shlex.quote(word) for word in last.values())]).encode() + b"\n")
-    return _next(hello, name, has_data=any(word.startswith("data=") for word in last.values()))
+    return _next_steps(hello, name, has_data=any(word.startswith("data=") for word in last.values()))
 
 
-def _next(hello: ServerHello, name: str, *, has_data: bool) -> str:
-    lines = [f"{name} takes part now, with a base of {hello.base_bytes / 1e6:,.0f} MB. Next:"]
+def _next_steps(hello: ServerHello, name: str, *, has_data: bool) -> str:
+    lines = [f"{name} has joined the federation. Its base model has {hello.base_bytes / 1e6:,.0f} MB. Next:"]
     if not has_data:
-        lines.append("    anther device run data=FOLDER     # of your pictures, which never leave it")
+        lines.append(
+            "    anther device run data=FOLDER     # the folder of your pictures; they never leave this device"
+        )
     else:
         lines.append("    anther device run")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Remove what this device has learnt:  anther device forget --yes [--federation ID | --all]
+"""Delete everything that this device has learned:  anther device forget --yes [--federation ID | --all]
 
-Adapters, what rounds have left, previews and caches, of the federation that it was in last, of the one of that id, or
-of all. The ledger stays: only `anther device ledger reset --forget` begins another.
+Deletes adapters, state between rounds, previews and caches: of the last federation, of the one with that id, or of all.
+The ledger stays; only `anther device ledger reset --forget` starts a new one.
 """
 
 from __future__ import annotations
@@ -18,72 +18,83 @@ from common import atomic_files, file_lock
 from common.errors import AntherError
 from privacy.storage import ASIDE, FileStorage
 
-NOTHING = "{folder}: nothing was learnt here of {whose}."
-FORGOTTEN = """Removed from {folder}: {count} files, {megabytes:.1f} MB, of {whose}.
-What can't be undone: what was shared stays shared, in the shared adapter and with everybody who has one. The ledger
-still counts it (anther device ledger), and whatever is shared from now on comes on top.
-The files were removed and not written over: a card or a flash disk may hold their bytes for a while, and so does every
-backup. If the store was encrypted, they are of no use without its key."""
+NOTHING = "{folder}: nothing was learned here with {whose}."
+FORGOTTEN = """Deleted from {folder}: {count} files, {megabytes:.1f} MB, of {whose}.
+Not undone: everything shared is part of the shared adapter, and stays with all devices that have a copy. The ledger
+still counts it (anther device ledger), and anything shared from now on adds to it.
+The files were deleted but not overwritten: a memory card or flash disk may keep their bytes for a while, and so do
+backups. If the store was encrypted, those bytes are useless without its key."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 2, with one line on standard error, if it isn't meant, or the store is in use."""
-    parser = owner_parser("client.cli.forget", __doc__ or "")
+    """Run the command; return exit status 2, with one line on standard error, if it fails or --yes is missing."""
+    parser = owner_parser("forget", __doc__ or "")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--federation", metavar="ID", help="that one (default: the last that the device was in)")
-    which.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--yes", action="store_true", help="yes, remove it")
+    which.add_argument("--federation", metavar="ID", help="id of the federation (default: the last one)")
+    which.add_argument("--all", action="store_true", help="all federations")
+    parser.add_argument("--yes", action="store_true", help="confirm")
     return run(parser, arguments, forget)
 
 
-def forget(files: FileStorage, asked: argparse.Namespace) -> str:
-    """Do it; what was removed, and what that can't undo. It needs no key, and can be done again where it was killed.
+def forget(files: FileStorage, options: argparse.Namespace) -> str:
+    """Delete the files; return a text that describes the effect and its limits.
+
+    It needs no key, and can be repeated if it was killed.
 
     Raises:
-        AntherError: its owner isn't sure, there is no such federation, or the store is in use or of a newer version.
+        AntherError: --yes is missing, the federation is unknown, or the store is in use or of a newer version.
     """
     check_store_exists(files)
-    federation = None if asked.all else asked.federation or last_federation(files)
-    whose = "all federations" if asked.all else f"federation {federation}" if federation else "no federation with an id"
+    federation = None if options.all else options.federation or last_federation(files)
+    whose = (
+        "all federations" if options.all else f"federation {federation}" if federation else "no federation with an id"
+    )
     known = layout.federations(files.folder)
-    if asked.federation and federation not in known:
-        held = ", ".join(str(name) for name in known if name) or "none"
-        raise AntherError(f"--federation {federation}: nothing is kept of it here; of these something is: {held}")
-    if not asked.yes:
-        raise AntherError(f"forget removes what was learnt of {whose} in {files.folder}, for good: say --yes")
+    if options.federation and federation not in known:
+        ids = ", ".join(str(name) for name in known if name) or "none"
+        raise AntherError(f"--federation {federation}: this store has no files of it; it has files of: {ids}")
+    if not options.yes:
+        raise AntherError(
+            f"forget permanently deletes everything learned with {whose} in {files.folder}: confirm with --yes"
+        )
     with file_lock.exclusive(files.folder, what="the store"):
         migrate.upgrade(files)
-        doomed = [name for name in _learnt(files.folder) if asked.all or _whose(name) in (federation, _CACHED)]
+        doomed = [
+            name
+            for name in _learned_files(files.folder)
+            if options.all or _federation_of(name) in (federation, _CACHED)
+        ]
         size = sum((files.folder / name).stat().st_size for name in doomed)
         for name in doomed:
             files.remove(name)
-        _sweep(files.folder)
+        _clean_up(files.folder)
     text = FORGOTTEN if doomed else NOTHING
     return text.format(folder=files.folder, count=len(doomed), megabytes=size / 1e6, whose=whose)
 
 
-_CACHED = ""  # belongs to whichever is forgotten: it is found again
+_CACHED = ""  # the cache belongs to every federation, and can be recomputed
 
 
-def _learnt(folder: Path) -> Iterator[str]:
-    """Names of all files that may go, also of those that were set aside with a ledger."""
+def _learned_files(folder: Path) -> Iterator[str]:
+    """Yield the names of all files that may be deleted, including those set aside with a ledger."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        rest = layout.split(name)[1]
+        rest = layout.split_name(name)[1]
         if path.is_file() and rest.split("/")[0] in (*layout.FEDERATION_FILES, layout.CACHE):
             yield name
 
 
-def _whose(name: str) -> str | None:
-    federation, rest = layout.split(name)
+def _federation_of(name: str) -> str | None:
+    """Return the id of a file's federation, or `_CACHED`."""
+    federation, rest = layout.split_name(name)
     return _CACHED if rest.split("/")[0] == layout.CACHE else federation
 
 
-def _sweep(folder: Path) -> None:
-    """Make removals durable, also those before a kill, and remove folders that are empty now."""
-    ours = (layout.FEDERATIONS, layout.PREVIEWS, layout.CACHE)
+def _clean_up(folder: Path) -> None:
+    """Make the deletions durable, including those before a kill, and remove empty folders."""
+    own_folders = (layout.FEDERATIONS, layout.PREVIEWS, layout.CACHE)
     for path in sorted(folder.rglob("*/"), key=lambda path: len(path.parts), reverse=True):
-        if layout.original(path.relative_to(folder).as_posix()).split("/")[0] in ours:
+        if layout.original_name(path.relative_to(folder).as_posix()).split("/")[0] in own_folders:
             atomic_files.sync_folder(path)
             if not any(path.iterdir()):
                 path.rmdir()

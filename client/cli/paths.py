@@ -1,7 +1,7 @@
-"""Where what is a device's own lies: by its name in ANTHER_HOME, unless its owner chose another folder.
+"""Locate a device's files: by its name in ANTHER_HOME, unless its owner chose another folder.
 
-And how its owner's commands, `anther device ledger` and others, find it: all take the same two options, answer on
-standard output, and say in one line what is wrong.
+This module is shared by the owner's commands, such as `anther device ledger`. They take the same two options, print to
+standard output, and report an error in one line.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ DONE, USAGE = 0, 2
 
 
 def device_files(name: str, store: str | Path | None = None) -> FileStorage:
-    """The files of the device of this name, in the folder `store`; their heads are in ANTHER_HOME all the same.
+    """Return the files of the device with this name, in the folder `store`; the ledger's head is always in ANTHER_HOME.
 
-    By the name: another store under it isn't taken for a fresh device's. Only a store whose marker names a head that is
-    there goes with that: it was kept under another name.
+    The head is found by the device's name, so that another store under that name isn't taken for a new device's. The
+    exception is a store whose marker names an existing head: it was kept under another name.
     """
     home = assets.home()
     files = FileStorage(store or home / "devices" / name, heads=home / "heads" / name)
@@ -38,34 +38,34 @@ def device_files(name: str, store: str | Path | None = None) -> FileStorage:
     return files
 
 
-def own(name: str, store: str | None) -> FileStorage:
-    """The files of the device that takes part from this ANTHER_HOME, whatever it is called by now.
+def enrolled_files(name: str, store: str | None) -> FileStorage:
+    """Return the files of the device that takes part from this ANTHER_HOME, even if it was renamed.
 
-    The ledger counts what was shared of the pictures, so it belongs to the store and not to a name: a device that was
-    renamed goes on in the store that it had (`remember`).
+    The ledger counts releases about the pictures, so it belongs to the store and not to the name: a renamed device
+    continues with its store (`remember`).
 
     Raises:
-        AntherError: which store it had isn't known, and there is one under another name.
+        AntherError: the device's previous store isn't known, and there is one under another name.
     """
     if store is not None:
         return device_files(name, Path(store).expanduser())
-    fresh, kept = assets.home() / "devices" / name, _remembered()
-    if kept is not None:
-        return device_files(name, kept)
-    others = [] if fresh.exists() else _stores()
+    default, remembered = assets.home() / "devices" / name, _remembered()
+    if remembered is not None:
+        return device_files(name, remembered)
+    others = [] if default.exists() else _stores()
     if others:
         listed = ", ".join(map(str, others))
         raise AntherError(
-            f"name={name}: nothing is kept under this name, and here is the ledger of another: {listed}. If it is this "
-            f"device's, which was renamed, say store={others[0]}; if not, store={fresh}"
+            f"name={name}: there is no store of this name, but there is a ledger of another: {listed}. If this device "
+            f"was renamed, set store={others[0]}; if it is a new device, set store={default}"
         )
     return device_files(name)
 
 
 def remember(files: FileStorage) -> None:
-    """Note which store the device that takes part from here has."""
+    """Record the store of the device that takes part from this ANTHER_HOME."""
     folder, home = files.folder.absolute(), assets.home().absolute()
-    if _remembered() != folder:  # of a home that is moved or copied as a whole it goes along
+    if _remembered() != folder:  # a relative path stays valid if the whole home is moved or copied
         write(_note(), f"{folder.relative_to(home) if folder.is_relative_to(home) else folder}\n".encode())
 
 
@@ -74,58 +74,60 @@ def _note() -> Path:
 
 
 def _remembered() -> Path | None:
-    """The store that was noted, if it is there still."""
+    """Return the recorded store, if it still exists."""
     try:
-        found = assets.home().absolute() / _note().read_text(encoding="utf-8").rstrip("\n")
+        folder = assets.home().absolute() / _note().read_text(encoding="utf-8").rstrip("\n")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise AntherError(
-            f"{_note()}: can't be read ({error}): write the folder of this device's store there"
+            f"{_note()}: can't be read ({error}): write the path of this device's store into this file"
         ) from error
-    return found if found.is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def _stores() -> list[Path]:
-    """Folders of devices that have shared something."""
-    found = (assets.home() / "devices").glob("*/")
-    return sorted(folder for folder in found if (folder / MARKER).exists() or (folder / JOURNAL).exists())
+    """List the folders of devices that have shared something."""
+    folders = (assets.home() / "devices").glob("*/")
+    return sorted(folder for folder in folders if (folder / MARKER).exists() or (folder / JOURNAL).exists())
 
 
-def find(store: Path | None, name: str | None) -> FileStorage:
-    """The files of the device that its node calls so, or whose store is there; without either, this machine's own.
+def find_files(store: Path | None, name: str | None) -> FileStorage:
+    """Return the files of the device with this name or store; without either, of this machine's own device.
 
     Raises:
-        AntherError: the words of its enrolment can't be read.
+        AntherError: the configuration that enrollment wrote can't be read.
     """
     if store is None and name is None:
-        if words().exists():
+        if config_file().exists():
             from conf.schemas.node import compose  # slow import, so only here
 
-            node = compose([], words())
-            return own(node.name or platform.node() or "device", node.store)
-        store = _remembered()  # of a device that has left
+            node = compose([], config_file())
+            return enrolled_files(node.name or platform.node() or "device", node.store)
+        store = _remembered()  # a device that has left its federation
     return device_files(name or (store.name if store else platform.node()) or "device", store)
 
 
-def words() -> Path:
-    """The words of this device's configuration, as its enrolment left them."""
+def config_file() -> Path:
+    """Return the path of this device's configuration, written by enrollment."""
     return assets.home() / "node.conf"
 
 
-def link() -> Path:
-    """The folder of its keys to a federation."""
+def keys_folder() -> Path:
+    """Return the folder of the device's keys for its federation."""
     return assets.home() / "link"
 
 
-def owner_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command that an owner runs about one device of theirs."""
+def owner_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Build the parser of an owner's command about one device."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"anther device {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--store", type=Path, metavar="DIR", help="the node's `store` (default: in ANTHER_HOME)")
     parser.add_argument(
-        "--name", help="the node's `name` (default: as enrolled, what the store says, or the machine's)"
+        "--store", type=Path, metavar="DIR", help="folder of the device's store (default: in ANTHER_HOME)"
+    )
+    parser.add_argument(
+        "--name", help="the device's name (default: as enrolled, else the store's or the machine's name)"
     )
     return parser
 
@@ -135,11 +137,20 @@ def run(
     arguments: Sequence[str] | None,
     act: Callable[[FileStorage, argparse.Namespace], str],
 ) -> int:
-    """The process' exit status: DONE with what `act` says, or USAGE with one line on standard error."""
+    """Run an owner's command.
+
+    Args:
+        parser: the command's parser.
+        arguments: the command line; None: that of the process.
+        act: carries out the command and returns the text to print.
+
+    Returns:
+        The exit status: DONE, or USAGE with one line on standard error.
+    """
     use_plain_output()
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        print(act(find(asked.store, asked.name), asked))
+        print(act(find_files(options.store, options.name), options))
     except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE

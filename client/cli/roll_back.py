@@ -1,7 +1,7 @@
-"""Go back to a personal adapter that this device had before its present one:  anther device roll-back [--to DATE]
+"""Return to a previous personal adapter:  anther device roll-back [--to DATE]
 
-The shared adapter that it was trained on comes back with it. `--list` names those that are kept, by the date on which
-each was made; without a date it is the one before the present one, which stays among them. Nobody but the owner learns
+The shared adapter that it was trained on is restored with it. `--list` lists the stored ones by their creation date.
+Without a date, the one before the current adapter is restored; the current one stays stored. The server doesn't learn
 of it: updates always start from the adapter that the server sends.
 """
 
@@ -17,27 +17,32 @@ from privacy.storage import FileStorage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 2, with one line on standard error, if there is nothing to go back to."""
-    parser = owner_parser("client.cli.roll_back", __doc__ or "")
+    """Run the command; return exit status 2, with one line on standard error, if there is no previous adapter."""
+    parser = owner_parser("roll-back", __doc__ or "")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--list", action="store_true", help="what is kept, and no change")
-    which.add_argument("--to", metavar="DATE", help="the one of this date, as --list has it (default: the one before)")
-    return run(parser, arguments, lambda files, asked: listed(files) if asked.list else roll_back(files, asked))
+    which.add_argument("--list", action="store_true", help="list the stored adapters and change nothing")
+    which.add_argument("--to", metavar="DATE", help="date as shown by --list (default: the previous one)")
+    return run(
+        parser, arguments, lambda files, options: list_versions(files) if options.list else roll_back(files, options)
+    )
 
 
-def roll_back(files: FileStorage, asked: argparse.Namespace) -> str:
-    """Do it; what was done. AntherError if there is nothing to go back to."""
-    with open_for_owner(files) as found:
-        back = found.store.roll_back(asked.to)
-    return f"{files.folder}: back at the adapters of {back.at}."
+def roll_back(files: FileStorage, options: argparse.Namespace) -> str:
+    """Restore the adapter and return a confirmation; AntherError if there is no such adapter."""
+    with open_for_owner(files) as store:
+        version = store.store.roll_back(options.to)
+    return f"{files.folder}: the adapters of {version.created} are in use again."
 
 
-def listed(files: FileStorage) -> str:
-    """What is kept, in words."""
+def list_versions(files: FileStorage) -> str:
+    """Return the list of stored adapters as text."""
     check_store_exists(files)
     personal_versions = inspect_store(files).store.personal_versions()
-    lines = [f"{one.at}  base {one.base[:12]}{'  (in use)' if one.present else ''}" for one in personal_versions]
-    return "\n".join(lines) or f"{files.folder}: nothing was learnt here yet"
+    lines = [
+        f"{version.created}  base {version.base[:12]}{'  (in use)' if version.is_current else ''}"
+        for version in personal_versions
+    ]
+    return "\n".join(lines) or f"{files.folder}: nothing was learned here yet"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A person's own pictures: a folder in the imagefolder convention.
+"""The owner's pictures: a folder in the imagefolder convention.
 
-`metadata.jsonl` holds one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`. Sub-folders `train`,
-`validation` and `test` (or `Train`, `val`, `test_images`, …) split the pictures, each with its own metadata.jsonl or
-named in the one above; without them each picture's name decides, so that about a fifth each is held out. Every mistake
-is one line that names the file and how to mend it.
+`metadata.jsonl` has one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`. Sub-folders `train`,
+`validation` and `test` (or `Train`, `val`, `test_images`, …) split the pictures; each has its own metadata.jsonl, or is
+listed in the one above. Without sub-folders each picture's name decides, and about a fifth goes to validation and a
+fifth to test. Every error is one line that names the file and the remedy.
 
 Each split is a data set of its own, for training or for evaluation, with its own noise, and ε bounds the effect of
 adding or removing one picture. So a picture must not move others between splits: its split depends only on itself.
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from client.data.metadata import EXAMPLE, METADATA, OnError, PictureFiles, captions, stop
+from client.data.metadata import EXAMPLE, METADATA, OnError, PictureFiles, raise_error, read_captions
 from client.data.reading import WHITE
 from client.data.splits import SPLITS, check_depth, split_folders, split_of
 from client.data.stored_picture import MissingPicture, StoredPicture
@@ -29,9 +29,9 @@ __all__ = [
     "METADATA",
     "SPLITS",
     "WHITE",
-    "Absent",
+    "MissingPicture",
     "Pictures",
-    "Stored",
+    "StoredPicture",
     "fingerprint",
     "load_folder",
     "split_of",
@@ -39,26 +39,26 @@ __all__ = [
 
 
 class Pictures(NamedTuple):
-    """Pictures for training, for early stopping, and for evaluation; the last are never trained on."""
+    """Pictures for training, for early stopping, and for evaluation. The last are never trained on."""
 
     train: tuple[Picture, ...]
     validation: tuple[Picture, ...]
     test: tuple[Picture, ...]
 
 
-def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError = stop) -> Pictures:
-    """Find every picture of a folder with its caption, each split in the order of names.
+def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError = raise_error) -> Pictures:
+    """Find every picture of a folder with its caption; each split is sorted by name.
 
-    Each file is hashed, and decoded once to verify that decoding succeeds; no pixels are kept.
+    Each file is hashed, and decoded once to verify that it can be; no pixels are kept.
 
     Args:
         path: the folder.
-        background: color shown through transparent parts of a picture.
-        tell: called with each mistake; raises it by default. If it returns, a listed picture that can't be used is
-            replaced by an `MissingPicture`, and a folder without pictures gives none.
+        background: color behind transparent parts of a picture.
+        on_error: called with each mistake; raises it by default. If it returns, a listed picture that can't be used is
+            replaced by a `MissingPicture`, and a folder without pictures gives none.
 
     Raises:
-        AntherError: a file is missing, damaged or not captioned; the message names it.
+        AntherError: a file is missing, damaged or has no caption; the message names it.
     """
     root = Path(path).expanduser()
     try:
@@ -75,28 +75,28 @@ def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError 
 
 def _load(root: Path, background: str, on_error: OnError) -> Pictures:
     splits = split_folders(root, _folders(root))
-    found = captions(PictureFiles(root), splits.values(), on_error)
+    caption_of = read_captions(PictureFiles(root), splits.values(), on_error)
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
-        split = {name: [file for file in found if file.split("/")[0] == folder] for name, folder in names.items()}
-        if astray := found.keys() - {file for files in split.values() for file in files}:
+        split = {name: [file for file in caption_of if file.split("/")[0] == folder] for name, folder in names.items()}
+        if astray := caption_of.keys() - {file for files in split.values() for file in files}:
             folders = ", ".join(names.values())
             on_error(AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them"))
         if not split["train"]:
             on_error(AntherError(f"{root / names['train']}: no pictures to train on; put some there"))
     else:
-        check_depth(root, found)
-        split = {name: [file for file in found if split_of(file) == name] for name in SPLITS}
+        check_depth(root, caption_of)
+        split = {name: [file for file in caption_of if split_of(file) == name] for name in SPLITS}
         if not split["train"]:
             on_error(
                 AntherError(
-                    f"{root}: by their names none of the pictures ({len(found)}) is to train on; add some, or sort them "
-                    f"into folders {', '.join(SPLITS)}"
+                    f"{root}: split by their names, none of the {len(caption_of)} pictures is for training; add some, "
+                    f"or sort them into folders {', '.join(SPLITS)}"
                 )
             )
 
     def picture(file: str) -> Picture:
-        caption = found[file]
+        caption = caption_of[file]
         try:
             return MissingPicture() if caption is None else StoredPicture(root / file, caption, background=background)
         except AntherError as error:
@@ -109,7 +109,7 @@ def _load(root: Path, background: str, on_error: OnError) -> Pictures:
 def _folders(root: Path) -> list[str]:
     """List the folders in the root; if the root can't be listed, those with a split's own name."""
     try:
-        return [place.name for place in root.iterdir() if place.is_dir()]
+        return [path.name for path in root.iterdir() if path.is_dir()]
     except PermissionError:
         if not os.access(root, os.X_OK):
             raise

@@ -1,4 +1,4 @@
-"""`metadata.jsonl`: the caption of each picture below a folder."""
+"""Read `metadata.jsonl`, which has the caption of each picture in a folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from common.errors import AntherError, refused, shown
 
 METADATA = "metadata.jsonl"
 EXAMPLE = '{"file_name": "cat.jpg", "text": "my cat"}'
-READ = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUPPORTED = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of supported pictures."""
-OTHERS = (".avif", ".heic", ".heif", ".jxl")
+UNSUPPORTED = (".avif", ".heic", ".heif", ".jxl")
 """Suffixes of unsupported pictures: a missing caption is reported for these too, so that none is skipped silently."""
 JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system volume information"}
-"""Files that operating systems create in folders of pictures, beside those whose names begin with a dot."""
-LARGEST = 64 * 2**20  # bytes of a sheet
-LONGEST = 20_000  # characters of a caption
+"""Files that operating systems create in folders of pictures, in addition to names that begin with a dot."""
+MAX_SHEET_BYTES = 64 * 2**20  # bytes of a metadata file
+MAX_CAPTION = 20_000  # characters
 
 OnError = Callable[[AntherError], None]
-"""Callback for a mistake. If it returns, the picture counts as absent."""
+"""Callback for a mistake. If it returns, the picture counts as missing."""
 
 
-def stop(error: AntherError) -> None:
+def raise_error(error: AntherError) -> None:
     """Raise the first mistake."""
     raise error
 
@@ -46,73 +46,75 @@ class PictureFiles:
 
     @cached_property
     def _by_form(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for name in self.names:
-            found.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-        return found
+            names.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+        return names
 
-    def alike(self, name: str) -> str | None:
-        """Return the one file whose name differs only in Unicode normalization (macOS decomposes accents)."""
-        same = self._by_form.get(unicodedata.normalize("NFC", name), [])
-        return same[0] if len(same) == 1 else None
+    def normalized(self, name: str) -> str | None:
+        """Return the only file whose name differs just in Unicode normalization (macOS decomposes accents)."""
+        matches = self._by_form.get(unicodedata.normalize("NFC", name), [])
+        return matches[0] if len(matches) == 1 else None
 
-    def hint(self, name: str) -> str | None:
+    def similar(self, name: str) -> str | None:
         """Return a file whose name differs only in letter case or in the path separator."""
-        wanted = _folded(name)
-        return next((file for file in self.names if _folded(file) == wanted), None)
+        wanted = _case_folded(name)
+        return next((file for file in self.names if _case_folded(file) == wanted), None)
 
     def _walk(self) -> Iterator[str]:
         def failed(error: OSError) -> None:
             if not (isinstance(error, PermissionError) and Path(error.filename) == self.root):
-                raise error  # a root may be accessible but not listable: its sheet then names its files
+                raise error  # a root may be accessible but not listable: then metadata.jsonl names its files
 
         for folder, folders, files in os.walk(self.root, onerror=failed):
             folders[:] = sorted(name for name in folders if not _junk(name))
-            place = Path(folder).relative_to(self.root)
-            yield from ((place / name).as_posix() for name in files if not _junk(name))
+            relative = Path(folder).relative_to(self.root)
+            yield from ((relative / name).as_posix() for name in files if not _junk(name))
 
 
-def captions(files: PictureFiles, folders: Iterable[str], on_error: OnError = stop) -> dict[str, str | None]:
-    """Read the caption of each picture, by its path relative to the root; None if a listed picture can't be used.
+def read_captions(
+    files: PictureFiles, folders: Iterable[str], on_error: OnError = raise_error
+) -> dict[str, str | None]:
+    """Read the caption of each picture, by its path relative to the root; None for a listed picture that can't be used.
 
     Args:
         files: the folder's files.
-        folders: subfolders of the root that may have a sheet of their own.
-        tell: called with each mistake.
+        folders: sub-folders of the root that may have a metadata file of their own.
+        on_error: called with each mistake.
     """
     root = files.root
-    places = [root / METADATA, *(root / folder / METADATA for folder in folders)]
-    sheets = [sheet for sheet in places if sheet.is_file()]
+    paths = [root / METADATA, *(root / folder / METADATA for folder in folders)]
+    sheets = [sheet for sheet in paths if sheet.is_file()]
     if not sheets:
         raise AntherError(f"{root / METADATA}: missing; write it with a line for each picture: {EXAMPLE}")
-    found: dict[str, str | None] = {}
-    real: dict[str, str] = {}  # real file -> the listed path that leads to it
+    caption_of: dict[str, str | None] = {}
+    listed_as: dict[str, str] = {}  # real file -> the listed path that leads to it
     for sheet in sheets:
         try:
             for number, line in _lines(sheet):
                 try:
-                    file, caption = _captioned(files, sheet, number, line)
+                    file, caption = _parse_line(files, sheet, number, line)
                     target = os.path.realpath(root / file)
-                    if file in found or target in real:
-                        same = "" if file in found else f", for it is the same file as {shown(real[target])}"
+                    if file in caption_of or target in listed_as:
+                        same = "" if file in caption_of else f" (the same file as {shown(listed_as[target])}"
                         raise AntherError(
                             f"{sheet}:{number}: {shown(file)} is listed twice{same}; remove one of the lines"
                         )
-                    found[file], real[target] = caption, file
+                    caption_of[file], listed_as[target] = caption, file
                 except AntherError as error:
                     on_error(error)
-                    if (named := _named(root, sheet, line)) is not None:
-                        found.setdefault(named, None)
-        except AntherError as error:  # of the whole sheet
+                    if (listed := _listed_path(root, sheet, line)) is not None:
+                        caption_of.setdefault(listed, None)
+        except AntherError as error:  # concerns the whole file
             on_error(error)
     try:
-        _check_all_captioned(files, found, real)
+        _check_all_captioned(files, caption_of, listed_as)
     except AntherError as error:
         on_error(error)
-    return found
+    return caption_of
 
 
-def _named(root: Path, sheet: Path, line: str) -> str | None:
+def _listed_path(root: Path, sheet: Path, line: str) -> str | None:
     """Return the path relative to the root that a line names, whether or not the picture exists."""
     try:
         return Path(os.path.relpath(sheet.parent / json.loads(line)["file_name"], root)).as_posix()
@@ -120,22 +122,27 @@ def _named(root: Path, sheet: Path, line: str) -> str | None:
         return None
 
 
-def _check_all_captioned(files: PictureFiles, found: Mapping[str, str | None], real: Mapping[str, str]) -> None:
-    root, pictures = files.root.resolve(), (name for name in files.names if name.lower().endswith((*READ, *OTHERS)))
-    without = [name for name in pictures if name not in found and str(root / name) not in real]
+def _check_all_captioned(
+    files: PictureFiles, caption_of: Mapping[str, str | None], listed_as: Mapping[str, str]
+) -> None:
+    root, pictures = (
+        files.root.resolve(),
+        (name for name in files.names if name.lower().endswith((*SUPPORTED, *UNSUPPORTED))),
+    )
+    without = [name for name in pictures if name not in caption_of and str(root / name) not in listed_as]
     if not without:
         return
     more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
     line = f"has no caption{more}; add a line for it to {METADATA}, or move it elsewhere"
-    if without[0].lower().endswith(OTHERS):
+    if without[0].lower().endswith(UNSUPPORTED):
         line = f"has no caption{more}, and can't be read: save it as JPEG and add a line for that, or move it elsewhere"
     raise AntherError(f"{files.root / shown(without[0])}: {line}")
 
 
 def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line that isn't blank."""
-    if sheet.stat().st_size > LARGEST:
-        raise AntherError(f"{sheet}: over {LARGEST // 2**20} MiB: not a sheet of captions; split the folder")
+    if sheet.stat().st_size > MAX_SHEET_BYTES:
+        raise AntherError(f"{sheet}: over {MAX_SHEET_BYTES // 2**20} MiB, too large for captions; split the folder")
     data = sheet.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         raise AntherError(f"{sheet}: is UTF-16 or UTF-32 text; save it as UTF-8")
@@ -145,12 +152,19 @@ def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise AntherError(
-                    f"{sheet}:{number}: byte {error.start + 1} isn't UTF-8 text; save the sheet as UTF-8"
+                    f"{sheet}:{number}: byte {error.start + 1} isn't UTF-8 text; save the file as UTF-8"
                 ) from None
 
 
-def _captioned(files: PictureFiles, sheet: Path, number: int, line: str) -> tuple[str, str]:
-    """Parse one line into the picture's path relative to the root and its caption."""
+def _parse_line(files: PictureFiles, sheet: Path, number: int, line: str) -> tuple[str, str]:
+    """Parse one line: the picture's path relative to the root, and its caption.
+
+    Args:
+        files: the folder's files.
+        sheet: path of the metadata file.
+        number: line number, for messages.
+        line: the line's text.
+    """
     where = f"{sheet}:{number}"
     try:
         entry: Any = json.loads(line)
@@ -163,17 +177,19 @@ def _captioned(files: PictureFiles, sheet: Path, number: int, line: str) -> tupl
     if not isinstance(caption, str) or not caption.strip():
         raise AntherError(f'{where}: {name} has no caption; write one as "text"')
     try:
-        return _located(files, sheet.parent, file_name, where), _clean(caption, f"{where}: the caption of {name}")
+        return _resolve(files, sheet.parent, file_name, where), _clean_caption(
+            caption, f"{where}: the caption of {name}"
+        )
     except AntherError as error:
         if _is_picture(sheet.parent, caption):
             raise AntherError(f"{where}: file_name and text are swapped: write {EXAMPLE}") from error
         raise
 
 
-def _clean(caption: str, what: str) -> str:
+def _clean_caption(caption: str, what: str) -> str:
     """Strip a caption and normalize its Unicode."""
-    if len(caption) > LONGEST:
-        raise AntherError(f"{what} has {len(caption):,} characters; shorten it to {LONGEST:,}")
+    if len(caption) > MAX_CAPTION:
+        raise AntherError(f"{what} has {len(caption):,} characters; shorten it to {MAX_CAPTION:,}")
     try:
         caption.encode()
     except UnicodeEncodeError:
@@ -181,8 +197,15 @@ def _clean(caption: str, what: str) -> str:
     return unicodedata.normalize("NFC", caption.strip())
 
 
-def _located(files: PictureFiles, beside: Path, file_name: str, where: str) -> str:
-    """Resolve a file name in a sheet to the picture's path relative to the root."""
+def _resolve(files: PictureFiles, beside: Path, file_name: str, where: str) -> str:
+    """Resolve a listed file name to the picture's path relative to the root.
+
+    Args:
+        files: the folder's files.
+        beside: folder of the metadata file.
+        file_name: the name as listed.
+        where: file and line, for messages.
+    """
     name, root = shown(file_name), files.root
     try:
         os.fsencode(file_name.encode().decode())
@@ -190,28 +213,32 @@ def _located(files: PictureFiles, beside: Path, file_name: str, where: str) -> s
         raise AntherError(f"{where}: file_name {name} holds half a character; write the picture's own name") from None
     if "\0" in file_name:
         raise AntherError(f"{where}: file_name {name} holds a NUL; write the picture's own name")
-    listed = os.path.normpath(os.path.relpath(beside / file_name, root))
+    relative = os.path.normpath(os.path.relpath(beside / file_name, root))
     outside = AntherError(f"{where}: {name} lies outside {root}; copy the picture into the folder")
-    if listed.startswith(".."):  # named by its full path, through a link or not
-        listed = os.path.relpath(os.path.realpath(beside / file_name), root.resolve())
-    if listed == ".." or listed.startswith("../"):
+    if relative.startswith(".."):  # listed by its full path, possibly through a link
+        relative = os.path.relpath(os.path.realpath(beside / file_name), root.resolve())
+    if relative == ".." or relative.startswith("../"):
         raise outside
-    file = Path(listed).as_posix()
+    file = Path(relative).as_posix()
     try:
-        found = _stat(root / file)
-        if found is None and (alike := files.alike(file)) is not None:
-            file, found = alike, _stat(root / alike)
+        status = _stat(root / file)
+        if status is None and (normalized := files.normalized(file)) is not None:
+            file, status = normalized, _stat(root / normalized)
     except PermissionError as error:
         raise refused(error, root / file) from error
     except OSError as error:
         raise AntherError(f"{where}: {name} can't be a picture's name ({error.strerror})") from None
-    if found is None:
-        hint = files.hint(file)
-        mend = f"write {shown(os.path.relpath(root / hint, beside))}" if hint else "add the picture or remove the line"
-        raise AntherError(f"{where}: {name} is not there; {mend}")
+    if status is None:
+        similar = files.similar(file)
+        fix = (
+            f"write {shown(os.path.relpath(root / similar, beside))}"
+            if similar
+            else "add the picture or remove the line"
+        )
+        raise AntherError(f"{where}: {name} doesn't exist; {fix}")
     if not (root / file).resolve().is_relative_to(root.resolve()):
         raise outside
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise AntherError(f"{where}: {name} is not a file; name a picture")
     return file
 
@@ -225,7 +252,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 def _is_picture(folder: Path, name: str) -> bool:
     try:
-        return name.lower().endswith(READ) and (folder / name).is_file()
+        return name.lower().endswith(SUPPORTED) and (folder / name).is_file()
     except (OSError, ValueError):
         return False
 
@@ -234,5 +261,5 @@ def _junk(name: str) -> bool:
     return name.startswith(".") or name.casefold() in JUNK
 
 
-def _folded(name: str) -> str:
+def _case_folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")

@@ -1,4 +1,4 @@
-"""A picture's file, read and decoded: which formats, how large, which way up, on what background."""
+"""Read and decode a picture file: formats, size limits, orientation, background."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The only decoders that Pillow may try, for any file name: it has about forty, and one of them runs Ghostscript."""
-NAMED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
-SMALLEST = 8  # pixels on each side
-MOST = 64_000_000  # pixels in all: they take 4 bytes each, or 9 where some are transparent
+FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+MIN_SIDE = 8  # pixels
+MAX_PIXELS = 64_000_000  # 4 bytes each, or 9 if some are transparent
 WHITE = "white"
 _ORIENTATION = 0x0112  # EXIF
-_GREY = ("1", "L", "LA", "La")
+_GRAY = ("1", "L", "LA", "La")
 
 
 def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | None = None) -> np.ndarray:
-    """Decode a picture upright, transparent parts on the background: uint8 [H, W] gray or [H, W, 3] color.
+    """Decode a picture upright and opaque: uint8 `[H, W]` gray or `[H, W, 3]` color.
 
     Args:
         path: the file's path, for error messages.
         file: the file, open at its beginning.
-        background: color shown through transparent parts of a picture: a name or `#rrggbb`.
-        side: return a smaller copy if there is one whose sides all have at least twice this many pixels; None: all
-            pixels. JPEGs are decoded at an eighth, a quarter or half their size; the others are averaged in blocks.
+        background: color behind transparent parts: a name or `#rrggbb`.
+        side: return a smaller copy, if there is one, whose sides all have at least twice this many pixels; None: all
+            pixels. JPEGs are decoded at an eighth, a quarter or half their size; other formats are averaged in blocks.
 
     Raises:
         AntherError: not a picture, damaged, too large or too small.
@@ -53,15 +53,17 @@ def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | N
     except Image.DecompressionBombError as error:
         raise _too_many(path, "") from error
     except UnidentifiedImageError as error:
-        raise AntherError(f"{path}: can't be read as a picture ({NAMED}); save it again as PNG or JPEG") from error
+        raise AntherError(
+            f"{path}: can't be read as a picture ({FORMAT_NAMES}); save it again as PNG or JPEG"
+        ) from error
     except MemoryError as error:
-        raise AntherError(f"{path}: takes more memory than there is; save a smaller copy") from error
+        raise AntherError(f"{path}: needs more memory than there is; save a smaller copy") from error
     except Exception as error:  # decoders raise exceptions of any kind
         raise AntherError(f"{path}: can't be read as a picture; save it again as PNG or JPEG") from error
 
 
 def open_picture(path: Path) -> BinaryIO:
-    """Open the file for reading; AntherError if it can't be opened."""
+    """Open a file for reading; AntherError if it can't be opened."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -69,14 +71,14 @@ def open_picture(path: Path) -> BinaryIO:
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
-    if width * height > MOST:
+    if width * height > MAX_PIXELS:
         raise _too_many(path, f", {width}×{height}")
-    if min(height, width) < SMALLEST:
-        raise AntherError(f"{path}: {width}×{height} pixels are too few; use one of at least {SMALLEST}×{SMALLEST}")
+    if min(height, width) < MIN_SIDE:
+        raise AntherError(f"{path}: {width}×{height} pixels are too few; use one of at least {MIN_SIDE}×{MIN_SIDE}")
 
 
 def _too_many(path: Path, size: str) -> AntherError:
-    return AntherError(f"{path}: too many pixels{size}; save a smaller copy, of at most {MOST // 10**6} million")
+    return AntherError(f"{path}: too many pixels{size}; save a smaller copy, of at most {MAX_PIXELS // 10**6} million")
 
 
 def _check_depth(path: Path, mode: str) -> None:
@@ -91,7 +93,7 @@ def _upright(image: Image) -> Image:
     """
     from PIL.Image import Transpose
 
-    turns = {
+    transposes = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
         4: Transpose.FLIP_TOP_BOTTOM,
@@ -101,10 +103,10 @@ def _upright(image: Image) -> Image:
         8: Transpose.ROTATE_90,
     }
     try:
-        turn = turns.get(image.getexif().get(_ORIENTATION, 1))
+        transpose = transposes.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF: no orientation
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _opaque(image: Image, background: str) -> Image:
@@ -113,12 +115,12 @@ def _opaque(image: Image, background: str) -> Image:
     from PIL import ImageColor
 
     if not image.has_transparency_data:
-        return image.convert("L" if image.mode in _GREY else "RGB")
+        return image.convert("L" if image.mode in _GRAY else "RGB")
     color = ImageColor.getrgb(background)[:3]
-    mode = "L" if image.mode in _GREY and len(set(color)) == 1 else "RGB"
-    seen = image.convert("RGBA")
+    mode = "L" if image.mode in _GRAY and len(set(color)) == 1 else "RGB"
+    rgba = image.convert("RGBA")
     canvas = Pillow.new(mode, image.size, color[0] if mode == "L" else color)
-    canvas.paste(seen.convert(mode), mask=seen.getchannel("A"))
+    canvas.paste(rgba.convert(mode), mask=rgba.getchannel("A"))
     return canvas
 
 

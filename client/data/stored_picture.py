@@ -1,4 +1,4 @@
-"""A picture that stays on disk: identified by its content, and decoded whenever its pixels are needed."""
+"""Pictures that stay on disk: identified by content, and decoded whenever their pixels are needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from client.data.reading import WHITE, decode, open_picture
 from common.errors import AntherError, refused
 from training.jobs import Picture
 
-_known: set[tuple[str, str]] = set()
-"""Contents and backgrounds that this process has decoded completely."""
+_verified: set[tuple[str, str]] = set()
+"""(SHA-256, background) of pictures that this process has verified by decoding."""
 
 
 class StoredPicture(Picture):
@@ -28,16 +28,18 @@ class StoredPicture(Picture):
             AntherError: the file can't be read as a picture.
         """
         self.path, self.caption, self.background = path, caption, background
-        self.sha256 = _hashed(path)
-        if (self.sha256, background) not in _known:
+        self.sha256 = _hash_file(path)
+        if (self.sha256, background) not in _verified:
             self._read(side=1)
-            _known.add((self.sha256, background))
+            _verified.add((self.sha256, background))
 
     @property
     def pixels(self) -> np.ndarray:
+        """All pixels, decoded from the file."""
         return self._read(side=None)
 
     def at_least(self, side: int) -> np.ndarray:
+        """Decode a copy whose sides have at least twice `side` pixels, if the picture does."""
         return self._read(side=side)
 
     def content(self) -> Iterator[bytes]:
@@ -53,7 +55,7 @@ class StoredPicture(Picture):
 
 
 class MissingPicture(Picture):
-    """Placeholder for a listed picture that can't be used: it keeps the picture's position among the others."""
+    """Placeholder for a listed picture that can't be used; the positions of the other pictures don't change."""
 
     __slots__ = ()
 
@@ -61,7 +63,7 @@ class MissingPicture(Picture):
         super().__init__(np.zeros((0, 0), np.uint8), "")
 
 
-def _hashed(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with open_picture(path) as file:
         return _digest(file, path)
 

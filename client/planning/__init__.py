@@ -1,1 +1,1 @@
-"""What a device can train: search of plans, preflight check, measured throughput."""
+"""Predict how a device can train: search of options, preflight check, measured throughput."""

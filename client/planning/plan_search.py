@@ -1,7 +1,7 @@
-"""The ladder: every way in which a device could train a base, from the best down, and which of them it can.
+"""Search the ways in which a device can train a base, from the best to the leanest.
 
-A rung is a quality (resolution first, then the sites that are trained, then the bits of the base), and whether it does
-without checkpoints, which cost time alone. It is run in micro-batches of the fastest size that fits.
+An option is a quality (resolution first, then the trained sites, then the bits of the base), with or without
+checkpointing, which costs only time. Microbatches have the fastest size that fits.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class TrainingSetting:
     sites: str  # name of a set of sites
     weights: str  # one of `models.quantization.modes.MODES`
     checkpointing: str = CHECKPOINTING_MODES[-1]
-    batch: int = 1  # pictures of a micro-batch
+    batch: int = 1  # pictures per microbatch
 
 
 @dataclass(frozen=True)
 class TrainingOption:
-    """What a setting takes of a device, and what stands against it."""
+    """Predicted cost of a setting on a device, and the reason why it is infeasible, if any."""
 
     setting: TrainingSetting
     footprint: Footprint
     blocked: str | None = None
-    steps: int = 0  # that there is time and battery for; 0, as are the others, without the memory
-    seconds: float = 0.0  # of a step
-    joules: float = 0.0  # of a step, the whole device
+    steps: int = 0  # number of steps that time and battery allow; 0, like the next two, if memory is too small
+    seconds: float = 0.0  # per step
+    joules: float = 0.0  # per step, of the whole device
 
     def battery_share(self, device: DeviceProfileConfig) -> float | None:
-        """Of a full battery, for all steps; None without one."""
+        """Return the fraction of a full battery that all steps use; None without a battery."""
         return None if device.battery_wh is None else self.steps * self.joules / HOUR / device.battery_wh
 
 
@@ -46,43 +46,68 @@ FootprintPredictor = Callable[[TrainingSetting], Footprint]
 
 
 def settings(resolutions: Sequence[int], sites: Sequence[str], weights: Sequence[str]) -> list[TrainingSetting]:
-    """All of them, from the top rung down, of lists from their best to their leanest."""
+    """List all combinations, best first, of lists that are each sorted from best to leanest.
+
+    Args:
+        resolutions: sides of a picture in pixels.
+        sites: names of sets of sites.
+        weights: precisions of the base.
+    """
     return [TrainingSetting(*each) for each in product(resolutions, sites, weights, CHECKPOINTING_MODES)]
 
 
 def search_plans(
     settings: Sequence[TrainingSetting], plan: PlanConfig, predict: FootprintPredictor
 ) -> tuple[list[TrainingOption], int | None]:
-    """The rungs from the top to the best that fits and `plan.rungs` below it, and which one that is.
+    """Find the best feasible option.
 
-    None fits: all of them are blocked, and there is no best.
+    Args:
+        settings: candidates, best first.
+        plan: the device and the limits of time, battery and steps.
+        predict: the memory and arithmetic of a setting.
+
+    Returns:
+        The options from the first to the best and `plan.alternatives` below it, and the index of the best; None if none is
+            feasible.
     """
-    rungs: list[TrainingOption] = []
+    options: list[TrainingOption] = []
     best = None
     for setting in settings:
-        if best is not None and len(rungs) > best + plan.alternatives:
+        if best is not None and len(options) > best + plan.alternatives:
             break
-        rungs.append(fastest_option(setting, plan, predict))
-        if best is None and rungs[-1].blocked is None:
-            best = len(rungs) - 1
-    return rungs, best
+        options.append(fastest_option(setting, plan, predict))
+        if best is None and options[-1].blocked is None:
+            best = len(options) - 1
+    return options, best
 
 
 def fastest_option(setting: TrainingSetting, plan: PlanConfig, predict: FootprintPredictor) -> TrainingOption:
-    """A setting in the fastest micro-batches of those that fit; if none does, in the smallest, with what blocks it."""
-    found = rung(setting, plan, predict)
-    if exceeds_memory(found.footprint, plan.device):
-        return found
+    """Evaluate a setting with the fastest microbatch that fits; if none fits, with the smallest.
+
+    Args:
+        setting: the setting, with a microbatch of one.
+        plan: the device and its limits.
+        predict: the memory and arithmetic of a setting.
+    """
+    option = evaluate_option(setting, plan, predict)
+    if exceeds_memory(option.footprint, plan.device):
+        return option
     for power in range(1, plan.batch_size.bit_length()):
-        larger = rung(replace(setting, batch=2**power), plan, predict)
+        larger = evaluate_option(replace(setting, batch=2**power), plan, predict)
         if exceeds_memory(larger.footprint, plan.device):
             break
-        found = min(found, larger, key=lambda rung: rung.seconds)
-    return found
+        option = min(option, larger, key=lambda evaluate_option: evaluate_option.seconds)
+    return option
 
 
-def rung(setting: TrainingSetting, plan: PlanConfig, predict: FootprintPredictor) -> TrainingOption:
-    """One setting against one device."""
+def evaluate_option(setting: TrainingSetting, plan: PlanConfig, predict: FootprintPredictor) -> TrainingOption:
+    """Evaluate one setting on the plan's device.
+
+    Args:
+        setting: the setting.
+        plan: the device and its limits.
+        predict: the memory and arithmetic of a setting.
+    """
     footprint, device = predict(setting), plan.device
     if exceeds_memory(footprint, device):
         least = f"{MARGIN * footprint.peak_bytes / MIB:,.0f}"
@@ -92,20 +117,27 @@ def rung(setting: TrainingSetting, plan: PlanConfig, predict: FootprintPredictor
     steps = {"time": plan.max_hours * HOUR / seconds}
     if device.battery_wh is not None:
         steps["battery"] = plan.max_battery_fraction * device.battery_wh * HOUR / joules
-    scarce = min(steps, key=lambda name: steps[name])
-    possible, blocked = min(plan.steps, int(steps[scarce])), None
+    limiting = min(steps, key=lambda name: steps[name])
+    possible, blocked = min(plan.steps, int(steps[limiting])), None
     if possible < plan.min_steps:
-        blocked = f"{scarce}: {possible} steps, of at least {plan.min_steps}"
+        blocked = f"{limiting}: {possible} steps, of at least {plan.min_steps}"
     return TrainingOption(setting, footprint, blocked, possible, seconds, joules)
 
 
 def exceeds_memory(footprint: Footprint, device: DeviceProfileConfig) -> bool:
-    """Whether a pass might not fit the device's memory."""
+    """Return whether a pass might not fit the device's memory."""
     return MARGIN * footprint.peak_bytes > device.memory_gib * GIB
 
 
 def pass_seconds(footprint: Footprint, device: DeviceProfileConfig) -> float:
-    """Of one forward and backward pass: arithmetic at the rates of large operations, the rest at the memory's."""
+    """Predict the seconds of one forward and backward pass.
+
+    Large operations run at the device's arithmetic rates, all others at its memory bandwidth.
+
+    Args:
+        footprint: the pass's operations and bytes.
+        device: the device's rates.
+    """
     matrix = footprint.matrix_operations / (device.matrix_gflops * 1e9)
     convolution = footprint.convolution_operations / (device.convolution_gflops * 1e9)
     memory = footprint.moved_bytes / (device.bandwidth_gbs * 1e9)

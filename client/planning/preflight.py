@@ -1,4 +1,4 @@
-"""Does a plan fit this device? Predicted before anything is computed or charged, and refused with the reason."""
+"""Check that a plan fits this device's memory, by prediction, before anything is computed or charged."""
 
 from __future__ import annotations
 
@@ -19,24 +19,30 @@ from training.memory import total_and_free
 
 
 def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) -> None:
-    """Raises Refusal if a pass of one picture, with an adapter of this rank at these sites, may take more than is free.
+    """Raise RequestRefusedError if a pass of one picture may need more memory than is free.
 
-    On a GPU whatever asks for too much is told so, and nothing else suffers: there nothing is predicted.
+    Nothing is predicted on a GPU: there an allocation that is too large fails with an error and harms no other process.
+
+    Args:
+        base: the loaded base.
+        store: caches predictions.
+        rank: rank of the adapter.
+        sites: names of the trained sites.
     """
     if base.device.type != "cpu":
         return
-    chosen = {name: site for name, site in base.sites.items() if name in sites}
-    key = _key(base, rank, chosen)
+    trained_sites = {name: site for name, site in base.sites.items() if name in sites}
+    key = _key(base, rank, trained_sites)
     needed = store.number("pass-bytes", key)
     if needed is None:
-        needed = _pass_bytes(base, rank, chosen)
+        needed = _pass_bytes(base, rank, trained_sites)
         store.save_number("pass-bytes", key, needed)
     if MARGIN * needed > _free(base):
         cohort.free_buffers(base)
-    if MARGIN * needed > _free(base):  # how much there is, is nobody's business
+    if MARGIN * needed > _free(base):  # the message must not reveal the amount of free memory
         wanted = f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}²"
         raise RequestRefusedError(
-            f"memory: this base takes about {wanted}, more than is free: ask for a lower rank or fewer sites"
+            f"memory: this base needs about {wanted}, more than is free; use a lower rank or fewer sites"
         )
 
 
@@ -45,8 +51,8 @@ def _free(base: Base) -> int:
 
 
 def _key(base: Base, rank: int, sites: Sites) -> str:
-    """Of all that a prediction depends on."""
-    held = (
+    """Hash everything that a prediction depends on."""
+    inputs = (
         base.hash,
         resident_bytes(base),
         base.dtype,
@@ -55,12 +61,12 @@ def _key(base: Base, rank: int, sites: Sites) -> str:
         len(base.sites),
         sorted(sites.items()),
     )
-    return hashlib.sha256(repr((held, rank, torch.__version__)).encode()).hexdigest()
+    return hashlib.sha256(repr((inputs, rank, torch.__version__)).encode()).hexdigest()
 
 
 def _pass_bytes(base: Base, rank: int, sites: Sites) -> int:
-    """What a pass takes beside the base, which is there already."""
-    alone = copy_for_dry_run(base)
-    alone.sites = sites
-    found = footprint(alone, *example_shapes(find_base(str(base.folder)), base.resolution), rank=rank)
-    return found.peak_bytes - found.base_bytes
+    """Predict the bytes of a pass, excluding the base, which is loaded already."""
+    network = copy_for_dry_run(base)
+    network.sites = sites
+    predicted = footprint(network, *example_shapes(find_base(str(base.folder)), base.resolution), rank=rank)
+    return predicted.peak_bytes - predicted.base_bytes

@@ -1,4 +1,4 @@
-"""How fast this device trains its base, if `anther device benchmark` has measured the device."""
+"""Training speed of this device with its base, if `anther device benchmark` has measured the device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from models.families.known import find_base
 from models.footprint.footprint import copy_for_dry_run, example_shapes, footprint
 
 PROFILE = "device.yaml"  # `client.cli.plan`'s, whose imports are slow
-RANK = 8  # it hardly matters for the time of a pass
+RANK = 8  # hardly affects the time of a pass
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a report says of a device that was measured."""
+    """Measured rates for a device's report."""
 
     examples_per_second: float
     watts: float
@@ -25,10 +25,10 @@ class Rates:
 
 
 def benchmarked(base: Base, store: Store | None = None) -> Rates | None:
-    """Rates with this base; None if the device wasn't measured, or trains on a GPU, which isn't what is measured.
+    """Return the rates with this base; None if the device wasn't measured or trains on a GPU.
 
-    What a pass takes is predicted from the profile as `anther device plan device=this` predicts it, which takes a
-    second or two; the store keeps it.
+    The benchmark doesn't measure GPUs. The cost of a pass is predicted from the profile in the same way as by `anther
+    device plan device=this`. This takes a second or two; the store caches the result.
 
     Raises:
         AntherError: the profile in ANTHER_HOME can't be used.
@@ -40,8 +40,8 @@ def benchmarked(base: Base, store: Store | None = None) -> Rates | None:
     from conf.schemas.planning import THIS, compose_plan
 
     profile = compose_plan([f"device={THIS}"], path).device
-    held = (base.hash, base.resolution, base.dtype, base.checkpointing, sorted(base.sites), astuple(profile))
-    key = hashlib.sha256(repr(held).encode()).hexdigest()
+    inputs = (base.hash, base.resolution, base.dtype, base.checkpointing, sorted(base.sites), astuple(profile))
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()
     seconds = store.number("pass-seconds", key) if store else None
     if seconds is None:
         predicted = footprint(

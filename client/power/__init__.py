@@ -1,1 +1,1 @@
-"""What a device can tell of its power, heat and use, and what training took; nothing here imports torch."""
+"""Power, heat and usage of a device, and the energy of training; nothing here imports torch."""

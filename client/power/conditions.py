@@ -1,4 +1,4 @@
-"""What holds on a device now, as far as its sensors say."""
+"""The device's current state, as far as its sensors measure it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ MEASURED, ESTIMATE = "measured", "estimate"
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """One reading of everything; None: nobody knows. All but `watts` is measured, or it isn't there."""
+    """One reading of all sensors; None: unknown. Every value except `watts` is either measured or unknown."""
 
     charging: bool | None = None
-    """On its charger, whether or not the battery takes anything; None: it has no battery, or doesn't tell."""
+    """Connected to its charger, whether or not the battery is charging; None: no battery, or unknown."""
     battery: float | None = None
-    """Share of a full one that is left, 0 to 1."""
+    """Charge of the battery, 0 to 1."""
     celsius: float | None = None
-    """Of its hottest sensor, but the battery's."""
+    """Temperature of the hottest sensor, batteries excluded, in °C."""
     battery_celsius: float | None = None
-    """Of its battery, which ages at a heat that a processor doesn't feel."""
+    """Temperature of the battery in °C; it ages at temperatures that do not harm a processor."""
     throttled: bool | None = None
-    """It runs slower than it could, for heat or for want of current."""
+    """The processor is slowed down, because of heat or a weak power supply."""
     free_mib: float = math.inf
-    """Memory that a process could still take without any other losing its own."""
+    """MiB of memory that a process can still allocate without taking memory from others."""
     owner_active: bool | None = None
     metered: bool | None = None
-    """Its network is paid by volume."""
+    """The network is paid by volume."""
     watts: float | None = None
-    """What it draws, where that comes with the rest; energy is the meter's affair (`client.power.meter`)."""
+    """Power draw, if the same sensors report it; energy is measured by `client.power.meter`."""
     watts_quality: str = MEASURED
 
 
 def combined(*parts: Conditions) -> Conditions:
-    """One of all parts: the hottest sensor, the least memory, throttled if any says so, else who tells first."""
+    """Merge readings: highest temperature, least memory, throttled if any says so, else the first known value."""
     watts = next((part for part in parts if part.watts is not None), Conditions())
     return Conditions(
         charging=_first([part.charging for part in parts]),
@@ -57,13 +57,19 @@ def combined(*parts: Conditions) -> Conditions:
 def cached_for(
     read: Callable[[], Conditions], seconds: float, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[], Conditions]:
-    """The same reading for so many seconds: of what changes seldom, and takes a command to read."""
-    kept: list[tuple[float, Conditions]] = []
+    """Cache a reading for this many seconds: for values that change rarely and take a command to read.
+
+    Args:
+        read: takes a reading.
+        seconds: lifetime of a reading.
+        clock: seconds, of any origin.
+    """
+    cached: list[tuple[float, Conditions]] = []
 
     def reading() -> Conditions:
-        if not kept or clock() - kept[0][0] >= seconds:
-            kept[:] = [(clock(), read())]
-        return kept[0][1]
+        if not cached or clock() - cached[0][0] >= seconds:
+            cached[:] = [(clock(), read())]
+        return cached[0][1]
 
     return reading
 

@@ -1,8 +1,8 @@
-"""What training took, in seconds and joules: measured where something measures, estimated where nothing does.
+"""Duration and energy of training: measured if the device has a meter, estimated otherwise.
 
-The number is of everything that its source covers while training runs, idle power included: nothing is subtracted.
-Pauses count neither as time nor as energy. No sensor fails a round: what can't be read is left out, and what is left
-out too long makes an estimate of it.
+The energy is everything that the source covers while training runs, including idle power: nothing is subtracted. Pauses
+count neither as time nor as energy. A failing sensor never fails a round: missing readings are skipped, and with too
+few readings the result is an estimate.
 """
 
 from __future__ import annotations
@@ -18,80 +18,89 @@ from typing import NamedTuple
 
 from client.power.conditions import ESTIMATE, MEASURED
 
-LONGEST = 30.0
-"""Seconds between two readings of watts over which the energy is still taken for known."""
-ENOUGH = 0.5
-"""Share of the time that must be covered; the rest is taken for alike. With less it is an estimate."""
+MAX_GAP = 30.0
+"""Maximum seconds between two readings of watts; the energy of a longer gap is unknown."""
+MIN_COVERAGE = 0.5
+"""Fraction of the time that readings must cover; the rest is extrapolated. Below it the result is an estimate."""
 
 log = logging.getLogger(__name__)
 
 
 class TrainingCost(NamedTuple):
-    """What training took."""
+    """Duration and energy of one training."""
 
     seconds: float
     joules: float
-    quality: str  # `measured`, or `estimate` if either is one
+    quality: str  # `measured`, or `estimate` if seconds or joules are estimated
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnergySource:
-    """Something that measures."""
+    """A sensor of power or energy."""
 
     name: str
     covers: str
-    """What its number is of, for people."""
+    """Parts of the device that it measures, as text for the owner."""
     read: Callable[[], float | None]
-    """Watts now, or joules so far; None: nothing to be had now."""
+    """Return watts now, or joules so far; None: no reading now."""
     counts: bool = False
-    """Whether they are joules so far."""
+    """Whether `read` returns joules so far instead of watts."""
     quality: str = MEASURED
 
 
 @dataclass
 class EnergyIntegral:
-    """Energy from readings at points in time: trapezoids under watts, differences of joules."""
+    """Energy from timed readings: trapezoidal rule for watts, differences for joules."""
 
     counts: bool
     seconds: float = 0.0
-    """Covered by readings."""
+    """Time covered by readings."""
     joules: float = 0.0
     _last: tuple[float, float] | None = field(default=None, repr=False)
 
     def add(self, at: float, value: float | None) -> None:
-        """A reading; a missing one changes nothing, until the gap is too long for watts."""
+        """Add a reading; a missing one changes nothing, until the gap is too long for watts."""
         if value is None:
             return
         if self._last is not None:
-            before, was = self._last
-            joules = value - was if self.counts else (at - before) * (value + was) / 2
-            if joules >= 0 and (self.counts or at - before <= LONGEST):
-                self.seconds += at - before
+            last_at, last_value = self._last
+            joules = value - last_value if self.counts else (at - last_at) * (value + last_value) / 2
+            if joules >= 0 and (self.counts or at - last_at <= MAX_GAP):
+                self.seconds += at - last_at
                 self.joules += joules
         self._last = (at, value)
 
     def cut(self) -> None:
-        """What comes next doesn't follow what came last: there was a pause."""
+        """Start a new interval after a pause."""
         self._last = None
 
 
-def total(found: EnergyIntegral | None, *, seconds: float, watts: float, quality: str = MEASURED) -> TrainingCost:
-    """What so many seconds took: as integrated, stretched over what wasn't covered, or else at so many watts."""
-    if found is None or not found.seconds or found.seconds < ENOUGH * seconds:
+def total_cost(
+    integral: EnergyIntegral | None, *, seconds: float, watts: float, quality: str = MEASURED
+) -> TrainingCost:
+    """Return the cost of training: the integral, extrapolated to uncovered time, or else the assumed watts.
+
+    Args:
+        integral: the integrated readings; None: no meter.
+        seconds: duration of training, pauses excluded.
+        watts: assumed power if readings cover too little.
+        quality: quality of the readings, `measured` or `estimate`.
+    """
+    if integral is None or not integral.seconds or integral.seconds < MIN_COVERAGE * seconds:
         return TrainingCost(seconds, seconds * watts, ESTIMATE)
-    return TrainingCost(seconds, found.joules * max(1.0, seconds / found.seconds), quality)
+    return TrainingCost(seconds, integral.joules * max(1.0, seconds / integral.seconds), quality)
 
 
 class Meter:
-    """`with meter: …` measures what is done within; `last` is what that took.
+    """Measure what runs within `with meter:`; `last` is its cost.
 
-    Readings are taken when it starts, pauses, resumes and ends, and in between by a thread, which a sensor that is slow
-    to read keeps busy for a twentieth of the time at most.
+    Readings are taken at start, pause, resume and end, and in between by a thread, which spends at most a twentieth of
+    its time on a slow sensor.
 
     Args:
-        source: None: nothing measures energy, and only seconds are real.
-        watts: what the device is taken to draw where nothing measured it.
-        every: seconds between readings, at least.
+        source: the energy source; None: only time is measured.
+        watts: assumed power if energy isn't measured.
+        every: minimum seconds between readings.
         clock: seconds, of any origin.
     """
 
@@ -107,7 +116,7 @@ class Meter:
         self.last: TrainingCost | None = None
         self._every, self._clock = every, clock
         self._lock = threading.Lock()
-        self._running: float | None = None  # since when; None: it is paused, or off
+        self._running: float | None = None  # start of the running interval; None: paused or off
         self._on, self._failed = False, False
         self._seconds = 0.0
         self._integral: EnergyIntegral | None = None
@@ -116,62 +125,62 @@ class Meter:
     def __enter__(self) -> Meter:
         self._seconds, self._on, self._end = 0.0, True, threading.Event()
         self._integral = EnergyIntegral(self.source.counts) if self.source else None
-        self._go()
+        self._resume()
         if self.source:
-            threading.Thread(target=self._look, args=(self._end,), name="meter", daemon=True).start()
+            threading.Thread(target=self._sample_loop, args=(self._end,), name="meter", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._halt()
+        self._suspend()
         self._end.set()
         self._on = False
         quality = self.source.quality if self.source else ESTIMATE
-        self.last = total(self._integral, seconds=self._seconds, watts=self.watts, quality=quality)
+        self.last = total_cost(self._integral, seconds=self._seconds, watts=self.watts, quality=quality)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context nothing counts; harmless where nothing is being measured."""
+        """Stop counting within this context; no effect if nothing is being measured."""
         if not self._on:
             yield
             return
-        self._halt()
+        self._suspend()
         try:
             yield
         finally:
-            self._go()
+            self._resume()
 
-    def _go(self) -> None:
+    def _resume(self) -> None:
         with self._lock:
             if self._integral:
                 self._integral.cut()
             self._running = self._clock()
             self._sample()
 
-    def _halt(self) -> None:
+    def _suspend(self) -> None:
         with self._lock:
             self._sample()
             if self._running is not None:
                 self._seconds += self._clock() - self._running
             self._running = None
 
-    def _look(self, end: threading.Event) -> None:
+    def _sample_loop(self, end: threading.Event) -> None:
         pause = self._every
         while not end.wait(pause):
             with self._lock:
                 began = self._clock()
                 if self._running is not None and not end.is_set():
                     self._sample()
-                pause = max(self._every, min(LONGEST / 2, 20 * (self._clock() - began)))
+                pause = max(self._every, min(MAX_GAP / 2, 20 * (self._clock() - began)))
 
     def _sample(self) -> None:
-        """A reading at its own time; whatever goes wrong with it, training goes on."""
+        """Take a reading with its own timestamp; an error never stops training."""
         if self.source is None or self._integral is None:
             return
         try:
             self._integral.add(self._clock(), self.source.read())
         except Exception as error:
-            if not self._failed:  # once: it may go on like that for hours
+            if not self._failed:  # once: this may recur for hours
                 log.warning("%s can't be read: %s", self.source.name, error)
             self._failed = True

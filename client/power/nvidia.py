@@ -1,21 +1,21 @@
-"""NVIDIA's boards, by `nvidia-smi`, which comes with their driver; no Jetson has it."""
+"""Power and temperature of NVIDIA GPUs, by `nvidia-smi`, which comes with the driver; Jetson boards don't have it."""
 
 from __future__ import annotations
 
 from client.power.conditions import Conditions
 from client.power.system import System, to_number
 
-COVERS = "all NVIDIA boards of this machine (NVML), and nothing else of it"
+COVERS = "all NVIDIA GPUs of this machine (NVML), and no other part"
 QUERY = ("nvidia-smi", "--query-gpu=power.draw,temperature.gpu", "--format=csv,noheader,nounits")
 
 
-def boards(system: System) -> Conditions:
-    """Watts and heat of the boards."""
-    return parsed(system.output(*QUERY) or "")
+def read_gpus(system: System) -> Conditions:
+    """Read watts and temperature of all GPUs."""
+    return parse(system.output(*QUERY) or "")
 
 
-def parsed(text: str) -> Conditions:
-    """Of a line `39.43, 47` for each board, with [N/A] or the like for what it doesn't measure."""
+def parse(text: str) -> Conditions:
+    """Parse one line `39.43, 47` per GPU; a value that isn't measured is [N/A] or similar."""
     rows = [[to_number(cell.strip()) for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     if not rows or any(len(row) != 2 for row in rows):
         return Conditions()

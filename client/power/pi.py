@@ -1,7 +1,8 @@
-"""What the firmware of a Raspberry Pi tells, by `vcgencmd`; its user must be in the group `video`.
+"""Power and throttling of a Raspberry Pi, by its firmware's `vcgencmd`; the user must be in the group `video`.
 
-The form of `pmic_read_adc` is that of published outputs of a Pi 5: a line for each current and each voltage, paired by
-the rail's name and not by their numbers. Bits of `get_throttled` are those of Raspberry Pi's documentation.
+The format of `pmic_read_adc` is taken from published outputs of a Pi 5: one line for each current and each voltage,
+paired by the rail's name and not by their numbers. The bits of `get_throttled` are those of Raspberry Pi's
+documentation.
 """
 
 from __future__ import annotations
@@ -12,37 +13,37 @@ from client.power.conditions import Conditions
 from client.power.system import System, to_number
 
 COVERS = (
-    "the board by the sum of its PMIC's rails (Pi 5): without USB, HATs, NVMe and the converter's own loss, so that "
-    "the wall sees about 15 % and 0.6 W more (one person's fit, github.com/jfikar/RPi5-power)"
+    "the board by the sum of its PMIC's rails (Pi 5): without USB, HATs, NVMe and the converter's own loss; at "
+    "the wall it is about 15 % and 0.6 W more (a fit by github.com/jfikar/RPi5-power)"
 )
-SLOWER = 0b1110  # now: frequency capped, throttled, soft temperature limit; bit 0 alone is a weak supply
+SLOWER = 0b1110  # currently: frequency capped, throttled, soft temperature limit; bit 0 only means a weak supply
 
 _RAIL = re.compile(r"\s*(\w+)_([AV])\s+(?:current|volt)\(\d+\)=(-?[\d.]+)[AV]\s*")
 
 
 def watts(system: System) -> float | None:
-    """What the rails of the PMIC give together, now; readings jump from one to the next."""
+    """Read the total power of the PMIC's rails; successive readings vary considerably."""
     return rails(system.output("vcgencmd", "pmic_read_adc") or "")
 
 
 def rails(text: str) -> float | None:
-    """Σ V·A over rails, in watts; None if there are none, or if one has a current and no voltage."""
-    found: dict[str, dict[str, float]] = {"A": {}, "V": {}}
+    """Return Σ V·A over rails, in watts; None if there are no rails, or if one has a current and no voltage."""
+    values: dict[str, dict[str, float]] = {"A": {}, "V": {}}
     for line in text.splitlines():
         if (match := _RAIL.fullmatch(line)) and (value := to_number(match[3])) is not None:
-            found[match[2]][match[1]] = value
-    amperes, volts = found["A"], found["V"]  # EXT5V and BATT are voltages alone
+            values[match[2]][match[1]] = value
+    amperes, volts = values["A"], values["V"]  # EXT5V and BATT have only voltages
     if not amperes or amperes.keys() - volts.keys():
         return None
     return sum(current * volts[rail] for rail, current in amperes.items())
 
 
-def slowed(system: System) -> Conditions:
-    """Whether the firmware slows it down."""
-    return Conditions(throttled=throttled(system.output("vcgencmd", "get_throttled") or ""))
+def throttling(system: System) -> Conditions:
+    """Return whether the firmware slows the processor down."""
+    return Conditions(throttled=parse_throttled(system.output("vcgencmd", "get_throttled") or ""))
 
 
-def throttled(text: str) -> bool | None:
-    """Of `throttled=0x50005`: only what holds now counts; None if it says something else."""
+def parse_throttled(text: str) -> bool | None:
+    """Parse `throttled=0x50005`; only the current-state bits count. None: other output."""
     match = re.fullmatch(r"\s*throttled=0x([0-9a-fA-F]+)\s*", text)
     return bool(int(match[1], 16) & SLOWER) if match else None

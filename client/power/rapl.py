@@ -1,9 +1,9 @@
-"""Energy counters of Intel's and AMD's processors, in /sys/class/powercap (RAPL).
+"""Energy counters of Intel and AMD processors, in /sys/class/powercap (RAPL).
 
-Zones are `intel-rapl:N`, on AMD as well, with `name`, `energy_uj` and `max_energy_range_uj`, after which a counter
-starts again (docs.kernel.org/power/powercap). Since Linux 5.10 only root reads them (CVE-2020-8694). That `psys` covers
-the platform and that `dram` isn't in its package is recalled. `intel-rapl-mmio` counts a package twice, so it isn't
-looked at.
+Zones are `intel-rapl:N`, on AMD as well, with `name`, `energy_uj` and `max_energy_range_uj`, at which a counter wraps
+(docs.kernel.org/power/powercap). Since Linux 5.10 only root can read them (CVE-2020-8694). From memory, not looked up:
+`psys` covers the platform, and `dram` isn't part of its package. `intel-rapl-mmio` counts a package twice, so it is
+ignored.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pathlib import Path
 from client.power.system import System
 
 COVERS = {
-    "psys": "the platform as its processor counts (RAPL psys)",
-    "package": "processor packages and their memory alone (RAPL): no board, disk, screen or GPU",
+    "psys": "the platform, as its processor measures it (RAPL psys)",
+    "package": "processor packages and their memory (RAPL), without board, disk, screen and GPU",
 }
 
 
 class RaplCounters:
-    """Joules since it was made; unwraps the counters, so it has to be asked before they start again twice."""
+    """Joules since creation. Counters are unwrapped, so they must be read before they wrap twice."""
 
     def __init__(self, system: System) -> None:
         self._system = system
         named = {
             zone: (system.text(zone / "name") or "").split("-")[0]
-            for zone in system.found("sys/class/powercap/intel-rapl:*")
+            for zone in system.glob("sys/class/powercap/intel-rapl:*")
         }
         readable = {zone: name for zone, name in named.items() if system.number(zone / "energy_uj") is not None}
         platform = [zone for zone, name in readable.items() if name == "psys"]
@@ -36,21 +36,27 @@ class RaplCounters:
         self._joules = 0.0
 
     def __call__(self) -> float | None:
-        """None if no counter can be read now; what it counted meanwhile comes with the next."""
-        heard = False
+        """Return joules; None if no counter can be read now. Energy counted meanwhile is part of the next reading."""
+        has_reading = False
         for zone in self._zones:
             now = self._system.number(zone / "energy_uj")
             if now is None:
                 continue
-            heard = True
-            most = self._system.number(zone / "max_energy_range_uj")
-            self._joules += difference(self._last.get(zone, now), now, most) / 1e6
+            has_reading = True
+            wrap_at = self._system.number(zone / "max_energy_range_uj")
+            self._joules += difference(self._last.get(zone, now), now, wrap_at) / 1e6
             self._last[zone] = now
-        return self._joules if heard else None
+        return self._joules if has_reading else None
 
 
-def difference(before: float, now: float, most: float | None) -> float:
-    """What a counter counted between two looks; 0 where it started again, and how far it goes isn't known."""
+def difference(before: float, now: float, wrap_at: float | None) -> float:
+    """Return the increase of a counter between two readings; 0 if it wrapped and its range is unknown.
+
+    Args:
+        before: the previous reading.
+        now: the current reading.
+        wrap_at: the value at which the counter wraps; None: unknown.
+    """
     if now >= before:
         return now - before
-    return now + most - before if most is not None and most >= before else 0.0
+    return now + wrap_at - before if wrap_at is not None and wrap_at >= before else 0.0

@@ -1,4 +1,4 @@
-"""Which of a device's sensors are read: `power.meter` of its own configuration, or the first that it has."""
+"""Choose the device's sensors: those named by `power.meter` in its configuration, or the first that work."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from conf.schemas.node import PowerConfig
 
 NONE = "none"
 OWNER_SECONDS, NETWORK_SECONDS = 2.0, 30.0
-"""For which whether somebody uses it, and its network, are taken for unchanged: each takes a command to read."""
+"""Seconds for which readings of the owner's activity and of the network are cached: each runs a command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSensors:
-    """What is read on this device."""
+    """Sensors that are read on this device."""
 
     name: str
-    """Of what measures its energy; `none`: nothing does."""
+    """Name of the energy meter; `none`: nothing measures energy."""
     covers: str
-    """What that energy is of, for people."""
+    """Parts of the device whose energy is measured, as text for the owner."""
     read: Callable[[], Conditions]
-    """What holds now. Raises AntherError where a file that was named in place of sensors can't be read."""
+    """Read the current conditions. Raises AntherError if a file that replaces the sensors can't be read."""
     source: EnergySource | None
 
 
 def choose_sensors(power: PowerConfig, system: System | None = None, *, cuda: bool = False) -> PowerSensors:
-    """The sensors of this device.
+    """Choose the sensors of this device.
 
     Args:
-        system: where they are looked for; None: here.
-        cuda: training is done on an NVIDIA board, so that its energy is the board's.
+        power: the node's power configuration.
+        system: files and commands of the system; None: this machine.
+        cuda: training runs on an NVIDIA GPU, so its energy is the GPU's.
 
     Raises:
-        AntherError: the meter that was asked for measures nothing here.
+        AntherError: the configured meter measures nothing on this device.
     """
     system = system or System()
     if power.meter == "file":
         return _of_file(Path(str(power.file)).expanduser(), system)
     source = None if power.meter == NONE else _source(power.meter, system, cuda=cuda)
     if power.meter not in (NONE, "auto") and source is None:
-        raise AntherError(f"power.meter={power.meter}: it measures nothing on this device{_hint(power.meter)}")
+        raise AntherError(f"power.meter={power.meter}: measures nothing on this device{_hint(power.meter)}")
     return PowerSensors(
         name=source.name if source else NONE,
         covers=source.covers if source else "not measured here; estimated as seconds times power.watts",
@@ -58,14 +59,14 @@ def choose_sensors(power: PowerConfig, system: System | None = None, *, cuda: bo
 
 
 def reader(system: System, *, cuda: bool = False) -> Callable[[], Conditions]:
-    """Reads all that this device tells of itself; commands that it lacks are never called."""
-    parts: list[Callable[[], Conditions]] = [partial(read, system) for read in (supply.supply, linux.heat)]
+    """Return a function that reads all sensors of this device; missing commands are never called."""
+    parts: list[Callable[[], Conditions]] = [partial(sensor, system) for sensor in (supply.read_supply, linux.heat)]
     if system.has("vcgencmd"):
-        parts.append(partial(pi.slowed, system))
+        parts.append(partial(pi.throttling, system))
     if system.has(termux.BATTERY):
-        parts.append(partial(termux.battery, system))
+        parts.append(partial(termux.read_battery, system))
     if cuda and system.has(nvidia.QUERY[0]):
-        parts.append(partial(nvidia.boards, system))
+        parts.append(partial(nvidia.read_gpus, system))
     if system.has("busctl"):
         parts.append(cached_for(partial(linux.owner, system), OWNER_SECONDS))
         parts.append(cached_for(partial(linux.network, system), NETWORK_SECONDS))
@@ -76,11 +77,11 @@ def reader(system: System, *, cuda: bool = False) -> Callable[[], Conditions]:
 
 
 def _of_file(file: Path, system: System) -> PowerSensors:
-    """What a file says in place of sensors, but for memory, which it needn't know."""
-    first = stated.stated(file)  # a mistake in it is better known at once
+    """Read conditions from a file in place of sensors; only memory is still measured, so the file may omit it."""
+    first = stated.read_stated(file)  # report a mistake in the file now rather than during training
 
     def watts() -> float | None:
-        return stated.stated(file).watts
+        return stated.read_stated(file).watts
 
     source = None
     if first.watts is not None:
@@ -88,13 +89,13 @@ def _of_file(file: Path, system: System) -> PowerSensors:
     return PowerSensors(
         name="file" if source else NONE,
         covers=stated.COVERS,
-        read=lambda: combined(stated.stated(file), linux.memory(system)),
+        read=lambda: combined(stated.read_stated(file), linux.memory(system)),
         source=source,
     )
 
 
 def _source(meter: str, system: System, *, cuda: bool) -> EnergySource | None:
-    """The meter of this name, if the device has it; for `auto` the first that gives a reading now."""
+    """Return the meter of this name, if the device has it; for `auto` the first that gives a reading now."""
     makers: dict[str, Callable[[System], EnergySource]] = {
         "nvml": _nvml,
         "pi5": _pi5,
@@ -102,18 +103,18 @@ def _source(meter: str, system: System, *, cuda: bool) -> EnergySource | None:
         "termux": _termux,
         "rapl": _rapl,
     }
-    if meter == "auto":  # those that see most of the device first; a board that training leaves idle isn't one of them
-        found = (make(system) for name, make in makers.items() if cuda or name != "nvml")
-        return next((source for source in found if source.read() is not None), None)
+    if meter == "auto":  # those that cover most of the device come first; a GPU counts only if training uses it
+        sources = (make(system) for name, make in makers.items() if cuda or name != "nvml")
+        return next((source for source in sources if source.read() is not None), None)
     source = makers[meter](system)
-    gauges = {"battery": supply.supply, "termux": termux.battery}
-    if meter in gauges:  # it tells no watts while there is a charger
+    gauges = {"battery": supply.read_supply, "termux": termux.read_battery}
+    if meter in gauges:  # gives no watts while charging
         return source if gauges[meter](system).battery is not None else None
     return source if source.read() is not None else None
 
 
 def _nvml(system: System) -> EnergySource:
-    return EnergySource(name="nvml", covers=nvidia.COVERS, read=lambda: nvidia.boards(system).watts)
+    return EnergySource(name="nvml", covers=nvidia.COVERS, read=lambda: nvidia.read_gpus(system).watts)
 
 
 def _pi5(system: System) -> EnergySource:
@@ -121,11 +122,11 @@ def _pi5(system: System) -> EnergySource:
 
 
 def _battery(system: System) -> EnergySource:
-    return EnergySource(name="battery", covers=supply.COVERS, read=lambda: supply.supply(system).watts)
+    return EnergySource(name="battery", covers=supply.COVERS, read=lambda: supply.read_supply(system).watts)
 
 
 def _termux(system: System) -> EnergySource:
-    return EnergySource(name="termux", covers=termux.COVERS, read=lambda: termux.battery(system).watts)
+    return EnergySource(name="termux", covers=termux.COVERS, read=lambda: termux.read_battery(system).watts)
 
 
 def _rapl(system: System) -> EnergySource:
@@ -134,11 +135,11 @@ def _rapl(system: System) -> EnergySource:
 
 
 def _hint(meter: str) -> str:
-    """What would help, where that is known."""
+    """Return how to make a meter work, if known."""
     return {
         "pi5": ": needs a Raspberry Pi 5, and `vcgencmd` allowed (group video)",
-        "battery": ": needs a battery that the kernel tells of in /sys/class/power_supply",
-        "rapl": ": its counters are root's; give this user /sys/class/powercap/intel-rapl:*/energy_uj to read",
+        "battery": ": needs a battery that the kernel lists in /sys/class/power_supply",
+        "rapl": ": only root can read its counters; let this user read /sys/class/powercap/intel-rapl:*/energy_uj",
         "nvml": ": needs NVIDIA's driver with nvidia-smi",
         "termux": ": needs the app Termux:API, and `pkg install termux-api`",
     }.get(meter, "")

@@ -1,8 +1,8 @@
-"""Batteries and chargers as Linux tells of them, in /sys/class/power_supply.
+"""Batteries and chargers in /sys/class/power_supply.
 
 Attributes and units are the kernel's (include/linux/power_supply.h: µV, µA, µW, µWh, tenths of °C): `type`, `online`,
-`status`, `capacity`, `temp`, and `scope`, which is `Device` for the battery of a mouse, say. That `online` is 2 behind
-some USB chargers is recalled, not looked up. Android mostly keeps all this from apps.
+`status`, `capacity`, `temp`, and `scope`, which is `Device` for, e.g., the battery of a mouse. From memory, not looked
+up: `online` is 2 behind some USB chargers. Android mostly hides all this from apps.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from pathlib import Path
 from client.power.conditions import Conditions
 from client.power.system import System
 
-COVERS = "the whole device, by its battery's gauge, while it isn't plugged in"
+COVERS = "the whole device, measured by its battery while it isn't plugged in"
 SUPPLIES = "sys/class/power_supply/*"
 PLUGGED = {"Charging", "Full", "Not charging"}
 DISCHARGING = "Discharging"
 
 
-def supply(system: System) -> Conditions:
-    """Charger, battery, and the watts that a battery gives while it is all that there is.
+def read_supply(system: System) -> Conditions:
+    """Read charger and battery, and the battery's watts while it is the only supply.
 
-    On a charger a gauge tells what goes into the battery, which isn't what the device draws: no watts then.
+    While charging, the gauge measures the power into the battery, which isn't the device's consumption: no watts then.
     """
-    found = [folder for folder in system.found(SUPPLIES) if system.text(folder / "scope") != "Device"]
-    kinds = {folder: system.text(folder / "type") for folder in found}
+    supplies = [folder for folder in system.glob(SUPPLIES) if system.text(folder / "scope") != "Device"]
+    kinds = {folder: system.text(folder / "type") for folder in supplies}
     batteries = [
-        folder for folder in found if kinds[folder] in ("Battery", "UPS") and system.number(folder / "present") != 0
+        folder for folder in supplies if kinds[folder] in ("Battery", "UPS") and system.number(folder / "present") != 0
     ]
-    if not batteries:  # boards without one have inputs that are never online
+    if not batteries:  # boards without a battery have inputs that are never online
         return Conditions()
-    online = [system.number(folder / "online") for folder in found if folder not in batteries]
-    charging = plugged([value for value in online if value is not None], [_status(system, one) for one in batteries])
-    shares = [share for one in batteries if (share := _share(system, one)) is not None]
-    heat = [tenths / 10 for one in batteries if (tenths := system.number(one / "temp")) is not None]
+    online = [system.number(folder / "online") for folder in supplies if folder not in batteries]
+    charging = is_plugged_in(
+        [value for value in online if value is not None], [_status(system, battery) for battery in batteries]
+    )
+    shares = [share for battery in batteries if (share := _charge(system, battery)) is not None]
+    heat = [tenths / 10 for battery in batteries if (tenths := system.number(battery / "temp")) is not None]
     return Conditions(
         charging=charging,
         battery=sum(shares) / len(shares) if shares else None,
@@ -42,8 +44,8 @@ def supply(system: System) -> Conditions:
     )
 
 
-def plugged(online: list[float], statuses: list[str]) -> bool | None:
-    """Whether there is a charger, from what inputs and batteries say; None: they don't."""
+def is_plugged_in(online: list[float], statuses: list[str]) -> bool | None:
+    """Return whether a charger is connected, from the states of inputs and batteries; None: unknown."""
     if any(value > 0 for value in online) or "Charging" in statuses:
         return True
     if online or DISCHARGING in statuses:
@@ -55,8 +57,8 @@ def _status(system: System, battery: Path) -> str:
     return system.text(battery / "status") or ""
 
 
-def _share(system: System, battery: Path) -> float | None:
-    """What is left of a full one."""
+def _charge(system: System, battery: Path) -> float | None:
+    """Return the charge of a battery, 0 to 1."""
     if (percent := system.number(battery / "capacity")) is not None:
         return min(1.0, max(0.0, percent / 100))
     for unit in ("energy", "charge"):
@@ -67,7 +69,7 @@ def _share(system: System, battery: Path) -> float | None:
 
 
 def _watts(system: System, batteries: list[Path]) -> float | None:
-    """What batteries give together; None if one of those that give doesn't say."""
+    """Return the total power of all discharging batteries; None if one of them doesn't report it."""
     total = 0.0
     for battery in batteries:
         if _status(system, battery) != DISCHARGING:
@@ -78,5 +80,5 @@ def _watts(system: System, batteries: list[Path]) -> float | None:
             microwatts = None if current is None or voltage is None else current * voltage / 1e6
         if microwatts is None:
             return None
-        total += abs(microwatts) / 1e6  # the sign is the driver's choice
+        total += abs(microwatts) / 1e6  # the sign depends on the driver
     return total or None

@@ -1,4 +1,4 @@
-"""The files and commands of the system that we run on; tests put a folder and fakes in their place."""
+"""Files and commands of the system; tests replace them with a folder and fakes."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-TERMUX = "/data/data/com.termux/files/usr/bin"  # beside PATH: PRoot sees Termux's commands there
+TERMUX = "/data/data/com.termux/files/usr/bin"  # in addition to PATH: under PRoot, Termux's commands are here
 
 
 @dataclass(frozen=True)
 class System:
-    """Where sensors are. Whatever can't be read is None: no sensor is one that everybody has."""
+    """Access to sensors. Anything that can't be read is None: no sensor exists on every device."""
 
     root: Path = Path("/")
     path: str | None = None
-    """Folders of commands, as in PATH; None: PATH itself."""
+    """Folders of commands, in the format of PATH; None: PATH itself."""
     timeout: float = 5.0
-    """Seconds that a command may take."""
+    """Maximum seconds of a command."""
 
     def text(self, file: str | Path) -> str | None:
-        """What a file says, without the space around it."""
+        """Return a file's content, stripped; None if it can't be read."""
         try:
             return (self.root / file).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:  # it isn't there, is root's alone, or its driver has nothing to say now
+        except OSError:  # missing, readable by root only, or the driver has no value now
             return None
 
     def number(self, file: str | Path) -> float | None:
-        """A file's number, which is finite."""
+        """Return the finite number in a file; None if there is none."""
         return to_number(self.text(file))
 
-    def found(self, pattern: str) -> list[Path]:
-        """What matches under the root, sorted."""
+    def glob(self, pattern: str) -> list[Path]:
+        """List the paths that match a pattern below the root, sorted."""
         return sorted(self.root.glob(pattern))
 
     def has(self, command: str) -> bool:
-        """Whether there is such a command."""
+        """Return whether a command exists."""
         return self._which(command) is not None
 
     def output(self, *command: str) -> str | None:
-        """What a command prints; None if there is none such, it fails or takes too long."""
+        """Return the standard output of a command; None if it doesn't exist, fails or takes too long."""
         program = self._which(command[0])
         if program is None:
             return None
@@ -65,7 +65,7 @@ class System:
 
 
 def to_number(text: str | None) -> float | None:
-    """A finite number, if the text is one."""
+    """Parse a finite number; None if the text isn't one."""
     try:
         number = float(text or "")
     except ValueError:

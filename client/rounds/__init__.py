@@ -1,1 +1,1 @@
-"""What a device does in a round: train, evaluate, personalize, and build the upload."""
+"""The device's side of a round: train, evaluate, personalize, and prepare the upload."""

@@ -1,4 +1,4 @@
-"""How an adapter does on the device's own pictures: losses as they are, or a gain with noise, charged like a round."""
+"""Handle an evaluation request: raw losses, or a noised gain that is charged like a training round."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from training import jobs
 from training.jobs import Examples, Job, Result
 
 AT_ONCE = 256
-"""Pictures of a noised gain that are in memory together."""
+"""Maximum number of pictures of a noised gain in memory at once."""
 
 
 def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result, messages.Evaluation]:
-    """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
+    """Measure the received adapter on the device's validation pictures.
+
+    Raises RequestRefusedError if the policy or the ledger forbids it.
+    """
     device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_evaluation(request.privacy)
     device.policy.check_timesteps(request.timesteps)
@@ -39,23 +42,23 @@ def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result,
 def _losses(
     request: messages.Evaluate, sent: ReceivedAdapter, device: Device
 ) -> Generator[Job, Result, messages.Evaluation]:
-    """Mean losses under the base and under the adapter sent: a release without noise, which the ledger has to know of.
+    """Measure mean losses of the base and of the received adapter: a release without noise, recorded in the ledger.
 
-    Once is enough: after one nothing can be promised any more, and further ones take nothing away.
+    One ledger entry is enough: after it no guarantee is left, and further releases cannot remove more.
     """
     ledger = device.store.ledger
     past = ledger.history().mechanisms
-    told_before = any(isinstance(event, NonPrivate) for event in past)
-    if not told_before:
-        device.policy.check_spending(past, NonPrivate())  # before pictures are looked at: a no tells of none
+    already_released = any(isinstance(event, NonPrivate) for event in past)
+    if not already_released:
+        device.policy.check_spending(past, NonPrivate())  # before reading pictures: a refusal must not depend on them
     pictures = device.pictures().validation
     if not pictures:
         raise RequestRefusedError("this device has no validation pictures")
     examples = yield from encode_split(device, "validation", pictures)
-    if not told_before:
+    if not already_released:
         release = device.noise(request.round, MEASURE).release
         ledger.reserve(
-            _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=release),
+            _reservation(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=release),
             device.policy.check_spending,
         )
     key = f"{request.run}:{cache_key(device, pictures)}"
@@ -71,30 +74,30 @@ def _losses(
 def _noised_gain(
     request: messages.Evaluate, privacy: messages.EvaluationPrivacy, sent: ReceivedAdapter, device: Device
 ) -> Generator[Job, Result, messages.Evaluation]:
-    """The mean over pictures of what the adapter sent takes off the base's loss, with noise, charged before.
+    """Measure the mean reduction of the loss over pictures, with noise, charged before measuring.
 
-    Sensitivity: the losses of a picture are a function of it and of the two adapters (`jobs.MeasureEachJob`), so one
-    picture more or less is one gain more or less, which `noised_mean` bounds. A device without pictures answers too,
-    with noise alone: a refusal would tell that there are none. As many are measured as the request assumes, of which
-    some may be blank and count for nothing, so that time doesn't tell how many there are; and no more than `AT_ONCE` of
-    them at a time, so that memory doesn't follow from what a server assumes.
+    Sensitivity: the losses of a picture depend on that picture and the two adapters only (`jobs.MeasureEachJob`). So
+    adding or removing a picture adds or removes one gain, which `noised_mean` clips. A device without pictures replies
+    with noise only: a refusal would reveal that there are none. The number of measured pictures is the number that the
+    request assumes, filled with blanks that are discarded, so that the duration does not reveal how many there are. At
+    most `AT_ONCE` are measured together, so that the server's assumption does not determine memory.
     """
     ledger, noise = device.store.ledger, device.noise(request.round, MEASURE)
-    if (sealed := ledger.sealed((request.run, request.round, MEASURE), _asked(request))) is not None:
+    if (sealed := ledger.sealed((request.run, request.round, MEASURE), _identity(request))) is not None:
         return messages.from_json(messages.Evaluation, sealed.decode())
-    there = private_pictures(device, "validation", privacy.pictures)
-    pictures, examples = yield from encode_usable(device, "validation", there)
-    reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
+    candidates = private_pictures(device, "validation", privacy.pictures)
+    pictures, examples = yield from encode_usable(device, "validation", candidates)
+    reservation = _reservation(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     epsilon = finite_epsilon(privacy.delta, charged)
     adapter = with_private_local_factors(sent.adapter, request.run, device, release=noise.release)
     gains: list[float] = []
     for start in range(0, privacy.pictures, AT_ONCE):
-        some = Examples(*(part[start : start + AT_ONCE] for part in examples))
-        seen = _filled(some, min(AT_ONCE, privacy.pictures - start))
-        base = expect(Tensor, (yield jobs.MeasureEachJob(examples=seen, adapter=None)))
-        shared = expect(Tensor, (yield jobs.MeasureEachJob(examples=seen, adapter=adapter)))
-        gains += (base - shared)[: len(some)].tolist()
+        chunk = Examples(*(part[start : start + AT_ONCE] for part in examples))
+        padded = _padded(chunk, min(AT_ONCE, privacy.pictures - start))
+        base = expect(Tensor, (yield jobs.MeasureEachJob(examples=padded, adapter=None)))
+        shared = expect(Tensor, (yield jobs.MeasureEachJob(examples=padded, adapter=adapter)))
+        gains += (base - shared)[: len(chunk)].tolist()
     reply = messages.Evaluation(
         device=device.name,
         round=request.round,
@@ -113,18 +116,18 @@ def _noised_gain(
     return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
 
 
-def _filled(examples: Examples, count: int) -> Examples:
-    """So many examples: these, and blank ones."""
+def _padded(examples: Examples, count: int) -> Examples:
+    """Pad examples with zeros to `count`."""
     return Examples(*(torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])]) for part in examples))
 
 
-def _measuring(request: messages.Evaluate, device: Device, *, adapter: str, data: str, release: bool) -> Reservation:
+def _reservation(request: messages.Evaluate, device: Device, *, adapter: str, data: str, release: bool) -> Reservation:
     private = request.privacy
     return Reservation(
         run=request.run,
         round=request.round,
         base=device.report.base,
-        plan=_asked(request),
+        plan=_identity(request),
         adapter=adapter,
         data=data,
         mechanism=PoissonGaussian(noise_multiplier=private.noise_multiplier, sampling_rate=1.0, steps=1)
@@ -136,6 +139,6 @@ def _measuring(request: messages.Evaluate, device: Device, *, adapter: str, data
     )
 
 
-def _asked(request: messages.Evaluate) -> str:
-    """What stands for a request to measure, whatever adapter it is about."""
+def _identity(request: messages.Evaluate) -> str:
+    """Return the SHA-256 of an evaluation request, which does not include the adapter."""
     return hashlib.sha256(messages.to_json(request).encode()).hexdigest()

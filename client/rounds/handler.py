@@ -1,7 +1,7 @@
-"""What a device does with a request: check, reserve, have the job done, seal, reply.
+"""Answer one server request on a device: check it, reserve privacy budget, run jobs, seal, reply.
 
-One generator in plain Python. It yields each job and is sent the result, so that whoever drives it decides where
-jobs run: a cohort of simulated devices in one pass, or one device's warm worker.
+`handle` is a generator in plain Python. It yields jobs and is sent their results, so the driver decides where jobs run:
+all simulated clients of a round in shared passes, or one device's warm worker.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from protocol.messages import Request
 def handle(request: Request, device: Device) -> RequestHandler:
     """Answer one request.
 
-    A number that isn't finite is no answer: weights that hold NaN make every loss one, and JSON has none.
+    Non-finite numbers are errors: with NaN in the weights every loss is NaN, and JSON cannot encode it.
 
     Raises:
-        Refusal: the device's policy or its ledger forbids it; the reason may go to the server.
-        AntherError: the request is malformed, or something on the device is damaged; the text may name the
-            owner's files and stays on the device.
+        RequestRefusedError: the device's policy or its ledger forbids the request; the reason may be sent to the
+            server.
+        AntherError: the request is malformed, or something on the device is damaged; the text may name the owner's
+            files and stays on the device.
     """
     reply = yield from _answer(request, device)
     for field in dataclasses.fields(reply):
         value = getattr(reply, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise AntherError(
-                f"{field.name} came out as {value}: the base or the adapter sent holds numbers that overflow"
+                f"{field.name} is {value}: the base or the received adapter contains numbers that overflow"
             )
     return reply
 

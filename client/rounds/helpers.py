@@ -1,7 +1,7 @@
-"""What every answer needs: the result of a job, pictures encoded once, and what work is estimated to cost.
+"""Helpers that all request handlers share: job results, encoded pictures, cost estimates.
 
-A private answer takes its pictures from `private_pictures`, which never fails: from its first look at them on, nothing that it
-does tells of them but what was noised. The reason for an error, or that there was one, would.
+A private reply takes its pictures from `private_pictures`, which never fails. From the first time the pictures are
+read, only noised values may depend on them: an error message, or the mere fact of an error, would leak information.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ T = TypeVar("T", Examples, TrainedAdapter, float, Tensor, GeneratedImages)
 
 
 def expect(kind: type[T], result: Result) -> T:
-    """The result of a job, which must be of its kind."""
+    """Return the result of a job after checking its type."""
     if not isinstance(result, kind):
         raise TypeError(f"a driver sent {type(result).__name__} for {kind.__name__}")
     return result
 
 
 def encode_split(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:
-    """The pictures of a split as the denoiser sees them, encoded once."""
+    """Encode the pictures of a split for the denoiser, or load them from the cache.
+
+    Args:
+        device: the device whose store has the cache.
+        split: `train`, `validation` or `test`.
+        pictures: the pictures of the split.
+    """
     key = cache_key(device, pictures)
     examples = device.store.examples(split, key)
     if examples is None:
@@ -48,78 +54,99 @@ def encode_split(device: Device, split: str, pictures: Sequence[Picture]) -> Gen
 
 
 def private_pictures(device: Device, split: str, assumed: int) -> tuple[Picture, ...]:
-    """The pictures of a split that a private job may use: of its first `assumed` places, in the order of names.
+    """Return the pictures of a split that a private job may use: those in its first `assumed` positions, by name.
 
-    The neighbors that ε compares are a place with its picture and the same place without one: whatever is missing,
-    damaged or can't be encoded is absent, and nobody moves up. With no more pictures than places that is one picture
-    added or removed, and the bound of the Poisson-sampled Gaussian is the same. With more, one whose line is removed
-    too lets another in, and what is bounded is what two pictures change.
+    Neighboring data sets, as compared by ε, differ in one position: with its picture or without. A picture that is
+    missing, damaged or cannot be encoded is absent, and no other picture takes its position. With at most `assumed`
+    pictures, this is adding or removing one picture, and the bound of the Poisson-sampled Gaussian is unchanged. With
+    more pictures, removing a picture together with its metadata line moves another one in, and the bound covers the
+    change of two pictures.
 
     Args:
-        assumed: N, how many pictures a plan assumes, which bounds memory and time for all devices alike.
+        device: the device whose pictures are used.
+        split: `train`, `validation` or `test`.
+        assumed: N, the number of pictures that a plan assumes; it bounds memory and time equally for all devices.
     """
     try:
-        listed: tuple[Picture, ...] = getattr((device.listed or device.pictures)(), split)
+        candidates: tuple[Picture, ...] = getattr((device.listed_pictures or device.pictures)(), split)
     except Exception as error:
-        log.error("none of the pictures can be used, and a private reply is noise alone: %s", error)
+        log.error("none of the pictures can be used, so the private reply contains only noise: %s", error)
         return ()
-    if len(listed) > assumed:
+    if len(candidates) > assumed:
         log.warning(
-            "of %d pictures (%s) the first %d by name are used: the plan assumes so many", len(listed), split, assumed
+            "of %d pictures (%s) only the first %d by name are used: the plan assumes no more",
+            len(candidates),
+            split,
+            assumed,
         )
-    return tuple(picture for picture in listed[:assumed] if not isinstance(picture, MissingPicture))
+    return tuple(picture for picture in candidates[:assumed] if not isinstance(picture, MissingPicture))
 
 
 def encode_usable(
     device: Device, split: str, pictures: Sequence[Picture]
 ) -> Generator[Job, Result, tuple[tuple[Picture, ...], Examples]]:
-    """Those of a private job's pictures that can be encoded, and what the denoiser sees of them, maybe nothing."""
+    """Encode the pictures of a private job; those that cannot be encoded are left out.
+
+    Args:
+        device: the device whose pictures are encoded.
+        split: `train`, `validation` or `test`.
+        pictures: the candidates.
+
+    Returns:
+        The encoded pictures and their examples, both possibly empty.
+    """
     if pictures:
         try:
             return tuple(pictures), (yield from encode_split(device, split, pictures))
         except Cancelled:
             raise
         except Exception as error:
-            log.error("a picture (%s) can't be encoded, and counts as absent: %s", split, error)
-    kept, found = [], []
+            log.error("a picture (%s) can't be encoded and counts as missing: %s", split, error)
+    usable, encoded = [], []
     for picture in pictures:
         try:
-            found.append(expect(Examples, (yield jobs.EncodeJob(pictures=[picture]))))
-            kept.append(picture)
+            encoded.append(expect(Examples, (yield jobs.EncodeJob(pictures=[picture]))))
+            usable.append(picture)
         except Cancelled:
             raise
         except Exception as error:
             log.error("%s: %s", picture.caption, error)
-    if not found:
-        found = [Examples(*(part[:0] for part in expect(Examples, (yield jobs.EncodeJob(pictures=[_BLANK])))))]
-    return tuple(kept), Examples(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    if not encoded:
+        encoded = [Examples(*(part[:0] for part in expect(Examples, (yield jobs.EncodeJob(pictures=[_BLANK])))))]
+    return tuple(usable), Examples(*(torch.cat(parts) for parts in zip(*encoded, strict=True)))
 
 
 def finite_epsilon(delta: float, history: LedgerHistory) -> float:
-    """ε of all that is charged, as a private reply tells it.
+    """Return ε of everything charged, for a private reply.
 
-    Raises Refusal, before anything is trained or measured, if that is no number. JSON has none for it, so the reply
-    would fail afterwards, as often as it is asked for.
+    Raises RequestRefusedError if ε is infinite, before anything is trained or measured: JSON cannot encode infinity, so
+    the reply would fail after training, each time it is requested.
     """
-    if math.isinf(found := history.spent(delta).value):
-        raise RequestRefusedError(f"privacy.delta: {delta} asked, at which this device can promise no ε")
-    return found
+    if math.isinf(epsilon := history.spent(delta).value):
+        raise RequestRefusedError(
+            f"privacy.delta={delta}: this device can guarantee no finite ε at this δ; use a larger delta"
+        )
+    return epsilon
 
 
 def cache_key(device: Device, pictures: Sequence[Picture]) -> str:
-    """Of what the base makes of pictures, seen at the device's resolution."""
+    """Return the cache key of pictures encoded by this base at the device's resolution."""
     return f"{device.report.base}:{device.resolution}:{fingerprint(pictures)}"
 
 
-def training_cost(device: Device, examples: int, *, lasting: int | None = None, measured: bool = False) -> TrainingCost:
-    """What training on so many examples takes: an estimate, which says nothing of the pictures.
+def training_cost(
+    device: Device, examples: int, *, duration_examples: int | None = None, measured: bool = False
+) -> TrainingCost:
+    """Return the cost of training on this many examples; the estimate does not depend on the pictures.
 
     Args:
-        lasting: examples whose time it takes, if it waits at the end.
-        measured: what the device's meter found, if it has one. That tells of the pictures, by how long batches took
-            and when training ended.
+        device: the device that trains.
+        examples: number of examples that are computed.
+        duration_examples: number of examples whose duration the round takes, if the device waits at its end.
+        measured: prefer the device's meter, if it has one. A measurement depends on the pictures, through batch
+            durations and the time at which training ended.
     """
-    if measured and device.spent is not None and (found := device.spent()) is not None:
-        return found
+    if measured and device.measured_cost is not None and (metered := device.measured_cost()) is not None:
+        return metered
     rate = device.report.examples_per_second
-    return TrainingCost((lasting or examples) / rate, examples / rate * device.report.watts, ESTIMATE)
+    return TrainingCost((duration_examples or examples) / rate, examples / rate * device.report.watts, ESTIMATE)

@@ -1,8 +1,8 @@
-"""The factor B that stays on a device and is its own, where A alone is shared.
+"""Local factors B, which stay on the device while only the factors A are shared.
 
-FedSA-LoRA (Guo et al., 2025, arXiv:2410.01463): what A learns is common, what B learns is the device's. Both are
-trained, under the same clip and noise if there are any, and A goes up. Without its B a device has no use of A, so it
-measures, draws and personalises with both.
+FedSA-LoRA (Guo et al., 2025, arXiv:2410.01463): A learns the common part, B the device-specific part.
+Both are trained, under the same clipping and noise if there is any, and only A is uploaded. A is of no use without its
+B, so the device evaluates, draws and personalizes with both.
 """
 
 from __future__ import annotations
@@ -18,44 +18,71 @@ from protocol.messages import TrainingPlan
 
 
 def initial_local_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, Tensor]:
-    """B by site as a round of this plan starts from it: of a round that is done again, as it did before."""
-    kept = device.store.own(_run(plan.run, plan.base))
-    if kept is None or kept.promise != _promise(plan.privacy is not None, release):
+    """Return B, `[out, rank]` by site, at the start of this round; a repeated round starts as it did before.
+
+    Args:
+        plan: the round's plan.
+        device: the device that trains.
+        release: whether the noise, if any, is secure rather than simulated.
+    """
+    stored = device.store.local_factors(_run(plan.run, plan.base))
+    if stored is None or stored.promise != _promise(plan.privacy is not None, release):
         return {}
-    return kept.before if kept.round == plan.round else kept.after
+    return stored.before if stored.round == plan.round else stored.after
 
 
 def updated_local_factors(
     plan: TrainingPlan, before: dict[str, Tensor], trained: Adapter, release: bool
 ) -> LocalFactors:
-    """What a round leaves: the device's B after it, at sites that it did not train as before it; and before it."""
+    """Return the state to store after a round: B after and before it; untrained sites are unchanged.
+
+    Args:
+        plan: the round's plan.
+        before: factors B at the start of the round, by site.
+        trained: the adapter after training.
+        release: whether the noise, if any, was secure rather than simulated.
+    """
     after = before | {name: factors.b for name, factors in trained.items()}
     promise = _promise(plan.privacy is not None, release)
     return LocalFactors(_run(plan.run, plan.base), promise, plan.round, after, before)
 
 
 def with_local_factors(adapter: Adapter, run: str, device: Device) -> Adapter:
-    """An adapter of a run with the B that the device has of it; as it is, if it has none."""
-    return _with_kept(adapter, device.store.own(_run(run, device.report.base)))
+    """Return the run's adapter with the device's own B, if the device has one.
+
+    Args:
+        adapter: the received adapter; A is `[rank, in]`, B is `[out, rank]`.
+        run: the run's id.
+        device: the device that evaluates or trains.
+    """
+    return _with_stored(adapter, device.store.local_factors(_run(run, device.report.base)))
 
 
 def with_private_local_factors(adapter: Adapter, run: str, device: Device, *, release: bool) -> Adapter:
-    """The same for what is told with noise: with the B of private rounds alone, whose noise was as real.
+    """Return the adapter for a noised measurement: with the B of private rounds only, whose noise was of the same kind.
 
-    Any other B is a function of every picture that nothing bounds, and one of them would change every gain.
+    Any other B is a function of every picture without a bound, and a change of it would change every gain.
+
+    Args:
+        adapter: the received adapter; A is `[rank, in]`, B is `[out, rank]`.
+        run: the run's id.
+        device: the device that measures.
+        release: whether the noise is secure rather than simulated.
     """
-    kept = device.store.own(_run(run, device.report.base))
-    return _with_kept(adapter, kept if kept and kept.promise == _promise(True, release) else None)
+    stored = device.store.local_factors(_run(run, device.report.base))
+    return _with_stored(adapter, stored if stored and stored.promise == _promise(True, release) else None)
 
 
-def _with_kept(adapter: Adapter, kept: LocalFactors | None) -> Adapter:
-    return replace_b(adapter, kept.after) if kept else adapter
+def _with_stored(adapter: Adapter, stored: LocalFactors | None) -> Adapter:
+    return replace_b(adapter, stored.after) if stored else adapter
 
 
-def replace_b(adapter: Adapter, own: dict[str, Tensor]) -> Adapter:
-    """The adapter with the device's B wherever there is one of its shape."""
+def replace_b(adapter: Adapter, local_b: dict[str, Tensor]) -> Adapter:
+    """Replace B by the device's own at every site where the shapes match."""
     return {
-        name: factors._replace(b=own[name]) if name in own and own[name].shape == factors.b.shape else factors
+        name: factors._replace(b=local_b[name])
+        if name in local_b and local_b[name].shape == factors.b.shape
+        else factors
         for name, factors in adapter.items()
     }
 
@@ -65,5 +92,8 @@ def _run(run: str, base: str) -> str:
 
 
 def _promise(private: bool, release: bool) -> str:
-    """What B was trained under: nothing that was not noised, or by simulated noise, enters a round that promises."""
-    return f"{'private' if private else 'open'}, {'release' if release else 'simulated'}"
+    """Name the guarantee that B was trained under.
+
+    Values without noise, or with simulated noise, never enter a round with a guarantee.
+    """
+    return f"{'private' if private else 'open'}, {'release' if release else 'simulated'}"  # stored; don't change

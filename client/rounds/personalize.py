@@ -1,4 +1,4 @@
-"""The personal adapter: trained on top of a shared one, on the device, for its owner alone."""
+"""Train the personal adapter on top of a shared one, on the device, for its owner only."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from training.jobs import Cancelled, Examples, GeneratedImages, Job, Result, Tra
 
 PERSONAL = "personal"
 PREVIEW_STEPS = 8
-TRIES, MOST_TRIES = "personalise-tries", 3
+TRIES, MAX_TRIES = "personalise-tries", 3  # the name is stored; don't change it
 
 log = logging.getLogger(__name__)
 
 
 def answer(request: messages.Personalize, device: Device) -> Generator[Job, Result, messages.Personalized]:
-    """Train the personal adapter on top of the shared one sent, or of the one kept, and keep both on the device.
+    """Train the personal adapter on top of the received or the stored shared adapter, and store both on the device.
 
-    What comes of it is the owner's alone. The reply is made before any picture is looked at, and from there on it is
-    given whatever happens: a failure, or the lack of one, would tell of the pictures without noise or charge. Only a
-    guard that stops for the battery, for heat or for its owner ends it without a reply.
+    The result never leaves the device. The reply is built before any picture is read, and is sent whatever happens
+    afterwards: a failure, or its absence, would reveal information about the pictures without noise or charge. Only the
+    throttle (battery, heat, the owner using the device) ends the request without a reply.
     """
     device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_work(
@@ -49,7 +49,7 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
             f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more"
         )
     sent = receive_adapter(request.adapter, device, rounded=request.rounded).adapter
-    # Of the steps asked for, and never measured: when training stops tells of the pictures.
+    # From the requested steps, never measured: the step at which training stops depends on the pictures.
     seconds, joules, quality = training_cost(device, request.steps * request.batch_size)
     reply = messages.Personalized(device=device.name, seconds=seconds, joules=joules, quality=quality)
     identity = hashlib.sha256(messages.to_json(request).encode() + request.adapter).hexdigest()
@@ -58,43 +58,59 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
     except Cancelled as error:
         if not isinstance(error, OutOfMemory):
             raise
-        log.error("nothing was learnt for its owner in round %d: %s", request.round, error)
+        log.error("round %d changed nothing in the owner's personal adapter: %s", request.round, error)
     except Exception as error:
         unforeseen = None if isinstance(error, AntherError) else error
-        log.error("nothing was learnt for its owner in round %d: %s", request.round, error, exc_info=unforeseen)
+        log.error(
+            "round %d changed nothing in the owner's personal adapter: %s", request.round, error, exc_info=unforeseen
+        )
     return reply
 
 
 def _once(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
-    """Do what was asked for, unless it is done or has ended this process too often: with how many pictures it does,
-    whoever asks for the reply again and again would find out.
+    """Train unless this request is done, or has ended the process too often.
+
+    Such a crash depends on the number of pictures, so without this limit repeated requests would reveal it.
+
+    Args:
+        request: the server's request.
+        identity: its hash, which identifies repeated requests.
+        sent: the received shared adapter.
+        device: the device that trains.
     """
     tries = device.store.number(TRIES, identity) or 0
-    if tries >= MOST_TRIES:
-        raise AntherError(f"it has ended the worker {tries:.0f} times: give it more memory, or lower worker.memory_gib")
+    if tries >= MAX_TRIES:
+        raise AntherError(f"training ended the worker {tries:.0f} times: free memory, or lower worker.memory_gib")
     device.store.save_number(TRIES, identity, tries + 1)
     try:
         yield from _learn(request, identity, sent, device)
-    finally:  # whatever it came to, this process is there to see it
+    finally:  # success or failure: the process survived
         device.store.save_number(TRIES, identity, 0)
 
 
 def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
-    """Train, and keep what was trained where it is finite, of bounded norm and no worse than what was there."""
-    there = device.store.personal(device.sites)
-    if there and there.request == identity:
-        return  # made before a crash of whoever asked: training on from it would give another one
-    stored = there if there and there.base == device.report.base else None
+    """Train, and store the result if it is finite, bounded in norm and no worse than the stored one.
+
+    Args:
+        request: the server's request.
+        identity: its hash, stored with the adapter.
+        sent: the received shared adapter.
+        device: the device that trains.
+    """
+    current = device.store.personal(device.sites)
+    if current and current.request == identity:
+        return  # trained before the requester crashed: training further would give a different adapter
+    stored = current if current and current.base == device.report.base else None
     pictures = device.pictures()
     examples = yield from encode_split(device, "train", pictures.train)
-    judges, stopping = examples, None  # those trained on, where there are no others: they show what is broken
+    held_out, stopping = examples, None  # without validation pictures: enough to detect a broken result
     if pictures.validation:
-        judges = yield from encode_split(device, "validation", pictures.validation)
+        held_out = yield from encode_split(device, "validation", pictures.validation)
         every = min(request.look_every, request.steps)
         promised = device.policy.promises_privacy(device.store.ledger.history().mechanisms)
-        patience = request.steps if promised else request.patience  # the step at which it ends would tell of pictures
-        stopping = jobs.EarlyStopping(validation=judges, every=every, patience=patience)
-    shared = yield from _better(sent, stored, judges)
+        patience = request.steps if promised else request.patience  # early stopping would leak information
+        stopping = jobs.EarlyStopping(validation=held_out, every=every, patience=patience)
+    shared = yield from _better(sent, stored, held_out)
     start = _personal_start(request.rank, shared, stored, device)
     trained = expect(
         TrainedAdapter,
@@ -115,41 +131,55 @@ def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: 
         ),
     ).adapter
     before = stored or PersonalAdapter(start, shared, device.report.base, identity)
-    if (yield from _is_worse(trained, shared, before, judges)):
-        log.warning("round %d taught nothing better than what was there, which stays", request.round)
-        found = before._replace(request=identity)
-        device.store.save_personal(found, aside=there is not None and stored is None)
+    if (yield from _is_worse(trained, shared, before, held_out)):
+        log.warning("round %d found no better personal adapter; the previous one stays", request.round)
+        result = before._replace(request=identity)
+        device.store.save_personal(result, aside=current is not None and stored is None)
     else:
-        found = PersonalAdapter(trained, shared, device.report.base, identity)
-        device.store.save_personal(found, aside=there is not None)
+        result = PersonalAdapter(trained, shared, device.report.base, identity)
+        device.store.save_personal(result, aside=current is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
-        yield from _preview(f"round-{request.round:06d}", captions, (found.shared, found.adapter), device)
+        yield from _preview(f"round-{request.round:06d}", captions, (result.shared, result.adapter), device)
 
 
 def _is_worse(
-    trained: Adapter, shared: Adapter, before: PersonalAdapter, judges: Examples
+    trained: Adapter, shared: Adapter, before: PersonalAdapter, held_out: Examples
 ) -> Generator[Job, Result, bool]:
-    """Whether what was trained may not take the place of what was there before: both are measured, whatever they are.
+    """Return whether the trained adapter must not replace the previous one.
 
-    NaN and infinity are worse than anything, also where what was there is no better.
+    Both are always measured, so that the amount of work does not depend on the outcome. NaN and infinity are always
+    worse, even if the previous adapter is no better.
+
+    Args:
+        trained: the new personal adapter.
+        shared: the shared adapter under it.
+        before: the previous personal adapter with its shared one.
+        held_out: examples on which losses are compared.
     """
-    old = yield from _loss(judges, concatenate([before.shared, before.adapter]))
-    new = yield from _loss(judges, concatenate([shared, trained]))
-    if wrong := norm_violation(trained):
-        log.warning("what was trained is out of bounds: %s", wrong)
+    old = yield from _loss(held_out, concatenate([before.shared, before.adapter]))
+    new = yield from _loss(held_out, concatenate([shared, trained]))
+    if reason := norm_violation(trained):
+        log.warning("the trained adapter is out of bounds: %s", reason)
         return True
     return not math.isfinite(new) or new > old
 
 
-def _loss(judges: Examples, adapter: Adapter) -> Generator[Job, Result, float]:
-    return expect(float, (yield jobs.MeasureJob(examples=judges, adapter=adapter)))
+def _loss(held_out: Examples, adapter: Adapter) -> Generator[Job, Result, float]:
+    return expect(float, (yield jobs.MeasureJob(examples=held_out, adapter=adapter)))
 
 
 def _preview(
     name: str, captions: Sequence[str], adapters: Sequence[Adapter], device: Device
 ) -> Generator[Job, Result, None]:
-    """Draw what was learnt, for the owner to see; it is learnt though it can't be drawn."""
+    """Draw previews for the owner; a failure is logged and does not undo the training.
+
+    Args:
+        name: file name of the preview, without suffix.
+        captions: one for each picture.
+        adapters: the adapters added to the base.
+        device: the device that draws.
+    """
     try:
         job = jobs.GenerateJob(captions=captions, adapters=adapters, seed=device.seed, steps=PREVIEW_STEPS)
         device.store.save_preview(name, expect(GeneratedImages, (yield job)).pictures)
@@ -157,30 +187,38 @@ def _preview(
         log.warning("no preview of %s: %s", name, error)
 
 
-def _better(sent: Adapter, stored: PersonalAdapter | None, judges: Examples) -> Generator[Job, Result, Adapter]:
-    """The shared adapter to keep: the one sent, unless the one kept so far does better on the owner's own pictures.
+def _better(sent: Adapter, stored: PersonalAdapter | None, held_out: Examples) -> Generator[Job, Result, Adapter]:
+    """Choose the shared adapter to store: the received one, unless the stored one has a lower loss on the owner's data.
 
-    Both are measured whichever was kept before, so that what there is to do doesn't tell.
+    Both are measured in every round, so that the amount of work does not reveal which was stored.
     """
     if stored is None:
         return sent
-    kept = yield from _loss(judges, stored.shared)
-    new = yield from _loss(judges, sent)
-    return stored.shared if kept < new or math.isnan(new) else sent
+    old = yield from _loss(held_out, stored.shared)
+    new = yield from _loss(held_out, sent)
+    return stored.shared if old < new or math.isnan(new) else sent
 
 
-def _personal_start(rank_asked: int, shared: Adapter, stored: PersonalAdapter | None, device: Device) -> Adapter:
-    """Where the personal adapter was left, if it sits on this same shared adapter; else a new one.
+def _personal_start(target_rank: int, shared: Adapter, stored: PersonalAdapter | None, device: Device) -> Adapter:
+    """Return the initial personal adapter: the stored one if it belongs to this same shared adapter, else a new one.
 
-    A new one looks where the federation found that people differ: its A is the shared adapter's (Guo et al., 2025,
-    arXiv:2410.01463), its B is zero.
+    A new one starts in the directions in which the federation found that people differ: its A is the shared adapter's
+    (FedSA-LoRA, Guo et al., 2025, arXiv:2410.01463), its B is zero.
+
+    Args:
+        target_rank: rank of the personal adapter.
+        shared: the shared adapter under it; A is `[rank, in]`, B is `[out, rank]`.
+        stored: the stored personal adapter, if any.
+        device: the device that trains.
     """
-    if stored and rank(stored.adapter) == rank_asked and _same(stored.shared, shared):
+    if stored and rank(stored.adapter) == target_rank and _same(stored.shared, shared):
         return stored.adapter
-    fresh = init_adapter(device.sites, rank_asked, derive_seed(device.seed, device.name, PERSONAL))
-    return {name: Factors(torch.cat([shared[name].a, f.a])[:rank_asked], f.b) for name, f in fresh.items()}
+    fresh = init_adapter(device.sites, target_rank, derive_seed(device.seed, device.name, PERSONAL))
+    return {name: Factors(torch.cat([shared[name].a, f.a])[:target_rank], f.b) for name, f in fresh.items()}
 
 
-def _same(one: Adapter, other: Adapter) -> bool:
-    """Whether two adapters at the same sites are equal, number by number."""
-    return one is other or all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
+def _same(first: Adapter, second: Adapter) -> bool:
+    """Return whether two adapters at the same sites are equal element by element."""
+    return first is second or all(
+        torch.equal(a, b) for name in first for a, b in zip(first[name], second[name], strict=True)
+    )

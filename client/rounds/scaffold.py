@@ -1,8 +1,8 @@
-"""SCAFFOLD on a device: its own control variate, kept from round to round (`models.lora.scaffold`).
+"""SCAFFOLD on a device: its control variate c_i, stored from round to round (`models.lora.scaffold`).
 
-c_i is made of what the device sent, of what the server sent, and of nothing else. Under privacy of examples that is a
-release already, and c − c_i is added to gradients after clip and noise: it costs nothing. As with what rounding left, a
-variate of open rounds never enters a private one (`client.rounds.upload.compatibility_key`).
+c_i depends only on the device's uploads and the server's messages. Under example-level privacy the upload is a release
+already, and c − c_i is added to gradients after clipping and noise, so it costs nothing. As for quantization residuals,
+a variate of non-private rounds never enters a private one (`client.rounds.upload.compatibility_key`).
 """
 
 from __future__ import annotations
@@ -22,44 +22,71 @@ from protocol.messages import TrainingPlan
 from protocol.tensor_codec import CodecError
 
 
-def own(plan: TrainingPlan, device: Device, server: Mapping[str, Tensor], *, release: bool) -> ControlVariate:
-    """c_i at the start of this round, of the shapes of c: zero before the first; what it was if it is done again."""
-    found: ControlVariate = {}
-    if known := device.store.variate(compatibility_key(plan, release)):
-        found = known.before if known.round == plan.round else known.after
-    if {name: part.shape for name, part in found.items()} == {name: part.shape for name, part in server.items()}:
-        return found
+def load_variate(plan: TrainingPlan, device: Device, server: Mapping[str, Tensor], *, release: bool) -> ControlVariate:
+    """Return c_i at the start of this round: zero before the first round, and the same again if the round is repeated.
+
+    Args:
+        plan: the round's plan.
+        device: the device that trains.
+        server: the server's control variate c, by tensor name.
+        release: whether the noise, if any, is secure rather than simulated.
+    """
+    variate: ControlVariate = {}
+    if stored := device.store.variate(compatibility_key(plan, release)):
+        variate = stored.before if stored.round == plan.round else stored.after
+    if {name: part.shape for name, part in variate.items()} == {name: part.shape for name, part in server.items()}:
+        return variate
     return {name: part.new_zeros(part.shape) for name, part in server.items()}
 
 
 def correction(
     plan: TrainingPlan,
     server: Mapping[str, Tensor],
-    mine: Mapping[str, Tensor],
+    variate: Mapping[str, Tensor],
     start: Adapter,
     lora_xs_bases: Adapter | None,
 ) -> Adapter:
-    """c − c_i, as a job has it; zero where nothing is shared, as at a B that is the device's own."""
-    added = {name: part - mine[name] for name, part in server.items()}
-    nothing = {name: Factors(*map(torch.zeros_like, factors)) for name, factors in start.items()}
-    return from_trained_tensors(added, plan.trains, nothing, lora_xs_bases)
+    """Return c − c_i in the form of an adapter; zero for factors that are not shared, such as a local B.
+
+    Args:
+        plan: the round's plan.
+        server: the server's control variate c, by tensor name.
+        variate: the device's control variate c_i, by tensor name.
+        start: the adapter before training, for the shapes.
+        lora_xs_bases: the frozen bases, if cores are trained.
+    """
+    difference = {name: part - variate[name] for name, part in server.items()}
+    zero = {name: Factors(*map(torch.zeros_like, factors)) for name, factors in start.items()}
+    return from_trained_tensors(difference, plan.trains, zero, lora_xs_bases)
 
 
-def keep(
+def save_variate(
     plan: TrainingPlan,
     device: Device,
     server: Mapping[str, Tensor],
-    mine: ControlVariate,
-    goes: PreparedUpload,
+    variate: ControlVariate,
+    upload: PreparedUpload,
     start: ControlVariate,
     *,
     release: bool,
 ) -> None:
-    """c_i⁺, now that these bytes are the reply: of what the server will read in them, so that both mean the same."""
+    """Store the updated variate c_i⁺, now that `upload` is the reply.
+
+    It is computed from the change as the server will decode it, so that both sides agree.
+
+    Args:
+        plan: the round's plan.
+        device: the device that trained.
+        server: the server's control variate c, by tensor name.
+        variate: the device's control variate c_i before the round.
+        upload: the upload of this round.
+        start: the trained tensors before training, by name.
+        release: whether the noise, if any, was secure rather than simulated.
+    """
     try:
-        moved = decode_change(plan, goes.data, start)
+        sent_change = decode_change(plan, upload.data, start)
     except CodecError:
-        return  # it was not finite: nobody will use it
-    found = control_delta(server, moved, steps=plan.steps, rate=plan.learning_rate)
-    after = {name: (mine[name].double() + part).float() for name, part in found.items()}
-    device.store.save_variate(ControlVariateState(compatibility_key(plan, release), plan.round, mine, after))
+        return  # non-finite: the server rejects it
+    delta = control_delta(server, sent_change, steps=plan.steps, rate=plan.learning_rate)
+    after = {name: (variate[name].double() + part).float() for name, part in delta.items()}
+    device.store.save_variate(ControlVariateState(compatibility_key(plan, release), plan.round, variate, after))

@@ -1,4 +1,4 @@
-"""Advance many conversations together, so that whoever performs their jobs sees all of them at once."""
+"""Advance many request handlers together, so that the driver sees all of their jobs at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ RequestHandler = Generator[Job, Result, Reply]
 
 
 def run_handlers(
-    conversations: Mapping[K, RequestHandler],
+    handlers: Mapping[K, RequestHandler],
     perform: Callable[[list[Job]], Sequence[Result | Exception]],
 ) -> dict[K, Reply | Exception]:
-    """The reply of each conversation, or the exception that ended it, which harms no other.
+    """Run handlers until each has replied or failed; one failure does not affect the others.
 
     Args:
-        perform: results of the given jobs in their order; an exception among them is thrown into the conversation
-            that asked for the job. Called once for each round of jobs.
+        handlers: {key: generator returned by `client.rounds.handler.handle`}.
+        perform: returns the results of the given jobs in their order. An exception among them is raised in the handler
+            that requested the job. Called once per round of jobs.
+
+    Returns:
+        {key: reply, or the exception that ended the handler}, in the order of `handlers`.
     """
     outcomes: dict[K, Reply | Exception] = {}
     waiting: dict[K, Job] = {}
@@ -34,15 +38,15 @@ def run_handlers(
         except Exception as error:
             outcomes[key] = error
 
-    for key, conversation in conversations.items():
-        advance(key, partial(next, conversation))
+    for key, handler in handlers.items():
+        advance(key, partial(next, handler))
     while waiting:
         jobs = dict(waiting)
         waiting.clear()
         for (key, _), result in zip(jobs.items(), perform(list(jobs.values())), strict=True):
-            conversation = conversations[key]
+            handler = handlers[key]
             if isinstance(result, Exception):
-                advance(key, partial(conversation.throw, result))
+                advance(key, partial(handler.throw, result))
             else:
-                advance(key, partial(conversation.send, result))
-    return {key: outcomes[key] for key in conversations}
+                advance(key, partial(handler.send, result))
+    return {key: outcomes[key] for key in handlers}

@@ -1,4 +1,4 @@
-"""A round of the shared adapter: check the plan, reserve in the ledger, have it trained, seal, reply."""
+"""Handle a training round of the shared adapter: check the plan, reserve budget, train, seal, reply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from client.rounds import scaffold
 from client.rounds.helpers import encode_split, encode_usable, expect, finite_epsilon, private_pictures, training_cost
 from client.rounds.local_factors import initial_local_factors, replace_b
 from client.rounds.received_adapter import receive_adapter
-from client.rounds.upload import keep, prepare_upload
+from client.rounds.upload import prepare_upload, save_round_state
 from common import strict_json
 from models.lora.trainable import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
@@ -33,10 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def answer(request: messages.Train, device: Device) -> Generator[Job, Result, messages.Update]:
-    """Train the shared adapter from the base and the adapter sent alone.
+    """Train the shared adapter, starting from the base and the received adapter only.
 
-    The personal adapter stays out: it is a function of every picture, so with it one changed picture would change
+    The personal adapter is excluded: it is a function of every picture, so with it one changed picture would change
     every clipped gradient.
+
+    Raises RequestRefusedError if the plan, the policy or the ledger forbids the round.
     """
     plan, ledger = request.plan, device.store.ledger
     if plan.base != device.report.base:
@@ -52,29 +54,32 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         controlled=plan.trains if plan.scaffold else None,
     )
     if sent.rank < plan.rank:
-        raise RequestRefusedError(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
+        raise RequestRefusedError(f"the plan trains rank {plan.rank}, the received adapter has rank {sent.rank}")
     if plan.scaffold and (sent.rank != plan.rank or plan.sites is not None or plan.optimiser != "sgd"):
-        raise RequestRefusedError("a control variate is of every direction that was sent, and of plain SGD")
+        raise RequestRefusedError("drift correction (SCAFFOLD) needs the full rank, all sites and the optimizer sgd")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
     start, frozen, lora_xs_bases = sent.parts(plan.rank, plan.sites)
-    device.check_memory(plan.rank, start)  # before pictures take any: the answer is for the server to know
+    device.check_memory(plan.rank, start)  # before pictures use memory: the server may know this answer
     if plan.privacy is None:
-        device.policy.check_spending(ledger.history().mechanisms, NonPrivate())  # before pictures: a no tells of none
+        # Before reading pictures: a refusal must not depend on them.
+        device.policy.check_spending(ledger.history().mechanisms, NonPrivate())
         pictures = device.pictures().train
         device.policy.check_pictures(len(pictures))
         examples = yield from encode_split(device, "train", pictures)
     else:
-        pictures, examples = yield from _hidden(device, assumed_pictures(plan.batch_size, plan.privacy.sampling_rate))
+        pictures, examples = yield from _private_examples(
+            device, assumed_pictures(plan.batch_size, plan.privacy.sampling_rate)
+        )
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     epsilon = finite_epsilon(plan.privacy.delta, charged) if plan.privacy else None
-    mine = scaffold.own(plan, device, sent.control, release=noise.release)
-    own = initial_local_factors(plan, device, noise.release) if plan.trains == "split" else None
-    if own is not None:
-        start, frozen = replace_b(start, own), frozen and replace_b(frozen, own)
+    variate = scaffold.load_variate(plan, device, sent.control, release=noise.release)
+    local_b = initial_local_factors(plan, device, noise.release) if plan.trains == "split" else None
+    if local_b is not None:
+        start, frozen = replace_b(start, local_b), frozen and replace_b(frozen, local_b)
     trained = expect(
         TrainedAdapter,
         (
@@ -93,7 +98,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 learning_rate=plan.learning_rate,
                 optimizer=plan.optimiser,
                 proximal=plan.proximal,
-                correction=scaffold.correction(plan, sent.control, mine, start, lora_xs_bases)
+                correction=scaffold.correction(plan, sent.control, variate, start, lora_xs_bases)
                 if plan.scaffold
                 else None,
                 privacy=_dp_sgd(plan),
@@ -102,76 +107,84 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
             )
         ),
     )
-    goes = prepare_upload(
+    upload = prepare_upload(
         plan,
         device,
         start=start,
         trained=trained.adapter,
         lora_xs_bases=lora_xs_bases,
-        own=own,
+        local_b=local_b,
         history=charged,
         release=noise.release,
     )
-    events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
-    # Under DP nothing that was measured leaves: it would tell, without noise, how large the Poisson batches were.
-    draws, whole = plan.privacy.draws if plan.privacy else 1, scheduled_examples(plan)
-    spent = training_cost(device, plan.steps * plan.batch_size * draws, lasting=whole, measured=plan.privacy is None)
+    events = charged.events + (plan.privacy is not None)  # includes the seal, which is written before the reply is sent
+    # Under DP no measurement is sent: it would reveal, without noise, the sizes of the Poisson batches.
+    draws, duration_examples = plan.privacy.draws if plan.privacy else 1, scheduled_examples(plan)
+    cost = training_cost(
+        device, plan.steps * plan.batch_size * draws, duration_examples=duration_examples, measured=plan.privacy is None
+    )
     reply = messages.Update(
         device=device.name,
         run=plan.run,
         round=plan.round,
         rank=plan.rank,
-        adapter=goes.data,
+        adapter=upload.data,
         release=noise.release,
-        seconds=spent.seconds,
-        joules=spent.joules,
-        quality=spent.quality,
-        loss=None if plan.privacy else trained.loss,  # it was not noised
+        seconds=cost.seconds,
+        joules=cost.joules,
+        quality=cost.quality,
+        loss=None if plan.privacy else trained.loss,  # not noised
         epsilon=epsilon,
         events=events,
     )
 
-    def remember() -> None:
-        keep(device, goes)
+    def save_state() -> None:
+        save_round_state(device, upload)
         if plan.scaffold:
             before = trained_tensors(start, plan.trains, lora_xs_bases)
-            scaffold.keep(plan, device, sent.control, mine, goes, before, release=noise.release)
+            scaffold.save_variate(plan, device, sent.control, variate, upload, before, release=noise.release)
 
     if plan.privacy is None:
-        remember()
-        return reply  # nothing is spent by making it again, so it needn't be kept
+        save_state()
+        return reply  # training again costs no privacy, so it needs no seal
     packed = _pack(reply)
     sealed = ledger.seal(reservation, packed)
     if sealed is not packed:
         return _unpack(sealed)
-    # Not before it is the reply: what is left of another one, never sent, would be a second release of this round.
+    # Only after the seal: the residual of an unsent reply would be a second release of this round.
     try:
-        remember()
-    finally:  # whatever came of it, nobody hears of this round before its time
-        device.wait(trained.idle)  # stopped meanwhile, it is sent when it is asked for again
+        save_state()
+    finally:  # in any case, the reply is not sent before its public time
+        device.wait(trained.idle)  # if the device stops meanwhile, the sealed reply is sent on the next request
     return reply
 
 
-def _hidden(device: Device, most: int) -> Generator[Job, Result, tuple[tuple[Picture, ...], Examples]]:
-    """The pictures of a private round, `most` of them, and what the denoiser sees of them.
+def _private_examples(
+    device: Device, max_pictures: int
+) -> Generator[Job, Result, tuple[tuple[Picture, ...], Examples]]:
+    """Return the pictures of a private round, at most `max_pictures`, and their encoded examples.
 
-    With fewer than the owner's minimum it is none of them, and the reply is noise alone, charged like any other. A
-    refusal would tell, without noise, that there are too few. Between a set of pictures that reaches a minimum of m and
-    one that doesn't, what ε bounds is what a group of m pictures changes: whoever sets it chooses that.
+    With fewer pictures than the owner's minimum none is used, and the reply is noise only, charged like any other. A
+    refusal would reveal, without noise, that there are too few. Between a data set that reaches a minimum of m and one
+    that does not, ε bounds the change of a group of m pictures: the owner who sets the minimum accepts that.
     """
-    pictures = private_pictures(device, "train", most)
-    kept, examples = yield from encode_usable(device, "train", pictures)
-    if (least := device.policy.min_pictures) > len(kept):
-        log.warning("%d pictures can be used, fewer than min_pictures=%d: nothing is trained on them", len(kept), least)
+    pictures = private_pictures(device, "train", max_pictures)
+    usable, examples = yield from encode_usable(device, "train", pictures)
+    if (minimum := device.policy.min_pictures) > len(usable):
+        log.warning(
+            "%d pictures can be used, fewer than min_pictures=%d in policy.toml: none of them is used",
+            len(usable),
+            minimum,
+        )
         return (), Examples(*(part[:0] for part in examples))
-    return kept, examples
+    return usable, examples
 
 
 def _check_form(plan: TrainingPlan) -> None:
-    """Raises Refusal for a plan that could be trained by and not be answered.
+    """Raise RequestRefusedError for a plan that could be trained but not answered.
 
-    A round that fails after training is no release, and is trained anew whenever it is asked for, with other noise and
-    without a charge or a wait: how long that takes would tell of the pictures.
+    A round that fails after training is no release. It would be trained again each time it is requested, with other
+    noise and without a charge or a wait, and its duration would leak information about the pictures.
     """
     for name, value, valid in (
         ("trains", plan.trains, plan.trains in ("both", "a", "b", "cores", "split")),
@@ -181,7 +194,7 @@ def _check_form(plan: TrainingPlan) -> None:
         ("keep", plan.keep, 0 < plan.keep <= 1),
     ):
         if not valid:
-            raise RequestRefusedError(f"{name}: {value} asked, which no device knows")
+            raise RequestRefusedError(f"{name}={value}: no device supports this")
 
 
 def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:
@@ -205,7 +218,7 @@ def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) 
 
 @lru_cache(maxsize=8)
 def _identity(plan: TrainingPlan) -> str:
-    """The plan's own hash: nothing that the server says of the device enters it."""
+    """Return the SHA-256 of the plan; nothing that the server says about the device enters it."""
     return hashlib.sha256(strict_json.dumps(plan).encode()).hexdigest()
 
 
@@ -222,7 +235,7 @@ def _dp_sgd(plan: TrainingPlan) -> jobs.DPSGD | None:
 
 
 def _pack(update: messages.Update) -> bytes:
-    """One line of JSON, then the adapter: what the ledger seals."""
+    """Serialize an update for the ledger's seal: one line of JSON, then the adapter's bytes."""
     return b"\n".join([messages.to_json(update).encode(), update.adapter])
 
 

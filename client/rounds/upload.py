@@ -1,9 +1,10 @@
-"""What goes up of a round: what was trained as it is, or its change, rounded, with what rounding left of the last one.
+"""Prepare a round's upload: the trained tensors, or their quantized change with error feedback.
 
-Rounding comes after the noise. Under privacy of examples the change, and so all that is left of it, is made of what is
-noised and charged already, of what the server sent, and of coins: post-processing, which costs nothing. Nothing that
-was left of an open round ever enters a private one, nor what was left by simulated noise a release (`compatibility_key`). Where
-the server promises privacy per device, its clip bounds what comes (`strategies.central_dp`).
+Quantization happens after the noise. Under example-level privacy, the change and therefore its residual depend only on
+values that are noised and charged already, on the server's messages, and on random bits. This is post-processing and
+costs nothing. The residual of a non-private round never enters a private one, and one of simulated noise never enters a
+release (`compatibility_key`). If the server guarantees device-level privacy, its clipping bounds the upload
+(`strategies.central_dp`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from privacy.ledger.entries import TRAIN, LedgerHistory
 from protocol import quantization, tensor_codec
 from protocol.messages import TrainingPlan
 
-ROUNDING = "rounding"
+ROUNDING = "rounding"  # name of a random stream; changing it changes results
 
 
 class PreparedUpload(NamedTuple):
-    """The bytes of a reply, and what is to be kept once they are the ones that are sent."""
+    """The bytes of a reply, and the state to store once these bytes are the reply."""
 
     data: bytes
     residual: Residual | None
-    own: LocalFactors | None
+    local_factors: LocalFactors | None
 
 
 def prepare_upload(
@@ -42,48 +43,61 @@ def prepare_upload(
     start: Adapter,
     trained: Adapter,
     lora_xs_bases: Adapter | None,
-    own: dict[str, Tensor] | None,
+    local_b: dict[str, Tensor] | None,
     history: LedgerHistory,
     release: bool,
 ) -> PreparedUpload:
-    """What a device sends of an adapter that it trained from `start`: the same bytes whenever it is asked.
+    """Encode a trained adapter for upload; repeated calls for one round give the same bytes.
 
     Args:
-        own: the factors B that the device began the round with, where they are its own.
-        history: the device's ledger, with this round in it.
-        release: whether the noise, if there is any, was no simulation.
+        plan: the round's plan.
+        device: the device that trained.
+        start: the adapter before training; A is `[rank, in]`, B is `[out, rank]`.
+        trained: the adapter after training.
+        lora_xs_bases: the frozen bases, if cores were trained.
+        local_b: the local factors B at the start of the round, if B stays on the device.
+        history: the device's ledger, including this round.
+        release: whether the noise, if any, was secure rather than simulated.
     """
     after = trained_tensors(trained, plan.trains, lora_xs_bases)
-    stays = None if own is None else updated_local_factors(plan, own, trained, release)
+    local_factors = None if local_b is None else updated_local_factors(plan, local_b, trained, release)
     if plan.update == "fp32":
-        return PreparedUpload(tensor_codec.encode(after), None, stays)
+        return PreparedUpload(tensor_codec.encode(after), None, local_factors)
     before = trained_tensors(start, plan.trains, lora_xs_bases)
     change = {name: tensor - before[name] for name, tensor in after.items()}
-    common = compatibility_key(plan, release)
-    carried = _carried(device.store.residual(common), plan, history) if plan.feedback else {}
+    key = compatibility_key(plan, release)
+    carried = _carried(device.store.residual(key), plan, history) if plan.feedback else {}
     if _shapes(carried) == _shapes(change):
         change = {name: tensor + carried[name] for name, tensor in change.items()}
-    coins = torch.Generator().manual_seed(derive_seed(device.seed, device.name, plan.run, plan.round, ROUNDING))
-    data = quantization.encode(change, plan.update, coins, keep=plan.keep)
+    rng = torch.Generator().manual_seed(derive_seed(device.seed, device.name, plan.run, plan.round, ROUNDING))
+    data = quantization.encode(change, plan.update, rng, keep=plan.keep)
     if not plan.feedback:
-        return PreparedUpload(data, None, stays)
-    # A private reply is sealed, and never made again.
-    again = {} if plan.privacy else carried
-    return PreparedUpload(data, Residual(common, plan.round, _left(change, data, plan), again), stays)
+        return PreparedUpload(data, None, local_factors)
+    # A private reply is sealed and never computed again.
+    repeated = {} if plan.privacy else carried
+    return PreparedUpload(
+        data, Residual(key, plan.round, _quantization_error(change, data, plan), repeated), local_factors
+    )
 
 
-def keep(device: Device, sent: PreparedUpload) -> None:
-    """Keep what is for the next round, now that these bytes are the reply."""
-    if sent.residual:
-        device.store.save_residual(sent.residual)
-    if sent.own:
-        device.store.save_local_factors(sent.own)
+def save_round_state(device: Device, upload: PreparedUpload) -> None:
+    """Store the state for the next round, now that these bytes are the reply."""
+    if upload.residual:
+        device.store.save_residual(upload.residual)
+    if upload.local_factors:
+        device.store.save_local_factors(upload.local_factors)
 
 
 def decode_change(plan: TrainingPlan, data: bytes, start: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the receiver reads of a reply as its change from `start`.
+    """Return the change from `start` as the receiver will decode it.
 
-    Raises CodecError for one that it will refuse.
+    Args:
+        plan: the round's plan.
+        data: the uploaded bytes.
+        start: the tensors before training, by name.
+
+    Raises:
+        CodecError: the receiver will reject the bytes.
     """
     if plan.update == "fp32":
         return {name: tensor - start[name] for name, tensor in tensor_codec.decode(data, _shapes(start)).items()}
@@ -91,29 +105,30 @@ def decode_change(plan: TrainingPlan, data: bytes, start: dict[str, Tensor]) -> 
 
 
 def compatibility_key(plan: TrainingPlan, release: bool) -> str:
-    """What two rounds have in common if what is left of one may enter the next."""
+    """Return the hash that two rounds must share for the residual of one to enter the other."""
     trained = (plan.base, plan.rank, plan.trains, plan.sites)
     common = (plan.run, *trained, plan.privacy is None, release)
     return hashlib.sha256(repr(common).encode()).hexdigest()
 
 
-def _carried(kept: Residual | None, plan: TrainingPlan, history: LedgerHistory) -> dict[str, Tensor]:
-    """What is to be added to this round's change: what the round before it left, and nothing a second time.
+def _carried(stored: Residual | None, plan: TrainingPlan, history: LedgerHistory) -> dict[str, Tensor]:
+    """Return the residual to add to this round's change; each residual is used once.
 
-    A round that is done again gets what it got. One that was charged for after the residual was kept, and left none,
-    may have sent it: a crash came between the two. Then, or if the server has gone back, it is forgotten.
+    A repeated round gets the same residual again. If a round was charged after the residual was stored and stored none
+    itself, it may have been sent before a crash. In that case, and if the server was rolled back, the residual is
+    discarded.
     """
-    if kept is None:
+    if stored is None:
         return {}
-    if kept.round == plan.round:
-        return kept.carried
+    if stored.round == plan.round:
+        return stored.carried
     earlier = (number for run, number, kind in history.entries if run == plan.run and kind == TRAIN)
     last = max((number for number in earlier if number < plan.round), default=None)
-    return kept.left if kept.round == last else {}
+    return stored.left if stored.round == last else {}
 
 
-def _left(change: dict[str, Tensor], data: bytes, plan: TrainingPlan) -> dict[str, Tensor]:
-    """What the receiver won't read of the change; nothing if it will refuse all of it, which was not finite."""
+def _quantization_error(change: dict[str, Tensor], data: bytes, plan: TrainingPlan) -> dict[str, Tensor]:
+    """Return the part of the change that decoding loses; empty if the receiver rejects all of it as non-finite."""
     try:
         read = quantization.decode(data, _shapes(change), plan.update, keep=plan.keep)
     except tensor_codec.CodecError:

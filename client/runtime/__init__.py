@@ -1,1 +1,1 @@
-"""The processes of a device: supervisor, SuperNode, worker, and their connections."""
+"""Processes of a device (supervisor, SuperNode, worker) and their connections."""

@@ -1,7 +1,7 @@
-"""What ClientApp and worker say to each other over a socket of this machine: a line of JSON, and an adapter's bytes.
+"""Messages between ClientApp and worker, over a local socket: one line of JSON, then an adapter's bytes.
 
-The socket lies in a folder that is its owner's alone, and whoever connects is asked for its user: a worker serves
-nobody else.
+The socket lies in a folder that only its owner can enter, and the user of each connection is checked: a worker answers
+no other user.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from protocol import messages
 from protocol.messages import Reply, Request
 
 LARGEST = 1 << 30  # bytes of an adapter
-_LENGTHS = struct.Struct("!IQ")  # of the JSON, and of what follows it
+_LENGTHS = struct.Struct("!IQ")  # lengths of the JSON, and of the bytes after it
 _PEER = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 
 REQUESTS = {kind.__name__: kind for kind in (messages.Query, messages.Train, messages.Evaluate, messages.Personalize)}
@@ -28,23 +28,25 @@ REPLIES = {
 
 
 class WorkerResponse(NamedTuple):
-    """What came of it: a reply, or why there is none."""
+    """The outcome of a request: a reply, or the reason why there is none."""
 
     reply: Reply | None = None
     refused: str | None = None
-    """That the server may be told. None without a reply: it failed, and why is in the worker's log alone."""
+    """Reason that may be sent to the server. If it and `reply` are None, the request failed, and only the worker's log
+    says why.
+    """
 
 
 def same_user(connection: socket.socket) -> bool:
-    """Whether whoever connected runs as we do; where the system doesn't tell, the folder's permissions must do."""
+    """Return whether the peer runs as this user; if the system can't tell, the folder's permissions must suffice."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    return int(_PEER.unpack(found)[1]) == os.getuid()
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    return int(_PEER.unpack(credentials)[1]) == os.getuid()
 
 
-def ask(connection: socket.socket, request: Request) -> WorkerResponse:
-    """Send a request and wait for what comes of it; ConnectionError if whoever answers is gone."""
+def request_response(connection: socket.socket, request: Request) -> WorkerResponse:
+    """Send a request and wait for its outcome; ConnectionError if the worker has disconnected."""
     text, adapter = _parts(request)
     _send(connection, {"kind": type(request).__name__, "message": text}, adapter)
     head, data = _receive(connection)
@@ -54,22 +56,23 @@ def ask(connection: socket.socket, request: Request) -> WorkerResponse:
 
 
 def recv_request(connection: socket.socket) -> Request:
-    """The request of whoever connected.
+    """Receive a request.
 
     Raises:
-        ConnectionError: it is gone.
-        AntherError: what it says is malformed.
+        ConnectionError: the peer has disconnected.
+        AntherError: the message is malformed.
     """
     head, data = _receive(connection)
     return _message(REQUESTS, head, data)  # type: ignore[return-value,arg-type]
 
 
-def tell(connection: socket.socket, answered: WorkerResponse) -> None:
-    if answered.reply is None:
-        _send(connection, {"refused": answered.refused}, None)
+def send_response(connection: socket.socket, response: WorkerResponse) -> None:
+    """Send the outcome of a request."""
+    if response.reply is None:
+        _send(connection, {"refused": response.refused}, None)
         return
-    text, adapter = _parts(answered.reply)
-    _send(connection, {"kind": type(answered.reply).__name__, "message": text}, adapter)
+    text, adapter = _parts(response.reply)
+    _send(connection, {"kind": type(response.reply).__name__, "message": text}, adapter)
 
 
 def _parts(message: Request | Reply) -> tuple[str, bytes | None]:
@@ -79,10 +82,10 @@ def _parts(message: Request | Reply) -> tuple[str, bytes | None]:
 def _message(kinds: dict[str, type], head: dict[str, str], data: bytes | None) -> Request | Reply:
     kind = kinds.get(head.get("kind", ""))
     if kind is None:
-        raise AntherError(f"{head.get('kind')!r}: nothing that is asked or answered here")
-    # An evaluation or a report carries no adapter, whatever came: `from_json` names a field too many.
-    found: Request | Reply = messages.from_json(kind, head["message"], **({} if data is None else {"adapter": data}))
-    return found
+        raise AntherError(f"{head.get('kind')!r}: unknown kind of message")
+    # An evaluation or a report has no adapter: if one was received, `from_json` reports the extra field.
+    message: Request | Reply = messages.from_json(kind, head["message"], **({} if data is None else {"adapter": data}))
+    return message
 
 
 def _send(connection: socket.socket, head: Mapping[str, str | None], data: bytes | None) -> None:
@@ -93,20 +96,20 @@ def _send(connection: socket.socket, head: Mapping[str, str | None], data: bytes
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, str], bytes | None]:
-    letters, bytes_after = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
-    if letters > 2 * messages.MAX_JSON_CHARS + 65536 or bytes_after > LARGEST:
-        raise AntherError(f"a message of {letters} + {bytes_after} bytes is too long")
-    head = json.loads(_exactly(connection, letters))
-    data = _exactly(connection, bytes_after)
+    json_bytes, data_bytes = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
+    if json_bytes > 2 * messages.MAX_JSON_CHARS + 65536 or data_bytes > LARGEST:
+        raise AntherError(f"a message of {json_bytes} + {data_bytes} bytes is too long")
+    head = json.loads(_exactly(connection, json_bytes))
+    data = _exactly(connection, data_bytes)
     return head, data if head.pop("carries") else None
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
-    found = bytearray(size)
-    view, there = memoryview(found), 0
-    while there < size:
-        came = connection.recv_into(view[there:])
-        if not came:
-            raise ConnectionResetError(f"the line was cut after {there} of {size} bytes")
-        there += came
-    return bytes(found)
+    buffer = bytearray(size)
+    view, count = memoryview(buffer), 0
+    while count < size:
+        received = connection.recv_into(view[count:])
+        if not received:
+            raise ConnectionResetError(f"the connection was cut after {count} of {size} bytes")
+        count += received
+    return bytes(buffer)

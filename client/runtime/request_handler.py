@@ -1,4 +1,4 @@
-"""Answers a device's requests with a base that stays loaded: the same in a worker and in a simulated node."""
+"""Answer a device's requests with a base that stays loaded, in a worker or in a simulated node."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from client.device import Device, from_config, whole
+from client.device import Device, from_config, non_negative_int
 from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
-from client.runtime.throttle import Guard
-from client.runtime.throttled_jobs import Perform, measured, wait, with_throttle
+from client.runtime.throttle import Throttle
+from client.runtime.throttled_jobs import Perform, wait, with_meter, with_throttle
 from client.store.store import Store
 from common.errors import AntherError
 from models.base import assets
@@ -31,78 +31,84 @@ DEFAULT_BASE = "glyphs"
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResources:
-    """What a worker holds of its device for as long as it lives."""
+    """Resources that a worker holds for its lifetime."""
 
     store: Store
     read: Callable[[], Conditions]
     meter: Meter
-    guard: Guard
+    throttle: Throttle
 
     def device(self, stated: Mapping[str, object], base: Base) -> Device:
-        found = from_config(
+        """Build the device for one request."""
+        device = from_config(
             stated,
             base,
             store=self.store,
             read=self.read,
-            spent=lambda: self.meter.last,
-            wait=functools.partial(wait, self.guard),
+            measured_cost=lambda: self.meter.last,
+            wait=functools.partial(wait, self.throttle),
         )
-        self.meter.watts = found.report.watts  # where nothing measures: stated, or of its benchmark
-        return found
+        self.meter.watts = device.report.watts  # assumed without a meter: from the configuration or the benchmark
+        return device
 
-    def around(self, perform: Perform) -> Perform:
-        return with_throttle(measured(perform, self.meter), self.guard)
+    def wrap(self, perform: Perform) -> Perform:
+        """Add metering and throttling to `perform`."""
+        return with_throttle(with_meter(perform, self.meter), self.throttle)
 
 
 def answer(
     request: Request, stated: Mapping[str, object], *, resources: WorkerResources | None = None
 ) -> Reply | Exception:
-    """The reply to a request, or what kept it from being given.
+    """Handle a request; return the reply, or the exception that prevented it.
 
     Args:
-        stated: the node's own configuration (`client.device.from_config`); `memory-gib` for training.
-        owned: what a worker holds of its device; None: it is opened for this request, and nothing is measured.
+        request: the request.
+        stated: the node's configuration (`client.device.from_config`), and `memory-gib` for training.
+        resources: the worker's resources; None: the store is opened for this request, and nothing is measured.
     """
     try:
-        base = _held(request, stated, resources)
+        base = _loaded_base(request, stated, resources)
         if assets.is_hash(str(stated.get("base", ""))) and base.hash != stated["base"]:
             raise AntherError(
-                f"{base.folder}: not what it was, its hash is {base.hash[:12]} now: remove it from {base.folder.parent}"
+                f"{base.folder}: has changed, its hash is now {base.hash[:12]}: remove it from {base.folder.parent}"
             )
-        own = stated.get("memory-gib")  # of a server's run nothing is asked here: it could read off what is free
-        memory = budget(None if own is None else float(str(own)), base.device)
+        # Only from the device's own configuration: otherwise a server could probe the free memory.
+        memory_gib = stated.get("memory-gib")
+        memory = budget(None if memory_gib is None else float(str(memory_gib)), base.device)
         _check_free(memory, base)
-        owner = from_config(stated, base) if resources is None else resources.device(stated, base)
-        most = max_payload(adapter_shapes(owner.sites, -1), free=owner.policy.max_rank)
-        if any(len(data) > most for data in payloads(request).values()):
-            raise RequestRefusedError(f"an adapter of more than {most} bytes, which no adapter of this base takes")
+        device = from_config(stated, base) if resources is None else resources.device(stated, base)
+        max_bytes = max_payload(adapter_shapes(device.sites, -1), free=device.policy.max_rank)
+        if any(len(data) > max_bytes for data in payloads(request).values()):
+            raise RequestRefusedError(
+                f"an adapter of more than {max_bytes} bytes: no adapter of this base is that large"
+            )
         timesteps = request.timesteps if isinstance(request, Evaluate | Personalize) else 1
-        work: Perform = contained(
+        work: Perform = errors_as_results(
             functools.partial(
                 perform,
                 base,
                 memory=memory,
                 timesteps=timesteps,
-                cancelled=never if resources is None else resources.guard,
+                cancelled=never if resources is None else resources.throttle,
             )
         )
-        return run_handlers({"": handle(request, owner)}, work if resources is None else resources.around(work))[""]
-    except Exception as error:  # whatever it is, it is this request's alone
+        return run_handlers({"": handle(request, device)}, work if resources is None else resources.wrap(work))[""]
+    except Exception as error:  # an error ends only this request
         return error
 
 
 def _check_free(memory: int, base: Base) -> None:
-    """Raises AntherError if so much isn't free, also without what training has left for the next time.
+    """Raise AntherError if this much memory isn't free, after releasing buffers cached by earlier training.
 
-    How much that is may follow from the number of pictures, which no error may tell.
+    Their size may depend on the number of pictures, which no error may reveal.
     """
     if memory > total_and_free(base.device)[1]:
         free_buffers(base)
         check_free(memory, base.device, key="worker.memory_gib")
 
 
-def contained(perform: Perform) -> Perform:
-    """The same; what it raises is the result of every job, so that whoever asked for one can say what comes of it."""
+def errors_as_results(perform: Perform) -> Perform:
+    """Make an exception of `perform` the result of every job, so that the requester can still reply."""
 
     def safely(jobs: list[Job]) -> Sequence[Result | Exception]:
         try:
@@ -113,25 +119,30 @@ def contained(perform: Perform) -> Perform:
     return safely
 
 
-def _held(request: Request, stated: Mapping[str, object], resources: WorkerResources | None) -> Base:
-    """The base, adapted where the request says. A guard that says no keeps it from being loaded and from all work.
+def _loaded_base(request: Request, stated: Mapping[str, object], resources: WorkerResources | None) -> Base:
+    """Return the base, adapted as requested, if the throttle allows it to be loaded and used.
 
-    A Query is answered whatever the guard says, since it is there to tell of the device's moment; but not if that took
-    more than a look.
+    A Query is answered even if the throttle objects, since it reports the device's current state, unless it would need
+    more work than reading sensors.
+
+    Args:
+        request: the request.
+        stated: the node's configuration.
+        resources: the worker's resources, including its throttle; None: no throttle.
     """
     settings = (
         str(stated.get("base", DEFAULT_BASE)),
         str(stated.get("weights", "fp32")),
         str(stated.get("device", "auto")),
         str(stated.get("checkpointing", "none")),
-        whole(stated, "resolution") or None,
+        non_negative_int(stated, "resolution") or None,
     )
     if resources is not None:
-        guard, is_query = resources.guard, isinstance(request, Query)
-        ready = is_query and _loaded.ready(settings, request.adapted)
-        why = guard.must_wait() if is_query and not ready else None
-        if why or (not is_query and guard()):
-            raise Cancelled(f"stopped before it began: {why or guard.last_reason}")
+        throttle, is_query = resources.throttle, isinstance(request, Query)
+        is_loaded = is_query and _loaded.is_loaded(settings, request.adapted)
+        reason = throttle.must_wait() if is_query and not is_loaded else None
+        if reason or (not is_query and throttle()):
+            raise Cancelled(f"stopped before it started: {reason or throttle.last_reason}")
     return _loaded(settings, request.adapted)
 
 
@@ -139,7 +150,7 @@ Settings = tuple[str, str, str, str, int | None]
 
 
 class _Loaded:
-    """The base that this process answers with, kept between requests, whichever layers they adapt."""
+    """The base of this process, kept loaded between requests even if they adapt different layers."""
 
     def __init__(self) -> None:
         self._settings: Settings | None = None
@@ -147,11 +158,13 @@ class _Loaded:
         self._default: tuple[str, ...] = ()
 
     def __call__(self, settings: Settings, adapted: tuple[str, ...] | None) -> Base:
-        """The base, with these settings and adapted there; Refusal if it can't be adapted there."""
+        """Return the base with these settings and adapted layers; RequestRefusedError if they can't be adapted."""
         if self._base is None or self._settings != settings:
-            self.forget()  # before another is loaded
-            path, weights, device, checkpointing, resolution = settings
-            self._base = load(path, weights=weights, device=device, checkpointing=checkpointing, resolution=resolution)
+            self.unload()  # before another is loaded
+            folder, weights, device, checkpointing, resolution = settings
+            self._base = load(
+                folder, weights=weights, device=device, checkpointing=checkpointing, resolution=resolution
+            )
             self._settings, self._default = settings, tuple(self._base.sites)
         try:
             self._base.set_sites(adapted or self._default)
@@ -159,13 +172,14 @@ class _Loaded:
             raise RequestRefusedError(str(error)) from None
         return self._base
 
-    def ready(self, settings: Settings, adapted: tuple[str, ...] | None) -> bool:
-        """Whether there is nothing to load, and no layer to change."""
+    def is_loaded(self, settings: Settings, adapted: tuple[str, ...] | None) -> bool:
+        """Return whether neither loading nor a change of layers is needed."""
         if self._base is None or settings != self._settings:
             return False
         return set(self._base.sites) == set(adapted or self._default)
 
-    def forget(self) -> None:
+    def unload(self) -> None:
+        """Release the base."""
         self._base, self._settings = None, None
 
 

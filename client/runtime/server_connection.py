@@ -1,7 +1,7 @@
-"""A device's side of a federation's gateway: its key, the authority it trusts, and what it asks before Flower does.
+"""A device's connection to its federation's gateway: its key, the trusted authority, and requests outside of Flower.
 
-In ANTHER_HOME: `node.conf`, the words of its configuration, and `link/` with `ca.pem` and `node.key`, for its owner's
-eyes only.
+Files in ANTHER_HOME: `node.conf`, the device's configuration, and `link/` with `ca.pem` and `node.key`, readable by the
+owner only.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from protocol.messages import NEWEST
 from protocol.ticket import Ticket
 
 _TIMEOUT = 30.0  # seconds without a byte
-_DEADLINE = 60.0  # seconds for a whole answer
-LONGEST = 64 * 1024
-"""Bytes of an answer."""
-_SKEW = 240.0  # seconds: Flower refuses what is signed five minutes off
+_DEADLINE = 60.0  # seconds for a complete response
+MAX_RESPONSE_BYTES = 64 * 1024
+"""Maximum bytes of a response."""
+_SKEW = 240.0  # seconds: Flower refuses signatures that are five minutes off
 
 
-class ServerUnavailable(AntherError):  # noqa: N818 - nothing is wrong
-    """Nobody answers now; later somebody may."""
+class ServerUnavailable(AntherError):  # noqa: N818 - not an error
+    """The server doesn't respond now; a later attempt may succeed."""
 
 
 class Unauthorized(AntherError):  # noqa: N818
-    """The server doesn't know who asks."""
+    """The server doesn't know this device."""
 
 
 @dataclass(frozen=True)
 class ServerConnection:
-    """What a device holds of one federation.
+    """A device's connection to the server of one federation.
 
     Args:
-        address: host:port of its server.
+        address: host:port of the server.
         insecure: plain HTTP, without keys.
     """
 
@@ -66,24 +66,26 @@ class ServerConnection:
 
     @property
     def authority(self) -> Path:
-        return paths.link() / "ca.pem"
+        """Certificate of the federation's authority."""
+        return paths.keys_folder() / "ca.pem"
 
     @property
     def key(self) -> Path:
-        return paths.link() / "node.key"
+        """This device's private key."""
+        return paths.keys_folder() / "node.key"
 
     def client(self, *, signed: bool = False) -> httpx.Client:
-        """For requests to this server and no other: whoever else answers is refused.
+        """Return an HTTP client for this server only; a server with another certificate is refused.
 
         Args:
-            signed: prove with each request who asks.
+            signed: sign each request with the device's key.
         """
         if self.insecure:
             return httpx.Client(base_url=f"http://{self.address}", timeout=_TIMEOUT, trust_env=False)
         try:
             trusted = ssl.create_default_context(cafile=str(self.authority))
         except (OSError, ssl.SSLError) as error:
-            raise AntherError(f"{self.authority}: can't be read ({error}): enrol again with a new ticket") from error
+            raise AntherError(f"{self.authority}: can't be read ({error}): enroll again with a new ticket") from error
         return httpx.Client(
             base_url=f"https://{self.address}",
             timeout=_TIMEOUT,
@@ -93,30 +95,31 @@ class ServerConnection:
         )
 
     def hello(self) -> ServerHello:
-        """What the server says of itself.
+        """Ask the server for its version, base and clock.
 
         Raises:
-            Unreachable: it doesn't answer.
-            AntherError: it is another than the ticket was for, or speaks another version; what to do is said.
+            ServerUnavailable: it doesn't respond.
+            AntherError: it isn't the server that the ticket was for, or its version differs; the message says what to
+                do.
         """
         with self.client() as client:
-            return _understood(_asked(client, "GET", "/v1/anther/hello", self.address))
+            return _parse_hello(_fetch(client, "GET", "/v1/anther/hello", self.address))
 
     def check_in(self) -> None:
-        """AntherError if this device isn't let in, or no longer."""
+        """Raise AntherError if this device isn't enrolled, or was revoked."""
         if self.insecure:
             return
         with self.client(signed=True) as client:
             try:
-                _asked(client, "GET", "/v1/anther/in", self.address)
+                _fetch(client, "GET", "/v1/anther/in", self.address)
             except Unauthorized as error:
                 raise AntherError(
-                    f"{self.address}: this device isn't enrolled there, or was revoked: ask the operator for a ticket"
+                    f"{self.address}: this device isn't enrolled there, or was revoked: ask its operator for a ticket"
                 ) from error
 
 
 class _Signed(httpx.Auth):
-    """Headers that prove who asks for a path, and when."""
+    """Request headers that prove the sender's identity and the time."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
         self._key = key
@@ -132,46 +135,47 @@ class _Signed(httpx.Auth):
 
 
 def skew(hello: ServerHello) -> float:
-    """Seconds by which this device's clock is ahead of the server's, where it is so far off that Flower would refuse
-    it; else 0.
-    """
-    theirs = hello.clock()
-    apart = 0.0 if theirs is None else (datetime.now(UTC) - theirs).total_seconds()
-    return apart if abs(apart) > _SKEW else 0.0
+    """Return the seconds by which this device's clock is ahead of the server's; 0 if Flower accepts the difference."""
+    server_time = hello.clock()
+    difference = 0.0 if server_time is None else (datetime.now(UTC) - server_time).total_seconds()
+    return difference if abs(difference) > _SKEW else 0.0
 
 
 def enroll(ticket: Ticket, name: str) -> tuple[ServerConnection, ServerHello]:
-    """Come in with a ticket: the server's authority is believed by its fingerprint, then told the secret and our key.
+    """Join a federation: verify the authority by the ticket's fingerprint, then send the ticket's secret and our key.
 
-    Done again after a crash or a lost reply it comes to the same.
+    After a crash or a lost reply it can be repeated with the same result.
 
     Raises:
-        Unreachable, AntherError: as `ServerConnection.hello`, or the ticket is refused with the reason.
+        ServerUnavailable: as in `ServerConnection.hello`.
+        AntherError: as there, or the ticket is refused; the message has the reason.
     """
-    link = ServerConnection(ticket.address)
+    connection = ServerConnection(ticket.address)
     pem = _authority(ticket)
-    if not link.key.exists() or not link.authority.exists() or link.authority.read_bytes() != pem:
-        write(link.key, _new_key())  # a federation doesn't learn by its key that a device was in another
-        write(link.authority, pem)
-    link.hello().check()
-    public = private_key(link.key).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-    asked = Enrollment(protocol=NEWEST, secret=ticket.secret, key=public, name=name)
-    with link.client() as client:
-        found = _understood(
-            _asked(client, "POST", "/v1/anther/enrol", ticket.address, content=strict_json.dumps(asked))
+    if not connection.key.exists() or not connection.authority.exists() or connection.authority.read_bytes() != pem:
+        # A new key for each federation: a shared one would link the device across federations.
+        write(connection.key, _new_key())
+        write(connection.authority, pem)
+    connection.hello().check()
+    public = private_key(connection.key).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    enrollment = Enrollment(protocol=NEWEST, secret=ticket.secret, key=public, name=name)
+    with connection.client() as client:
+        hello = _parse_hello(
+            _fetch(client, "POST", "/v1/anther/enrol", ticket.address, content=strict_json.dumps(enrollment))
         )
-    found.check()
-    return link, found
+    hello.check()
+    return connection, hello
 
 
 def private_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    """Load the device's private key."""
     try:
-        found = load_ssh_private_key(file.read_bytes(), password=None)
+        key = load_ssh_private_key(file.read_bytes(), password=None)
     except (OSError, ValueError) as error:
-        raise AntherError(f"{file}: can't be read ({error}): enrol again with a new ticket") from error
-    if not isinstance(found, ec.EllipticCurvePrivateKey):
-        raise AntherError(f"{file}: not a key of ours: enrol again with a new ticket")
-    return found
+        raise AntherError(f"{file}: can't be read ({error}): enroll again with a new ticket") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise AntherError(f"{file}: not a key of ours: enroll again with a new ticket")
+    return key
 
 
 def _new_key() -> bytes:
@@ -179,91 +183,117 @@ def _new_key() -> bytes:
 
 
 def _authority(ticket: Ticket) -> bytes:
-    """The authority's certificate, from whoever answers: believed only if it is the one that the ticket names."""
-    nobody_known = ssl.create_default_context()
-    nobody_known.check_hostname, nobody_known.verify_mode = False, ssl.CERT_NONE
+    """Download the authority's certificate, unverified; it is trusted only if it has the ticket's fingerprint."""
+    unverified = ssl.create_default_context()
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     with httpx.Client(
-        base_url=f"https://{ticket.address}", verify=nobody_known, timeout=_TIMEOUT, trust_env=False
+        base_url=f"https://{ticket.address}", verify=unverified, timeout=_TIMEOUT, trust_env=False
     ) as client:
-        pem = _asked(client, "GET", "/v1/anther/ca", ticket.address).encode()
+        pem = _fetch(client, "GET", "/v1/anther/ca", ticket.address).encode()
     try:
-        found = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+        certificate = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
     except ValueError:
-        found = b""
-    if hashlib.sha256(found).hexdigest() != ticket.fingerprint:
+        certificate = b""
+    if hashlib.sha256(certificate).hexdigest() != ticket.fingerprint:
         raise AntherError(
-            f"{ticket.address}: another server answers than this ticket is for: ask its operator, and don't go on"
+            f"{ticket.address}: this is not the server that the ticket is for: don't continue, and ask its operator"
         )
     return pem
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     status: int
     text: str
 
 
-def _asked(client: httpx.Client, method: str, path: str, address: str, **more: str) -> str:
-    """What is answered; AntherError where it is a no, with the server's reason."""
+def _fetch(client: httpx.Client, method: str, path: str, address: str, **arguments: str) -> str:
+    """Return the response's text; AntherError with the server's reason if it refuses.
+
+    Args:
+        client: HTTP client of the server.
+        method: HTTP method.
+        path: path of the request.
+        address: host:port, for messages.
+        arguments: further arguments of `httpx.Client.stream`.
+
+    Raises:
+        ServerUnavailable: no response, or the server is overloaded.
+        Unauthorized: the server doesn't know this device.
+        AntherError: any other refusal, or another server's certificate.
+    """
     try:
-        found = _within(_DEADLINE, client, lambda: _read(client, method, path, **more))
+        response = _with_deadline(_DEADLINE, client, lambda: _read(client, method, path, **arguments))
     except httpx.TransportError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise AntherError(
-                f"{address}: another server answers than the one that this device was enrolled with, or its "
-                f"certificate is for another name or over ({error}): ask its operator for a new ticket"
+                f"{address}: this is not the server that this device was enrolled with, or its certificate has "
+                f"expired or is for another name ({error}): ask its operator for a new ticket"
             ) from error
-        raise ServerUnavailable(f"{address}: no answer ({shown(error)})") from error
-    if found.status in (502, 503, 504):
-        raise ServerUnavailable(f"{address}: {shown(found.text, 200)}")
-    if found.status == 401:
-        raise Unauthorized(f"{address}: {_reason(found)}")
-    if found.status != 200:
-        raise AntherError(f"{address}: {_reason(found)}")
-    return found.text
+        raise ServerUnavailable(f"{address}: no response ({shown(error)})") from error
+    if response.status in (502, 503, 504):
+        raise ServerUnavailable(f"{address}: {shown(response.text, 200)}")
+    if response.status == 401:
+        raise Unauthorized(f"{address}: {_reason(response)}")
+    if response.status != 200:
+        raise AntherError(f"{address}: {_reason(response)}")
+    return response.text
 
 
-def _read(client: httpx.Client, method: str, path: str, **more: str) -> _Answer:
-    """An answer, of which no more is read than any of ours has, as it comes: nothing is unpacked."""
-    plainly = {"Accept-Encoding": "identity"}
-    with client.stream(method, path, headers=plainly, **more) as reply:  # type: ignore[arg-type]
+def _read(client: httpx.Client, method: str, path: str, **arguments: str) -> _Response:
+    """Read a response, as sent and never decompressed, up to the size that any of ours has."""
+    headers = {"Accept-Encoding": "identity"}
+    with client.stream(method, path, headers=headers, **arguments) as reply:  # type: ignore[arg-type]
         data = bytearray()
         for piece in reply.iter_raw():
             data += piece
-            if len(data) > LONGEST:
-                raise AntherError(f"{client.base_url.netloc.decode()}: an answer of over {LONGEST} bytes: not Anther's")
-        return _Answer(reply.status_code, data.decode(errors="replace"))
+            if len(data) > MAX_RESPONSE_BYTES:
+                raise AntherError(
+                    f"{client.base_url.netloc.decode()}: a response of over {MAX_RESPONSE_BYTES} bytes: not an Anther "
+                    "server"
+                )
+        return _Response(reply.status_code, data.decode(errors="replace"))
 
 
-def _within(seconds: float, client: httpx.Client, work: Callable[[], _Answer]) -> _Answer:
-    """What `work` comes to; Unreachable if it takes longer: a time without a byte is bounded by httpx, but not many."""
-    found: Future[_Answer] = Future()
+def _with_deadline(seconds: float, client: httpx.Client, work: Callable[[], _Response]) -> _Response:
+    """Return the result of `work`; ServerUnavailable after a deadline: httpx limits a single pause, not their sum.
+
+    Args:
+        seconds: the deadline.
+        client: closed when the deadline has passed.
+        work: reads the response.
+    """
+    future: Future[_Response] = Future()
 
     def run() -> None:
         try:
-            found.set_result(work())
+            future.set_result(work())
         except BaseException as error:
-            found.set_exception(error)
+            future.set_exception(error)
 
     Thread(target=run, daemon=True).start()
     try:
-        return found.result(seconds)
+        return future.result(seconds)
     except TimeoutError:
-        if found.done():
+        if future.done():
             raise
         client.close()
-        raise ServerUnavailable(f"{client.base_url.netloc.decode()}: no whole answer in {seconds:.0f} s") from None
+        raise ServerUnavailable(f"{client.base_url.netloc.decode()}: no complete response in {seconds:.0f} s") from None
 
 
-def _reason(found: _Answer) -> str:
+def _reason(response: _Response) -> str:
+    """Return the server's reason for a refusal."""
     try:
-        return shown(strict_json.loads(found.text)["error"], 400)
+        return shown(strict_json.loads(response.text)["error"], 400)
     except (ValueError, KeyError, TypeError):
-        return f"answered {found.status}: is an Anther server there?"
+        return f"answered {response.status}: is an Anther server there?"
 
 
-def _understood(text: str) -> ServerHello:
+def _parse_hello(text: str) -> ServerHello:
+    """Parse the server's greeting; AntherError if it is malformed."""
     try:
         return strict_json.from_plain(ServerHello, strict_json.loads(text))
     except ValueError as error:
         reason = shown(error)
-        raise AntherError(f"the server's greeting can't be read ({reason}): update Anther on the older side") from error
+        raise AntherError(
+            f"the server's response can't be read ({reason}): update Anther on the device or on the server"
+        ) from error

@@ -1,19 +1,19 @@
-"""A device's SuperNode, and its ClientApp for each message:  started by `anther device run`.
+"""A device's SuperNode, with a ClientApp process for each message; started by `anther device run`.
 
-Flower's SuperNode carries the messages. Four things are other than its own command has them:
+Flower's SuperNode exchanges the messages. It differs from Flower's own command in four ways:
 
-- **No code that a server sends is run.** Flower installs the app bundle that comes with a run, and imports the
-  ClientApp from it: then a server could read any picture. Here the ClientApp is this device's own installed one.
-- ClientApps are forks of this process, which has imported all that they need and holds no thread: milliseconds and a
-  few MiB for each message, where a new interpreter takes a second or two and 180 MiB. One that is killed is followed by
-  another; Flower would wait for a minute, or, where it was killed before it had its message, for ever.
-- A node that was killed says goodbye first when it starts again, in place of being refused for a minute; and stays
-  away until its server has seen that, and has given up what the node had pulled.
-- A node at work looks for messages twice a second, one that has had none for long every few seconds; Flower's own
-  waits three seconds between two.
+- **No code from the server runs.** Flower installs the app bundle that comes with a run, and imports the ClientApp from
+  it, so a server could read every picture. Here the ClientApp is the one installed on this device.
+- ClientApps are forks of this process, which has imported all that they need and has no other thread. A message takes
+  milliseconds and a few MiB, where a new interpreter takes one or two seconds and 180 MiB. A ClientApp that is killed
+  is replaced. Flower would wait for a minute, or forever if it was killed before it had its message.
+- A node that was killed deactivates its old registration first when it starts again, instead of being refused for a
+  minute. It stays away until the server has noticed, and has given up the messages that the node had pulled.
+- A node at work polls for messages twice a second, one without messages for a long time every few seconds. Flower's own
+  node waits three seconds between two polls.
 
-What of Flower is replaced for it is in `_pace`, `_leave_bundles_packed`, `_remember` and `answer_task`, by the names
-that it has in the versions of pyproject.toml.
+The parts of Flower that are replaced for this are in `_pace`, `_skip_bundles`, `_deactivate_first` and `answer_task`,
+under the names that they have in the versions of pyproject.toml.
 """
 
 from __future__ import annotations
@@ -51,109 +51,111 @@ from client.app import app
 from common.atomic_files import write
 from common.processes import end_with_parent
 
-POLL, SLOW = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
+POLL, IDLE_POLL = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-_IDLE = 3.0  # seconds that Flower's SuperNode sleeps when there was no message
-_AWAY = 6.0  # seconds; a server looks for replies every 3, and may be busy
-_QUICK = 60.0  # seconds after a message in which the next is looked for quickly
+_FLOWER_IDLE = 3.0  # seconds that Flower's SuperNode sleeps without a message
+_ABSENCE = 6.0  # seconds; a server polls for replies every 3, and may be busy
+_ACTIVE_SECONDS = 60.0  # seconds of fast polling after a message
 _UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
 class _Pace:
-    """Stands for the `time` module in Flower's loop of a SuperNode."""
+    """Replacement of the `time` module in the loop of Flower's SuperNode."""
 
     def __init__(self, quick: float, slow: float) -> None:
         self._quick, self._slow, self._last = quick, slow, time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        if seconds < _IDLE:  # for the ClientApp's reply, or an object of it
+        if seconds < _FLOWER_IDLE:  # waiting for the ClientApp's reply, or an object of it
             time.sleep(min(seconds, 0.1))
             return
-        quiet = time.monotonic() - self._last - _QUICK
-        time.sleep(self._quick if quiet < 0 else min(self._slow, self._quick + quiet / _QUICK))
+        quiet = time.monotonic() - self._last - _ACTIVE_SECONDS
+        time.sleep(self._quick if quiet < 0 else min(self._slow, self._quick + quiet / _ACTIVE_SECONDS))
 
-    def came(self) -> None:
+    def message_received(self) -> None:
         self._last = time.monotonic()
 
 
 def main() -> None:
-    """Run as `python -m client.runtime.supernode ADDRESS-OF-ITS-OWN -- ARGUMENTS-OF-flower-supernode`."""
-    own, _, *arguments = sys.argv[1:]
-    host, _, port = own.rpartition(":")
-    secret = secrets.token_bytes(32)  # of this node's tasks: other users of this machine have no business with them
+    """Run as `python -m client.runtime.supernode OWN_ADDRESS -- FLOWER_SUPERNODE_ARGUMENTS`."""
+    own_address, _, *arguments = sys.argv[1:]
+    host, _, port = own_address.rpartition(":")
+    secret = secrets.token_bytes(32)  # protects this node's tasks from other users of this machine
     file = Path(os.environ["FLWR_HOME"]) / "tasks.secret"
     write(file, secret)
     arguments += ["--superexec-auth-secret-file", str(file)]
-    noted, note = os.pipe()
+    receiver, sender = os.pipe()
     if (node := os.fork()) == 0:
-        os.close(noted)
+        os.close(receiver)
         end_with_parent()
-        _pace(note)
-        _leave_bundles_packed()
-        _remember(Path(os.environ["FLWR_HOME"]) / "node")
+        _pace(sender)
+        _skip_bundles()
+        _deactivate_first(Path(os.environ["FLWR_HOME"]) / "node")
         sys.argv = ["flower-supernode", "--isolation", "process", "--host", host, "--port", port, *arguments]
         flower_supernode()
         os._exit(0)
-    os.close(note)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(node, signal.SIGTERM))  # it says goodbye to the server, then ends
+    os.close(sender)
+    # On SIGTERM the SuperNode deactivates itself at the server, then ends.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(node, signal.SIGTERM))
     signal.signal(signal.SIGINT, lambda *_: os.kill(node, signal.SIGTERM))
-    sys.exit(_serve(node, noted, own, secret))
+    sys.exit(_serve(node, receiver, own_address, secret))
 
 
-def _pace(note: int) -> None:
-    """Have Flower's loop keep our pace, and note what it pulls."""
-    pace = _Pace(float(os.environ.get(POLL, "0.5")), float(os.environ.get(SLOW, "5")))
-    pull = supernode._pull_and_store_message
+def _pace(sender: int) -> None:
+    """Make Flower's loop poll at our intervals, and report each pulled message through a pipe."""
+    pace = _Pace(float(os.environ.get(POLL, "0.5")), float(os.environ.get(IDLE_POLL, "5")))
+    original = supernode._pull_and_store_message
 
-    def noting(*, state: Any, **named: Any) -> int | None:
-        before = {task.task_id for task in state.get_tasks(statuses=_UNFINISHED)}  # of a ClientApp that is ending
-        found = pull(state=state, **named)
-        if found is not None:
-            pace.came()
-            os.write(note, b".")
-            return found
-        # Of a message that came in part, as its run or the server ended, Flower leaves the task behind: nobody could
-        # ever answer it, and whoever tried would wait.
+    def pull_and_report(*, state: Any, **arguments: Any) -> int | None:
+        # Tasks from before may belong to a ClientApp that is ending.
+        before = {task.task_id for task in state.get_tasks(statuses=_UNFINISHED)}
+        run_id = original(state=state, **arguments)
+        if run_id is not None:
+            pace.message_received()
+            os.write(sender, b".")
+            return run_id
+        # If a message arrives incompletely, because its run or the server ended, Flower leaves its task behind. The
+        # task can't be answered, and an attempt would block.
         for task in state.get_tasks(statuses=_UNFINISHED):
             if task.task_id not in before:
-                state.finish_task(task.task_id, sub_status=SubStatus.FAILED, details="its message never came")
+                state.finish_task(task.task_id, sub_status=SubStatus.FAILED, details="its message never arrived")
         return None
 
-    supernode._pull_and_store_message = noting  # type: ignore[assignment] # by names alone
+    supernode._pull_and_store_message = pull_and_report  # type: ignore[assignment] # takes keyword arguments only
     supernode.time = SimpleNamespace(sleep=pace.sleep)  # type: ignore[assignment]
 
 
-def _leave_bundles_packed() -> None:
-    """Have no app bundle opened: Flower unpacks a file of it whole, for a configuration that nobody here reads."""
+def _skip_bundles() -> None:
+    """Keep Flower from opening app bundles: it would unpack a whole file for a configuration that isn't used here."""
     supernode.get_fused_config_from_fab = lambda *_: {}
 
 
-def _remember(file: Path) -> None:
-    """Have a node that was killed say goodbye when it is started again.
+def _deactivate_first(file: Path) -> None:
+    """Deactivate a killed node's old registration when it is started again.
 
-    Else Flower takes it for connected, and refuses it, until it has missed heartbeats for a minute. What it had pulled,
-    it can't answer any more: to whoever asks for a reply while a node is away, Flower says that none will come, and
-    the round need not wait for it.
+    Otherwise Flower considers it connected, and refuses it, until it has missed heartbeats for a minute. Messages that
+    it had pulled can't be answered any more. While a node is away, Flower reports that none of its replies will come,
+    so the round need not wait.
     """
-    connect = supernode.http_request_response
+    original = supernode.http_request_response
 
     @contextmanager
-    def remembering(
+    def connect_again(
         address: str, insecure: bool, roots: Any, keys: Any, tries: int | None, wait: float | None
     ) -> Iterator[Any]:
         if keys is not None and file.exists():
-            with contextlib.suppress(Exception):  # it may be forgotten there, or the server away: Flower then says so
-                _say_goodbye(address, insecure, roots, keys, int(file.read_text()))
-                time.sleep(_AWAY)
-        with connect(address, insecure, roots, keys, tries, wait) as found:
-            write(file, str(found[0]).encode())
-            yield found
+            with contextlib.suppress(Exception):  # unknown to the server, or the server is down: Flower reports that
+                _deactivate(address, insecure, roots, keys, int(file.read_text()))
+                time.sleep(_ABSENCE)
+        with original(address, insecure, roots, keys, tries, wait) as connection:
+            write(file, str(connection[0]).encode())
+            yield connection
         file.unlink(missing_ok=True)
 
-    supernode.http_request_response = remembering  # type: ignore[assignment] # of looser types
+    supernode.http_request_response = connect_again  # type: ignore[assignment] # of looser types
 
 
-def _say_goodbye(address: str, insecure: bool, roots: Any, keys: Any, node: int) -> None:
+def _deactivate(address: str, insecure: bool, roots: Any, keys: Any, node: int) -> None:
     with FleetHttpClient.from_server_address(
         address,
         insecure,
@@ -164,45 +166,54 @@ def _say_goodbye(address: str, insecure: bool, roots: Any, keys: Any, node: int)
 
 
 class _Task(NamedTuple):
-    """A message that is to be answered, and how often that may still be tried."""
+    """A message to answer, and the number of attempts left."""
 
     token: str
     pulled: tuple[Any, ...]
-    """What Flower's ClientApp process would pull for itself: here it is there before the fork, so that it isn't lost
-    with a ClientApp that is killed, and Flower waits for no reply that never comes."""
+    """The input that Flower's ClientApp process would pull itself. It is pulled before the fork, so that it isn't lost
+    if the ClientApp is killed, and Flower doesn't wait for a reply that never comes.
+    """
     tries: int = 3
 
 
-def _serve(node: int, noted: int, address: str, secret: bytes) -> int:
-    """Start a ClientApp for each task of the SuperNode; its exit status when it ends."""
+def _serve(node: int, receiver: int, address: str, secret: bytes) -> int:
+    """Start a ClientApp for each task of the SuperNode; return the SuperNode's exit status when it ends.
+
+    Args:
+        node: process id of the SuperNode.
+        receiver: pipe that receives a byte for each pulled message, and is closed when the SuperNode ends.
+        address: address of the SuperNode's own API.
+        secret: authenticates this process there.
+    """
     client = _client(
         address, "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE})
     )
     apps: dict[int, _Task] = {}
     while True:
-        ready, _, _ = select.select([noted], [], [], 0.5 if apps else None)
-        if ready and not os.read(noted, 4096):
-            break  # the SuperNode is gone
+        readable, _, _ = select.select([receiver], [], [], 0.5 if apps else None)
+        if readable and not os.read(receiver, 4096):
+            break  # the SuperNode has ended
         for child in list(apps):
             ended, status = os.waitpid(child, os.WNOHANG)
             task = apps.pop(child) if ended else None
             if task and os.WIFSIGNALED(status) and task.tries > 1:
                 print(
-                    f"a ClientApp was ended by signal {os.WTERMSIG(status)}; its message is answered anew", flush=True
+                    f"a ClientApp was killed by signal {os.WTERMSIG(status)}; its message is processed again",
+                    flush=True,
                 )
                 apps[_in_a_fork(address, task)] = task._replace(tries=task.tries - 1)
-        if not ready:
+        if not readable:
             continue
         try:
-            found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-            if found.HasField("task") and found.token:
+            response = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            if response.HasField("task") and response.token:
                 with contextlib.closing(
-                    _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(found.token))
-                ) as own:
-                    task = _Task(found.token, clientapp.pull_task_input(own))
+                    _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(response.token))
+                ) as task_client:
+                    task = _Task(response.token, clientapp.pull_task_input(task_client))
                 apps[_in_a_fork(address, task)] = task
-        except Exception as error:  # the SuperNode waits for an answer that won't come: begin again
-            print(f"a message could not be taken from the SuperNode: {error}", flush=True)
+        except Exception as error:  # the SuperNode waits for an answer that won't come: restart it
+            print(f"a message could not be received from the SuperNode: {error}", flush=True)
             os.kill(node, signal.SIGTERM)
     for child in apps:
         os.kill(child, signal.SIGTERM)
@@ -234,7 +245,7 @@ def _in_a_fork(address: str, task: _Task) -> int:
 
 
 def answer_task(address: str, task: _Task) -> None:
-    """Flower's own course of a ClientApp, with this device's code in place of the server's."""
+    """Run Flower's ClientApp procedure with this device's code in place of the server's."""
     clientapp.pull_task_input = lambda _: task.pulled  # type: ignore[assignment]
     clientapp.install_from_fab = lambda *_, **__: None  # type: ignore[assignment]
     clientapp.get_project_dir = lambda *_, **__: None  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""This device's part in its federation:  anther device run [key=value …]
+"""Take part in a federation with this device:  anther device run [key=value …]
 
-It keeps a SuperNode connected, starts the worker when there is something to do, and starts again whatever dies. What
-there is to be known of the server is asked first: whether both speak alike, and which base is needed; a base that is
-missing is fetched. `anther device enroll` comes before, once.
+Keeps the device connected, starts training when the server requests it, and restarts any of its processes that fails.
+The server is contacted first: its version must match, and the base that it needs is downloaded if it is missing. Join
+the federation once with `anther device enroll` before the first run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from client.cli import paths
-from client.runtime import server_connection as links
+from client.runtime import server_connection
 from client.runtime.server_connection import ServerConnection, ServerUnavailable
 from common import low_memory, processes, strict_json
 from common.atomic_files import make_folder
@@ -35,22 +35,23 @@ from models.base import assets
 from privacy import policy
 
 DONE, USAGE = 0, 2
-_LOOK = 0.5  # seconds
-_STEADY = 60.0  # seconds after which a process counts as having started well
-_PAUSE, _LONGEST = 2.0, 30.0  # seconds before what ended is started again: Flower takes a node that was killed for
-# connected until it has missed heartbeats for a minute, and refuses it until then
-_SOCKET_PATH = 100  # bytes that the path of a socket may have
+_POLL_SECONDS = 0.5
+_STABLE_SECONDS = 60.0  # after which a start counts as successful
+# Seconds before a restart: Flower considers a killed node connected until it has missed heartbeats for a minute, and
+# refuses it until then.
+_PAUSE, _MAX_PAUSE = 2.0, 30.0
+_MAX_SOCKET_PATH = 100  # bytes; limit of the operating system
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: USAGE with one line on standard error where its owner has to do something."""
+    """Run the command; return the exit status, USAGE with one line on standard error if the owner has to act."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-h", "--help"):
         print(__doc__, "Keys, their units and limits: conf/schemas/node.py.", sep="\n")
         return DONE
     raise_on_sigterm()
     try:
-        run(compose(words, paths.words()))
+        run(compose(words, paths.config_file()))
     except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
@@ -60,37 +61,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(node: NodeConfig) -> None:
-    """Take part until a signal comes; AntherError if its owner has to do something first."""
+    """Take part until a signal arrives; AntherError if the owner has to do something first."""
     if node.connection.address is None:
-        raise AntherError("not enrolled yet: anther device enroll, with a ticket of the server's operator")
+        raise AntherError("not enrolled yet: run anther device enroll with a ticket from the server's operator")
     if node.data is None:
-        raise AntherError("data: say which folder holds your pictures, data=FOLDER")
+        raise AntherError("no pictures: name their folder with data=FOLDER")
     name = node.name or platform.node() or "device"
-    files = paths.own(name, node.store)
-    node, owners = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
+    files = paths.enrolled_files(name, node.store)
+    node, owner_policy = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
     check_pictures(node)
-    link = ServerConnection(str(node.connection.address), insecure=node.connection.insecure)
-    with exclusive(paths.link(), what="this device's part in its federation"), listening() as listener:
+    connection = ServerConnection(str(node.connection.address), insecure=node.connection.insecure)
+    with exclusive(paths.keys_folder(), what="this device's part in its federation"), worker_socket() as listener:
         paths.remember(files)
         worker = WorkerProcess(listener, node)
-        supernode = SuperNode(node, link, listener.getsockname())
+        supernode = SuperNodeProcess(node, connection, listener.getsockname())
         try:
             while True:
                 if not supernode.alive:
-                    worker.base = ready(node, link, owners)
+                    worker.base = wait_for_server(node, connection, owner_policy)
                     say(f"{name} takes part in the federation at {node.connection.address}, until it is stopped")
                     supernode.start()
-                worker.look(_LOOK)
-                supernode.look()
+                worker.poll(_POLL_SECONDS)
+                supernode.poll()
         finally:
             supernode.stop()
             worker.stop()
 
 
 def check_pictures(node: NodeConfig) -> None:
-    """Raises AntherError with what is wrong with its owner's pictures, before anything is taken part in.
+    """Raise AntherError if the owner's pictures can't be used, before connecting.
 
-    A process of its own looks at them: what it needs for that is not to stay in memory.
+    The check runs in a process of its own, so that its imports don't stay in memory.
     """
     done = subprocess.run(
         processes.python("client.cli.check", str(node.data)),
@@ -102,40 +103,56 @@ def check_pictures(node: NodeConfig) -> None:
         preexec_fn=end_with_parent,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["they could not be looked at"]
+        lines = done.stderr.strip().splitlines() or ["the pictures could not be checked"]
         raise AntherError(lines[-1].removeprefix("error: "))
 
 
-def ready(node: NodeConfig, link: ServerConnection, owners: policy.Policy) -> str:
-    """Wait for the server, and have the base; its content hash or path.
+def wait_for_server(node: NodeConfig, connection: ServerConnection, owner_policy: policy.Policy) -> str:
+    """Wait for the server, and make sure that its base is on this device.
+
+    Args:
+        node: the device's configuration.
+        connection: the connection to the server.
+        owner_policy: the owner's policy.
+
+    Returns:
+        The base's content hash or path.
 
     Raises:
-        AntherError: the server's base isn't among those that the owner allows, or as `ServerConnection.hello`.
+        AntherError: the owner's policy doesn't allow the server's base, or as in `ServerConnection.hello`.
     """
     pause = _PAUSE
     while True:
         try:
-            hello = link.hello()
+            hello = connection.hello()
             hello.check()
-            if apart := links.skew(hello):
-                raise ServerUnavailable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
-            link.check_in()
-            if node.base is None and owners.bases and hello.base not in owners.bases:
+            if seconds := server_connection.skew(hello):
+                raise ServerUnavailable(
+                    f"this device's clock differs from the server's by {seconds:+.0f} s: set the clock, or enable NTP"
+                )
+            connection.check_in()
+            if node.base is None and owner_policy.bases and hello.base not in owner_policy.bases:
                 raise AntherError(
-                    f"the federation's base is {hello.base}, which is not among `bases` of policy.toml: add it if you "
-                    "trust it; nothing was fetched"
+                    f"the federation's base is {hello.base}, which is not listed in `bases` of policy.toml: add it if "
+                    "you trust it; nothing was downloaded"
                 )
             if node.base is None:
-                have(node, link, hello.base)
+                ensure_base(node, connection, hello.base)
             return node.base or hello.base
         except ServerUnavailable as error:
-            say(f"{error}; again in {pause:.0f} s")
+            say(f"{error}; next attempt in {pause:.0f} s")
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
+            pause = min(2 * pause, _MAX_PAUSE)
 
 
-def have(node: NodeConfig, link: ServerConnection, base: str) -> None:
-    """Have the base of this content hash here, from wherever it is to be had; Unreachable if it isn't to be had now."""
+def ensure_base(node: NodeConfig, connection: ServerConnection, base: str) -> None:
+    """Download the base of this content hash if it is missing; ServerUnavailable if that isn't possible now.
+
+    Args:
+        node: the device's configuration.
+        connection: the connection to the server.
+        base: content hash of the base.
+    """
     with contextlib.suppress(AntherError):
         assets.locate(base)
         return
@@ -144,36 +161,40 @@ def have(node: NodeConfig, link: ServerConnection, base: str) -> None:
     from client.runtime.http_source import http_get
 
     sensors = choose_sensors(node.power)
-    say(f"fetching the base {base[:12]}")
+    say(f"downloading the base model {base[:12]}")
 
     def metered() -> bool:
         return bool(sensors.read().metered)
 
     try:
-        with link.client(signed=True) as client:
+        with connection.client(signed=True) as client:
             fetch(base, node.fetch, http_get(client), metered=metered, progress=_Progress())
-    except AntherError as error:  # a cut link, a paid network, a full disk: what came is kept, and later it may go on
+    except AntherError as error:
+        # Interrupted, metered network or full disk: the downloaded part is kept for a later attempt.
         raise ServerUnavailable(str(error)) from error
 
 
 class _Progress:
-    """Says how far a fetch is, at every tenth."""
+    """Print the progress of a download at every tenth."""
 
     def __init__(self) -> None:
-        self._told = 0
+        self._printed = 0
 
-    def __call__(self, done: int, total: int) -> None:
-        if (tenths := 10 * done // max(1, total)) > self._told:
-            self._told = tenths
-            say(f"{10 * tenths} % of {total / 1e6:,.0f} MB")
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        if (tenths := 10 * done_bytes // max(1, total_bytes)) > self._printed:
+            self._printed = tenths
+            say(f"{10 * tenths} % of {total_bytes / 1e6:,.0f} MB")
 
 
 @dataclass
 class WorkerProcess:
-    """`client.runtime.worker`, which is there while it has something to do.
+    """The process `client.runtime.worker`, which runs only while there are requests.
 
     Args:
-        listener: it waits for requests here while the worker isn't there, and the worker does while it is.
+        listener: requests arrive here. While the worker doesn't run, this object waits for them; while it runs, the
+            worker does.
+        node: the device's configuration, passed to the worker.
+        base: content hash or path of the base that the worker loads.
     """
 
     listener: socket.socket
@@ -185,13 +206,13 @@ class WorkerProcess:
     def __post_init__(self) -> None:
         self._selector.register(self.listener, selectors.EVENT_READ)
 
-    def look(self, seconds: float) -> None:
-        """Start it if somebody asks within so many seconds."""
+    def poll(self, seconds: float) -> None:
+        """Start the worker if a request arrives within this many seconds; if it runs, wait for its end instead."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(seconds)
                 if code:
-                    say(f"the worker ended with {code}")
+                    say(f"the worker ended with status {code}")
                 self._process = None
             return
         if self._selector.select(seconds):
@@ -199,7 +220,7 @@ class WorkerProcess:
 
     def _start(self) -> subprocess.Popen:
         settings, number = self.node.worker, self.listener.fileno()
-        own = {
+        variables = {
             "ANTHER_LISTEN_FD": str(number),
             "ANTHER_NODE": strict_json.dumps(self.node),
             "ANTHER_BASE_HELD": self.base,
@@ -213,18 +234,19 @@ class WorkerProcess:
 
         return subprocess.Popen(
             processes.python("client.runtime.worker"),
-            env=processes.environment(own),
+            env=processes.environment(variables),
             pass_fds=[number],
             stdin=subprocess.DEVNULL,
             preexec_fn=prepare,
         )
 
     def stop(self) -> None:
+        """Terminate the process."""
         _end(self._process)
 
 
 @dataclass
-class SuperNode:
+class SuperNodeProcess:
     """`client.runtime.supernode`: Flower's SuperNode, started again with a pause whenever it ends."""
 
     node: NodeConfig
@@ -236,19 +258,21 @@ class SuperNode:
 
     @property
     def alive(self) -> bool:
+        """Whether the process was started and has not been seen to end."""
         return self._process is not None
 
     def start(self) -> None:
+        """Start the process."""
         folder = assets.home() / "flower"
         make_folder(folder)
-        own = {
+        variables = {
             "ANTHER_WORKER": self.socket_path,
             "ANTHER_POLL_SECONDS": str(self.node.connection.poll_seconds),
             "ANTHER_SLOW_POLL_SECONDS": str(self.node.connection.max_poll_seconds),
         }
-        safe = ["--insecure"]
+        credentials = ["--insecure"]
         if not self.link.insecure:
-            safe = [
+            credentials = [
                 "--root-certificates",
                 str(self.link.authority),
                 "--auth-supernode-private-key",
@@ -257,34 +281,37 @@ class SuperNode:
         own_address = f"127.0.0.1:{_free_port()}"
         self._started = time.monotonic()
         self._process = subprocess.Popen(
-            processes.python("client.runtime.supernode", own_address, "--", "--superlink", self.link.address, *safe),
-            env={"FLWR_LOG_LEVEL": "WARNING", **environment(folder), **own},
+            processes.python(
+                "client.runtime.supernode", own_address, "--", "--superlink", self.link.address, *credentials
+            ),
+            env={"FLWR_LOG_LEVEL": "WARNING", **environment(folder), **variables},
             stdin=subprocess.DEVNULL,
             preexec_fn=end_with_parent,
         )
 
-    def look(self) -> None:
-        """If it has ended, wait, so that it may be started again."""
+    def poll(self) -> None:
+        """If the process has ended, pause before it may be started again."""
         if self._process is None or (code := self._process.poll()) is None:
             return
         self._process = None
-        steady = time.monotonic() - self._started > _STEADY
-        self._pause = _PAUSE if steady else min(2 * self._pause, _LONGEST)
-        say(f"the SuperNode ended with {code}; again in {self._pause:.0f} s")
+        was_stable = time.monotonic() - self._started > _STABLE_SECONDS
+        self._pause = _PAUSE if was_stable else min(2 * self._pause, _MAX_PAUSE)
+        say(f"the connection process ended with status {code}; it restarts in {self._pause:.0f} s")
         time.sleep(self._pause)
 
     def stop(self) -> None:
+        """Terminate the process."""
         _end(self._process)
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[socket.socket]:
-    """A socket that only this user reaches."""
+def worker_socket() -> Iterator[socket.socket]:
+    """Open the worker's socket, which only this user can connect to."""
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    with tempfile.TemporaryDirectory(prefix="anther-", dir=folder) as own:  # 0700
-        path = f"{own}/worker"
-        if len(path.encode()) > _SOCKET_PATH:
-            raise AntherError(f"{folder}: too long for a socket's path: set XDG_RUNTIME_DIR to a shorter one")
+    with tempfile.TemporaryDirectory(prefix="anther-", dir=folder) as temporary:  # 0700
+        path = f"{temporary}/worker"
+        if len(path.encode()) > _MAX_SOCKET_PATH:
+            raise AntherError(f"{folder}: this path is too long for a socket: set XDG_RUNTIME_DIR to a shorter folder")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             Path(path).chmod(0o600)
@@ -293,9 +320,9 @@ def listening() -> Iterator[socket.socket]:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _end(process: subprocess.Popen | None) -> None:

@@ -1,9 +1,9 @@
-"""Training yields to the owner: it waits, with what it has, while a device should not train, and lets go if it must.
+"""Pause training while the device should not train, and stop it if it must.
 
-A guard is asked before a base is loaded and before every job, by `training.jobs.Train.cancelled` after every pass and
-before every step of an empty batch, and by all other jobs before every pass. So a charger that is pulled, heat, or an
-owner who sits down stops training before its next step is taken. Where steps are faster than sensors are read
-(`interval`), that is within 2 s instead.
+The throttle is checked before a base is loaded, before every job, and between passes: by
+`training.jobs.TrainJob.cancelled` after every pass and before every step with an empty batch, and by all other jobs
+before every pass. So training stops before its next step if the charger is disconnected, the device gets hot, or the
+owner starts to use it. If steps are faster than sensors are read (`interval`), it stops within 2 s instead.
 """
 
 from __future__ import annotations
@@ -19,86 +19,92 @@ from client.power.conditions import Conditions
 from conf.schemas import node
 
 BATTERY_MARGIN = 0.05
-"""Share of a full one by which a battery must be over its limit before training goes on: else it would flap."""
-COOLER = 5.0
-"""Degrees by which a device must be under its limit before training goes on."""
-SHARE, OLDEST, SLOW_SHARE = 1 / 50, 2.0, 1 / 10
+"""Charge, as a fraction, by which a battery must exceed its limit before training resumes (hysteresis)."""
+CELSIUS_MARGIN = 5.0
+"""Degrees by which the device must be below its limit before training resumes."""
+READ_SHARE, MAX_AGE, SLOW_READ_SHARE = 1 / 50, 2.0, 1 / 10
 """Reading sensors may take a fiftieth of the time; but no reading is older than 2 s, unless it takes over 0.2 s."""
 
 log = logging.getLogger(__name__)
 
 
-def reason(now: Conditions, settings: node.ThrottleConfig, *, waiting: bool = False) -> str | None:
-    """Why training should wait, for the owner's log; None: it need not. What isn't known is no reason.
+def pause_reason(now: Conditions, settings: node.ThrottleConfig, *, waiting: bool = False) -> str | None:
+    """Return why training should pause, for the owner's log; None: it need not. An unknown value is never a reason.
 
     Args:
-        waiting: training waits already, and goes on only once battery and heat are well within their limits.
+        now: current sensor readings.
+        settings: the owner's limits.
+        waiting: training is paused already, and resumes only once battery and temperature are well within their limits.
     """
     least = min(1.0, settings.min_battery + BATTERY_MARGIN * waiting)
     if settings.require_charging and now.charging is False:
-        return "not on its charger"
+        return "the device is not charging"
     if settings.min_battery and now.battery is not None and now.battery < least:
-        return f"the battery is at {now.battery:.0%}, and should be at {least:.0%}"
-    if wrong := _hot(now.celsius, settings.max_celsius, waiting=waiting):
-        return wrong
-    if wrong := _hot(now.battery_celsius, settings.max_battery_celsius, waiting=waiting):
-        return f"the battery: {wrong}"
+        return f"the battery is at {now.battery:.0%}; training needs {least:.0%}"
+    if problem := _too_hot(now.celsius, settings.max_celsius, waiting=waiting):
+        return problem
+    if problem := _too_hot(now.battery_celsius, settings.max_battery_celsius, waiting=waiting):
+        return f"the battery: {problem}"
     if settings.max_celsius is not None and now.throttled:
-        return "it is throttled"
+        return "the processor is slowed down by heat or a weak power supply"
     if settings.require_idle and now.owner_active:
-        return "its owner uses it"
+        return "the device is in use"
     if settings.require_unmetered and now.metered:
-        return "its network is metered"
+        return "the network is metered"
     return None
 
 
-def _hot(celsius: float | None, most: float | None, *, waiting: bool) -> str | None:
-    if celsius is None or most is None or celsius <= (most := most - COOLER * waiting):
+def _too_hot(celsius: float | None, most: float | None, *, waiting: bool) -> str | None:
+    """Return the message for a temperature above its limit; None: it is below, or unknown."""
+    if celsius is None or most is None or celsius <= (most := most - CELSIUS_MARGIN * waiting):
         return None
-    return f"{celsius:.0f} °C, and should be {most:.0f} °C"
+    return f"temperature {celsius:.0f} °C; training needs {most:.0f} °C or less"
 
 
 def shortage(now: Conditions, settings: node.ThrottleConfig) -> str | None:
-    """Why training should give its memory back; None: it need not."""
+    """Return why training should release its memory; None: it need not."""
     if now.free_mib >= settings.min_free_mib:
         return None
-    return f"{now.free_mib:.0f} MiB of memory are free, and {settings.min_free_mib:.0f} should be"
+    return f"only {now.free_mib:.0f} MiB of memory are free; training needs {settings.min_free_mib:.0f} MiB"
 
 
 def interval(cost: float) -> float:
-    """Seconds between two readings of which each takes `cost` seconds."""
-    return min(cost / SHARE, max(OLDEST, cost / SLOW_SHARE))
+    """Return the seconds between two sensor readings that take `cost` seconds each."""
+    return min(cost / READ_SHARE, max(MAX_AGE, cost / SLOW_READ_SHARE))
 
 
-class _Look(NamedTuple):
-    """What a reading leads to."""
+class _Reading(NamedTuple):
+    """Conclusion from one sensor reading."""
 
     stop: str | None = None
     wait: str | None = None
     out_of_memory: bool = False
 
     @property
-    def why(self) -> str | None:
+    def cause(self) -> str | None:
         return self.stop or self.wait
 
 
-class Guard:
-    """Asked between passes whether to stop: False at once when all is well, True to stop and give memory back.
+class Throttle:
+    """Callable checked between passes: False to continue, True to stop and release memory.
 
-    In between it blocks: while there is a `reason`, for no longer than `settings.patience`. It stops at once when
-    memory is short, and when `stop` is set. Sensors that can't be read are a reason like any other.
+    While there is a `pause_reason`, the call blocks, for at most `settings.patience` seconds. It returns True
+    immediately if memory is short or `stop` is set. Unreadable sensors are a reason to pause.
 
     Args:
-        read: what holds now.
-        stop: set when whoever trains is to end; wakes a guard that waits.
-        pausing: entered for as long as it waits (`client.power.meter.Meter.paused`).
+        settings: the owner's limits.
+        read: reads the sensors.
+        stop: set to end training; wakes a paused throttle.
+        pausing: context entered during a pause (`client.power.meter.Meter.paused`).
         clock: seconds, of any origin.
-        sleep: waits for so many seconds; None: on `stop`.
+        sleep: waits for this many seconds; None: waits on `stop`.
 
     Attributes:
-        pauses, paused_seconds, stops: how often and how long it has waited, and how often it said to stop.
-        last_reason: why it waited or stopped last.
-        out_of_memory: whether it stopped last for want of memory.
+        pauses: number of pauses.
+        paused_seconds: total duration of pauses.
+        stops: number of times that it returned True.
+        last_reason: reason of the last pause or stop.
+        out_of_memory: whether the last stop was for lack of memory.
     """
 
     def __init__(
@@ -118,66 +124,68 @@ class Guard:
         self._read, self._pausing, self._clock = read, pausing, clock
         self._sleep = sleep or self.stop.wait
         self._fresh_until = clock()
-        self._asking = threading.Lock()  # passes run in several threads, and all of them wait while one does
+        self._lock = threading.Lock()  # passes run in several threads; all of them pause together
 
     def must_wait(self) -> str | None:
-        """Why it should not train now; None: it may."""
-        return self._look(waiting=False).why
+        """Return why training should not start now; None: it may."""
+        return self._check(waiting=False).cause
 
     def __call__(self) -> bool:
-        with self._asking:
+        with self._lock:
             return self._must_stop()
 
     def _must_stop(self) -> bool:
         if not self.stop.is_set() and self._clock() < self._fresh_until:
             return False
-        look = self._look(waiting=False)
-        if look.stop is None and look.wait is not None:
-            look = self._outlasted(look.wait)
-        if look.stop is None:
+        reading = self._check(waiting=False)
+        if reading.stop is None and reading.wait is not None:
+            reading = self._pause(reading.wait)
+        if reading.stop is None:
             return False
         self.stops += 1
-        self.last_reason, self.out_of_memory = look.stop, look.out_of_memory
-        self._fresh_until = self._clock()  # whoever asks next is to look again
-        log.info("training stops: %s", look.stop)
+        self.last_reason, self.out_of_memory = reading.stop, reading.out_of_memory
+        self._fresh_until = self._clock()  # the next call reads the sensors again
+        log.info("training stops: %s", reading.stop)
         return True
 
-    def _outlasted(self, why: str) -> _Look:
-        """Wait, and what there is to see when it ends."""
+    def _pause(self, cause: str) -> _Reading:
+        """Block while there is a reason to pause; return the reading that ended the pause."""
         self.pauses += 1
-        self.last_reason = why
-        log.info("training pauses: %s", why)
-        began = self._clock()
+        self.last_reason = cause
+        log.info("training pauses: %s", cause)
+        started = self._clock()
         with self._pausing():
-            look = self._wait(why, began)
-        waited = self._clock() - began
+            reading = self._wait(cause, started)
+        waited = self._clock() - started
         self.paused_seconds += waited
-        if look.stop is None:
-            log.info("training goes on after %.0f s", waited)
-        return look
+        if reading.stop is None:
+            log.info("training resumes after %.0f s", waited)
+        return reading
 
-    def _wait(self, why: str, began: float) -> _Look:
-        """Look again and again, until there is no reason to wait, one to stop, or no patience."""
-        look = _Look(wait=why)
-        while look.stop is None and look.wait is not None:
-            left = self.settings.max_wait_seconds - (self._clock() - began)
+    def _wait(self, cause: str, started: float) -> _Reading:
+        """Read sensors repeatedly until there is no reason to pause, a reason to stop, or patience has run out."""
+        reading = _Reading(wait=cause)
+        while reading.stop is None and reading.wait is not None:
+            left = self.settings.max_wait_seconds - (self._clock() - started)
             if left <= 0:
-                return _Look(stop=f"{look.wait}, for {self.settings.max_wait_seconds:.0f} s now")
+                return _Reading(stop=f"{reading.wait}; waited for {self.settings.max_wait_seconds:.0f} s")
             self._sleep(min(left, self.settings.poll_seconds))
-            look = self._look(waiting=True)
-        return look
+            reading = self._check(waiting=True)
+        return reading
 
-    def _look(self, *, waiting: bool) -> _Look:
-        """Read anew."""
+    def _check(self, *, waiting: bool) -> _Reading:
+        """Take a new sensor reading."""
         if self.stop.is_set():
-            return _Look(stop="it is to end")
-        began = self._clock()
+            return _Reading(stop="the worker is shutting down")
+        started = self._clock()
         try:
             now = self._read()
         except Exception as error:
-            return _Look(wait=f"sensors can't be read ({error})")
+            return _Reading(wait=f"sensors can't be read ({error})")
         finally:
             ended = self._clock()
-            self._fresh_until = ended + interval(ended - began)
+            self._fresh_until = ended + interval(ended - started)
         short = shortage(now, self.settings)
-        return _Look(stop=short, wait=reason(now, self.settings, waiting=waiting), out_of_memory=short is not None)
+        return _Reading(
+            stop=short, wait=pause_reason(now, self.settings, waiting=waiting), out_of_memory=short is not None
+        )

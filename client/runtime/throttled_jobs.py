@@ -1,10 +1,11 @@
-"""Whoever performs jobs (`client.rounds.scheduler`), with a guard before and between them, and with a meter beside them.
+"""Wrap the function that performs jobs: throttle before and between jobs, and meter training.
 
-    perform = with_guard(measured(perform, meter), guard)
+    perform = with_throttle(with_meter(perform, meter), throttle)
 
-A job that the guard stops raises `Cancelled` in the conversation that asked for it, which ends without a reply. What
-was charged stays charged and reserved; asked again for the same plan, the device trains anew under the same reservation
-(`client.rounds.train`, `privacy.ledger.ledger`), so that there is one release whether training waited, or stopped and began again.
+If the throttle stops a job, `Cancelled` is raised in the handler that requested it, which ends without a reply. The
+round stays charged and reserved. If the same plan is requested again, the device trains anew under the same reservation
+(`client.rounds.train`, `privacy.ledger`), so there is one release, whether training was paused, or stopped and
+restarted.
 """
 
 from __future__ import annotations
@@ -13,38 +14,38 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from client.runtime.throttle import Guard
+from client.runtime.throttle import Throttle
 from training.jobs import Cancelled, Job, Result, TrainJob
 
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 
 
 class OutOfMemory(Cancelled):
-    """The guard stopped for want of memory, which what was asked for may itself have taken."""
+    """The throttle stopped for lack of memory, which the request itself may have caused."""
 
 
-def with_throttle(perform: Perform, guard: Guard) -> Perform:
-    """The same, asking the guard before any job, and within training after every pass.
+def with_throttle(perform: Perform, throttle: Throttle) -> Perform:
+    """Check the throttle before every batch of jobs, and after every pass of training.
 
-    Within other jobs whoever performs them asks it (`training.engine.perform`).
+    Within other jobs, `training.inference` checks it.
     """
 
-    def guarded(batch: list[Job]) -> Sequence[Result | Exception]:
-        if guard():
-            found: Sequence[Result | Exception] = [
-                Cancelled(f"stopped before it began: {guard.last_reason}") for _ in batch
+    def throttled(batch: list[Job]) -> Sequence[Result | Exception]:
+        if throttle():
+            results: Sequence[Result | Exception] = [
+                Cancelled(f"stopped before it started: {throttle.last_reason}") for _ in batch
             ]
         else:
-            found = perform([_asking(job, guard) for job in batch])
-        if not guard.out_of_memory:
-            return found
-        return [OutOfMemory(str(result)) if isinstance(result, Cancelled) else result for result in found]
+            results = perform([_cancellable(job, throttle) for job in batch])
+        if not throttle.out_of_memory:
+            return results
+        return [OutOfMemory(str(result)) if isinstance(result, Cancelled) else result for result in results]
 
-    return guarded
+    return throttled
 
 
-def measured(perform: Perform, meter: AbstractContextManager[object]) -> Perform:
-    """The same, within the meter while anything is trained: pictures that are encoded or drawn aren't training."""
+def with_meter(perform: Perform, meter: AbstractContextManager[object]) -> Perform:
+    """Run the meter while anything is trained; encoding and drawing aren't training."""
 
     def metered(batch: list[Job]) -> Sequence[Result | Exception]:
         if not any(isinstance(job, TrainJob) for job in batch):
@@ -55,15 +56,15 @@ def measured(perform: Perform, meter: AbstractContextManager[object]) -> Perform
     return metered
 
 
-def wait(guard: Guard, seconds: float) -> None:
-    """Let so many seconds pass. Raises Cancelled if the device is to stop meanwhile."""
-    if guard.stop.wait(seconds):
-        raise Cancelled("stopped while a reply waited for its time")
+def wait(throttle: Throttle, seconds: float) -> None:
+    """Wait this many seconds. Raises Cancelled if the device is stopped meanwhile."""
+    if throttle.stop.wait(seconds):
+        raise Cancelled("stopped while a reply waited for its public time")
 
 
-def _asking(job: Job, guard: Guard) -> Job:
-    """A job that stops when the guard says so, or when whoever asked for it says so."""
+def _cancellable(job: Job, throttle: Throttle) -> Job:
+    """Make a job stop when the throttle or its requester says so."""
     if not isinstance(job, TrainJob):
         return job
-    theirs = job.cancelled
-    return replace(job, cancelled=lambda: theirs() or guard())
+    requested = job.cancelled
+    return replace(job, cancelled=lambda: requested() or throttle())

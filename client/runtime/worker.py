@@ -1,8 +1,8 @@
-"""The process that holds the base: it answers one request after another, and ends when none comes for a while.
+"""The worker process, which holds the base: it answers one request after another, and ends after an idle time.
 
-`client.runtime.supervisor` listens, and starts it when somebody connects: what it held is given back to the system whole, and a
-worker that was killed is there again with the next request. It is the only process that opens the store, and its
-owner's guard stands before all that it trains.
+`client.runtime.supervisor` listens on the socket, and starts the worker when a request arrives. At its end all of its
+memory returns to the system, and a worker that was killed is replaced at the next request. It is the only process that
+opens the store, and the owner's throttle controls everything that it trains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from client.power.meter import Meter
 from client.power.sensors import choose_sensors
 from client.runtime import ipc, request_handler
 from client.runtime.request_handler import WorkerResources
-from client.runtime.throttle import Guard
+from client.runtime.throttle import Throttle
 from client.store.open import open_store
 from common import strict_json
 from common.errors import AntherError
@@ -35,26 +35,26 @@ from training.jobs import Cancelled
 log = logging.getLogger("client.runtime.worker")
 
 LISTEN, NODE, BASE = "ANTHER_LISTEN_FD", "ANTHER_NODE", "ANTHER_BASE_HELD"
-"""The listening socket's number; the node's configuration, as JSON; and the base that is held, by hash or path."""
+"""Environment variables: the listening socket's descriptor, the configuration as JSON, the base's hash or path."""
 
 USAGE = 2
 
 
 def main() -> int:
-    """Answer on the socket that was handed down until nobody has asked for `worker.idle_seconds`."""
+    """Answer requests on the inherited socket until none arrives for `worker.idle_seconds`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     node = strict_json.from_plain(NodeConfig, strict_json.loads(os.environ[NODE]))
     try:
         with (
             open_store(
                 device_files(str(node.name), node.store), encrypt=node.storage.encrypt, federation=node.federation
-            ) as found,
+            ) as opened,
             socket.socket(fileno=int(os.environ[LISTEN])) as listener,
         ):
             sensors = choose_sensors(node.power, cuda=resolve_device(node.device) == "cuda")
             meter = Meter(sensors.source, watts=WATTS)
-            guard = Guard(node.throttle, sensors.read, pausing=meter.paused)
-            resources = WorkerResources(store=found.store, read=sensors.read, meter=meter, guard=guard)
+            throttle = Throttle(node.throttle, sensors.read, pausing=meter.paused)
+            resources = WorkerResources(store=opened.store, read=sensors.read, meter=meter, throttle=throttle)
             log.info("energy: %s", f"{sensors.name}, {sensors.covers}" if sensors.source else sensors.covers)
             worker = WorkerServer(stated(node, os.environ[BASE]), resources)
             signal.signal(signal.SIGTERM, worker.stop)
@@ -69,20 +69,20 @@ def main() -> int:
 
 @dataclass
 class WorkerServer:
-    """Answers with what it holds."""
+    """Answers requests one at a time."""
 
     stated: dict[str, object]
     resources: WorkerResources
     _answering: bool = field(default=False, init=False)
 
     def serve(self, listener: socket.socket, node: NodeConfig) -> None:
-        """Answer whoever connects, one after the other."""
+        """Answer each connection in turn."""
         if node.worker.threads is not None:
             import torch
 
             torch.set_num_threads(node.worker.threads)
         listener.settimeout(node.worker.idle_seconds)
-        while not self.resources.guard.stop.is_set():
+        while not self.resources.throttle.stop.is_set():
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
@@ -95,7 +95,7 @@ class WorkerServer:
 
     def _answer(self, connection: socket.socket) -> None:
         if not ipc.same_user(connection):
-            log.warning("another user connected, and was not answered")
+            log.warning("a connection from another user was rejected")
             return
         try:
             request = ipc.recv_request(connection)
@@ -105,24 +105,24 @@ class WorkerServer:
         outcome = request_handler.answer(request, self.stated, resources=self.resources)
         try:
             try:
-                ipc.tell(connection, _told(request, outcome))
-            except ValueError as error:  # a number that JSON has not: nothing of it was sent
+                ipc.send_response(connection, _response(request, outcome))
+            except ValueError as error:  # a non-finite number: JSON has none, and nothing was sent
                 log.error("could not answer %s: %s", type(request).__name__, error)
-                ipc.tell(connection, ipc.WorkerResponse())
-        except OSError as error:  # what was sealed is sent when it is asked for again
-            log.warning("whoever asked is gone: %s", error)
+                ipc.send_response(connection, ipc.WorkerResponse())
+        except OSError as error:  # a sealed reply is sent when it is requested again
+            log.warning("the requester has disconnected: %s", error)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Training ends before its next step, and whoever asked is told so; without any, at once."""
+        """Handle SIGTERM: training stops before its next step with a reply; without a request, end now."""
         del number, frame
-        self.resources.guard.stop.set()
+        self.resources.throttle.stop.set()
         if not self._answering:
             raise SignalReceived
 
 
 def stated(node: NodeConfig, base: str) -> dict[str, object]:
-    """What `client.device.from_config` knows of a device."""
-    said = {
+    """Return the configuration in the form that `client.device.from_config` reads."""
+    values = {
         "base": base,
         "data": node.data,
         "background": node.background,
@@ -143,17 +143,20 @@ def stated(node: NodeConfig, base: str) -> dict[str, object]:
         "watts": node.power.watts,
         "memory-gib": node.worker.memory_gib,
     }
-    return {key: value for key, value in said.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _told(request: Request, outcome: object) -> ipc.WorkerResponse:
-    """A refusal may be told; which other exception it was can depend on the pictures, and stays in this log."""
+def _response(request: Request, outcome: object) -> ipc.WorkerResponse:
+    """Convert an outcome for the requester; only a refusal is explained.
+
+    Other exceptions can depend on the pictures, so their text stays in this log.
+    """
     if not isinstance(outcome, Exception):
-        if said := _said(request, outcome):
-            log.info("%s", said)
+        if summary := _summary(request, outcome):
+            log.info("%s", summary)
         return ipc.WorkerResponse(reply=outcome)  # type: ignore[arg-type]
-    if isinstance(outcome, Cancelled):  # why is the owner's affair
-        return ipc.WorkerResponse(refused="not now: its owner, its battery or its memory comes first")
+    if isinstance(outcome, Cancelled):  # the exact reason stays on the device
+        return ipc.WorkerResponse(refused="not now: the device is in use, or low on battery or memory")
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", type(request).__name__, outcome, exc_info=unforeseen)
     if isinstance(outcome, RequestRefusedError):
@@ -161,18 +164,18 @@ def _told(request: Request, outcome: object) -> ipc.WorkerResponse:
     return ipc.WorkerResponse()
 
 
-def _said(request: Request, reply: object) -> str | None:
-    """What was done, for its owner; None: nothing worth a line."""
+def _summary(request: Request, reply: object) -> str | None:
+    """Describe the work that was done, for the owner's log; None: not worth a line."""
     match request, reply:
         case Train(plan=plan), Update():
-            what = f"trained {plan.steps} steps for round {plan.round}, sent {_size(len(reply.adapter))}"
-            return what if reply.epsilon is None else f"{what}; all that was shared comes to ε={reply.epsilon:.3g}"
+            text = f"trained {plan.steps} steps for round {plan.round}, sent {_size(len(reply.adapter))}"
+            return text if reply.epsilon is None else f"{text}; total privacy cost ε={reply.epsilon:.3g}"
         case Evaluate(), Evaluation(gain=None):
-            return f"measured the adapter of round {request.round} on its pictures, told two losses"
+            return f"measured the adapter of round {request.round} on its pictures, sent two losses"
         case Evaluate(), Evaluation():
-            return f"measured the adapter of round {request.round} on its pictures, told a noised gain"
+            return f"measured the adapter of round {request.round} on its pictures, sent a noised gain"
         case Personalize(), Personalized():
-            return f"the personal adapter of round {request.round} is done; nothing of it was sent"
+            return f"the personal adapter of round {request.round} is ready; it stays on this device"
     return None
 
 

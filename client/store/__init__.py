@@ -1,1 +1,1 @@
-"""What a device keeps on disk: layout, encryption, migration."""
+"""A device's storage: layout, encryption, migration."""

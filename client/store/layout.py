@@ -1,15 +1,15 @@
-"""How what a device keeps is laid out in its folder, and what of it belongs to one federation.
+"""Layout of a device's store, and the files that belong to one federation.
 
     version, lock             `client.store.migrate`, `common.file_lock`
     sealed                    `privacy.encrypted_storage`, if the store is encrypted
-    policy.toml               what the owner allows, written by hand
-    ledger.jsonl, outbox/, enrolled, seed, cache/       of the device, in whichever federation it is
-    federation                the id of the one that it was in last
-    federations/<id>/         of that one: its adapters, what its rounds left, previews
+    policy.toml               the owner's policy, written by hand
+    ledger.jsonl, outbox/, enrolled, seed, cache/       of the device, for all federations
+    federation                id of the last federation
+    federations/<id>/         files of that federation: adapters, round state, previews
 
-The ledger is the device's: it counts what was shared of the pictures, whoever got it, and a second one would count
-from 0. What belongs to no federation that has an id lies beside it, as if `federations/<id>/` were the folder: what a
-simulated device keeps, and what was there before federations had any.
+The ledger belongs to the device: it counts everything that was shared about the pictures, with any federation, and a
+second ledger would count from 0. Files of no federation with an id lie beside it, as if the folder were
+`federations/<id>/`: those of simulated devices, and those stored before federations had ids.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from privacy.storage import ASIDE
 
 PERSONAL, SEED = "personal.safetensors", "seed"
 PREVIOUS = ("previous.safetensors", *(f"previous-{number}.safetensors" for number in range(2, 7)))
-"""The first is of before there were several."""
+"""The first name dates from when only one was stored."""
 RESIDUAL, VARIATE, LOCAL_FACTORS = "residual.safetensors", "variate.safetensors", "own.safetensors"
 PREVIEWS, CACHE = "previews", "cache"
 VERSION, FEDERATION, FEDERATIONS = "version", "federation", "federations"
 
 ADAPTERS = (PERSONAL, *PREVIOUS)
-ROUND_FILES = (RESIDUAL, VARIATE, LOCAL_FACTORS)  # of rounds: it goes with the ledger that counted them
+ROUND_FILES = (RESIDUAL, VARIATE, LOCAL_FACTORS)  # set aside together with the ledger that counted the rounds
 FEDERATION_FILES = (*ADAPTERS, *ROUND_FILES, PREVIEWS)
 
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # of `common.atomic_files.write`
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # temporary files of `common.atomic_files.write`
 
 
 def federation_prefix(federation: str | None) -> str:
-    """What goes before the names of what belongs to a federation; None: to none that has an id.
+    """Return the path prefix of a federation's files; empty for None, no id.
 
-    Raises AntherError for an id that is no plain name.
+    Raises AntherError if the id is not a plain name.
     """
     if federation is None:
         return ""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", federation):
-        raise AntherError(f"federation {federation[:100]!r}: must be of a-z, 0-9, '.', '_' and '-'; enrol again")
+        raise AntherError(f"federation {federation[:100]!r}: must be of a-z, 0-9, '.', '_' and '-'; enroll again")
     return f"{FEDERATIONS}/{federation}/"
 
 
 def federations(folder: Path) -> list[str | None]:
-    """Ids of the federations that something is kept of; None is first if that is of one without."""
+    """List the ids of federations with stored files; None comes first if there are files without a federation id."""
     named = sorted(path.name for path in folder.glob(f"{FEDERATIONS}/*/") if not path.name.startswith("."))
     return [None, *named] if any((folder / name).exists() for name in FEDERATION_FILES) else [*named]
 
 
-def left(folder: Path) -> list[str]:
-    """Names of what rounds have left, of all federations."""
+def round_files(folder: Path) -> list[str]:
+    """List the names of state files between rounds, of all federations."""
     return [
         f"{federation_prefix(federation)}{name}"
         for federation in dict.fromkeys((None, *federations(folder)))
@@ -63,10 +63,10 @@ def left(folder: Path) -> list[str]:
     ]
 
 
-def private(folder: Path) -> Iterator[str]:
-    """Names of the files there that hold what is the owner's alone, but for pictures to look at.
+def private_files(folder: Path) -> Iterator[str]:
+    """Yield the names of the owner's private files, previews excluded: those are for viewing.
 
-    Nothing that this code didn't write is among them.
+    Only files that this code writes are included.
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -75,30 +75,30 @@ def private(folder: Path) -> Iterator[str]:
 
 
 def is_private(name: str) -> bool:
-    """Whether a file of this name is one of those; one that was set aside is as it was."""
-    _, rest = split(name)
+    """Return whether a file name is one of `private_files`; files set aside count under their original name."""
+    _, rest = split_name(name)
     if rest.startswith((f"{OUTBOX}/", f"{CACHE}/")):
         return not Path(rest).name.startswith(".")
     return rest in (*ADAPTERS, *ROUND_FILES, SEED, JOURNAL)
 
 
 def is_plaintext(name: str) -> bool:
-    """Whether a blob of this name is none of those."""
+    """Return whether a file of this name is stored unencrypted."""
     return name in (MARKER, VERSION, FEDERATION) or Path(name).parent.name == PREVIEWS
 
 
-def original(name: str) -> str:
-    """What a file was called before it was set aside."""
+def original_name(name: str) -> str:
+    """Return the name that a file had before it was set aside."""
     return re.sub(rf"^{ASIDE}-\d+/", "", name)
 
 
-def split(name: str) -> tuple[str | None, str]:
-    """Whose a file is, and what it is called there."""
-    rest = original(name)
-    found = re.match(rf"{FEDERATIONS}/([^/.][^/]*)/", rest)
-    return (found[1], rest[found.end() :]) if found else (None, rest)
+def split_name(name: str) -> tuple[str | None, str]:
+    """Split a name into the federation's id, or None, and the name within its folder."""
+    rest = original_name(name)
+    match = re.match(rf"{FEDERATIONS}/([^/.][^/]*)/", rest)
+    return (match[1], rest[match.end() :]) if match else (None, rest)
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """What writes that were killed have left, which nobody will read."""
-    return [path for path in folder.rglob(".*") if _UNFINISHED.fullmatch(path.name) and path.is_file()]
+def temporary_files(folder: Path) -> list[Path]:
+    """List the temporary files of writes that were killed; they are never read."""
+    return [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name) and path.is_file()]

@@ -1,7 +1,8 @@
-"""How a device's store is opened: by one process for as long as it lives, or by its owner's commands for a look.
+"""Open a device's store: exclusively by one process for its lifetime, or read-only by the owner's commands.
 
-Opening brings it to this version, and encrypts it where that is asked for and a key is kept (`client.store.keyring`). A store
-that is encrypted and whose key is gone is refused: to begin anew would begin its ledger anew.
+Opening upgrades the store to this version, and encrypts it if that is configured and a key exists
+(`client.store.keyring`). An encrypted store whose key is missing is refused: starting a new store would start a new
+ledger.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from privacy.storage import FileStorage, Storage
 if TYPE_CHECKING:
     from client.store.store import Store
 
-GIVE_UP = "without it, give up all that is there: anther device ledger reset --forget"
+GIVE_UP = "without it the stored data is lost; to start over: anther device ledger reset --forget"
 AS_IT_IS, AUTO, ALWAYS, NEVER = "as it is", "auto", "always", "never"
 
 
 @dataclass(frozen=True)
 class OpenStore:
-    """A device's store: its files, what is read and written through, and the federation whose part is meant."""
+    """An open store: its files, its (possibly encrypted) storage, and the federation that it is opened for."""
 
     files: FileStorage
     storage: Storage
@@ -36,6 +37,7 @@ class OpenStore:
 
     @cached_property
     def store(self) -> Store:
+        """Typed access to the storage."""
         from client.store.store import Store  # slow import, so only here
 
         return Store(self.storage, self.federation)
@@ -43,15 +45,16 @@ class OpenStore:
 
 @contextmanager
 def open_store(files: FileStorage, *, encrypt: str = AS_IT_IS, federation: str | None = None) -> Iterator[OpenStore]:
-    """Within this context the store is this process' alone, of this version, and encrypted as asked.
+    """Lock the store for this process, upgrade it, and encrypt it if configured; the lock is released on exit.
 
     Args:
-        encrypt: `conf.schemas.node.Storage.encrypt`; as it is: neither begun nor ended here.
-        federation: the id of the one that the device is in now; None: the one that it was in last.
+        files: the store's files.
+        encrypt: `conf.schemas.node.StorageConfig.encrypt`; `as it is`: neither start nor end encryption.
+        federation: id of the federation that the device is in now; None: the last one.
 
     Raises:
-        AntherError: another process has it, it is of a newer version, its key is missing or another, or
-            storage.encrypt can't be kept.
+        AntherError: another process uses the store, its version is newer, its key is missing or wrong, or
+            storage.encrypt contradicts its state.
     """
     prefix = layout.federation_prefix(federation)
     with file_lock.exclusive(files.folder, what="the store"):
@@ -64,23 +67,23 @@ def open_store(files: FileStorage, *, encrypt: str = AS_IT_IS, federation: str |
 
 @contextmanager
 def open_for_owner(files: FileStorage) -> Iterator[OpenStore]:
-    """For an owner's command that writes: as `open_store`, of a store that is there."""
+    """Open an existing store for an owner's command that writes."""
     check_store_exists(files)
-    with open_store(files) as found:
-        yield found
+    with open_store(files) as store:
+        yield store
 
 
 def check_store_exists(files: FileStorage) -> None:
-    """Raises AntherError unless there is a store."""
+    """Raise AntherError unless the store exists."""
     if not files.folder.is_dir():
-        raise AntherError(f"{files.folder}: there is no store here: say --store or --name")
+        raise AntherError(f"{files.folder}: there is no store here; use --store or --name")
 
 
 def inspect_store(files: FileStorage) -> OpenStore:
-    """The store as it is, for who reads, and for what mends itself under locks of its own: the ledger.
+    """Open the store for reading, without an exclusive lock; the ledger repairs itself under its own lock.
 
     Raises:
-        AntherError: as `open_store`, but for another process that has it.
+        AntherError: as `open_store`, except that another process may use the store.
     """
     migrate.version(files)
     data = files.read(HEADER_FILE)
@@ -91,33 +94,33 @@ def inspect_store(files: FileStorage) -> OpenStore:
 
 
 def last_federation(files: FileStorage) -> str | None:
-    """The one that the device was in last; None: none with an id."""
+    """Return the id of the last federation that the device was in; None: it had none."""
     data = files.read(FEDERATION)
     if data is None:
         return None
-    found = data.decode(errors="replace").strip()
+    federation = data.decode(errors="replace").strip()
     try:
-        layout.federation_prefix(found)
+        layout.federation_prefix(federation)
     except AntherError as error:
         raise AntherError(f"{files.where(FEDERATION)}: {error}") from None
-    return found
+    return federation
 
 
 def _unlocked(files: FileStorage, encrypt: str) -> Storage:
-    """What the files are read and written through."""
-    key, has_seal = keyring.find(), files.read(HEADER_FILE) is not None
-    if not has_seal:
-        if not migrate.in_the_open(files):
+    """Return the storage through which the files are read and written."""
+    key, has_header = keyring.find_key(), files.read(HEADER_FILE) is not None
+    if not has_header:
+        if not migrate.is_unencrypted(files):
             raise AntherError(
-                f"{files.where(HEADER_FILE)}: missing, and the store is encrypted: restore it from a backup; {GIVE_UP}"
+                f"{files.where(HEADER_FILE)}: missing, but the store is encrypted: restore it from a backup; {GIVE_UP}"
             )
         if encrypt == ALWAYS and key is None:
-            raise AntherError(f"storage.encrypt=always: {keyring.NONE}")
+            raise AntherError(f"storage.encrypt=always: {keyring.NO_KEY}")
         if key is None or encrypt in (AS_IT_IS, NEVER):
             return files
     elif key is None:
-        raise AntherError(f"{files.folder}: the store is encrypted, and {keyring.NONE}; {GIVE_UP}")
+        raise AntherError(f"{files.folder}: the store is encrypted, but {keyring.NO_KEY}; {GIVE_UP}")
     elif encrypt == NEVER:
-        raise AntherError(f"storage.encrypt=never: {files.folder} is encrypted already: leave it out")
+        raise AntherError(f"storage.encrypt=never: {files.folder} is already encrypted; remove this setting")
     seal = migrate.seal(files, key)
     return EncryptedStorage(files, StoreCipher(key, seal.store), layout.is_plaintext)

@@ -1,22 +1,21 @@
-"""What one device keeps: its personal adapter, its ledger, and caches.
+"""Everything that one device stores: its personal adapter, its ledger, and caches.
 
-    ledger.jsonl, outbox/,    privacy.ledger.ledger; its head lies elsewhere
+    ledger.jsonl, outbox/,    `privacy.ledger`; the head of its hash chain lies elsewhere
     enrolled
-    seed                      of the device's ordinary random streams
-    cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
-                              missing or damaged
+    seed                      seed of the device's non-private random streams
+    cache/                    encoded pictures, the base's loss on them, memory of a pass; recomputed if damaged
 
-and of one federation, each in a folder of its own (`client.store.layout`):
+and for each federation, in a folder of its own (`client.store.layout`):
 
-    personal.safetensors      the personal adapter with the shared one that it sits on, behind a mark of ours
-    previous….safetensors     those that it had before, for `roll_back` (`client.store.generations`)
-    residual.safetensors      what rounding left of the last change that was sent
-    variate.safetensors       SCAFFOLD's control variate, before the last round and after it
-    own.safetensors           the factors B of a run that shares A alone
-    previews/                 what its owner is shown of what was learnt
+    personal.safetensors      the personal adapter with the shared one under it, behind a format mark
+    previous….safetensors     previous personal adapters, for `roll_back` (`client.store.personal_versions`)
+    residual.safetensors      quantization error of the last uploaded change (error feedback)
+    variate.safetensors       SCAFFOLD's control variate, before and after the last round
+    own.safetensors           local factors B of a run that shares only A
+    previews/                 preview pictures for the owner
 
-On a real device these are files of one folder, and beside them lies policy.toml, what the owner allows, written by
-hand. Every write is atomic.
+On a real device these are files of one folder. The owner's policy.toml, written by hand, lies beside them. Every write
+is atomic.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from client.store.generations import AdapterVersion, AdapterVersions, metadata, plain
 from client.store.layout import CACHE, LOCAL_FACTORS, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, federation_prefix
+from client.store.personal_versions import AdapterVersion, AdapterVersions, metadata, plain
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, rank, to_tensors
 from privacy.ledger.ledger import DeviceLedger
@@ -42,64 +41,65 @@ from training.jobs import Examples
 
 
 class PersonalAdapter(NamedTuple):
-    """A device's own adapter, of use only on top of the shared one that it was trained on."""
+    """A device's personal adapter; it is of use only on top of the shared adapter that it was trained on."""
 
     adapter: Adapter
     shared: Adapter
     base: str  # content hash of the base
-    request: str  # what asked for it: asked again, it is there already
+    request: str  # hash of the request that it answers; a repeated request needs no training
 
 
 class Residual(NamedTuple):
-    """What rounding left of a round's change, by the names that it travels under: for the next change, once."""
+    """Quantization error of one round's change, by tensor name; added once to the next change (error feedback)."""
 
-    compatibility_key: str  # what a round must have in common with this one to take it
+    compatibility_key: str  # a round uses the residual only if its key is equal
     round: int
     left: dict[str, Tensor]
-    carried: dict[str, Tensor]  # what was left to this round: for this one again, if it is asked for again
+    carried: dict[str, Tensor]  # the residual that this round used, in case the round is repeated
 
 
 class ControlVariateState(NamedTuple):
-    """A device's control variate, by the names that what it corrects travels under."""
+    """A device's SCAFFOLD control variate, by the names of the tensors that it corrects."""
 
-    compatibility_key: str  # as of a Residual
+    compatibility_key: str  # see `Residual`
     round: int
-    before: dict[str, Tensor]  # for this round again, if it is asked for again
+    before: dict[str, Tensor]  # in case this round is repeated
     after: dict[str, Tensor]
 
 
-OfRound = TypeVar("OfRound", Residual, ControlVariateState)
+RoundState = TypeVar("RoundState", Residual, ControlVariateState)
 
 
 class LocalFactors(NamedTuple):
-    """The factors B that a device trained in a run and keeps, by site."""
+    """Factors B, `[out, rank]` by site, that a device trained in a run and does not share."""
 
     run: str
-    promise: str  # under which it was trained
+    promise: str  # privacy guarantee under which it was trained
     round: int
     after: dict[str, Tensor]
-    before: dict[str, Tensor]  # for this round again, if it is asked for again
+    before: dict[str, Tensor]  # in case this round is repeated
 
 
 class Store:
-    """What one device keeps in its storage.
+    """Typed access to one device's storage.
 
     Args:
-        federation: the id of the one whose adapters, and what its rounds left, this is about; None: of one without.
+        storage: the files, or their encrypted view.
+        federation: id of the federation whose adapters and round state are meant; None: one without an id.
     """
 
     def __init__(self, storage: Storage, federation: str | None = None) -> None:
-        self.ledger = DeviceLedger(storage)  # one, whoever got what it counts: the pictures are the same
+        self.ledger = DeviceLedger(storage)  # one for all federations: the pictures are the same
         self._storage, self._under = storage, federation_prefix(federation)
-        self._generations = AdapterVersions(storage, self._under)
+        self._versions = AdapterVersions(storage, self._under)
 
     @property
     def where(self) -> str:
-        """Where a person finds all of it."""
+        """Location of this federation's files, for messages."""
         return self._storage.where(self._under)
 
     def _read(self, name: str) -> bytes | None:
-        """Of this federation."""
+        """Read a file of this federation."""
         return self._storage.read(self._under + name)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -109,12 +109,12 @@ class Store:
         return self._storage.where(self._under + name)
 
     def save_personal(self, personal: PersonalAdapter, *, aside: bool = False) -> None:
-        """Replace the personal adapter; `aside`: the one there, with its shared one, becomes a previous one."""
+        """Replace the personal adapter; `aside`: the current one, with its shared one, becomes a previous one."""
         tensors = _prefixed("personal", personal.adapter) | _prefixed("shared", personal.shared)
-        self._generations.save(tensors, {"base": personal.base, "request": personal.request}, aside=aside)
+        self._versions.save(tensors, {"base": personal.base, "request": personal.request}, aside=aside)
 
     def personal(self, sites: Sites) -> PersonalAdapter | None:
-        """The personal adapter with what it sits on; None before the first one is trained.
+        """Load the personal adapter and the shared one under it; None before the first training.
 
         Raises:
             AntherError: it is damaged, or made for other sites.
@@ -131,91 +131,94 @@ class Store:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise AntherError(
                 f"{self._where(PERSONAL)}: not a personal adapter for this base ({error}); "
-                "remove it and personalise again"
+                "remove it and personalize again"
             ) from error
 
     def personal_sites(self) -> tuple[str, ...]:
-        """Where the personal adapter has its factors: the names of the base's layers; none before the first one."""
+        """List the layers at which the personal adapter has factors; empty before the first training."""
         try:
             tensors, _ = _load(self._read(PERSONAL) or save({}))
         except (SafetensorError, ValueError):
-            return ()  # `personal` says what is wrong with it
+            return ()  # `personal` reports the error
         names = (name.partition("/") for name in tensors)
         return tuple(sorted({site.rpartition(".")[0] for part, _, site in names if part == "personal"}))
 
     def personal_versions(self) -> list[AdapterVersion]:
-        """The personal adapters that are kept, the newest first."""
-        return self._generations.listed()
+        """List the stored personal adapters, newest first."""
+        return self._versions.all_versions()
 
     def roll_back(self, to: str | None = None) -> AdapterVersion:
-        """Return to a previous personal adapter, with the shared one under it; the present one is kept in its place.
+        """Return to a previous personal adapter with its shared one; the current one becomes a previous one.
 
-        The next one that is trained is measured against it, as against any other.
+        The next trained adapter is compared with it as with any other.
 
         Args:
-            to: as `personal_versions` names it; None: the newest that is older than the present one.
+            to: date of the adapter as in `personal_versions`; None: the newest that is older than the current one.
 
         Raises:
-            AntherError: there is none.
+            AntherError: there is no such adapter.
         """
-        return self._generations.roll_back(to)
+        return self._versions.roll_back(to)
 
     def save_residual(self, residual: Residual) -> None:
-        self._save_of_round(RESIDUAL, residual)
+        """Replace the residual."""
+        self._save_round_state(RESIDUAL, residual)
 
     def residual(self, compatibility_key: str) -> Residual | None:
-        """The last one, if it is for rounds such as this; a damaged one is none: it would have been lost, no more."""
-        return self._of_round(RESIDUAL, Residual, compatibility_key)
+        """Load the residual if its key is equal; a damaged one counts as missing, and only the correction is lost."""
+        return self._load_round_state(RESIDUAL, Residual, compatibility_key)
 
     def save_variate(self, variate: ControlVariateState) -> None:
-        self._save_of_round(VARIATE, variate)
+        """Replace the control variate."""
+        self._save_round_state(VARIATE, variate)
 
     def variate(self, compatibility_key: str) -> ControlVariateState | None:
-        """As `residual`."""
-        return self._of_round(VARIATE, ControlVariateState, compatibility_key)
+        """Load the control variate; same rules as `residual`."""
+        return self._load_round_state(VARIATE, ControlVariateState, compatibility_key)
 
-    def _save_of_round(self, file: str, kept: Residual | ControlVariateState) -> None:
-        compatibility_key, number, *parts = kept
+    def _save_round_state(self, file: str, state: Residual | ControlVariateState) -> None:
+        compatibility_key, number, *parts = state
         tensors = {
             f"{part}/{name}": tensor
-            for part, named in zip(kept._fields[2:], parts, strict=True)
+            for part, named in zip(state._fields[2:], parts, strict=True)
             for name, tensor in named.items()
         }
         self._write(file, save(tensors, {"follows": compatibility_key, "round": str(number)}))
 
-    def _of_round(self, file: str, kind: type[OfRound], compatibility_key: str) -> OfRound | None:
+    def _load_round_state(self, file: str, state_type: type[RoundState], compatibility_key: str) -> RoundState | None:
         try:
             tensors, metadata = _load(self._read(file) or b"")
             if metadata["follows"] != compatibility_key:
                 return None
-            return kind(
-                compatibility_key, int(metadata["round"]), *(_under(tensors, part) for part in kind._fields[2:])
+            return state_type(
+                compatibility_key, int(metadata["round"]), *(_under(tensors, part) for part in state_type._fields[2:])
             )
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
-    def save_local_factors(self, own: LocalFactors) -> None:
-        parts = {"after": own.after, "before": own.before}
-        # Clones: of a site that was not trained both are one tensor, which the format doesn't hold twice.
+    def save_local_factors(self, local_factors: LocalFactors) -> None:
+        """Replace the local factors."""
+        parts = {"after": local_factors.after, "before": local_factors.before}
+        # Clones: at an untrained site both are the same tensor, and safetensors refuses shared memory.
         tensors = {
             f"{part}/{name}": t.clone().contiguous() for part, named in parts.items() for name, t in named.items()
         }
-        told = {"run": own.run, "promise": own.promise, "round": str(own.round)}
-        self._write(LOCAL_FACTORS, save(tensors, told))
+        metadata = {"run": local_factors.run, "promise": local_factors.promise, "round": str(local_factors.round)}
+        self._write(LOCAL_FACTORS, save(tensors, metadata))
 
-    def own(self, run: str) -> LocalFactors | None:
-        """What was kept of this run; a damaged one is none: the run goes on with what is sent."""
+    def local_factors(self, run: str) -> LocalFactors | None:
+        """Load the local factors of a run; if they are damaged, the run continues with the received factors."""
         try:
-            tensors, told = _load(self._read(LOCAL_FACTORS) or b"")
-            if told["run"] != run:
+            tensors, metadata = _load(self._read(LOCAL_FACTORS) or b"")
+            if metadata["run"] != run:
                 return None
-            found = (_under(tensors, part) for part in ("after", "before"))
-            return LocalFactors(run, told["promise"], int(told["round"]), *found)
+            factors = (_under(tensors, part) for part in ("after", "before"))
+            return LocalFactors(run, metadata["promise"], int(metadata["round"]), *factors)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
     def save_preview(self, name: str, pictures: np.ndarray) -> None:
-        """Keep pictures [n, H, W] or [n, H, W, 3], side by side, as a PNG."""
+        """Store pictures, `[n, H, W]` or `[n, H, W, 3]`, side by side in one PNG."""
         from PIL import Image  # slow import, so only here
 
         file = io.BytesIO()
@@ -223,11 +226,18 @@ class Store:
         self._write(f"{PREVIEWS}/{name}.png", file.getvalue())
 
     def save_examples(self, split: str, key: str, examples: Examples) -> None:
+        """Cache the encoded examples of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            key: identifies base, resolution and pictures.
+            examples: the encoded pictures.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in examples._asdict().items()}
         self._storage.write(f"{CACHE}/{split}.safetensors", save(tensors, {"key": key}))
 
     def examples(self, split: str, key: str) -> Examples | None:
-        """The cached examples of a split, if they were made under the same key (base and pictures)."""
+        """Load the encoded examples of a split if they were cached under the same key (base and pictures)."""
         try:
             tensors, metadata = _load(self._storage.read(f"{CACHE}/{split}.safetensors") or b"")
             return Examples(**tensors) if metadata["key"] == key else None
@@ -235,35 +245,42 @@ class Store:
             return None
 
     def save_number(self, name: str, key: str, number: float) -> None:
+        """Cache a number.
+
+        Args:
+            name: file name, without suffix.
+            key: identifies everything that the number depends on.
+            number: the value.
+        """
         self._storage.write(f"{CACHE}/{name}.json", json.dumps({"key": key, "number": number}).encode())
 
     def number(self, name: str, key: str) -> float | None:
-        """A cached number, if it was found under the same key."""
+        """Load a number if it was cached under the same key."""
         try:
-            found = json.loads(self._storage.read(f"{CACHE}/{name}.json") or b"")
-            return float(found["number"]) if found["key"] == key else None
+            cached = json.loads(self._storage.read(f"{CACHE}/{name}.json") or b"")
+            return float(cached["number"]) if cached["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def seed(self) -> int:
-        """The seed of a real device's ordinary streams, drawn once and never told.
+        """Return the seed of a real device's non-private streams, drawn once and never sent.
 
-        No ε rests on its secrecy (`training.batches.Batches`): it is kept so that devices differ, and that nobody can
-        redraw what an open update was trained with.
+        No ε depends on its secrecy (`training.batches.Batches`). It is stored so that devices differ, and so that
+        others cannot recompute the random numbers behind a non-private update.
         """
-        if (found := self._storage.read(SEED)) is None:
-            found = str(secrets.randbits(63)).encode()
-            self._storage.write(SEED, found)
+        if (stored := self._storage.read(SEED)) is None:
+            stored = str(secrets.randbits(63)).encode()
+            self._storage.write(SEED, stored)
         try:
-            return int(found)
+            return int(stored)
         except ValueError as error:
             raise AntherError(
-                f"{self._storage.where(SEED)}: not a number; remove it and another seed is drawn"
+                f"{self._storage.where(SEED)}: not a number; remove it, and a new seed is drawn"
             ) from error
 
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The tensors of safetensors bytes, and what is written beside them."""
+    """Parse safetensors bytes: tensors and metadata."""
     return load(plain(data)), metadata(data)
 
 
@@ -272,15 +289,15 @@ def _prefixed(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors of one part of a file, by their own names."""
+    """Return the tensors of one part of a file, without the part's prefix."""
     return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str, sites: Sites) -> Adapter:
-    """One adapter of the file, with exactly the given sites and one rank."""
-    found = _under(tensors, prefix)
-    adapter = from_tensors(found)
+    """Return one adapter of the file; ValueError unless it has exactly these sites and one rank."""
+    part = _under(tensors, prefix)
+    adapter = from_tensors(part)
     expected: dict[str, Any] = adapter_shapes(sites, rank(adapter))
-    if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:
+    if {name: tuple(tensor.shape) for name, tensor in part.items()} != expected:
         raise ValueError(f"{prefix}: other sites or ranks")
     return adapter

@@ -84,7 +84,7 @@ def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Pa
 @pytest.mark.parametrize(
     ("sites", "words"),
     [
-        ((FIRST, "mid.nowhere"), "the plan trains site mid.nowhere, which this base has not"),
+        ((FIRST, "mid.nowhere"), "the plan trains site mid.nowhere, which this base does not have"),
         ((), "the plan names 0 sites"),
         ((FIRST, FIRST), "the plan names 2 sites to train, 1 of them different"),
     ],

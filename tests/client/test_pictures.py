@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from client.data import fingerprint, load_folder, split_of
-from client.data.reading import MOST
-from client.data.splits import kind_of
+from client.data.reading import MAX_PIXELS
+from client.data.splits import split_named
 from common.errors import AntherError
 
 WHITE, BLACK = 255, 0
@@ -158,7 +158,7 @@ def png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [8001, 10000, 20000, 40000])
 def test_too_many_pixels_say_so(tmp_path: Path, side: int) -> None:
-    assert side**2 > MOST
+    assert side**2 > MAX_PIXELS
     listed(tmp_path).write_bytes(png(side, side))
     with pytest.raises(AntherError, match=r"a\.png: too many pixels.*; save a smaller copy"):
         load_folder(tmp_path)
@@ -245,7 +245,7 @@ def test_photo_is_read_near_the_size_that_is_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_split_names(name: str, kind: str | None) -> None:
-    assert kind_of(name) == kind
+    assert split_named(name) == kind
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ def test_split_folders_under_other_names(tmp_path: Path, names: tuple[str, ...],
         (("train", "train_images"), "both look like train"),
         (("val", "validation", "train"), "both look like validation"),
         (("Trainingsdaten", "Testdaten"), "rename folders"),
-        (("data/train", "data/test"), "looks like a split, further down"),
-        (("cats/train", "dogs/val"), "looks like a split, further down"),
+        (("data/train", "data/test"), "looks like a split but is nested"),
+        (("cats/train", "dogs/val"), "looks like a split but is nested"),
     ],
 )
 def test_doubtful_split_folders_are_refused(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
@@ -310,7 +310,7 @@ def gray(file: Path) -> None:
         ('{"file_name": "my cat", "text": "a.png"}', "swapped"),
         ('{"file_name": "A.PNG", "text": "x"}', "write a.png"),
         ('{"file_name": "a.png", "text": "' + "x" * 50_000 + '"}', "shorten it"),
-        ('{"file_name": "two\\nlines", "text": "x"}', "is not there"),
+        ('{"file_name": "two\\nlines", "text": "x"}', "doesn't exist"),
     ],
 )
 def test_odd_lines_are_one_line(tmp_path: Path, line: str, said: str) -> None:

@@ -48,10 +48,10 @@ def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(downloads, "fetch", fetched)
     monkeypatch.setattr(ServerConnection, "hello", lambda _: hello)
-    monkeypatch.setattr(supervisor.links, "skew", lambda _: 0.0)
+    monkeypatch.setattr(supervisor.server_connection, "skew", lambda _: 0.0)
     waited: list[float] = []
     monkeypatch.setattr(supervisor.time, "sleep", waited.append)
-    assert supervisor.ready(NodeConfig(), LINK, Policy()) == BASE
+    assert supervisor.wait_for_server(NodeConfig(), LINK, Policy()) == BASE
     assert len(waited) == 2
 
 
@@ -60,8 +60,8 @@ def test_a_network_that_is_paid_by_volume_is_left_alone(home: Path) -> None:
     node = NodeConfig(
         power=PowerConfig(meter="file", file=str(home / "sensors.json")), fetch=FetchConfig(source="server")
     )
-    with pytest.raises(ServerUnavailable, match="paid by volume"):
-        supervisor.have(node, LINK, BASE)
-    with pytest.raises(ServerUnavailable, match="can't be had") as refused:  # nobody is there, but it was asked
-        supervisor.have(replace(node, fetch=FetchConfig(source="folder", allow_metered=True)), LINK, BASE)
-    assert "paid by volume" not in str(refused.value)
+    with pytest.raises(ServerUnavailable, match="network is metered"):
+        supervisor.ensure_base(node, LINK, BASE)
+    with pytest.raises(ServerUnavailable, match="can't be fetched") as refused:  # nobody is there, but it was asked
+        supervisor.ensure_base(replace(node, fetch=FetchConfig(source="folder", allow_metered=True)), LINK, BASE)
+    assert "network is metered" not in str(refused.value)

@@ -29,7 +29,7 @@ def test_faults_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("a decoder's own")
 
     monkeypatch.setattr(data.StoredPicture, "_read", undecoded)
-    monkeypatch.setattr(stored_picture, "_known", set())
+    monkeypatch.setattr(stored_picture, "_verified", set())
     row = run_cases("exif", range(5))
     assert len(row.faults) == 5
     assert row.faults[0].startswith("exif 0: NotImplementedError")

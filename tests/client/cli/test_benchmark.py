@@ -1,4 +1,4 @@
-"""`anther device benchmark` leaves a profile that `device=this` reads, with rates that are work over time."""
+"""`anther device benchmark` writes a profile that `device=this` reads; its rates are work over time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.helpers.networks import SMALL
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that takes no time worth a word."""
+    """A training step of negligible duration."""
     monkeypatch.setattr(benchmark, "STEP", SMALL["unet"])
     monkeypatch.setattr(benchmark, "PIXELS", 128)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """From now on every piece of work takes the same time by the clock."""
+    """Make every piece of work take the same time by the clock."""
 
     class Clock:
         now = 0.0
@@ -42,11 +42,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return take
 
 
-def test_the_second_half_counts(clock: Callable[[float], None]) -> None:
+def test_second_half_is_averaged(clock: Callable[[float], None]) -> None:
     takes = iter([9.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
-    assert benchmark.sustained(lambda: clock(next(takes)), 20.0) == 2.0
+    assert benchmark.mean_seconds(lambda: clock(next(takes)), 20.0) == 2.0
     slow = iter([30.0, 40.0])
-    assert benchmark.sustained(lambda: clock(next(slow)), 20.0) == 40.0  # however slow, one counts
+    assert benchmark.mean_seconds(lambda: clock(next(slow)), 20.0) == 40.0  # however slow, one run is measured
 
 
 def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
         done.append(work())
         return seconds
 
-    monkeypatch.setattr(benchmark, "sustained", once)
+    monkeypatch.setattr(benchmark, "mean_seconds", once)
     assert benchmark.matrix_rate(2.0, n=10) == 2 * 10**3 / 2
     assert benchmark.convolution_rate(4.0, channels=3, side=5) == 2 * 9 * 3 * 3 * 25 / 4
     assert benchmark.bandwidth(0.5, numbers=100) == 2 * 400 / 0.5
@@ -67,7 +67,7 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_what_is_measured_is_read_again(
+def test_profile_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
@@ -84,30 +84,30 @@ def test_what_is_measured_is_read_again(
     assert "pixel8" in header[1]
 
 
-def test_the_slowdown_is_what_was_seen_over_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slowdown_is_measured_over_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "training_step", lambda _: (0.05, 300 * 2**20))
     monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 20e9)
     monkeypatch.setattr(benchmark, "convolution_rate", lambda _: 10e9)
     monkeypatch.setattr(benchmark, "bandwidth", lambda _: 4e9)
     like = compose_plan(["device=pixel8"], Path("/nowhere")).device
-    found: DeviceProfileConfig = benchmark.measured(like, 1.0)
+    found: DeviceProfileConfig = benchmark.measure(like, 1.0)
     assert pass_seconds(benchmark.predicted_step(), found) == pytest.approx(0.05)
     assert (found.matrix_gflops, found.convolution_gflops, found.bandwidth_gbs) == (20, 10, 4)
     assert found.runtime_mib == 300
 
 
-def test_a_device_that_is_too_busy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "training_step", lambda _: (9e9, 300 * 2**20))
-    with pytest.raises(AntherError, match=r"device\.slowdown=.*was this device busy"):
-        benchmark.measured(compose_plan(["device=pixel8"], Path("/nowhere")).device, 0.01)
+    with pytest.raises(AntherError, match=r"device\.slowdown=.*the device was probably busy"):
+        benchmark.measure(compose_plan(["device=pixel8"], Path("/nowhere")).device, 0.01)
 
 
-def test_mistakes_cost_one_line(
+def test_errors_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(benchmark, "measured", lambda like, _: like)
+    monkeypatch.setattr(benchmark, "measure", lambda like, _: like)
     for words in (["--seconds", "0"], []):
         assert benchmark.main(words) == 2
         captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What a device has learnt, drawn."""
+"""Drawing with a device's learned adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training import inference
 from training.memory import budget
 
 CAPTIONS = ["a b", "c"]
-SITES = r".*attn1\.to_(q|v)"  # fewer than the family's own: what is drawn with are those of the adapter
+SITES = r".*attn1\.to_(q|v)"  # fewer than the family's sites: the adapter's sites are used
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def live(base: Base, seed: int) -> Adapter:
 
 
 def merged(folder: Path, *adapters: Adapter) -> list[np.ndarray]:
-    """What is drawn with B A added to the weights, in place of adapters."""
+    """Draw with B A added to the weights, instead of with adapters."""
     base = Base(folder, sites=SITES)
     for adapter in adapters:
         for name, (a, b) in adapter.items():
@@ -52,7 +52,7 @@ def merged(folder: Path, *adapters: Adapter) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(("under", "parts"), [("personal", 2), ("shared", 1), ("base", 0)])
-def test_it_is_what_merged_weights_draw(
+def test_drawing_equals_merged_weights(
     under: str, parts: int, fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared, personal = live(fresh, 1), live(fresh, 2)
@@ -60,7 +60,7 @@ def test_it_is_what_merged_weights_draw(
     options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--out", str(tmp_path / "out")]
     assert main([*CAPTIONS, *options, "--under", under, "--store", str(tmp_path / "store")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    part = "" if under == "personal" else f"-{under}"  # one doesn't take the other's place
+    part = "" if under == "personal" else f"-{under}"  # the two are added
     assert [file.name for file in files] == [f"01{part}-a-b.png", f"02{part}-c.png"]
     wanted = merged(fresh.folder, *(shared, personal)[:parts])
     for file, picture in zip(files, wanted, strict=True):
@@ -72,7 +72,7 @@ def test_it_is_what_merged_weights_draw(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "nothing was learnt here yet"),
+        ([], "nothing was learned here yet"),
         (["--steps", "0"], "--steps 0: must be 1 to 1000"),
         (["--guidance", "0"], "--guidance 0.0: must be 1 to 1000"),
         (["--guidance", "nan"], "--guidance nan: must be 1 to 1000"),
@@ -88,7 +88,7 @@ def test_it_is_what_merged_weights_draw(
         (["--small-vae", "nowhere", "--under", "base"], "nowhere: holds no safetensors"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_errors_are_one_line(
     options: list[str], words: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["a", "--base", str(pipeline_folder), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
@@ -100,9 +100,7 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_learnt_on_another_base_is_not_drawn_with(
-    fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_of_another_base_is_refused(fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Store(FileStorage(tmp_path / "store")).save_personal(
         PersonalAdapter(live(fresh, 1), live(fresh, 2), "f" * 64, "run:1")
     )

@@ -1,4 +1,4 @@
-"""What an owner removes is gone, all of it and nothing else; the ledger is never among it."""
+"""`anther device forget` deletes everything it should and nothing else; the ledger always stays."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def files(home: Path) -> FileStorage:
-    """Of a device that was in three federations, one of them without an id, and whose owner began anew once."""
+    """Files of a device that was in three federations, one of them without an id, and whose ledger was reset once."""
     assert home.name == "home"
     found = device_files("pi")
     with open_store(found) as mine:
         fill(mine.store)
-    ledger.reset(found, sure=True)
+    ledger.reset(found, confirmed=True)
     for federation in (None, "a" * 64, FEDERATION):
         with open_store(found, federation=federation) as mine:
             fill(mine.store)
@@ -54,12 +54,19 @@ def run(arguments: Sequence[str]) -> int:
     return main(["--name", "pi", *arguments])
 
 
-def test_of_the_last_federation(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forget_last_federation(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
     before = names(files)
     entries = inspect_store(files).store.ledger.entries()
     assert run(["--yes"]) == 0
     said = capsys.readouterr().out
-    for word in ("8 files", FEDERATION, str(files.folder), "stays shared", "client.cli.ledger", "not written over"):
+    for word in (
+        "8 files",
+        FEDERATION,
+        str(files.folder),
+        "part of the shared adapter",
+        "anther device ledger",
+        "not overwritten",
+    ):
         assert word in said
     gone = before - names(files)
     assert {name.split("/")[1] for name in gone if name.startswith("federations")} == {FEDERATION}
@@ -72,19 +79,19 @@ def test_of_the_last_federation(files: FileStorage, capsys: pytest.CaptureFixtur
     assert not (files.folder / "cache").exists()
     assert inspect_store(files).store.ledger.entries() == entries
     assert run(["--yes"]) == 0
-    assert "nothing was learnt here" in capsys.readouterr().out
+    assert "nothing was learned here" in capsys.readouterr().out
 
 
-def test_of_one_by_its_id(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forget_federation_by_id(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--federation", "a" * 64, "--yes"]) == 0
     assert not (files.folder / "federations" / ("a" * 64)).exists()
     assert (files.folder / "federations" / FEDERATION / "personal.safetensors").exists()
     assert run(["--federation", "a" * 64, "--yes"]) == 2
-    assert f"of these something is: {FEDERATION}" in capsys.readouterr().err
+    assert f"it has files of: {FEDERATION}" in capsys.readouterr().err
     assert run(["--federation", "../..", "--yes"]) == 2
 
 
-def test_of_all(files: FileStorage) -> None:
+def test_forget_all_federations(files: FileStorage) -> None:
     before = names(files)
     assert run(["--all", "--yes"]) == 0
     left = names(files)
@@ -98,12 +105,12 @@ def test_of_all(files: FileStorage) -> None:
     assert len(inspect_store(files).store.ledger.entries()) == 1
 
 
-def test_it_must_be_meant(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forget_needs_confirmation(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
     before = names(files)
     for arguments in ([], ["--all"], ["--federation", "a" * 64]):
         assert run(arguments) == 2
         error = capsys.readouterr().err
-        assert "say --yes" in error
+        assert "confirm with --yes" in error
         assert error.count("\n") == 1
     assert names(files) == before
     with open_store(files):
@@ -114,7 +121,7 @@ def test_it_must_be_meant(files: FileStorage, capsys: pytest.CaptureFixture[str]
     assert run(["--yes"]) == 2
 
 
-def test_it_needs_no_key(files: FileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forget_needs_no_key(files: FileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = tmp_path / "key"
     key.write_bytes(bytes(32))
     key.chmod(0o600)
@@ -129,7 +136,7 @@ def test_it_needs_no_key(files: FileStorage, tmp_path: Path, monkeypatch: pytest
     found.ledger.reserve(replace(FIRST, round=9), free)
 
 
-def test_killed_on_the_way_it_can_be_done_again(files: FileStorage, tmp_path: Path) -> None:
+def test_forget_can_be_repeated_after_kill(files: FileStorage, tmp_path: Path) -> None:
     def forgotten() -> None:
         assert run(["--all", "--yes"]) == 0
 

@@ -1,4 +1,4 @@
-"""Who leaves can't be spoken for any more, and keeps what is theirs."""
+"""`anther device leave` deletes the keys, and keeps the store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.kills import counted, killed_before
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a device that was enrolled as pi, with its store on a card."""
+    """Home of a device enrolled as pi, with its store on a memory card."""
     found = tmp_path / "home"
     monkeypatch.setenv("ANTHER_HOME", str(found))
     (found / "link").mkdir(parents=True)
@@ -30,28 +30,28 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return found
 
 
-def test_what_it_undoes_and_what_it_cant(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leave_deletes_keys_and_keeps_store(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--yes"]) == 0
     said = capsys.readouterr().out
     for word in (
         "leaf.example:9092",
         "revoke",
         str(tmp_path / "card"),
-        "client.cli.forget",
+        "anther device forget",
         "part of the shared adapter",
     ):
         assert word in said
     assert not (home / "link").exists()
     assert not (home / "node.conf").exists()
     kept = inspect_store(device_files("pi", tmp_path / "card")).store.personal(SITES)
-    assert kept is not None  # of use as before, and found by the federation that the device was in last
+    assert kept is not None  # still usable, and found through the last federation
     assert main(["--yes"]) == 2
     assert "this device is in no federation" in capsys.readouterr().err
 
 
-def test_it_must_be_meant_and_nobody_at_work(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leave_needs_confirmation_and_lock(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "say --yes" in capsys.readouterr().err
+    assert "confirm with --yes" in capsys.readouterr().err
     with open_store(device_files("pi", tmp_path / "card")):
         assert main(["--yes"]) == 2
     assert "in use" in capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_it_must_be_meant_and_nobody_at_work(home: Path, tmp_path: Path, capsys:
     assert (home / "node.conf").exists()
 
 
-def test_killed_on_the_way_it_can_be_done_again(home: Path, tmp_path: Path) -> None:
+def test_leave_can_be_repeated_after_kill(home: Path, tmp_path: Path) -> None:
     def left() -> None:
         assert main(["--yes"]) == 0
 
@@ -75,7 +75,7 @@ def test_killed_on_the_way_it_can_be_done_again(home: Path, tmp_path: Path) -> N
         assert not (home / "node.conf").exists()
 
 
-def test_with_words_that_cant_be_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leave_with_unreadable_configuration(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "node.conf").write_text("name='")
     assert main(["--yes"]) == 2
     assert "node.conf" in capsys.readouterr().err

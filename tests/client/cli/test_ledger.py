@@ -1,4 +1,4 @@
-"""What an owner reads of the ledger, and how they begin a new one."""
+"""`anther device ledger` shows the ledger, and starts a new one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ledger(home: Path) -> DeviceLedger:
-    """Of the machine's own device: one round received, one sealed, one measure reserved."""
+    """Ledger of this machine's device: one round received, one sealed, one evaluation reserved."""
     assert home.name == "home"
     found = DeviceLedger(device_files("tablet"))
     for made in (FIRST, SECOND):
@@ -51,33 +51,31 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def test_a_fresh_device(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ledger_of_new_device(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys) == FRESH + "\n"
     assert json.loads(shown(capsys, "--json"))["entries"] == []
     assert shown(capsys, "reset", "--forget") == FRESH + "\n"
-    assert not home.exists()  # looking leaves nothing behind
+    assert not home.exists()  # showing writes nothing
 
 
 @pytest.mark.usefixtures("ledger")
-def test_it_says_what_was_shared_and_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_releases_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys)
     assert text.count("run/../Ω") == 1
-    for word in ("reply received", "reply sealed", "charged", "an adapter", "how the adapter does", "no: test"):
+    for word in ("reply received", "reply sealed", "charged", "adapter update", "evaluation", "no: test"):
         assert word in text
     assert "σ=2 C=0.01 q=0.2, 25 steps" in text
     assert "sets no max_epsilon" in text
-    assert "Made with a test's reproducible noise, not a release: 1 of 3." in text
+    assert "Made with reproducible test noise, which protects nothing: 1 of 3." in text
     assert "there were 2 sets" in text
     assert "7 events" in text
 
 
-def test_the_number_is_the_ledgers_with_all_that_it_means(
-    ledger: DeviceLedger, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_epsilon_is_the_ledgers(ledger: DeviceLedger, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "devices/tablet/policy.toml").write_text("max_epsilon = 4.0\ndelta = 1e-3")
     spent, strict = ledger.spent(1e-3), ledger.spent(1e-5).value
     assert f"ε={spent.value:.3g} per image (δ=0.001, add or remove one; ε={strict:.3g} at δ=1e-05)" in shown(capsys)
-    assert f"ε=4 at this δ: {4 - spent.value:.3g} is left" in shown(capsys)
+    assert f"ε=4 at this δ: {4 - spent.value:.3g} remains" in shown(capsys)
     found = json.loads(shown(capsys, "--json"))
     assert found["epsilon"] == {
         "value": spent.value,
@@ -97,24 +95,22 @@ def test_the_number_is_the_ledgers_with_all_that_it_means(
     assert found["entries"][1]["data"] == "e" * 64
 
 
-def test_a_measurement_is_shown_with_the_noise_on_it(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_is_shown_with_its_noise(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
     noise = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
     ledger.reserve(replace(FIRST, purpose=MEASURE, mechanism=noise, clip=0.1), free)
     (row,) = [line for line in shown(capsys).splitlines() if "σ=10" in line]
-    assert [cell.strip() for cell in row.split("│")[1:4]] == ["1", "how the adapter does", "σ=10 C=0.1"]
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["1", "evaluation", "σ=10 C=0.1"]
 
 
-def test_without_noise_there_is_no_number(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_epsilon_without_noise(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.reserve(replace(FIRST, run="bare", mechanism=NonPrivate(), clip=None), free)
-    assert "Shared without noise: 1 of 4, so no ε can be promised" in shown(capsys)
-    assert "has no dates of a reply: count it as sent" in shown(capsys)
-    assert "no sealed reply yet: 1." in shown(capsys)  # without noise there is nothing to seal
+    assert "Shared without noise: 1 of 4, so there is no privacy guarantee" in shown(capsys)
+    assert "has no dates of a reply: assume that it was sent" in shown(capsys)
+    assert "without a reply yet: 1." in shown(capsys)  # replies without noise aren't sealed
     assert json.loads(shown(capsys, "--json"))["epsilon"]["value"] is None
 
 
-def test_a_store_elsewhere_knows_where_its_head_is(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_store_in_another_folder_finds_its_head(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tmp_path / "card"
     DeviceLedger(device_files("camera", store)).reserve(FIRST, free)
     assert (home / "heads/camera" / JOURNAL).exists()
@@ -129,22 +125,26 @@ def test_a_store_elsewhere_knows_where_its_head_is(
     DeviceLedger(device_files("camera", store)).reserve(FIRST, free)
 
 
-def test_another_store_under_the_same_name_is_no_fresh_device(ledger: DeviceLedger, tmp_path: Path) -> None:
+def test_second_store_of_same_name_is_refused(ledger: DeviceLedger, tmp_path: Path) -> None:
     assert ledger.entries()
     with pytest.raises(Exception, match="is missing"):
         DeviceLedger(device_files("tablet", tmp_path / "new")).reserve(FIRST, free)
 
 
-def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
+def test_reset_needs_confirmation_and_keeps_old_ledger(
     ledger: DeviceLedger, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = home / "devices/tablet" / JOURNAL
     old = journal.read_bytes()
     assert "reset --forget" in failed(capsys, "reset")
     assert journal.read_bytes() == old
-    journal.write_bytes(old[:-9])  # torn where no crash tears it: the head knows
+    journal.write_bytes(old[:-9])  # no crash tears the file here, as the head shows
     assert "rolled back" in failed(capsys)
-    carried = (RESIDUAL, VARIATE, LOCAL_FACTORS)  # from round to round: made of what the old ledger counts
+    carried = (
+        RESIDUAL,
+        VARIATE,
+        LOCAL_FACTORS,
+    )  # state between rounds, derived from releases that the old ledger counts
     for name in carried:
         journal.with_name(name).write_bytes(b"?")
     text = shown(capsys, "reset", "--forget")
@@ -158,11 +158,11 @@ def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
     assert len(ledger.entries()) == 1
 
 
-def test_as_a_program(home: Path) -> None:
+def test_ledger_as_program(home: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "ANTHER_HOME": str(home)}
     command = [sys.executable, "-m", "client.cli.ledger", "--store", str(home / "x")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert "there is no store here" in done.stderr  # it was named, and mistyped maybe
+    assert "there is no store here" in done.stderr  # named explicitly, so it may be mistyped
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     done = subprocess.run(command[:3], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == FRESH + "\n"

@@ -1,4 +1,4 @@
-"""The owner's way back, at the terminal."""
+"""`anther device roll-back`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.helpers.devices import BASE, SITES, adapter
 
 
 @pytest.mark.parametrize("asked", ["store", "name", "nothing"])
-def test_back_once_and_no_further(
+def test_roll_back_once(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the device that is meant, which every command of an owner finds in the same way."""
+    """The command finds the device like all owner's commands."""
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     monkeypatch.setattr("platform.node", lambda: "tablet")
     folder = {"store": tmp_path / "card", "name": tmp_path / "devices/camera", "nothing": tmp_path / "devices/tablet"}

@@ -1,4 +1,4 @@
-"""The ladder: nothing that might not fit is accepted, nothing better that fits is passed over."""
+"""Plan search: no accepted option may exceed memory, and no better feasible option is skipped."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.planning import plan_search as ladders
+from client.planning import plan_search as plan_search
 from client.planning.plan_search import (
     TrainingOption,
     TrainingSetting,
+    evaluate_option,
     fastest_option,
     pass_seconds,
-    rung,
     search_plans,
 )
 from common.units import GIB, HOUR
@@ -22,7 +22,7 @@ from conf.schemas.planning import DeviceProfileConfig, PlanConfig
 from models.footprint.footprint import MARGIN, Footprint
 
 RESOLUTIONS, SITES, WEIGHTS = (512, 256), ("attention", "cross"), ("fp32", "int8", "nf4")
-ALL = ladders.settings(RESOLUTIONS, SITES, WEIGHTS)
+ALL = plan_search.settings(RESOLUTIONS, SITES, WEIGHTS)
 BASE = {"fp32": 3.2, "int8": 0.8, "nf4": 0.45}
 
 
@@ -49,7 +49,7 @@ def footprint(gib: float, work: float = 1.0) -> Footprint:
 
 
 def predict(setting: TrainingSetting) -> Footprint:
-    """Checkpoints save half the activations and cost a third more work."""
+    """Checkpointing saves half of the activations and costs a third more work."""
     area, plain = (setting.resolution / 512) ** 2 * setting.batch, setting.checkpointing == "none"
     trained = 1.0 if setting.sites == "attention" else 0.9
     gib = BASE[setting.weights] + area * trained * (1.6 if plain else 0.4)
@@ -64,7 +64,7 @@ def fits(setting: TrainingSetting, memory: float) -> bool:
     return MARGIN * predict(setting).peak_bytes <= memory * GIB
 
 
-def test_the_ladder_goes_from_the_best_down() -> None:
+def test_settings_are_sorted_best_first() -> None:
     assert len(ALL) == 24
     assert ALL[:2] == [
         TrainingSetting(512, "attention", "fp32", "none"),
@@ -76,7 +76,7 @@ def test_the_ladder_goes_from_the_best_down() -> None:
 
 @given(memory=st.floats(0.3, 10), pictures=st.integers(1, 9), rungs=st.integers(0, 4))
 @settings(deadline=None)
-def test_the_best_that_fits_in_its_fastest_form(memory: float, pictures: int, rungs: int) -> None:
+def test_best_option_uses_fastest_microbatch(memory: float, pictures: int, rungs: int) -> None:
     found, best = best_of(memory, batch_size=pictures, alternatives=rungs, steps=1, min_steps=1, max_hours=1e9)
     able = [setting for setting in ALL if fits(setting, memory)]
     if not able:
@@ -98,10 +98,10 @@ def test_the_best_that_fits_in_its_fastest_form(memory: float, pictures: int, ru
         assert (above.steps, above.seconds, above.joules) == (0, 0.0, 0.0)
 
 
-def test_a_prediction_that_just_fits_has_no_room_for_being_under() -> None:
+def test_memory_margin_is_applied() -> None:
     plan = PlanConfig(device=device(memory_gib=2.0))
     for gib, blocked in ((2.0 / MARGIN - 0.001, False), (2.0 / MARGIN + 0.001, True)):
-        found = rung(ALL[0], plan, lambda _, gib=gib: footprint(gib))
+        found = evaluate_option(ALL[0], plan, lambda _, gib=gib: footprint(gib))
         assert bool(found.blocked) is blocked
 
 
@@ -118,32 +118,32 @@ def test_seconds_are_work_over_rates() -> None:
         (1.0, None, 100, None),
         (150 / HOUR, None, 50, None),
         (30 / HOUR, None, 10, "time: 10 steps, of at least 20"),
-        (1.0, 1.0, 100, None),  # half of 3600 J, at 18 J a step
+        (1.0, 1.0, 100, None),  # half of 3600 J, at 18 J per step
         (1.0, 0.5, 50, None),
         (1.0, 0.1, 10, "battery: 10 steps, of at least 20"),
         (60 / HOUR, 0.1, 10, "battery: 10 steps, of at least 20"),
         (30 / HOUR, 0.5, 10, "time: 10 steps, of at least 20"),
     ],
 )
-def test_time_and_battery_limit_the_steps(hours: float, battery: float | None, steps: int, blocked: str | None) -> None:
+def test_time_and_battery_limit_steps(hours: float, battery: float | None, steps: int, blocked: str | None) -> None:
     plan = PlanConfig(device=device(battery_wh=battery), max_hours=hours)
-    found = rung(ALL[0], plan, lambda _: footprint(1))
-    assert (found.steps, found.blocked) == (steps, blocked)
-    assert found.seconds == pytest.approx(3)
-    assert found.joules == pytest.approx(18)
-    share = found.battery_share(plan.device)
+    option = evaluate_option(ALL[0], plan, lambda _: footprint(1))
+    assert (option.steps, option.blocked) == (steps, blocked)
+    assert option.seconds == pytest.approx(3)
+    assert option.joules == pytest.approx(18)
+    share = option.battery_share(plan.device)
     assert share == (None if battery is None else pytest.approx(steps * 18 / HOUR / battery))
 
 
-def test_a_rung_that_is_too_slow_lets_a_smaller_picture_through() -> None:
+def test_too_slow_option_gives_smaller_resolution() -> None:
     found, best = best_of(8.0, max_hours=30 / HOUR, min_steps=20)
     assert best is not None
     assert found[best].setting.resolution == 256
     assert {(above.blocked or "").split(":")[0] for above in found[:best]} == {"time"}
 
 
-def test_nothing_is_predicted_for_nothing() -> None:
-    """Where a micro-batch doesn't fit, no larger one is asked for."""
+def test_larger_microbatches_are_not_predicted() -> None:
+    """If a microbatch doesn't fit, larger ones aren't predicted."""
     asked: list[TrainingSetting] = []
 
     def counting(setting: TrainingSetting) -> Footprint:
@@ -156,5 +156,5 @@ def test_nothing_is_predicted_for_nothing() -> None:
     assert [setting.batch for setting in asked[1:]] == [1, 2]
 
 
-def test_it_is_deterministic() -> None:
+def test_search_is_deterministic() -> None:
     assert best_of(1.7) == best_of(1.7)

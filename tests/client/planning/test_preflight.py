@@ -1,4 +1,4 @@
-"""What a pass takes beside the base, against what is free: predicted once, and refused in one line."""
+"""Preflight check: memory of a pass against free memory, predicted once, refused in one line."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def predicted(base: Base, rank: int) -> int:
     return found.peak_bytes - found.base_bytes
 
 
-def test_a_plan_that_fits_is_let_through(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much as is predicted of the same base without its weights."""
+def test_plan_that_fits_is_accepted(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction equals that of the same base without weights."""
     store, needed = Store(FileStorage(tmp_path)), MARGIN * predicted(base, 4)
     free(monkeypatch, needed + 1)
     check_memory(base, store, 4, base.sites)
     free(monkeypatch, needed - 1)
     with pytest.raises(
-        RequestRefusedError, match=f"memory: this base takes about .* MiB to train rank 4 at {base.resolution}²"
+        RequestRefusedError, match=f"memory: this base needs about .* MiB to train rank 4 at {base.resolution}²"
     ):
         check_memory(base, store, 4, base.sites)
 
 
-def test_the_base_keeps_its_weights(base: Base, tmp_path: Path) -> None:
+def test_prediction_keeps_weights(base: Base, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
     check_memory(base, Store(FileStorage(tmp_path)), 2, base.sites)
     after = base.network.state_dict()
@@ -61,12 +61,12 @@ def _context(base: Base) -> torch.Size:
     return example_shapes(find_base(str(base.folder)), base.resolution)[1]
 
 
-def test_other_sites_are_predicted_anew(base: Base, pipeline_folder: Path) -> None:
+def test_other_sites_are_predicted_again(base: Base, pipeline_folder: Path) -> None:
     others = Base(pipeline_folder, sites=r".*\.to_q"), Base(pipeline_folder, sites=ATTENTION, weights="int8")
     assert len({preflight._key(one, 2, one.sites) for one in (base, *others)}) == 3
 
 
-def test_what_the_last_cohort_left_is_given_back_before_a_plan_is_refused(
+def test_cached_buffers_are_released_before_refusal(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = MARGIN * predicted(base, 2)
@@ -78,8 +78,8 @@ def test_what_the_last_cohort_left_is_given_back_before_a_plan_is_refused(
     assert cohort._BUFFERS not in base.cache
 
 
-def test_fewer_sites_take_less(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan is refused at all sites, and let through at some."""
+def test_fewer_sites_need_less_memory(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan at all sites is refused, and one at fewer sites is accepted."""
     few = [name for name in base.sites if name.startswith("up_blocks.0") and name.endswith("to_q")]
     store, needed = (
         Store(FileStorage(tmp_path)),
@@ -93,7 +93,7 @@ def test_fewer_sites_take_less(base: Base, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_each_rank_is_predicted_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by a process to come, from what the store keeps."""
+    """Later processes also use the cached prediction."""
     asked: list[tuple[int, int]] = []
     plain = preflight._pass_bytes
     monkeypatch.setattr(

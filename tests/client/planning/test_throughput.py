@@ -1,4 +1,4 @@
-"""What a device that was measured says of its speed."""
+"""Throughput of a device that was benchmarked."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def benchmark(home: Path, **changes: object) -> DeviceProfileConfig:
-    """As if it had run here and found a laptop."""
+    """Write the profile that the benchmark would write on a laptop."""
     found = dataclasses.replace(device_profile("laptop"), **changes)
     write(found, home / plan.PROFILE, like="laptop")
     return found
 
 
 @pytest.mark.usefixtures("home")
-def test_a_device_that_was_not_measured(base: Base) -> None:
+def test_device_without_benchmark(base: Base) -> None:
     assert throughput.benchmarked(base) is None
     report = build_report("d", base, {})
     assert report.watts == WATTS
@@ -44,7 +44,7 @@ def test_a_device_that_was_not_measured(base: Base) -> None:
     assert throughput.PROFILE == plan.PROFILE
 
 
-def test_rates_are_those_that_the_plan_predicts(base: Base, home: Path) -> None:
+def test_rates_equal_the_plan(base: Base, home: Path) -> None:
     found = benchmark(home)
     predicted = footprint(
         copy_for_dry_run(base), *example_shapes(find_base(str(base.folder)), base.resolution), rank=throughput.RANK
@@ -54,13 +54,13 @@ def test_rates_are_those_that_the_plan_predicts(base: Base, home: Path) -> None:
     assert (report.watts, report.battery_wh) == (found.watts_busy, found.battery_wh)
 
 
-def test_what_is_stated_goes_over_what_was_measured(base: Base, home: Path) -> None:
+def test_configuration_overrides_benchmark(base: Base, home: Path) -> None:
     benchmark(home)
     report = build_report("d", base, {"examples-per-second": "3", "watts": "4"})
     assert (report.examples_per_second, report.watts) == (3.0, 4.0)
 
 
-def test_it_is_predicted_once_for_a_profile(base: Base, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prediction_is_cached_per_profile(base: Base, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(home)
     store = Store(FileStorage(home / "store"))
     first = throughput.benchmarked(base, store)
@@ -74,7 +74,7 @@ def test_it_is_predicted_once_for_a_profile(base: Base, home: Path, monkeypatch:
     assert slower.examples_per_second == pytest.approx(first.examples_per_second / 2)
 
 
-def test_a_profile_that_is_damaged_is_told(base: Base, home: Path) -> None:
+def test_damaged_profile_is_an_error(base: Base, home: Path) -> None:
     (home / plan.PROFILE).write_text("name: [")
     with pytest.raises(AntherError, match="device"):
         throughput.benchmarked(base)

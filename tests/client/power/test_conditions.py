@@ -1,4 +1,4 @@
-"""Readings put together, and kept for a while."""
+"""Merging and caching of sensor readings."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from client.power.conditions import ESTIMATE, Conditions, cached_for, combined
 
 
-def test_nothing_is_known_of_nothing() -> None:
+def test_no_readings_give_unknown() -> None:
     assert combined() == combined(Conditions(), Conditions()) == Conditions()
     assert Conditions().free_mib == math.inf
 
 
-def test_the_hottest_the_least_and_who_tells_first() -> None:
+def test_merging_of_readings() -> None:
     one = Conditions(
         charging=False, battery=0.0, celsius=40.0, battery_celsius=31.0, throttled=False, free_mib=300, metered=False
     )
@@ -34,7 +34,7 @@ def test_the_hottest_the_least_and_who_tells_first() -> None:
     assert combined(one, Conditions()).throttled is False
 
 
-def test_what_is_read_seldom() -> None:
+def test_cached_reading() -> None:
     now, readings = [0.0], []
 
     def read() -> Conditions:

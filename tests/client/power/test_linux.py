@@ -1,4 +1,4 @@
-"""Heat, memory, owner and network of a Linux machine."""
+"""Temperature, memory, owner activity and network of a Linux machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ZONE = "sys/class/thermal/thermal_zone"
 FAN = "sys/class/thermal/cooling_device"
 
 
-def test_the_hottest_plausible_zone(tmp_path: Path) -> None:
+def test_hottest_plausible_zone(tmp_path: Path) -> None:
     zones = {
         f"{ZONE}0/temp": "51000",
         f"{ZONE}1/temp": "67500",
@@ -30,7 +30,7 @@ def test_the_hottest_plausible_zone(tmp_path: Path) -> None:
     assert linux.heat(system(tmp_path / "none")) == Conditions()
 
 
-def test_a_fan_is_not_a_throttle(tmp_path: Path) -> None:
+def test_fan_is_not_throttling(tmp_path: Path) -> None:
     found = {f"{FAN}0/type": "pwm-fan", f"{FAN}0/cur_state": "4"}
     assert linux.heat(system(tmp_path, found)).throttled is None
     found |= {f"{FAN}1/type": "cpufreq-cpu0", f"{FAN}1/cur_state": "0", f"{FAN}2/type": "Processor"}
@@ -41,13 +41,13 @@ def test_a_fan_is_not_a_throttle(tmp_path: Path) -> None:
 MEMINFO = {"proc/meminfo": "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1048576 kB"}
 
 
-def test_memory_of_the_machine(tmp_path: Path) -> None:
+def test_memory_of_machine(tmp_path: Path) -> None:
     assert linux.memory(system(tmp_path, MEMINFO)).free_mib == 1024
     assert linux.memory(system(tmp_path / "none")).free_mib == math.inf
 
 
-def test_memory_of_the_unit_that_we_run_in(tmp_path: Path) -> None:
-    """Its limit, or that of a group around it; pages of files that nobody reads are as good as free."""
+def test_memory_of_systemd_unit(tmp_path: Path) -> None:
+    """The limit of the unit or of a group around it; inactive file pages count as free."""
     files = MEMINFO | {
         "proc/self/cgroup": "0::/system.slice/anther.service",
         "sys/fs/cgroup/system.slice/anther.service/memory.max": str(900 * MIB),
@@ -61,7 +61,7 @@ def test_memory_of_the_unit_that_we_run_in(tmp_path: Path) -> None:
     assert linux.memory(system(tmp_path, files | around)).free_mib == 200
 
 
-def test_memory_of_a_container(tmp_path: Path) -> None:
+def test_memory_of_container(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "4:memory:/v1\n0::/",
         "sys/fs/cgroup/memory.max": str(64 * MIB),
@@ -70,7 +70,7 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
     assert linux.memory(system(tmp_path, MEMINFO | files)).free_mib == 32
 
 
-def test_memory_here_is_about_what_psutil_says() -> None:
+def test_memory_agrees_with_psutil() -> None:
     free = linux.memory(System()).free_mib
     assert 0 < free <= psutil.virtual_memory().total / MIB
 
@@ -78,12 +78,12 @@ def test_memory_here_is_about_what_psutil_says() -> None:
 @pytest.mark.parametrize(
     ("said", "active"), [("b true", False), ("b false", True), ("b maybe", None), (" ", None), ("", None)]
 )
-def test_whether_the_owner_is_there(tmp_path: Path, said: str, active: bool | None) -> None:
+def test_owner_activity(tmp_path: Path, said: str, active: bool | None) -> None:
     assert linux.owner(system(tmp_path, commands={"busctl": said})) == Conditions(owner_active=active)
 
 
 @pytest.mark.parametrize(
     ("said", "metered"), [("u 0", None), ("u 1", True), ("u 2", False), ("u 3", True), ("u 4", False), ("", None)]
 )
-def test_whether_the_network_is_metered(tmp_path: Path, said: str, metered: bool | None) -> None:
+def test_metered_network(tmp_path: Path, said: str, metered: bool | None) -> None:
     assert linux.network(system(tmp_path, commands={"busctl": said})) == Conditions(metered=metered)

@@ -1,4 +1,4 @@
-"""What a Raspberry Pi's firmware prints, and what it might."""
+"""Output of a Raspberry Pi's firmware, including invalid output."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def test_watts_of_all_rails(tmp_path: Path) -> None:
         "",
         'error=1 error_msg="Command not registered"',  # a Pi 4
         "EXT5V_V volt(24)=5.06788000V",  # no current at all
-        PMIC.replace("VDD_CORE_V volt(15)=0.89745940V", "VDD_CORE_V volt(15)="),  # cut short: too little to tell
+        PMIC.replace("VDD_CORE_V volt(15)=0.89745940V", "VDD_CORE_V volt(15)="),  # truncated
         PMIC.replace("VDD_CORE_V volt(15)=0.89745940V", "VDD_CORE_V volt(15)=0.89.74V"),
     ],
 )
-def test_what_is_no_reading(text: str) -> None:
+def test_invalid_output_is_no_reading(text: str) -> None:
     assert pi.rails(text) is None
 
 
 def test_without_vcgencmd(tmp_path: Path) -> None:
     assert pi.watts(system(tmp_path)) is None
-    assert pi.slowed(system(tmp_path)) == Conditions()
-    assert pi.watts(system(tmp_path, commands={"vcgencmd": ""})) is None  # not in the group
+    assert pi.throttling(system(tmp_path)) == Conditions()
+    assert pi.watts(system(tmp_path, commands={"vcgencmd": ""})) is None  # the user isn't in the group video
 
 
 @pytest.mark.parametrize(
     ("text", "throttled"),
     [
         ("throttled=0x0", False),
-        ("throttled=0x50000\n", False),  # it was, since the last start
-        ("throttled=0x1", False),  # its supply is weak; nothing is slower for it
+        ("throttled=0x50000\n", False),  # only in the past, since the last start
+        ("throttled=0x1", False),  # weak supply without throttling
         ("throttled=0x50005", True),
         ("throttled=0x2", True),
         ("throttled=0x80008", True),
@@ -51,5 +51,5 @@ def test_without_vcgencmd(tmp_path: Path) -> None:
     ],
 )
 def test_throttled(tmp_path: Path, text: str, throttled: bool | None) -> None:
-    assert pi.throttled(text) is throttled
-    assert pi.slowed(system(tmp_path, commands={"vcgencmd": text or " "})).throttled is throttled
+    assert pi.parse_throttled(text) is throttled
+    assert pi.throttling(system(tmp_path, commands={"vcgencmd": text or " "})).throttled is throttled

@@ -1,4 +1,4 @@
-"""Counters that start again, vanish, or count the same twice."""
+"""RAPL counters that wrap, vanish, or count the same energy twice."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from client.power.rapl import COVERS, RaplCounters, difference
 from tests.helpers.power_fakes import system, write
 
 ZONES = "sys/class/powercap"
-MOST = "262143328850"
+MAX_RANGE = "262143328850"
 
 
 def zone(name: str, energy: int) -> dict[str, str]:
-    return {"name": name, "energy_uj": str(energy), "max_energy_range_uj": MOST}
+    return {"name": name, "energy_uj": str(energy), "max_energy_range_uj": MAX_RANGE}
 
 
 def tree(zones: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -36,7 +36,7 @@ def count(root: Path, zone: str, energy: int) -> None:
     write(root / ZONES / zone / "energy_uj", str(energy))
 
 
-def test_packages_and_their_memory_once_each(tmp_path: Path) -> None:
+def test_packages_and_memory_count_once(tmp_path: Path) -> None:
     found = system(tmp_path, TWO)
     joules = RaplCounters(found)
     assert joules.covers == COVERS["package"]
@@ -47,7 +47,7 @@ def test_packages_and_their_memory_once_each(tmp_path: Path) -> None:
     assert joules() == pytest.approx(2 + 0.5 + 1)
 
 
-def test_the_platform_where_it_counts(tmp_path: Path) -> None:
+def test_platform_counter_is_preferred(tmp_path: Path) -> None:
     found = system(tmp_path, TWO | tree({"intel-rapl:2": zone("psys", 1_000_000)}))
     joules = RaplCounters(found)
     assert joules.covers == COVERS["psys"]
@@ -57,20 +57,20 @@ def test_the_platform_where_it_counts(tmp_path: Path) -> None:
     assert joules() == pytest.approx(30)
 
 
-def test_a_counter_that_starts_again(tmp_path: Path) -> None:
-    found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", int(MOST) - 4_000_000)}))
+def test_counter_wraps(tmp_path: Path) -> None:
+    found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", int(MAX_RANGE) - 4_000_000)}))
     joules = RaplCounters(found)
     joules()
     count(found.root, "intel-rapl:0", 6_000_000)
     assert joules() == pytest.approx(10)
     (found.root / ZONES / "intel-rapl:0/max_energy_range_uj").unlink()
-    count(found.root, "intel-rapl:0", 1_000_000)  # again, and nobody knows where it ended
+    count(found.root, "intel-rapl:0", 1_000_000)  # wrapped again, with unknown range
     assert joules() == pytest.approx(10)
     count(found.root, "intel-rapl:0", 2_000_000)
     assert joules() == pytest.approx(11)
 
 
-def test_a_counter_that_is_missing_for_a_while(tmp_path: Path) -> None:
+def test_temporarily_missing_counter(tmp_path: Path) -> None:
     found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", 0)}))
     joules = RaplCounters(found)
     joules()
@@ -80,7 +80,7 @@ def test_a_counter_that_is_missing_for_a_while(tmp_path: Path) -> None:
     assert joules() == pytest.approx(3)
 
 
-def test_counters_that_are_roots_alone(tmp_path: Path) -> None:
+def test_counters_readable_by_root_only(tmp_path: Path) -> None:
     assert RaplCounters(system(tmp_path, {f"{ZONES}/intel-rapl:0/name": "package-0"}))() is None
     assert RaplCounters(system(tmp_path))() is None
 

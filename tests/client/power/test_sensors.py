@@ -1,4 +1,4 @@
-"""Which sensors a device is taken to have."""
+"""Choice of a device's sensors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def chosen(meter: str, found: System, *, cuda: bool = False) -> PowerSensors:
     return choose_sensors(PowerConfig(meter=meter), found, cuda=cuda)
 
 
-def test_nothing_is_there(tmp_path: Path) -> None:
+def test_no_sensors(tmp_path: Path) -> None:
     found = chosen("auto", system(tmp_path))
     assert (found.name, found.source) == ("none", None)
     assert found.read() == Conditions()
 
 
-def test_the_first_that_measures(tmp_path: Path) -> None:
+def test_first_working_meter_is_chosen(tmp_path: Path) -> None:
     everything = system(tmp_path, supplies(UNPLUGGED) | COUNTER, {"vcgencmd": PMIC, BATTERY: PHONE} | BOARD)
     assert chosen("auto", everything).name == "pi5"
     assert chosen("auto", everything, cuda=True).name == "nvml"
@@ -45,28 +45,28 @@ def test_the_first_that_measures(tmp_path: Path) -> None:
     (tmp_path / "bin" / BATTERY).unlink()
     assert chosen("auto", plugged).name == "rapl"
     (tmp_path / "root/sys/class/powercap/intel-rapl:0/energy_uj").unlink()
-    assert chosen("auto", plugged).name == "none"  # a board that training leaves idle isn't what it takes
+    assert chosen("auto", plugged).name == "none"  # a GPU that training doesn't use isn't measured
     assert chosen("nvml", plugged).name == "nvml"
     assert chosen("none", everything).source is None
 
 
-def test_it_says_what_its_number_is_of(tmp_path: Path) -> None:
+def test_covers_describes_the_meter(tmp_path: Path) -> None:
     everything = system(tmp_path, supplies(UNPLUGGED) | COUNTER, {"vcgencmd": PMIC, BATTERY: PHONE} | BOARD)
     covers = {meter: chosen(meter, everything).covers for meter in ("pi5", "battery", "termux", "rapl", "nvml", "none")}
     assert "USB" in covers["pi5"]
-    assert "nothing else" in covers["nvml"]
+    assert "no other part" in covers["nvml"]
     assert len(set(covers.values())) == 6
 
 
 @pytest.mark.parametrize("meter", ["pi5", "battery", "rapl", "nvml", "termux"])
-def test_a_meter_that_is_not_there_is_refused(tmp_path: Path, meter: str) -> None:
+def test_missing_meter_is_refused(tmp_path: Path, meter: str) -> None:
     with pytest.raises(AntherError, match=rf"power\.meter={meter}: .*: ") as raised:
         chosen(meter, system(tmp_path))
     assert "\n" not in str(raised.value)
 
 
-def test_a_gauge_is_taken_at_its_name_though_it_is_plugged_in(tmp_path: Path) -> None:
-    """Training does so on a charger, where it measures nothing: that is an estimate, and no mistake."""
+def test_battery_meter_is_accepted_while_charging(tmp_path: Path) -> None:
+    """Training while charging measures nothing with it: the result is an estimate, not an error."""
     found = chosen("battery", system(tmp_path, supplies(LAPTOP)))
     now = [0.0]
     with (meter := Meter(found.source, watts=5.0, clock=lambda: now[0])):
@@ -74,7 +74,7 @@ def test_a_gauge_is_taken_at_its_name_though_it_is_plugged_in(tmp_path: Path) ->
     assert meter.last == (2.0, 10.0, ESTIMATE)
 
 
-def test_everything_that_is_known_is_read(tmp_path: Path) -> None:
+def test_all_sensors_are_read(tmp_path: Path) -> None:
     thermal = {"sys/class/thermal/thermal_zone0/temp": "61000", "proc/meminfo": "MemAvailable: 2048 kB"}
     found = system(tmp_path, supplies(LAPTOP) | thermal, {"vcgencmd": "throttled=0x4", "busctl": "b false"})
     assert chosen("none", found).read() == Conditions(
@@ -82,7 +82,7 @@ def test_everything_that_is_known_is_read(tmp_path: Path) -> None:
     )
 
 
-def test_the_pi_by_the_meter(tmp_path: Path) -> None:
+def test_pi_meter(tmp_path: Path) -> None:
     found, now = chosen("auto", system(tmp_path, commands={"vcgencmd": PMIC})), [0.0]
     with (meter := Meter(found.source, watts=1.0, clock=lambda: now[0])):
         now[0] = 10.0
@@ -90,8 +90,8 @@ def test_the_pi_by_the_meter(tmp_path: Path) -> None:
     assert meter.last.joules == pytest.approx(10 * PMIC_WATTS)
 
 
-def test_a_file_in_place_of_sensors(tmp_path: Path) -> None:
-    """Of memory it needn't know."""
+def test_file_replaces_sensors(tmp_path: Path) -> None:
+    """The file may omit memory."""
     file = tmp_path / "power.json"
     file.write_text(json.dumps({"charging": True, "watts": 7}))
     found = choose_sensors(
@@ -110,8 +110,8 @@ def test_a_file_in_place_of_sensors(tmp_path: Path) -> None:
         choose_sensors(PowerConfig(meter="file", file=str(file)), system(tmp_path))
 
 
-def test_nothing_heavy_is_imported() -> None:
-    """A device that is asked whether it may train has not loaded anything yet."""
+def test_imports_are_light() -> None:
+    """A device can be asked whether it may train before anything large is loaded."""
     script = (
         "import sys, client.power.sensors, client.runtime.throttle\n"
         "heavy = {'torch', 'numpy', 'flwr', 'psutil', 'models', 'training', 'server', 'strategies', 'simulations'}\n"

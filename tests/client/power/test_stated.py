@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from client.power.conditions import ESTIMATE, Conditions
-from client.power.stated import stated
+from client.power.stated import read_stated
 from common.errors import AntherError
 
 
-def test_what_the_file_says(tmp_path: Path) -> None:
+def test_values_of_file(tmp_path: Path) -> None:
     file = tmp_path / "power.json"
     file.write_text(
         json.dumps({"charging": True, "battery": 1, "celsius": None, "watts": 3, "watts_quality": ESTIMATE})
     )
-    assert stated(file) == Conditions(charging=True, battery=1.0, watts=3.0, watts_quality=ESTIMATE)
+    assert read_stated(file) == Conditions(charging=True, battery=1.0, watts=3.0, watts_quality=ESTIMATE)
     file.write_text("{}")
-    assert stated(file) == Conditions()
+    assert read_stated(file) == Conditions()
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,15 @@ def test_what_the_file_says(tmp_path: Path) -> None:
         ('{"watts_quality": "guess"}', "watts_quality"),
     ],
 )
-def test_mistakes_are_told_in_a_line(tmp_path: Path, text: str, named: str) -> None:
+def test_errors_are_one_line(tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "power.json"
     file.write_text(text)
     with pytest.raises(AntherError, match=named) as raised:
-        stated(file)
+        read_stated(file)
     assert "\n" not in str(raised.value)
     assert str(file) in str(raised.value)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="can't be read"):
-        stated(tmp_path / "none")
+        read_stated(tmp_path / "none")

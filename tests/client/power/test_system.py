@@ -1,4 +1,4 @@
-"""Files and commands that aren't there, are nobody's, or don't end."""
+"""Files and commands that are missing, unreadable, or don't end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def test_files_and_numbers(tmp_path: Path) -> None:
     assert found.text("sys/b") == "twelve"
     assert [found.number(f"sys/{name}") for name in "abcd"] == [12.5, None, None, None]
     assert found.text("sys") is None  # a folder
-    assert [file.name for file in found.found("sys/*")] == ["a", "b", "c"]
+    assert [file.name for file in found.glob("sys/*")] == ["a", "b", "c"]
 
 
-def test_what_a_command_prints(tmp_path: Path) -> None:
+def test_output_of_command(tmp_path: Path) -> None:
     found = system(tmp_path, commands={"says": "so: $HOME `ls`", "fails": ""})
     assert found.has("says")
     assert not found.has("nobody")
@@ -27,7 +27,7 @@ def test_what_a_command_prints(tmp_path: Path) -> None:
     assert found.output("nobody") is None
 
 
-def test_a_command_that_hangs_or_is_no_program(tmp_path: Path) -> None:
+def test_hanging_or_invalid_command(tmp_path: Path) -> None:
     for name, text in {"hangs": "#!/bin/sh\nexec /bin/sleep 60\n", "broken": "#!/no/such/shell\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -39,5 +39,5 @@ def test_a_command_that_hangs_or_is_no_program(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "number"), [("1", 1.0), (" -2e3 ", -2000.0), ("", None), (None, None), ("inf", None), ("1,5", None)]
 )
-def test_numbers(text: str | None, number: float | None) -> None:
+def test_parse_number(text: str | None, number: float | None) -> None:
     assert to_number(text) == number

@@ -1,4 +1,4 @@
-"""What Termux:API's commands print on a phone."""
+"""Output of Termux:API's commands on a phone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from client.power import termux
 from client.power.conditions import Conditions
 from tests.helpers.power_fakes import system
 
-# Keys as of its BatteryStatusAPI.java.
+# Keys as in BatteryStatusAPI.java.
 PHONE: dict[str, Any] = {
     "present": True,
     "technology": "Li-ion",
@@ -32,18 +32,18 @@ PHONE: dict[str, Any] = {
 
 
 def read(tmp_path: Path, **changes: object) -> Conditions:
-    return termux.battery(system(tmp_path, commands={termux.BATTERY: json.dumps(PHONE | changes, indent=2)}))
+    return termux.read_battery(system(tmp_path, commands={termux.BATTERY: json.dumps(PHONE | changes, indent=2)}))
 
 
-def test_a_phone_in_a_hand(tmp_path: Path) -> None:
+def test_phone_on_battery(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert (found.charging, found.battery, found.battery_celsius, found.throttled) == (False, 0.85, 31.4, False)
     assert found.watts == pytest.approx(0.82 * 4.0)
     assert found.owner_active is None
-    assert read(tmp_path, current=820000).watts == pytest.approx(3.28)  # a vendor who counts the other way
+    assert read(tmp_path, current=820000).watts == pytest.approx(3.28)  # a vendor with the opposite sign
 
 
-def test_a_phone_on_its_charger_tells_no_watts(tmp_path: Path) -> None:
+def test_charging_phone_gives_no_watts(tmp_path: Path) -> None:
     found = read(tmp_path, plugged="PLUGGED_AC", status="NOT_CHARGING", health="OVERHEAT", temperature="45.0")
     assert found == Conditions(charging=True, battery=0.85, battery_celsius=45.0, throttled=True)
     assert read(tmp_path, plugged="PLUGGED_WIRELESS").charging
@@ -59,23 +59,23 @@ def test_a_phone_on_its_charger_tells_no_watts(tmp_path: Path) -> None:
         (7, "DISCHARGING", False),
     ],
 )
-def test_what_does_not_say(tmp_path: Path, plugged: object, status: str, charging: bool | None) -> None:
+def test_unclear_charging_state(tmp_path: Path, plugged: object, status: str, charging: bool | None) -> None:
     assert read(tmp_path, plugged=plugged, status=status).charging is charging
 
 
-def test_numbers_that_are_none(tmp_path: Path) -> None:
-    """Android's smallest number stands for none at all."""
+def test_invalid_numbers(tmp_path: Path) -> None:
+    """Android uses its smallest integer for a missing value."""
     found = read(tmp_path, temperature=-214748364.8, percentage=-2147483648, current=None, health=None)
     assert found == Conditions(charging=False)
 
 
 @pytest.mark.parametrize("text", [" ", "[]", "Termux:API is not yet available on Google Play", '{"percentage": [1]}'])
-def test_what_is_no_reading(tmp_path: Path, text: str) -> None:
-    assert termux.battery(system(tmp_path, commands={termux.BATTERY: text})) == Conditions()
+def test_invalid_output_is_no_reading(tmp_path: Path, text: str) -> None:
+    assert termux.read_battery(system(tmp_path, commands={termux.BATTERY: text})) == Conditions()
     assert termux.network(system(tmp_path, commands={termux.WIFI: text})) == Conditions()
 
 
 @pytest.mark.parametrize(("state", "metered"), [("COMPLETED", False), ("DISCONNECTED", True), (3, None)])
-def test_without_wifi_it_pays(tmp_path: Path, state: object, metered: bool | None) -> None:
+def test_no_wifi_means_metered(tmp_path: Path, state: object, metered: bool | None) -> None:
     said = json.dumps({"ssid": "x", "supplicant_state": state})
     assert termux.network(system(tmp_path, commands={termux.WIFI: said})).metered is metered

@@ -154,8 +154,8 @@ def test_rolling_back_returns_both(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="no previous adapter"):
         device.store.roll_back()
     newest = device.store.personal_versions()[0]
-    assert not newest.present
-    device.store.roll_back(newest.at)
+    assert not newest.is_current
+    device.store.roll_back(newest.created)
     assert same(kept(device), SECOND)
 
 

@@ -209,7 +209,7 @@ def test_what_an_open_round_left_enters_no_private_one_after_the_ledger_was_rese
         ask(make_device(tmp_path), request(1))
         kept = files.read(RESIDUAL)
         assert kept is not None
-        reset(files, sure=True)
+        reset(files, confirmed=True)
         assert files.read(RESIDUAL) is None
         if put_back:
             files.write(RESIDUAL, kept)
@@ -217,7 +217,7 @@ def test_what_an_open_round_left_enters_no_private_one_after_the_ledger_was_rese
         ask(device, request(1, private=True, feedback=False))
         reply = ask(device, request(2, private=True))
         assert near(total(read(reply), left(device)), change(2))
-        reset(files, sure=True)
+        reset(files, confirmed=True)
 
 
 def test_simulated_noise_leaves_nothing_to_a_release(tmp_path: Path) -> None:

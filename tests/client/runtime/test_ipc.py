@@ -35,11 +35,11 @@ def exchange(ends, asked, answered):
 
     def work():
         heard.append(ipc.recv_request(theirs))
-        ipc.tell(theirs, answered)
+        ipc.send_response(theirs, answered)
 
     worker = threading.Thread(target=work)
     worker.start()
-    told = ipc.ask(ours, asked)
+    told = ipc.request_response(ours, asked)
     worker.join()
     return heard[0], told
 
@@ -69,7 +69,7 @@ def test_a_worker_that_dies_is_noticed(ends):
     ours, theirs = ends
     theirs.close()
     with pytest.raises(ConnectionError):
-        ipc.ask(ours, Query())
+        ipc.request_response(ours, Query())
 
 
 def test_half_a_request_is_none(ends):

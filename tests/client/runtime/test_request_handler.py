@@ -13,7 +13,7 @@ from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.runtime import request_handler
 from client.runtime.request_handler import WorkerResources
-from client.runtime.throttle import Guard
+from client.runtime.throttle import Throttle
 from client.runtime.worker import stated
 from client.store.open import open_store
 from conf.schemas import node as nodes
@@ -37,9 +37,9 @@ class Device:
 
     def __init__(self, node, folder, store):
         self.now, self.reads = [GOOD], 0
-        guard = Guard(nodes.ThrottleConfig(min_free_mib=0, max_wait_seconds=0.0), self.read)
-        guard._fresh_until = float("-inf")
-        self.resources = WorkerResources(store=store, read=self.read, meter=Meter(None, watts=5.0), guard=guard)
+        throttle = Throttle(nodes.ThrottleConfig(min_free_mib=0, max_wait_seconds=0.0), self.read)
+        throttle._fresh_until = float("-inf")
+        self.resources = WorkerResources(store=store, read=self.read, meter=Meter(None, watts=5.0), throttle=throttle)
         self.stated = stated(node, str(folder))
 
     def read(self):
@@ -47,7 +47,7 @@ class Device:
         return self.now.pop(0) if len(self.now) > 1 else self.now[0]
 
     def ask(self, request):
-        self.resources.guard._fresh_until = float("-inf")  # it looks anew
+        self.resources.throttle._fresh_until = float("-inf")  # it looks anew
         return request_handler.answer(request, self.stated, resources=self.resources)
 
 
@@ -61,9 +61,9 @@ def loads(monkeypatch):
         return load(path, **options)
 
     monkeypatch.setattr(request_handler, "load", counted)
-    request_handler._loaded.forget()
+    request_handler._loaded.unload()
     yield found
-    request_handler._loaded.forget()
+    request_handler._loaded.unload()
 
 
 @pytest.fixture
@@ -126,13 +126,13 @@ def test_the_guard_stops_whatever_goes_on(device, monkeypatch):
     device.ask(Query())
     request = evaluate(request_handler._loaded._base)
     device.resources.store.examples = lambda *_: None  # so that pictures are encoded too
-    guard = device.resources.guard
+    throttle = device.resources.throttle
     monkeypatch.setattr("client.runtime.throttle.interval", lambda _: -1.0)  # no reading is fresh
 
     def asked(pulled_at):
         """How often it was asked until there was a reply, or none."""
         reads = count()
-        guard._read = lambda: LOW if next(reads) >= pulled_at else GOOD
+        throttle._read = lambda: LOW if next(reads) >= pulled_at else GOOD
         return device.ask(request), next(reads)
 
     assert isinstance(asked(pulled_at=1000)[0], Evaluation)  # what is cached of it is there from now on

@@ -102,10 +102,10 @@ def test_a_ticket_is_all_that_is_needed(server, home, capsys, pictures):
     assert come(server.ticket(), f"data={pictures}", "throttle.min_battery=0.5", "name=pi") == 0
     assert "anther device run" in capsys.readouterr().out
     node = compose([], home / "node.conf")
-    assert (node.name, node.data, node.guard.battery) == ("pi", str(pictures), 0.5)
-    assert node.link.address == f"127.0.0.1:{server.port}"
+    assert (node.name, node.data, node.throttle.min_battery) == ("pi", str(pictures), 0.5)
+    assert node.connection.address == f"127.0.0.1:{server.port}"
     assert node.federation == server.place.fingerprint()[:16]
-    link = ServerConnection(node.link.address)
+    link = ServerConnection(node.connection.address)
     link.check_in()
     assert link.hello().base == BASE
     assert all(file.stat().st_mode & 0o077 == 0 for file in (link.key, home / "node.conf"))
@@ -116,12 +116,12 @@ def test_who_answers_in_its_place_is_not_believed_and_not_told_the_secret(server
     try:
         given = server.ticket()
         meant = Ticket(f"127.0.0.1:{other.port}", *given.rsplit("/", 2)[1:])
-        with pytest.raises(AntherError, match="another server answers than this ticket is for"):
+        with pytest.raises(AntherError, match="this is not the server that the ticket is for"):
             enroll(meant, "pi")
         assert not (home / "link" / "node.key").exists()
         assert other.registry.snapshot().members == {}
         link, _ = enroll(Ticket(f"127.0.0.1:{server.port}", *given.rsplit("/", 2)[1:]), "pi")
-        with pytest.raises(AntherError, match="another server answers than the one"):
+        with pytest.raises(AntherError, match="this is not the server that this device was enrolled with"):
             ServerConnection(f"127.0.0.1:{other.port}").hello()
         link.check_in()
     finally:
@@ -145,7 +145,7 @@ def test_a_lost_reply_costs_no_ticket(server):
 
 def test_nobody_there_is_waited_for():
     link = ServerConnection(f"127.0.0.1:{free_port()}", insecure=True)
-    with pytest.raises(ServerUnavailable, match="no answer"):
+    with pytest.raises(ServerUnavailable, match="no response"):
         link.hello()
 
 
@@ -167,7 +167,7 @@ def test_a_clock_that_is_off_is_noticed(server):
 def test_what_is_no_ticket_or_no_key_is_refused(server, capsys):
     assert come("anther://half") == 2
     assert "not a whole ticket" in capsys.readouterr().err
-    assert come(server.ticket(), "guard.batery=1") == 2
+    assert come(server.ticket(), "throttle.min_batery=1") == 2
     assert "did you mean throttle.min_battery" in capsys.readouterr().err
     assert server.registry.snapshot().members == {}
 
@@ -177,10 +177,10 @@ def test_damaged_keys_are_named(server, damage):
     come(server.ticket(), "name=pi")
     link = ServerConnection(f"127.0.0.1:{server.port}")
     link.key.write_bytes(damage)
-    with pytest.raises(AntherError, match=r"node\.key.*enrol again"):
+    with pytest.raises(AntherError, match=r"node\.key.*enroll again"):
         link.check_in()
     link.authority.write_bytes(damage)
-    with pytest.raises(AntherError, match=r"ca\.pem.*enrol again"):
+    with pytest.raises(AntherError, match=r"ca\.pem.*enroll again"):
         link.hello()
 
 
@@ -330,7 +330,7 @@ def test_an_answer_without_end_is_not_read(stranger, capsys):
             pass
 
     assert come(stranger(endless), "name=pi") == 2
-    assert "an answer of over 65536 bytes" in capsys.readouterr().err
+    assert "a response of over 65536 bytes" in capsys.readouterr().err
     assert len(sent) < 40  # what the sockets hold
 
 
@@ -345,7 +345,7 @@ def test_what_is_packed_is_not_unpacked(stranger, capsys):
         to.wfile.write(bomb)
 
     assert come(stranger(answer), "name=pi") == 2
-    assert "another server answers than this ticket is for" in capsys.readouterr().err
+    assert "this is not the server that the ticket is for" in capsys.readouterr().err
 
 
 def test_who_answers_a_byte_at_a_time_is_not_waited_for(stranger, monkeypatch, capsys):
@@ -361,4 +361,4 @@ def test_who_answers_a_byte_at_a_time_is_not_waited_for(stranger, monkeypatch, c
 
     assert come(stranger(slow), "name=pi") == 2
     over.set()
-    assert "no whole answer" in capsys.readouterr().err
+    assert "no complete response" in capsys.readouterr().err

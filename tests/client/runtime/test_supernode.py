@@ -32,7 +32,7 @@ def test_no_bundle_is_unpacked(monkeypatch):
     small = bundle(0)
     with pytest.raises(Exception):  # noqa: B017, PT011 - it got as far as looking for what a bundle holds
         flower_supernode.get_fused_config_from_fab(small[:-40], Run.create_empty(1))
-    supernode._leave_bundles_packed()
+    supernode._skip_bundles()
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
     assert flower_supernode.get_fused_config_from_fab(small, Run.create_empty(1)) == {}
     assert flower_supernode.get_fused_config_from_fab(b"no bundle", Run.create_empty(1)) == {}
@@ -66,12 +66,12 @@ def test_tasks_are_behind_a_secret_of_this_start(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     monkeypatch.setattr(supernode.os, "fork", lambda: 0)  # as in the SuperNode's process
     monkeypatch.setattr(supernode.os, "_exit", lambda _: sys.exit())
-    for name in ("with_parent", "_pace", "_leave_bundles_packed", "_remember"):
+    for name in ("end_with_parent", "_pace", "_skip_bundles", "_deactivate_first"):
         monkeypatch.setattr(supernode, name, lambda *_: None)
     monkeypatch.setattr(supernode, "flower_supernode", lambda: started.append(list(sys.argv)))
     secrets = set()
     for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["client.node", "127.0.0.1:9094", "--", "--insecure"])
+        monkeypatch.setattr(sys, "argv", ["client.runtime.supernode", "127.0.0.1:9094", "--", "--insecure"])
         with pytest.raises(SystemExit):
             supernode.main()
         words = started[-1]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from client.power.conditions import Conditions
-from client.runtime.throttle import OLDEST, Guard, interval, reason, shortage
+from client.runtime.throttle import MAX_AGE, Throttle, interval, pause_reason, shortage
 from conf.schemas import node
 
 FINE = Conditions(
@@ -45,32 +45,32 @@ class Device:
 
         return change
 
-    def guard(self, **settings: object) -> Guard:
-        return Guard(node.ThrottleConfig(**settings), self.read, clock=lambda: self.seconds, sleep=self.sleep)
+    def throttle(self, **settings: object) -> Throttle:
+        return Throttle(node.ThrottleConfig(**settings), self.read, clock=lambda: self.seconds, sleep=self.sleep)
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"charging": False}, "charger"),
+        ({"charging": False}, "not charging"),
         ({"battery": 0.39}, "battery"),
         ({"celsius": 80.5}, "°C"),
-        ({"battery_celsius": 40.5}, "the battery: 40 °C"),
-        ({"throttled": True}, "throttled"),
-        ({}, "owner"),
+        ({"battery_celsius": 40.5}, "the battery: temperature 40 °C"),
+        ({"throttled": True}, "slowed down"),
+        ({}, "in use"),
         ({"owner_active": False}, "metered"),
         ({"owner_active": False, "metered": False}, None),
         ({"owner_active": None, "metered": None}, None),
     ],
 )
 def test_reasons(changes: dict[str, object], why: str | None) -> None:
-    found = reason(replace(FINE, **changes), CAREFUL)  # type: ignore[arg-type]
+    found = pause_reason(replace(FINE, **changes), CAREFUL)  # type: ignore[arg-type]
     assert found is None if why is None else found is not None and why in found
 
 
 def test_what_is_not_known_is_no_reason() -> None:
     """A desktop has no battery, and a board no idea whether anybody is there."""
-    assert reason(Conditions(), CAREFUL) is None
+    assert pause_reason(Conditions(), CAREFUL) is None
     assert shortage(Conditions(), CAREFUL) is None
 
 
@@ -88,8 +88,8 @@ def test_an_owner_may_allow_anything() -> None:
     lax = node.ThrottleConfig(
         require_charging=False, min_battery=0.0, max_celsius=None, max_battery_celsius=None, min_free_mib=0.0
     )
-    assert reason(worst, lax) is None
-    assert reason(worst, lax, waiting=True) is None
+    assert pause_reason(worst, lax) is None
+    assert pause_reason(worst, lax, waiting=True) is None
     assert shortage(worst, lax) is None
 
 
@@ -108,36 +108,36 @@ def test_memory_is_short_below_its_limit() -> None:
 )
 def test_who_waits_goes_on_only_well_within_the_limit(at: dict[str, object], well: dict[str, object]) -> None:
     edge = replace(FINE, **at)  # type: ignore[arg-type]
-    assert reason(edge, node.ThrottleConfig()) is None
-    assert reason(edge, node.ThrottleConfig(), waiting=True) is not None
-    assert reason(replace(FINE, **well), node.ThrottleConfig(), waiting=True) is None  # type: ignore[arg-type]
+    assert pause_reason(edge, node.ThrottleConfig()) is None
+    assert pause_reason(edge, node.ThrottleConfig(), waiting=True) is not None
+    assert pause_reason(replace(FINE, **well), node.ThrottleConfig(), waiting=True) is None  # type: ignore[arg-type]
 
 
 def test_a_limit_of_a_full_battery_can_be_met() -> None:
-    assert reason(replace(FINE, battery=1.0), node.ThrottleConfig(min_battery=1.0), waiting=True) is None
+    assert pause_reason(replace(FINE, battery=1.0), node.ThrottleConfig(min_battery=1.0), waiting=True) is None
 
 
 def test_all_is_well() -> None:
     device = Device()
-    guard = device.guard()
-    assert not guard()
-    assert guard.must_wait() is None
-    assert (guard.pauses, guard.stops, guard.paused_seconds, guard.last_reason) == (0, 0, 0.0, None)
+    throttle = device.throttle()
+    assert not throttle()
+    assert throttle.must_wait() is None
+    assert (throttle.pauses, throttle.stops, throttle.paused_seconds, throttle.last_reason) == (0, 0, 0.0, None)
 
 
 def test_it_waits_until_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
     device = Device(replace(FINE, charging=False))
-    guard = device.guard(poll_seconds=2.0)
-    assert guard.must_wait() == "not on its charger"
+    throttle = device.throttle(poll_seconds=2.0)
+    assert throttle.must_wait() == "the device is not charging"
     device.later = [lambda: None, device.become(charging=True)]
     with caplog.at_level(logging.INFO):
-        assert not guard()
+        assert not throttle()
     assert device.slept == [2.0, 2.0]
-    assert (guard.pauses, guard.stops, guard.paused_seconds) == (1, 0, 4.0)
-    assert guard.last_reason == "not on its charger"
+    assert (throttle.pauses, throttle.stops, throttle.paused_seconds) == (1, 0, 4.0)
+    assert throttle.last_reason == "the device is not charging"
     assert [record.getMessage() for record in caplog.records] == [
-        "training pauses: not on its charger",
-        "training goes on after 4 s",
+        "training pauses: the device is not charging",
+        "training resumes after 4 s",
     ]
 
 
@@ -146,50 +146,50 @@ def test_it_does_not_flap_at_the_limit() -> None:
     device = Device(replace(FINE, battery=0.39, celsius=81.0))
     levels = [(0.40, 81.0), (0.41, 79.0), (0.44, 76.0), (0.45, 76.0), (0.44, 74.0), (0.46, 74.0)]
     device.later = [device.become(battery=battery, celsius=celsius) for battery, celsius in levels]
-    guard = device.guard()
-    assert not guard()
+    throttle = device.throttle()
+    assert not throttle()
     assert device.later == []
-    assert guard.pauses == 1
+    assert throttle.pauses == 1
     device.become(battery=0.41, celsius=79.0)()
-    assert not guard()
-    assert guard.pauses == 1
+    assert not throttle()
+    assert throttle.pauses == 1
 
 
 def test_one_reason_after_another_is_one_pause() -> None:
     device = Device(replace(FINE, charging=False))
     device.later = [device.become(charging=True, celsius=90.0), device.become(celsius=60.0)]
-    guard = device.guard()
-    assert not guard()
-    assert (guard.pauses, guard.paused_seconds) == (1, 2.0)
+    throttle = device.throttle()
+    assert not throttle()
+    assert (throttle.pauses, throttle.paused_seconds) == (1, 2.0)
 
 
 def test_patience_ends() -> None:
     device = Device(replace(FINE, charging=False))
-    guard = device.guard(max_wait_seconds=2.5, poll_seconds=1.0)
-    assert guard()
+    throttle = device.throttle(max_wait_seconds=2.5, poll_seconds=1.0)
+    assert throttle()
     assert device.slept == [1.0, 1.0, 0.5]
-    assert (guard.pauses, guard.stops, guard.paused_seconds) == (1, 1, 2.5)
-    assert guard.last_reason == "not on its charger, for 2 s now"
+    assert (throttle.pauses, throttle.stops, throttle.paused_seconds) == (1, 1, 2.5)
+    assert throttle.last_reason == "the device is not charging; waited for 2 s"
     device.become(charging=True)()
-    assert not guard()
+    assert not throttle()
 
 
 def test_without_patience_it_lets_go_at_once() -> None:
     device = Device(replace(FINE, charging=False))
-    assert device.guard(max_wait_seconds=0.0)()
+    assert device.throttle(max_wait_seconds=0.0)()
     assert device.slept == []
 
 
 def test_short_memory_is_given_back_at_once_and_while_it_waits() -> None:
     device = Device(replace(FINE, free_mib=10.0))
-    guard = device.guard()
-    assert guard()
-    assert guard.last_reason == "10 MiB of memory are free, and 150 should be"
+    throttle = device.throttle()
+    assert throttle()
+    assert throttle.last_reason == "only 10 MiB of memory are free; training needs 150 MiB"
     assert device.slept == []
     device.become(free_mib=900.0, charging=False)()
     device.later = [device.become(free_mib=10.0)]
-    assert guard()
-    assert (guard.stops, guard.pauses, guard.paused_seconds) == (2, 1, 1.0)
+    assert throttle()
+    assert (throttle.stops, throttle.pauses, throttle.paused_seconds) == (2, 1, 1.0)
 
 
 def test_whoever_shuts_down_need_not_wait() -> None:
@@ -202,24 +202,24 @@ def test_whoever_shuts_down_need_not_wait() -> None:
         yield
 
     settings = node.ThrottleConfig(poll_seconds=3600.0, max_wait_seconds=3600.0)
-    guard = Guard(settings, lambda: replace(FINE, charging=False), stop=stop, pausing=pausing)
+    throttle = Throttle(settings, lambda: replace(FINE, charging=False), stop=stop, pausing=pausing)
     found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(guard()))
+    thread = threading.Thread(target=lambda: found.append(throttle()))
     thread.start()
     assert waits.wait(60)
     stop.set()
     thread.join(60)
     assert found == [True]
-    assert guard()  # and from then on
-    assert guard.last_reason == "it is to end"
+    assert throttle()  # and from then on
+    assert throttle.last_reason == "the worker is shutting down"
 
 
 def test_it_stops_for_good_though_it_has_just_looked() -> None:
     device = Device(cost=0.001)
-    guard = device.guard()
-    assert not guard()
-    guard.stop.set()
-    assert guard()
+    throttle = device.throttle()
+    assert not throttle()
+    throttle.stop.set()
+    assert throttle()
     assert device.readings == 1
 
 
@@ -234,10 +234,10 @@ def test_sensors_that_fail_are_a_reason() -> None:
         return answer
 
     device = Device()
-    guard = Guard(node.ThrottleConfig(), read, clock=lambda: device.seconds, sleep=device.sleep)
-    assert not guard()
-    assert guard.last_reason == "sensors can't be read (half a file)"
-    assert guard.paused_seconds == 2.0
+    throttle = Throttle(node.ThrottleConfig(), read, clock=lambda: device.seconds, sleep=device.sleep)
+    assert not throttle()
+    assert throttle.last_reason == "sensors can't be read (half a file)"
+    assert throttle.paused_seconds == 2.0
 
 
 def test_what_pauses_with_it_does_so_for_as_long() -> None:
@@ -250,9 +250,11 @@ def test_what_pauses_with_it_does_so_for_as_long() -> None:
         spans.append((began, device.seconds))
 
     device.later = [lambda: None, device.become(charging=True)]
-    guard = Guard(node.ThrottleConfig(), device.read, pausing=pausing, clock=lambda: device.seconds, sleep=device.sleep)
-    assert not guard()
-    assert not guard()
+    throttle = Throttle(
+        node.ThrottleConfig(), device.read, pausing=pausing, clock=lambda: device.seconds, sleep=device.sleep
+    )
+    assert not throttle()
+    assert not throttle()
     assert spans == [(0.0, 2.0)]
 
 
@@ -261,20 +263,20 @@ def test_what_pauses_with_it_does_so_for_as_long() -> None:
 def test_reading_costs_little_and_what_changes_is_seen_within_a_step_or_soon(cost: float, step: float) -> None:
     """Whatever a reading and a step take: no ask comes later than a step after the last, so none sees it later."""
     device = Device(cost=cost)
-    guard, steps = device.guard(), 400
+    throttle, steps = device.throttle(), 400
     for _ in range(steps):
         device.seconds += step
-        assert not guard()
+        assert not throttle()
     assert device.readings <= device.seconds / max(step, interval(cost)) + 1
     device.become(charging=False)()
     device.later = [device.become(charging=True)]
     pulled, asks = device.seconds, 0
-    while not guard.pauses:
+    while not throttle.pauses:
         device.seconds += step
         asks += 1
-        guard()
-    late = device.seconds - guard.paused_seconds - pulled
-    assert asks == 1 or late <= max(OLDEST, 10 * cost) + step + 2 * cost
+        throttle()
+    late = device.seconds - throttle.paused_seconds - pulled
+    assert asks == 1 or late <= max(MAX_AGE, 10 * cost) + step + 2 * cost
 
 
 @pytest.mark.parametrize(

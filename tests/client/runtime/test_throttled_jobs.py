@@ -19,8 +19,8 @@ from client.power.meter import Meter
 from client.power.sensors import choose_sensors
 from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
-from client.runtime.throttle import Guard
-from client.runtime.throttled_jobs import Perform, measured, wait, with_throttle
+from client.runtime.throttle import Throttle
+from client.runtime.throttled_jobs import Perform, wait, with_meter, with_throttle
 from conf.schemas import node
 from models.base.base import Base
 from models.lora.adapter import init_adapter
@@ -38,14 +38,14 @@ PULLED_AT = 3  # the step during which it happens
 
 
 class Charger:
-    """A JSON file that a guard reads, on a clock that only sleeping moves."""
+    """A JSON file that a throttle reads, and a clock that advances only while sleeping."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
         self.file, self.seconds, self.sleeps, self.back_after = folder / "power.json", 0.0, 0, 3
         self.plug()
-        self.sensors = choose_sensors(node.Power(meter="file", file=str(self.file)))
+        self.sensors = choose_sensors(node.PowerConfig(meter="file", file=str(self.file)))
         self.meter = Meter(self.sensors.source, watts=1.0, every=3600.0, clock=self.clock)
-        self.guard = Guard(
+        self.throttle = Throttle(
             node.ThrottleConfig(**settings),
             self.sensors.read,
             pausing=self.meter.paused,
@@ -69,7 +69,7 @@ class Charger:
             self.plug()
 
     def around(self, work: Perform) -> Perform:
-        return with_throttle(measured(work, self.meter), self.guard)
+        return with_throttle(with_meter(work, self.meter), self.throttle)
 
 
 class Telling:
@@ -109,7 +109,7 @@ def test_a_private_job_stops_within_the_step(base: Base, tmp_path: Path, rate: f
     assert isinstance(found, Cancelled)
     assert f"after step {PULLED_AT - 1}" in str(found)
     assert (noise.steps, noise.released) == (PULLED_AT, PULLED_AT - 1)
-    assert (charger.guard.pauses, charger.guard.stops, charger.guard.paused_seconds) == (1, 1, 2.0)
+    assert (charger.throttle.pauses, charger.throttle.stops, charger.throttle.paused_seconds) == (1, 1, 2.0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.6])
@@ -120,7 +120,7 @@ def test_a_private_job_goes_on_as_if_nothing_had_been(base: Base, tmp_path: Path
     (found,) = run(base, [dataclasses.replace(plan, noise=Telling(plan.noise, pulls(charger)))], charger)
     (wanted,) = train(base, [private(base, "a", rate=rate, steps=6)], memory=PLENTY, timesteps=2)
     assert_same_bits(found, wanted)
-    assert (charger.guard.pauses, charger.guard.stops, charger.guard.paused_seconds) == (1, 0, 3.0)
+    assert (charger.throttle.pauses, charger.throttle.stops, charger.throttle.paused_seconds) == (1, 0, 3.0)
 
 
 @pytest.mark.parametrize("purpose", ["shared", "personal"])
@@ -146,7 +146,7 @@ def test_any_other_job_too(base: Base, tmp_path: Path, purpose: str) -> None:
     (wanted,) = train(base, [plan()], memory=PLENTY, timesteps=2)
     assert isinstance(found, TrainedAdapter)
     assert_same_bits(found, wanted)
-    assert charger.guard.pauses == 1
+    assert charger.throttle.pauses == 1
 
     asked[0], charger = 0, Charger(tmp_path, max_wait_seconds=1.0)
     charger.back_after = 0
@@ -160,7 +160,7 @@ def test_who_asked_may_still_cancel(base: Base, tmp_path: Path) -> None:
     charger = Charger(tmp_path)
     (found,) = run(base, [job(base, "a", cancelled=lambda: True)], charger)
     assert isinstance(found, Cancelled)
-    assert charger.guard.stops == 0
+    assert charger.throttle.stops == 0
 
 
 def test_nothing_is_begun_without_the_charger(base: Base, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_only_training_is_measured_and_pauses_are_not(base: Base, tmp_path: Path
     run(base, [jobs.MeasureJob(examples=examples(base, 1, 1), adapter=None)], charger)
     assert charger.meter.last is None
     run(base, [job(base, "a", steps=4, cancelled=steps)], charger)
-    assert charger.guard.paused_seconds == 3.0
+    assert charger.throttle.paused_seconds == 3.0
     assert charger.meter.last is not None
     assert charger.meter.last.seconds == 20.0
     # From 10 to 3 W, which the file says when it pauses; then 10 W. What it says meanwhile is nobody's.
@@ -228,7 +228,7 @@ def test_one_release_though_the_charger_was_pulled(base: Base, tmp_path: Path) -
     device = real(base, tmp_path, lambda: Telling(SecureNoise(), pulls(charger)))
     reply = ask(base, device, request(base), charger)
     assert isinstance(reply, Update), reply
-    assert charger.guard.pauses == 1
+    assert charger.throttle.pauses == 1
     assert [entry.state for entry in device.store.ledger.entries()] == [SEALED]
     assert device.store.ledger.history().events == 3  # enrolled, reserved, sealed
     assert ask(base, device, request(base), charger) == reply
@@ -284,9 +284,9 @@ def test_a_reply_tells_what_was_measured_unless_that_is_private(base: Base, tmp_
             base,
             tmp_path / str(len(told)),
             lambda: SimulatedNoise(seed=1, client="d", round=1, purpose="shared"),
-            spent=lambda: charger.meter.last,
+            measured_cost=lambda: charger.meter.last,
         )
-        found = run_handlers({"": handle(asked, device)}, measured(Slow(), charger.meter))[""]
+        found = run_handlers({"": handle(asked, device)}, with_meter(Slow(), charger.meter))[""]
         assert isinstance(found, Update | Personalized), found
         told.append((found.seconds, found.joules, found.quality))
         return found
@@ -313,8 +313,8 @@ def test_a_reply_tells_what_was_measured_unless_that_is_private(base: Base, tmp_
 
 
 def test_a_device_that_is_to_stop_does_not_wait(tmp_path: Path) -> None:
-    guard = Charger(tmp_path).guard
-    wait(guard, 0.0)
-    guard.stop.set()
+    throttle = Charger(tmp_path).throttle
+    wait(throttle, 0.0)
+    throttle.stop.set()
     with pytest.raises(Cancelled, match="waited"):
-        wait(guard, 3600.0)
+        wait(throttle, 3600.0)

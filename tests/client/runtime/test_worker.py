@@ -12,7 +12,7 @@ from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.runtime import ipc, request_handler
 from client.runtime.request_handler import WorkerResources
-from client.runtime.throttle import Guard
+from client.runtime.throttle import Throttle
 from client.runtime.worker import WorkerServer, stated
 from client.store.open import open_store
 from conf.schemas import node as nodes
@@ -27,14 +27,16 @@ def worker(tmp_path, monkeypatch, pipeline_folder):
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     words = [f"data={tmp_path}", "name=pi", "worker.idle_seconds=0.5", "worker.memory_gib=0.25", "device=cpu"]
     node = compose(words, tmp_path / "none")
-    request_handler._loaded.forget()
+    request_handler._loaded.unload()
     with open_store(device_files("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
-        guard = Guard(
+        throttle = Throttle(
             nodes.ThrottleConfig(min_free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5)
         )
-        resources = WorkerResources(store=found.store, read=guard._read, meter=Meter(None, watts=5.0), guard=guard)
+        resources = WorkerResources(
+            store=found.store, read=throttle._read, meter=Meter(None, watts=5.0), throttle=throttle
+        )
         yield WorkerServer(stated(node, str(pipeline_folder)), resources), listener, node
 
 
@@ -47,7 +49,7 @@ def asking(listener, *requests):
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(listener.getsockname())
                 try:
-                    answers.append(ipc.ask(connection, request))
+                    answers.append(ipc.request_response(connection, request))
                 except OSError as error:
                     answers.append(error)
 
@@ -102,7 +104,7 @@ def test_rubbish_ends_a_request_and_not_the_worker(worker):
     thread.start()
     serving.serve(listener, node)
     thread.join()
-    assert not serving.resources.guard.stop.is_set()
+    assert not serving.resources.throttle.stop.is_set()
 
 
 def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, monkeypatch):
@@ -119,5 +121,5 @@ def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, mo
 
 def test_told_to_stop_it_takes_no_other_request(worker):
     serving, listener, node = worker
-    serving.resources.guard.stop.set()
+    serving.resources.throttle.stop.set()
     serving.serve(listener, node)

@@ -21,7 +21,7 @@ def kept(file: Path, data: bytes, mode: int = 0o600) -> Path:
 
 
 def test_nobody_has_one() -> None:
-    assert keyring.find({}) is None
+    assert keyring.find_key({}) is None
 
 
 def test_systemds_credential_comes_first(tmp_path: Path) -> None:
@@ -30,36 +30,36 @@ def test_systemds_credential_comes_first(tmp_path: Path) -> None:
         "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"),
         "ANTHER_KEY_FILE": str(kept(tmp_path / "key", bytes(32))),
     }
-    assert keyring.find(environ) == KEY
+    assert keyring.find_key(environ) == KEY
     (tmp_path / "credentials" / "anther-key").unlink()
-    assert keyring.find(environ) == bytes(32)
+    assert keyring.find_key(environ) == bytes(32)
 
 
 @pytest.mark.parametrize("data", [KEY, KEY.hex().encode(), KEY.hex().upper().encode() + b"\n"])
 def test_a_file_of_the_owner(data: bytes, tmp_path: Path) -> None:
-    assert keyring.find({"ANTHER_KEY_FILE": str(kept(tmp_path / "key", data))}) == KEY
+    assert keyring.find_key({"ANTHER_KEY_FILE": str(kept(tmp_path / "key", data))}) == KEY
 
 
 @pytest.mark.parametrize("data", [b"", b"short", bytes(31), bytes(33), b"x" * 64, KEY.hex().encode()[:-1], bytes(5000)])
 def test_what_is_no_key(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="must be 32 bytes or 64 hex digits") as raised:
-        keyring.find({"ANTHER_KEY_FILE": str(kept(tmp_path / "key", data))})
+        keyring.find_key({"ANTHER_KEY_FILE": str(kept(tmp_path / "key", data))})
     assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_others_may_read(tmp_path: Path) -> None:
     for mode in (0o644, 0o640, 0o604, 0o620):
         with pytest.raises(AntherError, match="chmod 600"):
-            keyring.find({"ANTHER_KEY_FILE": str(kept(tmp_path / "key", KEY, mode))})
+            keyring.find_key({"ANTHER_KEY_FILE": str(kept(tmp_path / "key", KEY, mode))})
 
 
 def test_one_that_is_named_and_gone_is_not_none(tmp_path: Path) -> None:
     for named in (tmp_path / "gone", tmp_path):
         with pytest.raises(AntherError, match="the key can't be read"):
-            keyring.find({"ANTHER_KEY_FILE": str(named)})
+            keyring.find_key({"ANTHER_KEY_FILE": str(named)})
 
 
 def test_a_pipe_is_no_file_to_keep_a_key_in(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     with pytest.raises(AntherError):
-        keyring.find({"ANTHER_KEY_FILE": str(tmp_path / "pipe")})
+        keyring.find_key({"ANTHER_KEY_FILE": str(tmp_path / "pipe")})

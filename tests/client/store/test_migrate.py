@@ -161,7 +161,7 @@ def test_a_reset_takes_along_what_rounds_left_in_every_federation(tmp_path: Path
         files.write(f"{federation}residual.safetensors", b"left")
         files.write(f"{federation}personal.safetensors", b"mine")
     DeviceLedger(files).reserve(FIRST, free)
-    reset(files, sure=True)
+    reset(files, confirmed=True)
     assert not [*files.folder.glob("federations/*/residual*"), *files.folder.glob("residual*")]
     assert len(list(files.folder.rglob("residual.safetensors"))) == 3
     assert len(list(files.folder.glob("federations/*/personal.safetensors"))) == 2

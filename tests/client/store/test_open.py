@@ -64,7 +64,7 @@ def is_whole(store: Store) -> None:
     assert store.personal(SITES) is not None
     assert store.residual("f") is not None
     assert store.variate("f") is not None
-    assert store.own("r") is not None
+    assert store.local_factors("r") is not None
     assert store.examples("train", SECRET.decode()) is not None
     assert store.number("base", SECRET.decode()) == 0.5
     store.roll_back()
@@ -111,7 +111,7 @@ def test_killed_at_every_durable_step_of_encrypting(every: int, key: Path, tmp_p
     whole = files_in(tmp_path / "whole")
     with open_store(whole, encrypt="never") as found:
         fill(found.store)
-    ledger.reset(whole, sure=True)  # what was set aside is encrypted too
+    ledger.reset(whole, confirmed=True)  # what was set aside is encrypted too
     with open_store(whole, encrypt="never") as found:
         fill(found.store)
 
@@ -144,7 +144,7 @@ def test_without_its_key_it_is_refused_and_never_begun_anew(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     monkeypatch.delenv("ANTHER_KEY_FILE")
     for encrypt in ("auto", "always", "never"):
-        with pytest.raises(AntherError, match="the store is encrypted, and there is no key") as raised:
+        with pytest.raises(AntherError, match="the store is encrypted, but there is no key") as raised:
             open_store(files, encrypt=encrypt).__enter__()
         assert "\n" not in str(raised.value)
     with pytest.raises(AntherError, match="no key"):
@@ -188,7 +188,7 @@ def test_what_is_asked_for_and_cant_be_kept(tmp_path: Path, key: Path, monkeypat
         assert found.storage is files
     with open_store(files, encrypt="auto"):
         pass
-    with pytest.raises(AntherError, match=r"storage\.encrypt=never: .* is encrypted already"):
+    with pytest.raises(AntherError, match=r"storage\.encrypt=never: .* is already encrypted"):
         open_store(files, encrypt="never").__enter__()
 
 
@@ -207,9 +207,9 @@ def test_what_is_damaged_is_found_again_or_named(key: Path, tmp_path: Path) -> N
         assert store.number("base", SECRET.decode()) is None
         assert store.residual("f") is None
         assert store.variate("f") is None
-        assert store.own("r") is None
+        assert store.local_factors("r") is None
         assert store.personal_sites() == ()
-        with pytest.raises(AntherError, match=r"personal\.safetensors: not a personal adapter.*personalise again"):
+        with pytest.raises(AntherError, match=r"personal\.safetensors: not a personal adapter.*personalize again"):
             store.personal(SITES)
 
 
@@ -220,7 +220,7 @@ def test_a_key_that_is_lost_for_good_is_given_up_with_all_it_kept(
     with open_store(files, encrypt="auto", federation=FEDERATION) as found:
         fill(found.store)
     monkeypatch.delenv("ANTHER_KEY_FILE")
-    told = ledger.reset(files, sure=True)
+    told = ledger.reset(files, confirmed=True)
     assert str(files.folder / "forgotten-1") in told
     assert (files.folder / "forgotten-1" / JOURNAL).exists()
     with open_store(files, encrypt="auto") as found:

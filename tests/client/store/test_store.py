@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from client.store.generations import MARK
+from client.store.personal_versions import MARK
 from client.store.store import PersonalAdapter, Store
 from common.errors import AntherError
 from models.lora.adapter import Site, to_tensors
@@ -64,13 +64,13 @@ def test_a_file_of_before_it_had_a_mark_is_read(tmp_path: Path) -> None:
 
 def requests(store: Store) -> list[str]:
     """What each kept adapter was asked by, the newest first; only the present one stays as it was."""
-    found, present = [], next(one.at for one in store.personal_versions() if one.present)
+    found, present = [], next(one.created for one in store.personal_versions() if one.is_current)
     for one in store.personal_versions():
-        if not one.present:
-            store.roll_back(one.at)
+        if not one.is_current:
+            store.roll_back(one.created)
         personal = store.personal(SITES)
         found.append(personal.request if personal else "")
-    if not next(one.present for one in store.personal_versions() if one.at == present):
+    if not next(one.is_current for one in store.personal_versions() if one.created == present):
         store.roll_back(present)
     return found
 
@@ -85,10 +85,10 @@ def test_previous_ones_are_kept_by_their_date(tmp_path: Path) -> None:
         found = Store(FileStorage(tmp_path)).personal(SITES)
         assert found is not None
         assert found.request == f"run:{number}"
-    with pytest.raises(AntherError, match="no previous adapter to go back to; kept are: 20"):
+    with pytest.raises(AntherError, match="there is no previous adapter; available: 20"):
         store.roll_back()
     assert requests(store)[0] == "run:9"
-    with pytest.raises(AntherError, match="there is 2001-01-01 to go back to; kept are: 20"):
+    with pytest.raises(AntherError, match="there is no adapter of 2001-01-01; available: 20"):
         store.roll_back("2001-01-01")
 
 
@@ -110,14 +110,14 @@ def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
             for key, t in to_tensors(whole).items()
         }
         save_file(tensors, tmp_path / f"{name}.safetensors", {"base": BASE, "request": f"run:{number}"})
-    assert [one.at for one in store.personal_versions()] == ["undated", "undated"]
+    assert [one.created for one in store.personal_versions()] == ["undated", "undated"]
     store.roll_back()
     assert [one and one.request for one in (store.personal(SITES),)] == ["run:1"]
     store.roll_back()
     assert [one and one.request for one in (store.personal(SITES),)] == ["run:2"]
     store.save_personal(PERSONAL._replace(request="run:3"), aside=True)
     store.save_personal(PERSONAL._replace(request="run:4"), aside=True)
-    assert store.personal_versions()[0].present
+    assert store.personal_versions()[0].is_current
     assert len(store.personal_versions()) == 4
     store.roll_back()
     store.roll_back()
@@ -155,7 +155,7 @@ def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> No
     store, file = Store(FileStorage(tmp_path)), tmp_path / "personal.safetensors"
     store.save_personal(PERSONAL)
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(AntherError, match="personalise again") as raised:
+    with pytest.raises(AntherError, match="personalize again") as raised:
         store.personal(SITES)
     assert "\n" not in str(raised.value)
 
@@ -232,5 +232,5 @@ def test_the_seed_is_drawn_once(tmp_path: Path) -> None:
     assert Store(FileStorage(tmp_path / "a")).seed() == seed != Store(FileStorage(tmp_path / "b")).seed()
     assert (tmp_path / "a/seed").stat().st_mode & 0o077 == 0
     (tmp_path / "a/seed").write_text("x")
-    with pytest.raises(AntherError, match="another seed"):
+    with pytest.raises(AntherError, match="a new seed"):
         Store(FileStorage(tmp_path / "a")).seed()
