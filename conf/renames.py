@@ -145,7 +145,7 @@ def _pop(settings: Any, path: list[str]) -> Any:
 
 
 def _config_dirs(words: Sequence[str]) -> Iterator[Path]:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         option, equals, value = word.partition("=")
         if option in _CONFIG_DIR:
             yield Path(value if equals else following)
