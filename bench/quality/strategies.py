@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs")
     arguments, overrides = parser.parse_known_args()
     if arguments.what == "page":
-        strategies_page.write()
+        strategies_page.write_page()
     else:
         results = run(arguments, overrides)
         if not arguments.tune:

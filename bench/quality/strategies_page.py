@@ -27,29 +27,29 @@ and settings were chosen on development writers; fleets and seeds were fixed bef
 """
 
 
-def write() -> None:
+def write_page() -> None:
     """Write the page and its plots."""
     parts = [HEAD]
-    if results := read("aggregators"):
+    if results := read_results("aggregators"):
         settings, cells = _cells(results)
         shared = {key: gain for key, gain in cells.items() if key[0] != "fedsa"}
         (DOCS / "aggregators.svg").write_text(plots.dots(settings, shared), encoding="utf-8")
-        parts += ["\n".join(aggregators(results))]
-    if results := read("fleets"):
+        parts += ["\n".join(aggregation_section(results))]
+    if results := read_results("fleets"):
         (DOCS / "fleets.svg").write_text(plots.scatter(_hours_and_kwh(results), x="hours", y="kWh"), encoding="utf-8")
-        parts += ["\n".join(fleets(results))]
-    if results := read("robustness"):
-        parts += ["\n".join(robustness(results))]
+        parts += ["\n".join(fleets_section(results))]
+    if results := read_results("robustness"):
+        parts += ["\n".join(robustness_section(results))]
     (DOCS / "strategies.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def read(name: str) -> Any:
+def read_results(name: str) -> Any:
     """Return the results of a benchmark; None if it has not been run."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else None
 
 
-def aggregators(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def aggregation_section(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the section on aggregation rules by setting."""
     settings, cells = _cells(records)
     yield "## Aggregation × heterogeneity\n"
@@ -115,7 +115,7 @@ def _interval(values: tuple[float, float, float]) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def fleets(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterator[str]:
+def fleets_section(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterator[str]:
     """Yield the section on the cost of each arm by fleet."""
     yield "## Simulated fleets\n"
     yield (
@@ -149,7 +149,7 @@ def fleets(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
         yield ""
 
 
-def robustness(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def robustness_section(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the section on the gain kept under each attack."""
     yield "## Robustness × attack\n"
     yield (

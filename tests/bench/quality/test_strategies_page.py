@@ -22,7 +22,7 @@ ATTACKS = [{"attack": "nan", "protected": False, "seed": seed, "kept": 0.5, "bac
 
 
 def test_best_shared_rule_is_bold_and_personal_starred():
-    rows = list(strategies_page.aggregators(CELLS))
+    rows = list(strategies_page.aggregation_section(CELLS))
     assert "| exact | **12.00** | **-1.00** |" in rows
     assert "| hetlora | 10.00 |  |" in rows
     assert "| fedsa |  | 20.00* |" in rows
@@ -32,18 +32,18 @@ def test_best_shared_rule_is_bold_and_personal_starred():
 def test_missed_targets_have_no_ratio():
     never = {**RUN, "hours": None, "kwh": None, "battery_kwh": None, "round": None}
     arms = {"random": [RUN, RUN], "ours": [{**RUN, "hours": 1.0}] * 2, "other": [RUN, never]}
-    rows = list(strategies_page.fleets({"week": arms}))
+    rows = list(strategies_page.fleets_section({"week": arms}))
     assert "| ours | 2 of 2 | 4 | 1.0 | 0.50 | 0.10 | 1.00 | 0.05 | 2 flat | 0.30 |" in rows
     assert "| other | 1 of 2 | — | — | — | — | — | — | 2 flat | 0.30 |" in rows
 
 
 def test_attacks_are_compared_with_no_rules():
-    assert "| nan | 50% [50%] | 90% [90%] | 75% [75%] | 0% [0%] |" in list(strategies_page.robustness(ATTACKS))
+    assert "| nan | 50% [50%] | 90% [90%] | 75% [75%] | 0% [0%] |" in list(strategies_page.robustness_section(ATTACKS))
 
 
 def test_page_is_up_to_date(tmp_path, monkeypatch):
     monkeypatch.setattr(strategies_page, "DOCS", tmp_path)
-    strategies_page.write()
+    strategies_page.write_page()
     for name in ("strategies.md", "aggregators.svg", "fleets.svg"):
         assert (tmp_path / name).read_text() == (strategies_page.RESULTS.parents[1] / "docs" / name).read_text(), (
             "run python -m bench.quality.strategies page"
@@ -53,4 +53,4 @@ def test_page_is_up_to_date(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["aggregators", "robustness", "fleets"])
 def test_missing_results_are_left_out(name, tmp_path, monkeypatch):
     monkeypatch.setattr(strategies_page, "RESULTS", tmp_path)
-    assert strategies_page.read(name) is None
+    assert strategies_page.read_results(name) is None
