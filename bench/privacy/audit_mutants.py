@@ -93,7 +93,7 @@ AUDIT_MUTANTS = (
         "batch sizes not randomized within steps",
         "privacy/audit/goodness_of_fit.py",
         "below + (up_to - below) * generator.random(len(sizes))",
-        "(below + upto) / 2",
+        "(below + up_to) / 2",
         f"{_FIT}::test_poisson_batches_become_normal",
     ),
     Mutant(
@@ -169,8 +169,8 @@ AUDIT_MUTANTS = (
     Mutant(
         "strict epsilon per device missing",
         "server/ledger.py",
-        "found = [with_strict(epsilon(one, budget.delta, DEVICE), one) for one in events]",
-        "found = [epsilon(one, budget.delta, DEVICE) for one in events]",
-        "tests/server/test_ledger.py::test_measuring_more_than_planned_is_paid_for",
+        "guarantees = [with_strict(epsilon(history, budget.delta, DEVICE), history) for history in events]",
+        "guarantees = [epsilon(history, budget.delta, DEVICE) for history in events]",
+        "tests/server/test_ledger.py::test_unplanned_evaluations_are_charged",
     ),
 )

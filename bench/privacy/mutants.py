@@ -418,7 +418,7 @@ DEVICE_MUTANTS = (
         "        released = self.mechanism.release(clipped, opened.noise)",
         "trained = list(trained)\n"
         "        clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)\n"
-        "        released = Gaussian(noise_multiplier=self.mechanism.noise_multiplier, "
+        "        released = GaussianMechanism(noise_multiplier=self.mechanism.noise_multiplier, "
         "expected=max(1.0, float(len(trained)))).release(clipped, opened.noise)",
         "tests/strategies/test_central_dp.py::test_who_drops_out_contributes_zero_and_the_divisor_stays",
     ),
@@ -455,13 +455,13 @@ DEVICE_MUTANTS = (
         "server/ledger.py",
         "            if state == RELEASED:\n",
         "            if state == RELEASED or not any(b'\"released\"' in line for line in lines[number:]):\n",
-        "tests/server/rounds/test_private_loop.py::test_an_aborted_round_stays_charged_and_the_run_ends_a_round_early",
+        "tests/server/rounds/test_private_loop.py::test_aborted_round_stays_charged",
     ),
     Mutant(
         "charged after requests are sent",
         "strategies/strategy.py",
-        "            self.device_level.open(server_round",
-        "            plans or self.device_level.open(server_round",
+        "            self.central_dp.open(server_round",
+        "            plans or self.central_dp.open(server_round",
         "tests/strategies/test_central_dp.py::test_the_charge_is_on_the_disk_before_a_message_leaves",
     ),
     Mutant(
