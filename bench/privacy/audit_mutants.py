@@ -157,7 +157,7 @@ AUDIT_MUTANTS = (
         "privacy/accounting.py",
         "    if guarantee.delta <= STRICT_DELTA:\n        return guarantee\n",
         "    return guarantee\n",
-        "tests/privacy/test_accounting.py::test_a_large_delta_is_not_told_alone",
+        "tests/privacy/test_accounting.py::test_large_delta_is_shown_with_strict_delta",
     ),
     Mutant(
         "strict epsilon of one round less",

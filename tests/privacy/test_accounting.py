@@ -1,4 +1,4 @@
-"""ε against known anchors, another accountant, a closed form, and itself."""
+"""ε compared with known values, another accountant, and a closed form."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def events(sigma: float, rate: float, steps: int) -> list[PoissonGaussian]:
         (1.0, 5, 1e-3, {1: 5.76, 4: 1.84, 8: 1.07}),
     ],
 )
-def test_anchors(rate: float, steps: int, delta: float, sigmas: dict[int, float]) -> None:
-    """σ for ε = 1, 4, 8, computed apart from this code."""
+def test_known_noise_multipliers(rate: float, steps: int, delta: float, sigmas: dict[int, float]) -> None:
+    """σ for ε = 1, 4, 8, computed independently of this code."""
     for target, sigma in sigmas.items():
         assert epsilon(events(sigma, rate, steps), delta).value == pytest.approx(target, rel=0.05)
         assert noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps) == pytest.approx(
@@ -55,7 +55,7 @@ def test_anchors(rate: float, steps: int, delta: float, sigmas: dict[int, float]
         )
 
 
-def test_no_sampling_is_the_gaussian_mechanism() -> None:
+def test_full_sampling_is_the_gaussian_mechanism() -> None:
     """Balle and Wang (2018, arXiv:1805.06530), theorem 8: δ = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ), μ = √T/σ."""
     sigma, steps, delta = 2.0, 9, 1e-5
     found, mu = epsilon(events(sigma, 1.0, steps), delta).value, math.sqrt(steps) / sigma
@@ -88,8 +88,8 @@ def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float)
         pytest.param(2, 0.25, 100, 1e-3, marks=pytest.mark.slow),
     ],
 )
-def test_sigma_is_that_of_dp_accounting_on_a_fine_grid(target: float, rate: float, steps: int, delta: float) -> None:
-    """Its own search, over its own PLD on a grid of 1e-4."""
+def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, delta: float) -> None:
+    """Compares with dp-accounting's own search, over its own PLD on a grid of 1e-4."""
 
     def event(sigma: float) -> dp_event.DpEvent:
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
@@ -110,7 +110,7 @@ def test_sigma_is_that_of_dp_accounting_on_a_fine_grid(target: float, rate: floa
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0.7, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from([1e-3, 1e-6]))
-def test_renyi_accounting_is_never_below(sigma: float, rate: float, steps: int, delta: float) -> None:
+def test_renyi_accounting_is_an_upper_bound(sigma: float, rate: float, steps: int, delta: float) -> None:
     from opacus.accountants import RDPAccountant
 
     renyi = RDPAccountant()
@@ -118,36 +118,34 @@ def test_renyi_accounting_is_never_below(sigma: float, rate: float, steps: int, 
     assert epsilon(events(sigma, rate, steps), delta).value <= 1.005 * renyi.get_epsilon(delta) + 1e-4
 
 
-def test_two_halves_are_the_whole_and_less_than_their_sum() -> None:
+def test_composition_of_halves_is_the_whole() -> None:
     half, whole = events(2.0, 0.2, 25), events(2.0, 0.2, 50)
     assert epsilon(half + half, 1e-3).value == epsilon(whole, 1e-3).value
     assert epsilon(half, 1e-3).value < epsilon(whole, 1e-3).value < 2 * epsilon(half, 1e-3).value
 
 
-def test_different_mechanisms_compose_in_any_order() -> None:
+def test_composition_is_independent_of_order() -> None:
     mixed = events(2.0, 0.2, 25) + events(1.0, 0.05, 10)
     assert epsilon(mixed, 1e-3).value == epsilon(mixed[::-1], 1e-3).value > epsilon(mixed[:1], 1e-3).value
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.5, 20), st.floats(0.01, 0.9), st.integers(1, 200), st.floats(1.05, 2), st.sampled_from([1e-3, 1e-6]))
-def test_more_noise_costs_less_and_more_of_anything_else_costs_more(
-    sigma: float, rate: float, steps: int, factor: float, delta: float
-) -> None:
+def test_epsilon_is_monotonic(sigma: float, rate: float, steps: int, factor: float, delta: float) -> None:
     cost = epsilon(events(sigma, rate, steps), delta).value
-    slack = 1.002 * cost + 1e-4  # of two upper bounds on different grids
+    slack = 1.002 * cost + 1e-4  # between two upper bounds on different grids
     assert epsilon(events(sigma * factor, rate, steps), delta).value <= slack
     assert cost <= 1.002 * epsilon(events(sigma, min(1.0, rate * factor), steps), delta).value + 1e-4
     assert cost <= 1.002 * epsilon(events(sigma, rate, steps + 10), delta).value + 1e-4
 
 
-def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
+def test_empty_and_non_private_ledgers() -> None:
     assert epsilon([], 1e-3) == Guarantee(0.0, 1e-3)
     assert epsilon(events(1.0, 0.0, 10), 1e-3).value == 0
     assert epsilon([*events(5.0, 0.1, 1), NonPrivate()], 1e-3).value == math.inf
 
 
-def test_the_least_noise_that_a_policy_allows_is_computed_fast() -> None:
+def test_minimum_noise_is_accounted_fast() -> None:
     start = time.process_time()
     assert epsilon(events(Policy().min_noise_multiplier, 0.5, Policy().max_steps), 1e-3).value > 1000
     assert time.process_time() - start < 10
@@ -164,12 +162,12 @@ def test_the_least_noise_that_a_policy_allows_is_computed_fast() -> None:
         (3, 1e-6, 0.01, 5000),
     ],
 )
-def test_solved_noise_keeps_the_promise_and_wastes_little(target: float, delta: float, rate: float, steps: int) -> None:
+def test_solved_noise_meets_target_tightly(target: float, delta: float, rate: float, steps: int) -> None:
     sigma = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
     assert 0.995 * target <= epsilon(events(sigma, rate, steps), delta).value <= target
 
 
-def test_unsolvable_targets_say_so() -> None:
+def test_unsolvable_targets_raise() -> None:
     with pytest.raises(AntherError, match="no meaningful guarantee"):
         noise_multiplier_for(epsilon=1e6, delta=1e-3, sampling_rate=0.5, steps=10)
     with pytest.raises(AntherError, match="smaller delta"):
@@ -187,22 +185,22 @@ def test_unsolvable_targets_say_so() -> None:
         {"steps": 0},
     ],
 )
-def test_impossible_events_are_refused(wrong: dict[str, float]) -> None:
+def test_invalid_events_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PoissonGaussian(**({"noise_multiplier": 1.0, "sampling_rate": 0.5, "steps": 1} | wrong))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])
-def test_delta_is_a_probability(delta: float) -> None:
+def test_delta_must_be_a_probability(delta: float) -> None:
     with pytest.raises(ValueError, match="delta"):
         epsilon([], delta)
 
 
-def test_every_printed_epsilon_has_its_unit() -> None:
+def test_printed_epsilon_has_unit_and_delta() -> None:
     assert str(Guarantee(2.355, 1e-5)) == "ε=2.35 per image (δ=1e-05, add or remove one)"
 
 
-def test_a_large_delta_is_not_told_alone() -> None:
+def test_large_delta_is_shown_with_strict_delta() -> None:
     event = PoissonGaussian(noise_multiplier=1.0, sampling_rate=0.2, steps=50)
     told = with_strict(epsilon([event], 1e-3), [event])
     assert told.strict == epsilon([event], 1e-5).value > told.value
@@ -210,14 +208,14 @@ def test_a_large_delta_is_not_told_alone() -> None:
     assert with_strict(small := epsilon([event], 1e-5), [event]) is small
 
 
-def test_a_delta_that_covers_everything_gives_0_and_one_too_small_gives_infinity() -> None:
-    once = PoissonGaussian(noise_multiplier=1.0, sampling_rate=1e-4, steps=1)
-    assert epsilon([once], 1e-4).value == 0  # whoever is in a step at all has a probability of δ
-    assert epsilon([replace(once, sampling_rate=1e-3)], 1e-4).value > 0
-    assert epsilon([replace(once, sampling_rate=0.5)], 1e-16).value == math.inf
+def test_extreme_deltas() -> None:
+    event = PoissonGaussian(noise_multiplier=1.0, sampling_rate=1e-4, steps=1)
+    assert epsilon([event], 1e-4).value == 0  # a unit is in any step with probability δ only
+    assert epsilon([replace(event, sampling_rate=1e-3)], 1e-4).value > 0
+    assert epsilon([replace(event, sampling_rate=0.5)], 1e-16).value == math.inf
 
 
-class _Mallinfo2(ctypes.Structure):
+class _MallocInfo(ctypes.Structure):
     _fields_: ClassVar = [
         (name, ctypes.c_size_t)
         for name in (
@@ -236,13 +234,13 @@ class _Mallinfo2(ctypes.Structure):
 
 
 @pytest.mark.parametrize("kind", [float, complex])
-def test_no_transform_is_kept(kind: type) -> None:
-    """A plan of 2¹⁸ points is megabytes, which the C library must have back."""
+def test_fft_caches_are_freed(kind: type) -> None:
+    """The factors of a plan of 2¹⁸ points take megabytes, which must be returned to the C library."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError, TypeError):
-        pytest.skip("the C library doesn't tell what is in use")
-    mallinfo.restype = _Mallinfo2
+        pytest.skip("the C library doesn't report its memory in use")
+    mallinfo.restype = _MallocInfo
 
     def used() -> int:
         told = mallinfo()
@@ -257,19 +255,19 @@ def test_no_transform_is_kept(kind: type) -> None:
     assert used() - before < 2**17
 
 
-def test_what_a_schedule_may_cut_is_kept_back_of_delta() -> None:
-    """At a δ near it, where it shows; and none of what joins every batch."""
+def test_truncation_is_subtracted_from_delta() -> None:
+    """Tested at a δ of that size. Nothing is subtracted if every unit joins every batch."""
     few, many = (PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=steps) for steps in (1, 10))
-    kept = 10 * TRUNCATION_DELTA
-    assert epsilon([many], kept).value == math.inf
-    assert epsilon([few] * 10, kept).value == math.inf
-    assert epsilon([few] * 10, 2 * kept).value == epsilon([many], 2 * kept).value < math.inf
-    assert epsilon([many], 2 * kept).value > epsilon([many], 20 * kept).value
+    reserved_delta = 10 * TRUNCATION_DELTA
+    assert epsilon([many], reserved_delta).value == math.inf
+    assert epsilon([few] * 10, reserved_delta).value == math.inf
+    assert epsilon([few] * 10, 2 * reserved_delta).value == epsilon([many], 2 * reserved_delta).value < math.inf
+    assert epsilon([many], 2 * reserved_delta).value > epsilon([many], 20 * reserved_delta).value
     everybody = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=10)
-    assert epsilon([everybody], kept).value < math.inf
+    assert epsilon([everybody], reserved_delta).value < math.inf
 
 
-def test_a_part_of_delta_covers_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampler_error_is_subtracted_from_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     assert epsilon(events(2.0, 1.0, 1), SAMPLER_DELTA).value == math.inf
     without = epsilon(events(2.125, 1.0, 1), 4e-6).value
     monkeypatch.setattr(accounting, "SAMPLER_DELTA", 4e-6)

@@ -1,4 +1,4 @@
-"""A noised gain: one unit more or less changes the sum by at most the clip, and the noise is what was paid for."""
+"""Noised gains: one unit changes the sum by at most the clip, and the noise is the charged one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GAINS = st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.floats(-0.3
 CLIPS = st.floats(1e-6, 100.0)
 
 
-class Fixed:
-    """A noise source that draws the same number for ever."""
+class _ConstantNoise:
+    """A noise source that always returns the same number."""
 
     release = False
 
@@ -39,9 +39,7 @@ def mean(gains: list[float], noise: NoiseSource, *, clip: float = 0.1, sigma: fl
 
 
 @given(GAINS, CLIPS, st.data())
-def test_one_gain_more_or_less_changes_the_sum_by_at_most_the_sensitivity(
-    gains: list[float], clip: float, data: st.DataObject
-) -> None:
+def test_removing_gain_changes_sum_within_sensitivity(gains: list[float], clip: float, data: st.DataObject) -> None:
     whole = clipped_sum(gains, clip)
     assert whole.sensitivity * whole.step == pytest.approx(clip)
     for place in range(len(gains)):
@@ -52,7 +50,7 @@ def test_one_gain_more_or_less_changes_the_sum_by_at_most_the_sensitivity(
 
 
 @given(GAINS, CLIPS)
-def test_the_sum_is_that_of_the_clipped_gains(gains: list[float], clip: float) -> None:
+def test_sum_of_clipped_gains(gains: list[float], clip: float) -> None:
     wanted = np.clip([gain for gain in gains if not math.isnan(gain)], -clip, clip).sum()
     found = clipped_sum(gains, clip)
     assert abs(found.steps * found.step - wanted) <= (len(gains) / 2 + 1e-6) * found.step
@@ -60,43 +58,45 @@ def test_the_sum_is_that_of_the_clipped_gains(gains: list[float], clip: float) -
 
 
 @pytest.mark.parametrize("gain", [math.inf, 1e308, -math.inf, -1e308])
-def test_the_sensitivity_is_reached(gain: float) -> None:
+def test_sensitivity_is_attained(gain: float) -> None:
     assert abs(clipped_sum([gain], 0.1).steps) == STEPS_PER_CLIP
 
 
-def test_the_noise_follows_from_the_sensitivity_and_the_divisor_is_public() -> None:
+def test_noise_follows_from_sensitivity_and_public_divisor() -> None:
     gains = [0.05, -0.02, 0.5, math.nan]
     exact = (0.05 - 0.02 + 0.1) / 5
-    assert mean(gains, Fixed(0.0)) == pytest.approx(exact, abs=1e-4)
-    assert mean(gains, Fixed(1.0)) - mean(gains, Fixed(0.0)) == pytest.approx(3.0 * 0.1 / 5, rel=1e-6)
-    assert mean(gains, Fixed(-1.0), clip=0.2, sigma=1.0) == pytest.approx((0.05 - 0.02 + 0.2 - 0.2) / 5, abs=1e-4)
-    assert mean([], Fixed(2.0)) == pytest.approx(2 * 3.0 * 0.1 / 5)
+    assert mean(gains, _ConstantNoise(0.0)) == pytest.approx(exact, abs=1e-4)
+    assert mean(gains, _ConstantNoise(1.0)) - mean(gains, _ConstantNoise(0.0)) == pytest.approx(3.0 * 0.1 / 5, rel=1e-6)
+    assert mean(gains, _ConstantNoise(-1.0), clip=0.2, sigma=1.0) == pytest.approx(
+        (0.05 - 0.02 + 0.2 - 0.2) / 5, abs=1e-4
+    )
+    assert mean([], _ConstantNoise(2.0)) == pytest.approx(2 * 3.0 * 0.1 / 5)
 
 
 @given(GAINS, st.floats(-4, 4, width=32))
-def test_what_leaves_is_a_multiple_of_one_step_whatever_the_gains_were(gains: list[float], drawn: float) -> None:
-    """A sum of floats would betray itself in the last digits, which noise of 24 bits doesn't reach."""
-    steps = mean(gains, Fixed(drawn)) * 5 * STEPS_PER_CLIP / 0.1
+def test_release_is_a_multiple_of_the_step(gains: list[float], drawn: float) -> None:
+    """A sum of floats would reveal itself in its last digits, which noise of 24 bits doesn't cover."""
+    steps = mean(gains, _ConstantNoise(drawn)) * 5 * STEPS_PER_CLIP / 0.1
     assert steps == pytest.approx(round(steps), abs=1e-6)
 
 
-def test_the_noise_is_of_the_size_that_was_paid_for() -> None:
+def test_noise_has_the_charged_stddev() -> None:
     noise = SecureNoise()
     found = np.array([mean([0.05, 0.3], noise) for _ in range(4000)])
     assert found.mean() == pytest.approx(0.15 / 5, abs=5 * 0.06 / 4000**0.5)
     assert found.std() == pytest.approx(3.0 * 0.1 / 5, rel=0.06)
     assert found.std() == pytest.approx(noise_error(clip=0.1, noise_multiplier=3.0, count=5), rel=0.06)
-    assert found[:2000].mean() != found[2000:].mean()  # drawn anew each time
+    assert found[:2000].mean() != found[2000:].mean()  # each call draws new noise
 
 
-def test_the_error_of_a_mean_of_several() -> None:
+def test_standard_error_of_several_means() -> None:
     drawn = np.random.default_rng(0).normal(0, noise_error(clip=0.2, noise_multiplier=4.0, count=5), (20_000, 10))
     wanted = drawn.mean(1).std()
     assert noise_error(clip=0.2, noise_multiplier=4.0, count=5, means=10) == pytest.approx(wanted, rel=0.02)
 
 
-def test_it_costs_what_the_gaussian_mechanism_costs() -> None:
-    """Balle and Wang (2018, arXiv:1805.06530), theorem 8, against the accountant."""
+def test_cost_is_that_of_the_gaussian_mechanism() -> None:
+    """Compares theorem 8 of Balle and Wang (2018, arXiv:1805.06530) with the accountant."""
 
     def phi(x: float) -> float:
         return (1 + math.erf(x / math.sqrt(2))) / 2
@@ -119,6 +119,6 @@ def test_it_costs_what_the_gaussian_mechanism_costs() -> None:
         {"count": 0},
     ],
 )
-def test_what_would_hide_nothing_is_refused(wrong: dict[str, float]) -> None:
+def test_invalid_parameters_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be positive and finite"):
-        mean([0.1], Fixed(0.0), **wrong)  # type: ignore[arg-type]
+        mean([0.1], _ConstantNoise(0.0), **wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Clip and noise of devices' updates, against loops, closed forms, and exact arithmetic."""
+"""Clipping and noise of device updates, compared with loops, closed forms, and exact arithmetic."""
 
 import math
 from fractions import Fraction
@@ -33,7 +33,7 @@ def simulated():
     return SimulatedNoise(seed=0, client="server", round=1, purpose="updates")
 
 
-def exactly(clipped):
+def exact_values(clipped):
     step = Fraction(clipped.total.sensitivity.norm) / RESOLUTION
     return [count * step for count in clipped.total.steps.tolist()]
 
@@ -44,12 +44,12 @@ def value(bounded):
 
 @settings(max_examples=300, deadline=None)
 @given(UPDATES, st.lists(ANYTHING, min_size=SIZE, max_size=SIZE), CLIPS, st.integers(0, 6))
-def test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most(others, one, clip, place):
-    """Exactly, in rational arithmetic; and the count by one half, or by nothing at all if the device sent rubbish."""
+def test_removing_device_changes_sum_by_clip_at_most(others, one, clip, place):
+    """In rational arithmetic. The count changes by ½, or not at all if the update is not finite."""
     without = clip_and_sum(tensors(others), clip, SIZE)
     joined = [*others[:place], one, *others[place:]]
     having = clip_and_sum(tensors(joined), clip, SIZE)
-    sums = zip(exactly(having), exactly(without), strict=True)
+    sums = zip(exact_values(having), exact_values(without), strict=True)
     assert sum((one - other) ** 2 for one, other in sums) <= Fraction(clip) ** 2
     assert having.total.sensitivity.norm == clip
     counted = float(value(having.below)) - float(value(without.below))
@@ -59,7 +59,7 @@ def test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most(others, one, 
 
 @settings(max_examples=100, deadline=None)
 @given(UPDATES, CLIPS)
-def test_the_sum_is_that_of_a_loop(updates, clip):
+def test_sum_matches_loop(updates, clip):
     expected, below, dropped = np.zeros(SIZE), 0.0, 0
     for update in np.array(updates, dtype=np.float64).reshape(-1, SIZE):
         length = np.linalg.norm(update)
@@ -75,20 +75,20 @@ def test_the_sum_is_that_of_a_loop(updates, clip):
 
 @settings(max_examples=100, deadline=None)
 @given(UPDATES, st.randoms(use_true_random=False))
-def test_the_order_does_not_matter_to_the_last_bit(updates, random):
+def test_sum_is_independent_of_order(updates, random):
     shuffled = random.sample(updates, len(updates))
     one, two = (clip_and_sum(tensors(order), 1.0, SIZE).total.steps for order in (updates, shuffled))
     assert torch.equal(one, two)
 
 
-def test_no_device_at_all():
+def test_no_devices():
     found = clip_and_sum([], 1.0, SIZE)
     assert torch.equal(value(found.total), torch.zeros(SIZE, dtype=torch.float64))
     assert (float(value(found.below)), found.dropped) == (0.0, 0)
 
 
-def test_everybody_weighs_the_same():
-    """Ten times the update is no more than the update at the clip; a duplicate is one more device."""
+def test_all_devices_have_equal_weight():
+    """A scaled update counts no more than the update at the clip; a duplicate counts as another device."""
     update = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0])
     one, ten, two = (value(clip_and_sum(sent, 1.0, SIZE).total) for sent in ([update], [10 * update], [update, update]))
     assert torch.allclose(one, ten, atol=2 / RESOLUTION)
@@ -97,28 +97,28 @@ def test_everybody_weighs_the_same():
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, math.nan, math.inf])
-def test_a_clip_that_is_none(clip):
+def test_invalid_clip_is_rejected(clip):
     with pytest.raises(ValueError, match="clip="):
         clip_and_sum([], clip, SIZE)
 
 
 @given(st.floats(0.1, 5.0), st.floats(3.0, 1e3))
-def test_sum_and_count_together_cost_what_the_round_costs(z, deviation):
-    """Two Gaussian mechanisms on one sample are one: in units of their noise, squared sensitivities add."""
+def test_sum_and_count_cost_the_whole_round(z, deviation):
+    """Two Gaussian mechanisms on one sample are one: in units of their noise, squared sensitivities add up."""
     of_sum = AdaptiveClip(quantile=0.5, rate=0.2, noise_stddev=deviation).noise_multiplier(z)
     assert of_sum > z
     assert math.hypot(1 / of_sum, 0.5 / deviation) == pytest.approx(1 / z, rel=1e-9)
 
 
-def test_too_few_devices_to_adapt():
+def test_too_few_devices_for_adaptive_clip():
     with pytest.raises(AntherError, match=r"must be under 1, a tenth of the devices expected .*quantile=null"):
         GaussianMechanism(
             noise_multiplier=1.0, expected=10, adaptive=AdaptiveClip(quantile=0.5, rate=0.2, noise_stddev=0.5)
         )
 
 
-def test_the_clip_follows_the_quantile_as_in_the_paper():
-    """Algorithm 1 of arXiv:1905.03871 as a loop over numpy arrays, round by round, with the same normal numbers."""
+def test_adaptive_clip_matches_the_paper():
+    """Algorithm 1 of arXiv:1905.03871 as a loop over NumPy arrays, round by round, with the same normal numbers."""
     m, z, quantile, rate, sigma_b = 40, 0.7, 0.3, 0.5, 2.0
     mechanism = GaussianMechanism(
         noise_multiplier=z, expected=m, adaptive=AdaptiveClip(quantile=quantile, rate=rate, noise_stddev=sigma_b)
@@ -135,7 +135,7 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
         of_count = drawn.rounded_gaussian(1, 2 * sigma_b * RESOLUTION).item() / (2 * sigma_b * RESOLUTION)
         total = (updates * np.minimum(1.0, reference / norms)[:, None]).sum(0)
         mean = (total + z_delta * reference * normals) / m
-        share = ((norms <= reference).sum() + sigma_b * of_count) / m  # all m are there: the centre cancels
+        share = ((norms <= reference).sum() + sigma_b * of_count) / m  # all m take part, so the centering cancels
         reference *= math.exp(-rate * (share - quantile))
 
         clipped = clip_and_sum(torch.from_numpy(updates), clip, SIZE)
@@ -150,19 +150,19 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
 
 
 @pytest.mark.parametrize("below", [-1e9, 0.0, 1.0, 1e9])
-def test_an_adaptive_clip_stays_a_clip(below):
+def test_adaptive_clip_stays_in_range(below):
     found = AdaptiveClip(quantile=0.5, rate=50.0, noise_stddev=1.0).next(1.0, below)
     assert MIN_CLIP <= found <= MAX_CLIP
 
 
-def test_a_fixed_clip_stays():
+def test_fixed_clip_is_unchanged():
     released = GaussianMechanism(noise_multiplier=1.0, expected=4).release(clip_and_sum([], 0.25, SIZE), simulated())
     assert released.next_clip == 0.25
 
 
 @pytest.mark.parametrize("replies", [0, 1, 7])
-def test_the_denominator_is_the_public_constant(replies):
-    """Whoever replied: the same noise, and each reply's part is the same, at most C/m."""
+def test_divisor_is_the_public_constant(replies):
+    """For any number of replies the noise is the same, and each reply contributes at most C/m."""
     size, m, clip, z = 20_000, 4.0, 0.5, 2.0
     update = torch.ones(size)
     clipped = clip_and_sum([update] * replies, clip, size)
@@ -173,11 +173,11 @@ def test_the_denominator_is_the_public_constant(replies):
     assert float(value(clipped.total).norm()) / m == pytest.approx(replies * clip / m, rel=1e-3)
 
 
-def test_a_denominator_that_is_none():
+def test_invalid_divisor_is_rejected():
     with pytest.raises(ValueError, match="expected=0"):
         GaussianMechanism(noise_multiplier=1.0, expected=0)
 
 
-def test_more_noise_than_integers_hold_is_refused_at_the_start():
+def test_excessive_noise_is_rejected_at_construction():
     with pytest.raises(AntherError, match="allow a larger epsilon"):
         GaussianMechanism(noise_multiplier=1.01 * MAX_NOISE_MULTIPLIER, expected=4)

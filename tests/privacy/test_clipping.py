@@ -1,4 +1,4 @@
-"""Clipping: the bound holds for every row there is, and one example moves its owner's sum by no more than it."""
+"""Clipping: every clipped row is within its bound, and one example changes its owner's sum by at most the bound."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.clipping import BoundedGradientSums, clip_and_sum, even_bounds, stddev, sum_segments
 from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
-LARGEST = 2.0**60  # squares of larger numbers leave float32: see `test_rows_whose_squares_leave_float32_count_as_zero`
+LARGEST = 2.0**60  # squares of larger numbers overflow float32, see `test_overflowing_squares_count_as_zero`
 FLOATS = st.floats(-LARGEST, LARGEST, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
 CLIPS = st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 2.0, 1e15, math.inf])
-ROUNDING = 1e-6  # of float32, without privacy
-CUT = 1e-5  # what the clip takes beside the grid, relative to a norm
+ROUNDING = 1e-6  # float32 rounding without privacy
+CUT = 1e-5  # relative loss of a norm by clipping, in addition to truncation
 
 
 @st.composite
 def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[list[float]], list[int]]:
-    """Gradients [N, D], counts [R], bounds [R, L] and segments [L]; owners without rows, parts without numbers."""
+    """Gradients [N, D], counts [R], bounds [R, L] and segments [L], including owners without rows and parts of width 0."""
     counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= least))
     segments = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     bounds = draw(
@@ -40,7 +40,7 @@ def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[li
 
 
 def clip(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]) -> tuple:
-    """`clip_and_sum` of a copy: it overwrites what it gets."""
+    """`clip_and_sum` of a copy, since it overwrites its input."""
     limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
     return clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments)
 
@@ -49,8 +49,10 @@ def step_of(bounds: Sequence[float]) -> float:
     return math.hypot(*bounds) / RESOLUTION or 1.0
 
 
-def cut(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]) -> tuple:
-    """`clip_and_sum` to whole steps, with those as int64."""
+def clip_to_steps(
+    rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]
+) -> tuple:
+    """`clip_and_sum` with steps; the sums as int64."""
     limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
     steps = torch.tensor([step_of(each) for each in bounds], dtype=torch.float64)
     values, dropped = clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments, steps)
@@ -59,13 +61,13 @@ def cut(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], 
     return values.long(), dropped
 
 
-def clip_alone(row: Tensor, bounds: Sequence[float], segments: Sequence[int]) -> Tensor:
-    """What is left of one row: the sum of its owner, who has no other."""
+def clip_row(row: Tensor, bounds: Sequence[float], segments: Sequence[int]) -> Tensor:
+    """Clip one row, as the sum of an owner without other rows."""
     return clip(row[None], [1], [bounds], segments)[0][0]
 
 
-def truth(row: np.ndarray, bounds: Sequence[float], segments: Sequence[int]) -> np.ndarray:
-    """The definition, in float64."""
+def reference_clip(row: np.ndarray, bounds: Sequence[float], segments: Sequence[int]) -> np.ndarray:
+    """The definition of clipping, in float64."""
     if not np.isfinite(row).all():
         return np.zeros(len(row))
     parts = np.split(row.astype(np.float64), np.cumsum(segments)[:-1])
@@ -81,7 +83,7 @@ def norm(row: Tensor) -> float:
 
 @given(batches())
 @settings(deadline=None, max_examples=200)
-def test_sums_are_those_of_a_loop_over_rows(batch: tuple) -> None:
+def test_sums_match_loop_over_rows(batch: tuple) -> None:
     rows, counts, bounds, segments = batch
     values, dropped = clip(*batch)
     assert values.shape == (len(counts), sum(segments))
@@ -89,7 +91,7 @@ def test_sums_are_those_of_a_loop_over_rows(batch: tuple) -> None:
     taken = iter(rows.numpy())
     for found, bad, count, limits in zip(values, dropped, counts, bounds, strict=True):
         own = [next(taken) for _ in range(count)]
-        clipped = [truth(row, limits, segments) for row in own]
+        clipped = [reference_clip(row, limits, segments) for row in own]
         scale = sum((np.abs(row) for row in clipped), np.zeros(sum(segments)))
         wanted = sum(clipped, np.zeros(sum(segments)))
         assert (np.abs(found.numpy() - wanted) <= ROUNDING * scale + 1e-37).all()
@@ -97,30 +99,30 @@ def test_sums_are_those_of_a_loop_over_rows(batch: tuple) -> None:
 
 
 def private(batch: tuple) -> tuple:
-    """The batch with finite bounds only."""
+    """Replace infinite bounds."""
     rows, counts, bounds, segments = batch
     return rows, counts, [[0.1 if math.isinf(bound) else bound for bound in each] for each in bounds], segments
 
 
-def squared(steps: Tensor, bounds: Sequence[float]) -> Fraction:
-    """‖steps‖² of a part, exactly, in units of the value."""
+def exact_square(steps: Tensor, bounds: Sequence[float]) -> Fraction:
+    """‖steps‖² of a part in units of the value, exactly."""
     return sum((Fraction(count) ** 2 for count in steps.tolist()), Fraction(0)) * Fraction(step_of(bounds)) ** 2
 
 
 @given(batches(least=1), st.data())
 @settings(deadline=None, max_examples=200)
-def test_a_row_moves_its_owners_sum_by_at_most_the_bound_and_no_other(batch: tuple, data: st.DataObject) -> None:
-    """In exact arithmetic: nothing is left to rounding."""
+def test_removing_row_changes_owner_sum_within_bound(batch: tuple, data: st.DataObject) -> None:
+    """Exact arithmetic, without rounding."""
     rows, counts, bounds, segments = private(batch)
     removed = data.draw(st.integers(0, len(rows) - 1))
     owner = next(i for i in range(len(counts)) if removed < sum(counts[: i + 1]))
     rest = torch.cat([rows[:removed], rows[removed + 1 :]])
     fewer = [count - (i == owner) for i, count in enumerate(counts)]
-    before, bad = cut(rows, counts, bounds, segments)
-    after, bad_after = cut(rest, fewer, bounds, segments)
+    before, bad = clip_to_steps(rows, counts, bounds, segments)
+    after, bad_after = clip_to_steps(rest, fewer, bounds, segments)
     moved = before[owner] - after[owner]
     for part, bound in zip(moved.split(segments), bounds[owner], strict=True):
-        assert squared(part, bounds[owner]) <= Fraction(bound) ** 2
+        assert exact_square(part, bounds[owner]) <= Fraction(bound) ** 2
     others = [i for i in range(len(counts)) if i != owner]
     assert torch.equal(before[others], after[others])
     assert torch.equal(bad[others], bad_after[others])
@@ -128,25 +130,25 @@ def test_a_row_moves_its_owners_sum_by_at_most_the_bound_and_no_other(batch: tup
 
 @given(batches())
 @settings(deadline=None)
-def test_every_row_is_cut_towards_zero_by_less_than_a_step(batch: tuple) -> None:
+def test_truncation_removes_less_than_a_step(batch: tuple) -> None:
     rows, counts, bounds, segments = private(batch)
     owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
     for row, owner in zip(rows, owners, strict=True):
-        steps, _ = cut(row[None], [1], [bounds[owner]], segments)
-        found, wanted = steps[0].numpy() * step_of(bounds[owner]), truth(row.numpy(), bounds[owner], segments)
+        steps, _ = clip_to_steps(row[None], [1], [bounds[owner]], segments)
+        found, wanted = steps[0].numpy() * step_of(bounds[owner]), reference_clip(row.numpy(), bounds[owner], segments)
         assert (np.abs(found) <= np.abs(wanted) * (1 + 1e-12)).all()
         assert (np.abs(found - wanted) <= step_of(bounds[owner]) + CUT * np.abs(wanted)).all()
         for part, bound in zip(steps[0].split(segments), bounds[owner], strict=True):
-            assert squared(part, bounds[owner]) <= Fraction(bound) ** 2
+            assert exact_square(part, bounds[owner]) <= Fraction(bound) ** 2
 
 
 @given(batches())
 @settings(deadline=None)
-def test_without_a_grid_every_row_is_finite_and_within_its_bounds(batch: tuple) -> None:
+def test_rows_without_steps_are_within_bounds(batch: tuple) -> None:
     rows, counts, bounds, segments = batch
     owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
     for row, owner in zip(rows, owners, strict=True):
-        clipped = clip_alone(row, bounds[owner], segments)
+        clipped = clip_row(row, bounds[owner], segments)
         assert clipped.isfinite().all()
         for part, bound in zip(clipped.split(segments), bounds[owner], strict=True):
             assert norm(part) <= bound * (1 + CUT)
@@ -154,27 +156,29 @@ def test_without_a_grid_every_row_is_finite_and_within_its_bounds(batch: tuple) 
 
 @pytest.mark.parametrize("bounds", [[1e-12], [1e15], [3e18], [1e30], [1e300], [1e-12, 1e15], [0.0, 1.0], [0.0, 0.0]])
 @pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-23, 1e-12, 1.0, 1e15, 1.8e19 / 64])
-def test_rows_of_any_size_are_within_any_bound_exactly(bounds: list[float], scale: float) -> None:
+def test_rows_of_any_scale_are_exactly_within_bounds(bounds: list[float], scale: float) -> None:
     torch.manual_seed(0)
     segments = [4096 // len(bounds)] * len(bounds)
     rows = torch.cat([torch.randn(3, 4096), torch.ones(1, 4096), torch.rand(2, 4096) ** 40]) * scale
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        steps, _ = cut(rows.to(dtype).to(torch.promote_types(dtype, torch.float32)), [1] * 6, [bounds] * 6, segments)
+        steps, _ = clip_to_steps(
+            rows.to(dtype).to(torch.promote_types(dtype, torch.float32)), [1] * 6, [bounds] * 6, segments
+        )
         for row in steps:
             for part, bound in zip(row.split(segments), bounds, strict=True):
-                assert squared(part, bounds) <= Fraction(bound) ** 2
+                assert exact_square(part, bounds) <= Fraction(bound) ** 2
 
 
-def test_gradients_that_are_too_coarse_to_be_cut_are_refused() -> None:
+def test_bfloat16_gradients_are_rejected() -> None:
     with pytest.raises(TypeError, match="bfloat16"):
-        cut(torch.zeros(1, 2, dtype=torch.bfloat16), [1], [[1.0]], [2])
+        clip_to_steps(torch.zeros(1, 2, dtype=torch.bfloat16), [1], [[1.0]], [2])
 
 
 def test_sums_of_many_units_are_exact() -> None:
-    """300 units of 2²⁰ − 1 steps and more leave float32's integers."""
+    """300 units of 2²⁰ − 1 steps exceed the exact integers of float32."""
     rows = torch.full((300, 1), 2.0)
-    steps, _ = cut(rows, [300], [[1.0]], [1])
-    one, _ = cut(rows[:1], [1], [[1.0]], [1])
+    steps, _ = clip_to_steps(rows, [300], [[1.0]], [1])
+    one, _ = clip_to_steps(rows[:1], [1], [[1.0]], [1])
     assert one.item() in range(RESOLUTION - 8, RESOLUTION)
     assert steps.item() == 300 * one.item()
 
@@ -192,10 +196,10 @@ ADVERSARIAL: dict[str, Callable[[int], Tensor]] = {
 
 
 def assert_clipped(rows: Tensor) -> None:
-    """To the bound, within rounding; neither to more nor to less."""
+    """Assert that rows are clipped to the bound, not below it, within rounding."""
     lengths = torch.linalg.vector_norm(rows.double(), dim=1)
     for bound in (1e-12, 0.3, 1.0):
-        values, dropped = cut(rows, [1] * len(rows), [[bound]] * len(rows), [rows.shape[1]])
+        values, dropped = clip_to_steps(rows, [1] * len(rows), [[bound]] * len(rows), [rows.shape[1]])
         squares = [sum(count * count for count in row.tolist()) for row in values]
         assert max(squares) <= RESOLUTION**2
         long = (lengths > bound) & (dropped == 0)
@@ -211,16 +215,16 @@ def test_long_rows_are_within_the_bound(kind: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [4095, 4097, 200_000])
-def test_long_rows_that_round_one_way_are_within_the_bound(size: int) -> None:
-    """Numbers all alike: adding the same square to a growing sum rounds it down time after time."""
+def test_constant_rows_are_within_the_bound(size: int) -> None:
+    """Adding the same square repeatedly to a growing sum rounds it down each time."""
     values = torch.linspace(0.5, 2.0, 2000 if size < 5000 else 20)
     assert_clipped(values[:, None].expand(-1, size).contiguous())
 
 
 @pytest.mark.parametrize("size", [1, 2, 4097])
 @pytest.mark.parametrize("value", [1e20, 1e30, 3e38])
-def test_rows_whose_squares_leave_float32_count_as_zero(size: int, value: float) -> None:
-    """Scaled by C / norm, which float32 can't hold either, they could be twice as long as C."""
+def test_overflowing_squares_count_as_zero(size: int, value: float) -> None:
+    """Scaled by C / norm, which float32 can't represent either, they could have twice the norm C."""
     rows = torch.zeros(2, size)
     rows[0, -1], rows[1, -1] = value, 1.0
     for bound in (1e-12, 1e-6, 1.0, math.inf):
@@ -230,7 +234,7 @@ def test_rows_whose_squares_leave_float32_count_as_zero(size: int, value: float)
         assert norm(values[1]) == pytest.approx(min(bound, 1.0))
 
 
-def test_without_a_clip_rows_stay_as_they_are() -> None:
+def test_infinite_bound_leaves_rows_unchanged() -> None:
     rows = torch.tensor([[3e18, -3e18], [1e-40, 0.0], [math.nan, 1.0], [1.0, -math.inf]])
     values, dropped = clip(rows, [1, 1, 1, 1], [[math.inf]] * 4, [2])
     assert torch.equal(values[:2], rows[:2])
@@ -238,7 +242,7 @@ def test_without_a_clip_rows_stay_as_they_are() -> None:
     assert dropped.tolist() == [0, 0, 1, 1]
 
 
-def test_one_bad_number_drops_all_parts_of_its_row_and_nothing_else() -> None:
+def test_nan_drops_all_parts_of_its_row() -> None:
     rows = torch.tensor([[1.0, math.nan], [0.5, 0.5], [0.25, 0.25]])
     values, dropped = clip(rows, [2, 1], [[1.0, 1.0], [1.0, 1.0]], [1, 1])
     assert values.tolist() == [[0.5, 0.5], [0.25, 0.25]]
@@ -265,7 +269,7 @@ def test_segments_are_summed_in_order(counts: list[int], width: int | None) -> N
 
 
 @given(clip=st.floats(1e-6, 1e6), parts=st.lists(st.booleans(), max_size=9))
-def test_even_bounds_together_make_the_clip(clip: float, parts: list[bool]) -> None:
+def test_even_bounds_combine_to_the_clip(clip: float, parts: list[bool]) -> None:
     bounds = even_bounds(clip, parts)
     assert [bound > 0 for bound in bounds] == parts
     assert len({bound for bound in bounds if bound}) <= 1
@@ -274,7 +278,7 @@ def test_even_bounds_together_make_the_clip(clip: float, parts: list[bool]) -> N
 
 @given(bounds=st.lists(CLIPS, min_size=1, max_size=4), sigma=st.floats(0, 100))
 def test_noise_is_sigma_times_the_sensitivity(bounds: list[float], sigma: float) -> None:
-    """In steps, of which the L2 norm of the bounds has `RESOLUTION`."""
+    """The stddev is in steps; the L2 norm of the bounds is `RESOLUTION` steps."""
     if sigma and math.inf in bounds:
         with pytest.raises(ValueError, match="unbounded"):
             stddev(bounds, sigma)
@@ -288,20 +292,20 @@ def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = 
     return BoundedGradientSums(clients, segments, like=torch.zeros(0), private=private)
 
 
-def gather(found: BoundedGradientSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
-    """As one pass does."""
+def add_pass(found: BoundedGradientSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
+    """Add the gradients of one pass."""
     index = torch.tensor(clients)
     found.add(index, found.clip(index, rows.clone(), torch.tensor(counts)))
 
 
-class TestBoundedSums:
-    def test_names_the_relation_of_its_guarantee(self) -> None:
+class TestBoundedGradientSums:
+    def test_states_neighboring_relation(self) -> None:
         assert BoundedGradientSums.relation == ADD_OR_REMOVE_ONE
 
     @pytest.mark.parametrize("private", [True, False])
     @given(data=st.data())
     @settings(deadline=None, max_examples=50)
-    def test_micro_batches_add_up_to_the_batch(self, private: bool, data: st.DataObject) -> None:
+    def test_microbatches_add_up_to_the_batch(self, private: bool, data: st.DataObject) -> None:
         torch.manual_seed(data.draw(st.integers(0, 2**31)))
         counts = data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=3))
         rows = {client: torch.randn(count, 5) for client, count in enumerate(counts)}
@@ -310,11 +314,11 @@ class TestBoundedSums:
         found.reset([0, 1, 2], bounds, [0.0] * 3)
         order = data.draw(st.permutations([client for client, count in enumerate(counts) for _ in range(count)]))
         taken = dict.fromkeys(rows, 0)
-        for client in order:  # in any order, one row at a time
-            gather(found, rows[client][taken[client]][None], [1], [client])
+        for client in order:  # in random order, one row at a time
+            add_pass(found, rows[client][taken[client]][None], [1], [client])
             taken[client] += 1
         if private:
-            whole, _ = cut(torch.cat(list(rows.values())), counts, bounds, [2, 3])
+            whole, _ = clip_to_steps(torch.cat(list(rows.values())), counts, bounds, [2, 3])
             steps = torch.tensor([[step_of(each)] for each in bounds], dtype=torch.float64)
             assert torch.equal(found.pop_noised([0, 1, 2], {}), (whole * steps).float())
         else:
@@ -325,46 +329,46 @@ class TestBoundedSums:
         found, rows = sums(), torch.randn(3, 5)
         found.reset([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
         assert [found.stddev(client) for client in range(3)] == [2.0 * RESOLUTION, 0.0, 0.0]
-        gather(found, rows, [1, 1, 1], [0, 1, 2])
+        add_pass(found, rows, [1, 1, 1], [0, 1, 2])
         noise = torch.randint(-(2**40), 2**40, (5,))
-        expected, _ = cut(rows, [1, 1, 1], found.bounds.tolist(), [2, 3])
+        expected, _ = clip_to_steps(rows, [1, 1, 1], found.bounds.tolist(), [2, 3])
         expected[0] += noise
         values = expected * torch.tensor([[step_of(each)] for each in found.bounds.tolist()], dtype=torch.float64)
         unasked = {1: torch.full((5,), 10**9), 2: torch.full((5,), 10**9)}
         assert torch.equal(found.pop_noised([2, 0, 1], {0: noise, **unasked}), values[[2, 0, 1]].float())
 
-    def test_an_empty_batch_is_noised_all_the_same(self) -> None:
+    def test_empty_batch_adds_noise(self) -> None:
         found, noise = sums(), torch.arange(5)
         found.reset([1], [[0.6, 0.8]], [0.5])
-        gather(found, torch.zeros(0, 5), [0], [1])
+        add_pass(found, torch.zeros(0, 5), [0], [1])
         assert torch.equal(found.pop_noised([1], {1: noise})[0], noise / RESOLUTION)
 
     def test_nothing_is_released_twice(self) -> None:
         found = sums(private=False)
         found.reset([0], [[math.inf, math.inf]], [0.0])
-        gather(found, torch.ones(1, 5), [1], [0])
+        add_pass(found, torch.ones(1, 5), [1], [0])
         assert found.pop_noised([0], {}).tolist() == [[1.0] * 5]
         assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
-    def test_a_private_sum_is_not_released_without_noise(self) -> None:
+    def test_private_sum_requires_noise(self) -> None:
         found = sums()
         found.reset([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
         with pytest.raises(KeyError):
             found.pop_noised([0, 1], {0: torch.zeros(5, dtype=torch.int64)})
 
-    def test_what_is_taken_is_no_view_of_the_sums(self) -> None:
+    def test_result_is_not_a_view(self) -> None:
         for private in (True, False):
             found = sums(private=private)
             found.reset([0], [[1.0, 1.0]], [0.0])
             found.pop_noised([0], {}).fill_(7.0)
             assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
-    def test_others_are_left_alone(self) -> None:
+    def test_other_clients_are_unchanged(self) -> None:
         found = sums()
         found.reset([0, 1], [[1.0, 1.0], [2.0, 1.0]], [1.0, 0.0])
         rows = torch.tensor([[math.nan] * 5, [1.0] * 5])
-        gather(found, rows, [1, 1], [0, 1])
-        gather(found, rows, [1, 1], [1, 0])
+        add_pass(found, rows, [1, 1], [0, 1])
+        add_pass(found, rows, [1, 1], [1, 0])
         bounds = found.bounds[1].clone()
         found.pop_noised([0], {0: torch.zeros(5, dtype=torch.int64)})
         found.reset([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
@@ -373,57 +377,57 @@ class TestBoundedSums:
         wanted = torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]])
         torch.testing.assert_close(found.pop_noised([1], {}), wanted, rtol=CUT, atol=2 * step_of([2.0, 1.0]))
 
-    def test_whoever_is_opened_begins_anew(self) -> None:
+    def test_reset_clears_sums(self) -> None:
         found = sums()
         found.reset([0], [[1.0, 1.0]], [3.0])
-        gather(found, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
+        add_pass(found, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
         assert found.dropped.tolist() == [1.0, 0.0, 0.0]
         found.reset([0], [[2.0, 1.0]], [0.0])
         assert found.dropped.tolist() == [0.0] * 3
         assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
-    def test_whoever_was_never_opened_has_no_privacy(self) -> None:
+    def test_default_bounds_are_infinite(self) -> None:
         found = sums(private=False)
         assert found.bounds.eq(math.inf).all()
         assert found.bounds.dtype == torch.float64
 
     @pytest.mark.parametrize("bound", [-1.0, math.nan, 1e-13, -math.inf])
-    def test_bad_bounds_are_refused(self, bound: float) -> None:
+    def test_invalid_bounds_are_rejected(self, bound: float) -> None:
         for bounds in ([bound, 1.0], [1.0, bound]):
             with pytest.raises(ValueError, match="clip"):
                 sums().reset([0], [bounds], [0.0])
 
-    def test_noise_on_an_unbounded_sum_is_refused(self) -> None:
+    def test_noise_on_unbounded_sum_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="unbounded"):
             sums().reset([0], [[1.0, math.inf]], [1.0])
 
-    def test_as_many_bounds_as_clients(self) -> None:
+    def test_number_of_bounds_must_match_clients(self) -> None:
         with pytest.raises(ValueError, match="zip"):
             sums().reset([0, 1], [[1.0, 1.0]], [1.0, 1.0])
 
-    def test_noise_on_sums_that_are_not_private_is_refused(self) -> None:
+    def test_noise_on_non_private_sums_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="not private"):
             sums(private=False).reset([0], [[1.0, 1.0]], [1.0])
 
-    def test_a_private_sum_without_a_bound_is_refused(self) -> None:
+    def test_private_sum_without_bound_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="finite bound"):
             sums().reset([0], [[1.0, math.inf]], [0.0])
 
     @pytest.mark.parametrize("sigma", [math.nan, math.inf, -1.0, 1.01 * MAX_NOISE_MULTIPLIER])
-    def test_noise_that_integers_do_not_hold_is_refused(self, sigma: float) -> None:
+    def test_excessive_noise_is_rejected(self, sigma: float) -> None:
         with pytest.raises(ValueError, match="noise_multiplier"):
             sums().reset([0], [[1.0, 1.0]], [sigma])
 
-    def test_the_largest_noise_stays_exact(self) -> None:
+    def test_largest_noise_is_exact(self) -> None:
         found = sums()
         found.reset([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
         most = int(found.stddev(0)) * 64
-        gather(found, torch.full((1, 5), -9.0), [1], [0])
-        own, _ = cut(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
+        add_pass(found, torch.full((1, 5), -9.0), [1], [0])
+        own, _ = clip_to_steps(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
         noised = found._values[[0]] + most
         assert torch.equal(noised.long(), own + most)
 
-    def test_double_precision_stays(self) -> None:
+    def test_float64_gradients_stay_float64(self) -> None:
         found = BoundedGradientSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
         found.reset([0], [[1.0]], [0.0])
         rows, one = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0])

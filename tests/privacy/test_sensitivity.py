@@ -1,4 +1,4 @@
-"""Noise follows from what bounds a sum, and from nothing else."""
+"""Noise is derived from the sensitivity of a sum."""
 
 import math
 
@@ -13,23 +13,23 @@ ONE = Sensitivity(norm=0.5, unit=DEVICE)
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, math.inf, math.nan])
-def test_a_bound_that_bounds_nothing_is_refused(norm):
+def test_invalid_sensitivity_is_rejected(norm):
     with pytest.raises(ValueError, match="sensitivity="):
         Sensitivity(norm=norm, unit=DEVICE)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan, 1.01 * MAX_NOISE_MULTIPLIER])
-def test_noise_that_hides_nothing_is_refused(sigma):
+def test_invalid_noise_multiplier_is_rejected(sigma):
     with pytest.raises(ValueError, match="noise_multiplier="):
         ONE.noise_stddev(sigma)
 
 
-def test_the_deviation_is_sigma_times_the_norm():
+def test_stddev_is_sigma_times_the_norm():
     assert ONE.noise_stddev(3.0) == 1.5
 
 
 def test_noise_statistics():
-    """Mean, deviation and whiteness of what is added, by the operating system's source."""
+    """Mean, standard deviation and independence of secure noise."""
     steps = torch.arange(200_000)
     noise = BoundedVectorSum(steps, ONE).add_noise(3.0, SecureNoise()) - steps * (ONE.norm / RESOLUTION)
     assert float(noise.mean()) == pytest.approx(0.0, abs=5 * 1.5 / 200_000**0.5)
@@ -38,7 +38,7 @@ def test_noise_statistics():
     assert float((noise.abs() > 2 * 1.5).double().mean()) == pytest.approx(0.0455, abs=0.003)
 
 
-def test_each_release_has_noise_of_its_own():
+def test_each_release_has_fresh_noise():
     value = torch.zeros(4, dtype=torch.int64)
     assert not torch.equal(
         BoundedVectorSum(value, ONE).add_noise(1.0, SecureNoise()),

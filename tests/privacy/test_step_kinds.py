@@ -1,4 +1,4 @@
-"""What ε costs to compute is bounded whatever is asked for, and what is merged for that never costs less."""
+"""The work to compute ε is bounded for any request, and merging kinds never lowers ε."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from privacy.accounting import INTERVALS, MAX_POINTS, PoissonGaussian, epsilon
 from privacy.step_kinds import MAX_KINDS, StepKind, merge_kinds
 
 
-def events(*found: StepKind) -> list[PoissonGaussian]:
+def random_events(*found: StepKind) -> list[PoissonGaussian]:
     return [PoissonGaussian(noise_multiplier=sigma, sampling_rate=q, steps=n) for sigma, q, n in found]
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Kinds and points of every grid that was computed."""
+    """Record the number of kinds and points of every computed grid."""
     found, losses = [], accounting._composed_losses
 
     def counted(asked: tuple[StepKind, ...], interval: float) -> accounting._Level:
@@ -50,14 +50,14 @@ HOSTILE = [
 
 @pytest.mark.parametrize("asked", HOSTILE, ids=map(str, range(len(HOSTILE))))
 def test_work_is_bounded(asked: list[StepKind], work: list[tuple[int, int]]) -> None:
-    assert epsilon(events(*asked), 1e-5).value >= 0
-    of_asked = [points for count, points in work if count == max(count for count, _ in work)]  # none: infinite
+    assert epsilon(random_events(*asked), 1e-5).value >= 0
+    of_asked = [points for count, points in work if count == max(count for count, _ in work)]  # empty if ε is infinite
     assert sum(of_asked) <= 1.5 * MAX_POINTS
     assert max((count for count, _ in work), default=0) <= MAX_KINDS
 
 
 @pytest.mark.slow
-def test_work_is_bounded_of_anything(work: list[tuple[int, int]]) -> None:
+def test_work_is_bounded_for_any_events(work: list[tuple[int, int]]) -> None:
     generator = random.Random(1)
     for _ in range(150):
         count = generator.choice((1, 2, 3, 20))
@@ -70,7 +70,7 @@ def test_work_is_bounded_of_anything(work: list[tuple[int, int]]) -> None:
             for _ in range(count)
         ]
         work.clear()
-        epsilon(events(*asked), 1e-5)
+        epsilon(random_events(*asked), 1e-5)
         most = max(count for count, _ in work)
         assert sum(points for count, points in work if count == most) <= 1.5 * MAX_POINTS, asked
 
@@ -88,13 +88,13 @@ def test_work_is_bounded_of_anything(work: list[tuple[int, int]]) -> None:
         ([(0.5, 1e-4, 10_000)], 1e-5, 1.175602986551216),
     ],
 )
-def test_ordinary_runs_cost_what_they_did(asked: list[StepKind], delta: float, before: float) -> None:
-    """Numbers of before work was bounded: no lower, and no more than two thousandths higher."""
-    found = epsilon(events(*asked), delta).value
+def test_ordinary_runs_are_not_overestimated(asked: list[StepKind], delta: float, before: float) -> None:
+    """Values from before work was bounded: not lower, and at most 0.2 % higher."""
+    found = epsilon(random_events(*asked), delta).value
     assert before * (1 - 1e-4) <= found <= before * 1.002
 
 
-def test_few_kinds_are_untouched() -> None:
+def test_few_kinds_are_unchanged() -> None:
     few = [(1.0 + number, 0.1, 5) for number in range(MAX_KINDS)]
     assert merge_kinds(few) == tuple(few)
 
@@ -104,8 +104,8 @@ KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_0
 
 @settings(max_examples=20)
 @given(st.lists(KIND, max_size=60))
-def test_merging_is_towards_the_worse(asked: list[StepKind]) -> None:
-    """Each kind is counted as one of no more noise and no less sampling: some assignment covers all steps."""
+def test_merged_kinds_dominate(asked: list[StepKind]) -> None:
+    """Each kind is counted as one with no more noise and no less sampling: some assignment covers all steps."""
     found = merge_kinds(asked)
     assert len(found) <= MAX_KINDS or len(asked) <= MAX_KINDS
     assert sum(n for _, _, n in found) == sum(n for _, _, n in asked)
@@ -115,7 +115,7 @@ def test_merging_is_towards_the_worse(asked: list[StepKind]) -> None:
 
 
 @given(st.floats(1e-9, 1e9), st.sampled_from([2.0**-9, 2.0**-5, 0.5, 1.0, 4.0, 64.0]))
-def test_grids_are_nested(value: float, width: float) -> None:
+def test_rounding_grids_are_nested(value: float, width: float) -> None:
     found = step_kinds._round_down(value, width)
     assert found <= value < found * 2.0**width * (1 + 1e-9)
     assert step_kinds._round_down(found, width) == found
@@ -124,9 +124,9 @@ def test_grids_are_nested(value: float, width: float) -> None:
     )
 
 
-def test_merged_kinds_never_understate() -> None:
+def test_merged_kinds_never_understate_epsilon() -> None:
     generator = random.Random(2)
     asked = [(generator.uniform(0.8, 3), generator.uniform(0.05, 0.3), generator.randint(5, 30)) for _ in range(40)]
     exact = accounting._composed_losses(tuple(asked), INTERVALS[2]).losses.get_epsilon_for_delta(1e-5)
-    found = epsilon(events(*asked), 1e-5).value
-    assert 0.99 * exact <= found <= 2 * exact  # the exact one is of a coarser grid
+    found = epsilon(random_events(*asked), 1e-5).value
+    assert 0.99 * exact <= found <= 2 * exact  # the exact value uses a coarser grid
