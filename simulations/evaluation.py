@@ -44,6 +44,15 @@ class Score(NamedTuple):
     style: float | None = None  # 1: always nearest to the writer's own style; 0.5: chance
 
 
+@dataclass(frozen=True)
+class ArmScores:
+    """One person's results under one arm; legibility and style only for generated letters. Stored: see `asdict`."""
+
+    loss: float
+    legibility: float | None = None
+    style: float | None = None
+
+
 class Pools(NamedTuple):
     """Encoded pictures by person."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +31,10 @@ from simulations.report.time_left import work_after_rounds
 if TYPE_CHECKING:
     from protocol.messages import TrainingPlan
     from server.rounds.state import Round, RunState
-    from simulations.evaluation import Perform
     from simulations.fleet.outcomes import FleetRound
     from simulations.fleet.participants import Participant
     from simulations.fleet.virtual_fleet import VirtualFleet
     from simulations.grid.cohort import Grid
-    from simulations.setup import SimulationSetup
     from strategies.strategy import Federated
 
 
@@ -128,6 +125,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     from simulations import setup
     from simulations.fleet import participants
     from simulations.fleet.virtual_fleet import build_virtual_fleet
+    from simulations.grid.build import open_grid
     from strategies.build import build
     from strategies.planning.full_plan import training_plan
 
@@ -194,51 +192,6 @@ def _timed_settings(config: SimulationConfig) -> Iterator[str]:
         yield f"fleet.timezone_spread={fleet.timezone_spread:g}"
     if fleet.schedule_jitter != type(fleet).schedule_jitter:
         yield f"fleet.schedule_jitter={fleet.schedule_jitter:g}"
-
-
-def open_grid(
-    config: SimulationConfig,
-    folder: Path,
-    simulation: SimulationSetup,
-    perform: Perform,
-    memory: int,
-    fleet: VirtualFleet | None,
-) -> AbstractContextManager[Grid]:
-    """Return the grid of the devices as a context manager.
-
-    Args:
-        config: configuration of the run.
-        folder: its output folder.
-        simulation: base, participants and storage.
-        perform: runs jobs in this process.
-        memory: bytes that jobs may take.
-        fleet: state of a timed fleet; None: devices answer at once.
-    """
-    if config.grid.name == "ray":
-        from simulations.grid.ray import ray_grid
-
-        count, device = len(simulation.people), simulation.base.device.type
-        return ray_grid(config, folder, devices=count, device=device, memory=memory)
-    from simulations.grid.cohort import CohortGrid
-
-    devices, batched = [person.device for person in simulation.people], config.grid.name == "cohort"
-    group_commit = simulation.database.group_commit
-    if fleet:
-        from simulations.fleet.costs import build_costs
-        from simulations.grid.timed import TimedGrid
-
-        return nullcontext(
-            TimedGrid(
-                devices,
-                perform,
-                fleet=fleet,
-                costs=build_costs(config, simulation.base),
-                seed=config.seed,
-                batched=batched,
-                group_commit=group_commit,
-            )
-        )
-    return nullcontext(CohortGrid(devices, perform, batched=batched, group_commit=group_commit))
 
 
 def federate(

@@ -7,50 +7,30 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
 from common import atomic_files
-from common.errors import shown
 from conf.schemas.simulation import SimulationConfig
 from models.base import assets
 from models.base.base import Base
 from models.export import adapter_files
 from models.lora.adapter import Adapter, concatenate
 from server.report import totals
-from server.report.page import DeviceRow, GalleryRow, Report, write
-from server.report.pictures import SIDE, Thumbnail, Thumbnails
-from server.report.snippet import loading_snippet
+from server.report.page import write
 from server.rounds.state import RunState
 from simulations import evaluation
-from simulations.evaluation import Gallery, Perform, Score
+from simulations.evaluation import ArmScores, Gallery, Perform, Score
 from simulations.fleet.outcomes import FleetRound, gini
 from simulations.fleet.participants import Participant
 from simulations.report.display import Display
+from simulations.report.page import build_report
 from simulations.run_dir import config_hash
 from strategies.download import download
-from strategies.round.metrics import zero_metrics
-from training.jobs import Picture
 from typefaces import judge
 
 PERSONAL = "personal"  # folder of the personal adapters
-
-MAX_TRAINING_PICTURES = 40
-"""Largest number of one person's training pictures that the report shows."""
-
-
-@dataclass(frozen=True)
-class ArmScores:
-    """One person's results under one arm; legibility and style only for generated letters. Stored: see `asdict`."""
-
-    loss: float
-    legibility: float | None = None
-    style: float | None = None
 
 
 def finish(
@@ -247,108 +227,3 @@ def write_evaluation(file: Path, people: Sequence[Participant], scores: Mapping[
         for p in people
     ]
     atomic_files.write(file, json.dumps(nan_to_none(rows), indent=1, allow_nan=False).encode())
-
-
-def build_report(
-    config: SimulationConfig,
-    base: Base,
-    adapters: Path,
-    people: Sequence[Participant],
-    evaluated: Sequence[Participant],
-    state: RunState,
-    scores: Mapping[str, Mapping[str, ArmScores]],
-    galleries: Mapping[str, Gallery],
-    summary: dict[str, Any],
-    command: str,
-    fleet: Sequence[FleetRound] = (),
-) -> Report:
-    """Build the contents of the report page.
-
-    Args:
-        config: configuration of the run.
-        base: base of the run.
-        adapters: folder of the written adapters.
-        people: all participants.
-        evaluated: participants that were evaluated.
-        state: state after the last round.
-        scores: scores by person and arm.
-        galleries: galleries by person.
-        summary: contents of `summary.json`.
-        command: command that repeats the run.
-        fleet: outcomes of a timed fleet by round.
-    """
-    rounds = totals.round_rows(state.history)
-    for row, outcome in zip(rounds, fleet, strict=False):
-        row.update(joules=outcome.joules, hours=outcome.ended / 3600, lost=outcome.lost)
-    return Report(
-        title=title(people),
-        command=command,
-        config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
-        summary=summary,
-        rounds=rounds,
-        devices=[device_row(person, state, scores[person.name]) for person in evaluated],
-        gallery=gallery([person for person in evaluated if person.name in galleries], galleries),
-        use=loading_snippet(base, adapters),
-        strategy=config.aggregation.name,
-        rates=rate_source(people, base),
-        letters=all(person.kind != "own" for person in people),
-        footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
-    )
-
-
-def rate_source(people: Sequence[Participant], base: Base) -> str:
-    """Say where the devices' seconds and joules come from."""
-    sources = {
-        False: "from the rates that their profiles state for this base",
-        True: f"predicted from the operations of one training pass of this base at {base.resolution} pixels and the "
-        "sustained speed of the devices' hardware, as anther device plan does",
-    }
-    return "; ".join(sources[kind] for kind in sorted({person.hardware.predicted for person in people}))
-
-
-def device_row(person: Participant, state: RunState, scores: Mapping[str, ArmScores]) -> DeviceRow:
-    """Build the report's row of one device over all rounds; zeros if it was never asked.
-
-    Args:
-        person: owner of the device.
-        state: state after the last round.
-        scores: the person's scores by arm.
-    """
-    metrics = state.devices.get(person.name, zero_metrics())
-    return totals.device_row(person.name, person.profile, metrics, {arm: score.loss for arm, score in scores.items()})
-
-
-def gallery(people: Sequence[Participant], galleries: Mapping[str, Gallery]) -> list[GalleryRow]:
-    """Build the rows of the report's gallery, with pictures that together fit one page."""
-    training = {person.name: person.pictures.train[:MAX_TRAINING_PICTURES] for person in people}
-    counts = (sum(map(len, galleries[name].arms.values())) + len(pictures) for name, pictures in training.items())
-    thumbnail = Thumbnails(sum(counts))
-    return [gallery_row(person, training[person.name], galleries[person.name], thumbnail) for person in people]
-
-
-def gallery_row(
-    person: Participant, training: Sequence[Picture], shown_arms: Gallery, thumbnail: Callable[[np.ndarray], Thumbnail]
-) -> GalleryRow:
-    """Build one row of the report's gallery.
-
-    Args:
-        person: whose row it is.
-        training: training pictures to show.
-        shown_arms: held-out and generated pictures.
-        thumbnail: converts pixels [H, W] or [H, W, 3] to a thumbnail.
-    """
-    return GalleryRow(
-        name=person.name,
-        kind={"hand": "handwriting", "individual": "individual design"}.get(person.kind, "own pictures"),
-        given=[thumbnail(picture.at_least(SIDE)) for picture in training],
-        given_captions=[shown(picture.caption) for picture in training],
-        captions=[shown(caption) for caption in shown_arms.captions],
-        arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in shown_arms.arms.items()},
-        training_count=len(person.pictures.train),
-    )
-
-
-def title(people: Sequence[Participant]) -> str:
-    """Return the title of the report."""
-    learned = "pictures" if any(person.kind == "own" for person in people) else "letters"
-    return f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"
