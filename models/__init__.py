@@ -1,1 +1,1 @@
-"""The frozen base: load, quantise, adapter sites, objective, sampling, export."""
+"""The frozen base: loading, quantization, adapter sites, objective, sampling and export."""

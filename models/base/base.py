@@ -1,6 +1,6 @@
-"""The frozen base: a diffusers pipeline in a folder, ready to carry adapters.
+"""The frozen base: a diffusers pipeline in a folder, ready for adapters.
 
-The network stays; the VAE and the text encoders are loaded to encode pictures once, and freed.
+The network stays in memory. VAE and text encoders are loaded to encode images and captions once, then freed.
 """
 
 from __future__ import annotations
@@ -24,27 +24,36 @@ from models.quantization import packed
 
 
 class Guidance(NamedTuple):
-    """What a picture is drawn under."""
+    """Conditioning of generated images."""
 
     context: Tensor  # [n, rows, d]
-    null: Tensor | None  # [rows, d], what is led away from; None: the network is told the strength
-    strength: float  # of two passes
+    null: Tensor | None  # [rows, d] unconditional context of the second pass; None: the network embeds the scale
+    strength: float  # guidance scale between the two passes
 
 
 class Base(Denoiser):
-    """One frozen base on one torch device, with its encoders at hand.
+    """One frozen base on one torch device.
 
     Args:
-        sites: regular expression on the names of the network's layers; None: its family's own choice.
-        resolution: side of a picture in pixels; None: what the network was made for.
+        folder: pipeline in diffusers' layout.
+        sites: regular expression on the names of the network's layers; None: the family's default.
+        weights: one of `models.quantization.modes.WEIGHT_MODES`.
+        device: torch device.
+        compute: precision of weights and activations, see `Denoiser`.
+        checkpointing: 'none' or 'block', see `Denoiser`.
+        resolution: side of an image in pixels; None: the network's native resolution.
 
     Attributes:
-        hash: content hash of the folder; devices prove by it that they hold the same base.
-        family: what its architecture decides.
-        notes: its family, licence and safety checker, to be carried along with what is made from it.
+        hash: content hash of the folder, by which devices prove that they hold the same base.
+        family: architecture-specific functions and constants.
+        provenance: family, license and safety checker, copied into the metadata of exported adapters.
         shape: latent shape (c, h, w).
-        resolution: side of a picture in pixels.
-        own_resolution: that which the network was made for; None: its configuration doesn't say.
+        resolution: side of an image in pixels.
+        native_resolution: side in pixels of the images that the network was trained for; None if its configuration
+            doesn't say.
+
+    Raises:
+        AntherError: the folder is incomplete, damaged, or not supported.
     """
 
     def __init__(
@@ -60,11 +69,11 @@ class Base(Denoiser):
     ) -> None:
         self._checkpoint = checkpoint = recognize(folder)
         self.folder, self.family, self.provenance = folder, checkpoint.family, checkpoint.provenance()
-        self._grey = checkpoint.config("vae").get("in_channels", 3) == 1
+        self._gray = checkpoint.config("vae").get("in_channels", 3) == 1
         channels, side, patch = self.family.latents(checkpoint.config(self.family.network))
         scale = checkpoint.scale
         if resolution is None and side is None:
-            raise AntherError(f"base {folder}: its {self.family.network} says no sample_size: give base.resolution")
+            raise AntherError(f"base {folder}: its {self.family.network} has no sample_size: set base.resolution")
         self.native_resolution = None if side is None else side * scale
         self.resolution = resolution or (side or 0) * scale
         if self.resolution % (patch * scale):
@@ -91,79 +100,95 @@ class Base(Denoiser):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray], ask: Callable[[], None] = lambda: None) -> Tensor:
-        """Scaled latents [n, c, h, w] of uint8 pictures of any size, grey or colour: the mean of the posterior.
+        """Encode uint8 images of any size, gray or color, as scaled posterior means [n, c, h, w].
 
-        Passes are always of equally many pictures, filled up with the last: the latents of a picture don't depend on
-        how many others there are; nor on which, nor on its place among them, to the last bit (tested on CPUs). `ask` is
-        called before each pass, and may raise.
+        All passes have the same batch size; the last one is padded with its last image. Therefore an image's latents
+        don't depend on the number of other images, on the other images, or on its position, to the last bit (tested on
+        CPUs).
+
+        Args:
+            images: [H, W] or [H, W, 3] each.
+            ask: called before each pass; may raise to stop.
         """
-        batch = self._at_once(16)
+        batch = self._vae_batch(16)
         vae: Any = self._checkpoint.load("vae").to(self.device)
         pixels = torch.from_numpy(np.stack([self.preprocess(image) for image in images])).float() / 127.5 - 1
-        pixels = pixels[:, None] if self._grey else pixels.permute(0, 3, 1, 2)
-        filled = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
-        found = []
-        for part in filled.split(batch):
+        pixels = pixels[:, None] if self._gray else pixels.permute(0, 3, 1, 2)
+        padded = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
+        encoded = []
+        for part in padded.split(batch):
             ask()
-            with self._running("vae"):
-                found.append(_latents(vae.encode(part.to(self.device))))
-        latents = torch.cat(found)
+            with self._wrap_errors("vae"):
+                encoded.append(_latents(vae.encode(part.to(self.device))))
+        latents = torch.cat(encoded)
         shift, scale = _statistics(vae, latents)
-        return self._sound((latents[: len(pixels)] - shift) * scale, "vae")
+        return self._check_finite((latents[: len(pixels)] - shift) * scale, "vae")
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str | None], ask: Callable[[], None] = lambda: None) -> Tensor:
-        """All that stands for each caption [n, rows, d], as its family packs it; None is what guidance leads away from.
+        """Encode captions as [n, rows, d] in the family's packed format; None is the unconditional caption.
 
-        Captions that repeat are encoded once, each by itself: an embedding doesn't depend on which others there are,
-        to the last bit. In one pass together the order of its sums could, and then one picture more would change the
+        Each distinct caption is encoded once and by itself, so that its embedding doesn't depend on the other captions,
+        to the last bit. In a shared pass the order of sums could change, and then one more image would change the
         gradients of others.
+
+        Args:
+            captions: one per image.
+            ask: called before each pass; may raise to stop.
         """
         encoders: Any = self._checkpoint.load_encoders().to(self.device)
         distinct = {}
         for caption in dict.fromkeys(captions):
             ask()
-            with self._running("text encoder"):
+            with self._wrap_errors("text encoder"):
                 distinct[caption] = self.family.encode(encoders, caption)
-        with self._running("text encoder"):  # captions of several lengths, if its tokenizer doesn't fill them up
-            together = torch.stack([distinct[caption] for caption in captions])
-        return self._sound(together, "text encoder")
+        with self._wrap_errors("text encoder"):  # lengths differ if the tokenizer doesn't pad
+            stacked = torch.stack([distinct[caption] for caption in captions])
+        return self._check_finite(stacked, "text encoder")
 
     @contextmanager
     def use_adapters(self, adapters: Sequence[BatchedAdapter], *, compiled: bool = False) -> Iterator[Denoise]:
-        """As of a Denoiser.
+        """See `Denoiser.use_adapters`.
 
         Raises:
-            AntherError: the network can't be run as its configuration says.
+            AntherError: the network can't run with its configuration.
         """
         with super().use_adapters(adapters, compiled=compiled) as denoise:
 
             def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-                with self._running(self.family.network):
+                with self._wrap_errors(self.family.network):
                     return denoise(x, t, context)
 
             yield run
 
-    def _sound(self, encoded: Tensor, part: str) -> Tensor:
-        """What a part made, if it is finite: a copy whose half precision overflowed gives none that is."""
+    def _check_finite(self, encoded: Tensor, part: str) -> Tensor:
+        """Return the output of a part if it is finite; that of a copy whose half precision overflowed isn't."""
         if not encoded.isfinite().all():
-            raise AntherError(f"base {self.folder}: its {part} gives numbers that are not finite: get another copy")
+            raise AntherError(f"base {self.folder}: its {part} outputs numbers that are not finite: get another copy")
         return encoded
 
     @contextmanager
-    def _running(self, part: str) -> Iterator[None]:
-        """Whatever goes wrong in a part that was loaded, in one line: its configuration is not that of its weights."""
+    def _wrap_errors(self, part: str) -> Iterator[None]:
+        """Convert any error of a loaded part, whose configuration may not fit its weights, to a one-line AntherError."""
         try:
             yield
         except (AntherError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of any kind, from deep within the libraries
+        except Exception as error:  # the libraries raise many kinds
             raise AntherError(
                 f"base {self.folder}: its {part} can't be run ({summary(error)}): copy it again"
             ) from error
 
     def encode_guidance(self, captions: Sequence[str], strength: float) -> Guidance:
-        """What to draw captions under, so that guidance has this strength; 1 is none."""
+        """Encode captions for generation with this guidance scale; 1 means no guidance.
+
+        Args:
+            captions: one per image.
+            strength: guidance scale.
+
+        Returns:
+            For a network that embeds the scale, a context that contains it; otherwise the contexts of two passes.
+        """
         if self.family.guide is not None:
             return Guidance(self.family.guide(self.encode_captions(captions), strength), None, 1.0)
         context = self.encode_captions([*captions, None])
@@ -171,59 +196,66 @@ class Base(Denoiser):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, small: Path | None = None, tile: int | None = None) -> np.ndarray:
-        """Pictures uint8 [n, H, W] (grey base) or [n, H, W, 3] from scaled latents [n, c, h, w].
+        """Decode scaled latents [n, c, h, w] to uint8 images, [n, H, W] for a gray base and [n, H, W, 3] otherwise.
 
         Args:
-            small: folder of a distilled VAE that decodes in the place of the base's own.
-            tile: side of the pieces in pixels that are decoded one after another; None: whole pictures.
+            latents: scaled as by `encode_images`.
+            small: folder of a distilled VAE that replaces the base's own decoder.
+            tile: side in pixels of tiles that are decoded one after another; None: whole images.
         """
         vae: Any = (decoding.small_vae(small) if small else self._checkpoint.load("vae")).to(self.device)
         if tile:
             decoding.in_tiles(vae, tile, self._checkpoint.scale)
         shift, scale = _statistics(vae, latents)
         latents = latents / scale + shift
-        with self._running("vae"):
-            pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
+        with self._wrap_errors("vae"):
+            pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._vae_batch(64))])
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
 
-    def _at_once(self, small: int) -> int:
-        """Pictures in one pass of the VAE: of 64 pixels so many, of larger ones fewer in proportion to their area."""
+    def _vae_batch(self, small: int) -> int:
+        """Images per VAE pass: `small` at 64 × 64 pixels, and inversely proportional to the area above."""
         return max(1, min(small, small * 64**2 // self.resolution**2))
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """A picture as the base sees it, uint8: grey or colour as its VAE, its centre square at its resolution."""
+        """Convert a uint8 image to the base's input: gray or color as its VAE, center-cropped to its resolution."""
         from PIL import Image, ImageOps
 
-        picture = Image.fromarray(image).convert("L" if self._grey else "RGB")
+        picture = Image.fromarray(image).convert("L" if self._gray else "RGB")
         return np.array(ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
 
 def load(path: str, *, sites: str | None = None, device: str = "cpu", **options: Any) -> Base:
-    """The base of that name or folder; `device` may be 'auto', the other options are those of Base.
+    """Load the base of this name, hash, or folder.
+
+    Args:
+        path: see `models.base.assets.locate`.
+        sites: see `Base`.
+        device: torch device, or 'auto'.
+        options: further arguments of `Base`.
 
     Raises:
-        AntherError: it is missing or of another kind.
+        AntherError: the base is missing or not supported.
     """
     return Base(assets.locate(path), sites=sites, device=resolve_device(device), **options)
 
 
 def resolve_device(device: str) -> str:
-    """The torch device of that name; of `auto`, a GPU if there is one."""
+    """Return the torch device of this name; for 'auto', a GPU if there is one."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _latents(encoded: Any) -> Tensor:
-    """What a VAE's encoder found: the mean of a distribution, or latents themselves."""
+    """Return a VAE encoder's output: the mode of its distribution, or the latents themselves."""
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What is taken from a VAE's latents, and what they are then multiplied by."""
+    """Return the shift and scale of a VAE's latents: scaled = (latents − shift) · scale."""
     config = vae.config
     if config.get("latents_mean") is None:
         return config.get("shift_factor") or 0.0, config.scaling_factor

@@ -1,4 +1,4 @@
-"""The frozen network that jobs share: a denoiser on one device, in one precision, that can be lent adapters."""
+"""The frozen network that jobs share: a denoiser on one device, in one precision, with exchangeable adapters."""
 
 from __future__ import annotations
 
@@ -33,19 +33,26 @@ _ATTENTION = [
 ]
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [N, c, h, w], time [N], context [N, rows, d]) -> what the network predicts [N, c, h, w]."""
+"""(x_t [N, c, h, w], time [N], context [N, rows, d]) -> prediction [N, c, h, w]."""
 
 Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""The same, with the network first: how a family of networks is called."""
+"""`Denoise` with the network as first argument: how a family calls its network."""
 
 
 def call_unet(
     network: nn.Module, x: Tensor, t: Tensor, context: Tensor, *, timestep_cond: Tensor | None = None
 ) -> Tensor:
-    """The forward of a UNet whose context is tokens [N, tokens, d] and nothing else.
+    """Call a UNet whose context consists of text tokens only.
 
     Args:
-        timestep_cond: [N, w], the strength of guidance for a UNet that embeds it (`models.families.lcm`).
+        network: UNet2DConditionModel.
+        x: [N, c, h, w].
+        t: [N].
+        context: [N, tokens, d].
+        timestep_cond: [N, w], the guidance scale for a UNet that embeds it (`models.families.lcm`).
+
+    Returns:
+        Prediction [N, c, h, w].
     """
     guidance = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
     output: Tensor = network(x, t, encoder_hidden_states=context, return_dict=False, **guidance)[0]
@@ -53,22 +60,25 @@ def call_unet(
 
 
 class Denoiser:
-    """A frozen network of diffusers with slots at its sites.
+    """A frozen diffusers network with slot layers at its sites.
 
     Args:
         network: changed in place.
+        schedule: the forward process.
         sites: regular expression on the names of its linear and convolution layers.
+        device: torch device.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
-        weights: how its layers' weights are held, one of `models.quantization.modes.MODES`; fp32: as they are.
-        checkpointing: 'none', or 'block': backward runs each block's forward again, rather than keep what is in it.
-        forward: how it is called.
+        weights: one of `models.quantization.modes.WEIGHT_MODES`; fp32 leaves the weights unchanged.
+        checkpointing: 'none', or 'block' to recompute each block's forward in the backward pass (Chen et al., 2016,
+            arXiv:1604.06174).
+        forward: function that calls the network.
 
     Attributes:
-        sites: the adaptable layers, by their name in the network.
-        schedule: the forward process.
-        checkpointing: as it was given.
-        kept: what those who use this network keep with it, for as long as it lives.
-        precise: dtype of everything that is not the network: x_t, losses, adapters, gradients; float32 or better.
+        sites: adapted layers by name.
+        schedule: the forward process, on `device`.
+        checkpointing: the argument.
+        cache: values that users of this network store with it, for its lifetime.
+        full_precision: dtype of x_t, losses, adapters and gradients: float32, or higher if `compute` is.
     """
 
     def __init__(
@@ -83,54 +93,56 @@ class Denoiser:
         checkpointing: str = "none",
         forward: Forward = call_unet,
     ) -> None:
-        self._able = adaptable(network)
+        self._adaptable = adaptable(network)
         self.sites: Sites = find_sites(network, sites)
         quantize_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.full_precision = torch.promote_types(self.dtype, torch.float32)
         self.schedule, self.checkpointing, self._forward = schedule.to(self.device), checkpointing, forward
         add_slots(network, self.sites)
-        if checkpointing == "block":  # without the state of random numbers: nothing here draws any
-            again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            cast(Any, network).enable_gradient_checkpointing(again)
+        if checkpointing == "block":  # no RNG state: the network draws no random numbers
+            recompute: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            cast(Any, network).enable_gradient_checkpointing(recompute)
         network = network.requires_grad_(False).eval()
-        self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
+        self.network = nn.Module.to(network, self.device, self.dtype)  # diffusers' own `to` warns without a reason
         if self.device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.cache: dict[Any, Any] = {}
-        self._free: SimpleQueue[nn.Module] = SimpleQueue()  # copies of the network, which itself is never lent
+        self._free: SimpleQueue[nn.Module] = SimpleQueue()  # idle copies; `network` itself never carries adapters
 
     def set_sites(self, names: Collection[str]) -> None:
-        """Move the adapters to the layers of these names, in the network's order; nothing is loaded again.
+        """Move the adapters to other layers without loading anything again; `sites` keeps the network's order.
 
-        Raises AntherError for no name, one that is there twice, or one of no layer that can be adapted.
+        Raises:
+            AntherError: a name is unknown or repeated, or there is none.
         """
         wanted = set(names)
-        unknown = min(wanted - self._able.keys(), default=None)
+        unknown = min(wanted - self._adaptable.keys(), default=None)
         if unknown is not None:
             raise AntherError(f"site {unknown[:100]}: the base has no such layer to adapt")
         if not 0 < len(wanted) == len(names):
-            raise AntherError(f"{len(names)} sites are named, {len(wanted)} of them different")
+            raise AntherError(f"{len(names)} sites with {len(wanted)} distinct names: name each site once")
         if wanted == self.sites.keys():
             return
-        self.sites = {name: site for name, site in self._able.items() if name in wanted}
+        self.sites = {name: site for name, site in self._adaptable.items() if name in wanted}
         add_slots(self.network, {name: self.sites[name] for name in wanted - slot_layers(self.network).keys()})
-        self._free, self.cache = SimpleQueue(), {}  # both are of the sites before
+        self._free, self.cache = SimpleQueue(), {}  # both belonged to the previous sites
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the network's device and precision."""
+        """An empty tensor with the network's device and dtype."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     @contextmanager
     def use_adapters(self, adapters: Sequence[BatchedAdapter], *, compiled: bool = False) -> Iterator[Denoise]:
-        """The network with the sum of these adapters, for the caller alone; entries in the order of their slots.
+        """Yield the network with the sum of these adapters, reserved for the caller; examples are ordered by slot.
 
-        Backward passes belong inside the context too: a checkpointed block runs its forward again there. Passes in
-        several threads each get a copy of the modules, which share their weights.
+        Backward passes must run inside the context: a checkpointed block runs its forward again. Concurrent contexts
+        in several threads each get a copy of the modules, which share their weights.
 
         Args:
-            compiled: run the network through torch.compile, anew for each shape of its inputs.
+            adapters: factors with a leading slot axis, by site.
+            compiled: run the network through torch.compile, which compiles again for each input shape.
         """
         try:
             network = self._free.get_nowait()
@@ -146,47 +158,51 @@ class Denoiser:
 
     @cached_property
     def _compiled(self) -> Callable[..., Tensor]:
-        # Inductor keeps channels first where any convolution narrows; backward would then copy every layer's pictures.
+        # Inductor keeps channels first where any convolution narrows; backward would then copy every layer's inputs.
         return torch.compile(_run, dynamic=False, options={"force_layout_optimization": True})
 
     def _attention(self) -> AbstractContextManager[None]:
-        """On a GPU cuDNN's attention first: at the head size of Stable Diffusion 1.5 it is the fastest."""
+        """Prefer cuDNN's attention on a GPU: it is the fastest at the head size of Stable Diffusion 1.5."""
         return sdpa_kernel(_ATTENTION, set_priority=True) if self.device.type == "cuda" else nullcontext()
 
     def _copy(self) -> nn.Module:
-        lent = {id(tensor): tensor for tensor in chain(self.network.parameters(), self.network.buffers())}
-        return copy.deepcopy(self.network, lent)
+        shared = {id(tensor): tensor for tensor in chain(self.network.parameters(), self.network.buffers())}
+        return copy.deepcopy(self.network, shared)
 
 
 def _run(
     forward: Forward, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[BatchedAdapter]
 ) -> Tensor:
-    """The network's output with adapters, in its own precision."""
+    """Run the network with adapters in its own precision."""
     set_adapters(slot_layers(network), adapters)
     dtype = next(network.parameters()).dtype
     return forward(network, x.to(dtype), t, context.to(dtype))
 
 
 def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
-    """The linear and convolution layers whose whole name matches a regular expression, in the network's order."""
+    """Return the linear and convolution layers whose full name matches `pattern`, in the network's order.
+
+    Raises:
+        AntherError: the pattern is invalid, or matches no layer.
+    """
     try:
-        wanted = re.compile(pattern)
+        expression = re.compile(pattern)
     except re.error as error:
         raise AntherError(f"adapter.sites={pattern}: not a regular expression ({error})") from error
-    able = adaptable(network)
-    sites = {name: site for name, site in able.items() if wanted.fullmatch(name)}
+    layers = adaptable(network)
+    sites = {name: site for name, site in layers.items() if expression.fullmatch(name)}
     if not sites:
-        raise AntherError(f"adapter.sites={pattern}: matches no layer of the base, such as {next(iter(able))}")
+        raise AntherError(f"adapter.sites={pattern}: matches no layer of the base, such as {next(iter(layers))}")
     return sites
 
 
 def adaptable(network: nn.Module) -> dict[str, Site]:
-    """Every linear and convolution layer that an adapter can sit at, by its name, in the network's order."""
+    """Return every linear and convolution layer that can be adapted, by name, in the network's order."""
     return {name: site for name, layer in network.named_modules() if (site := _site(layer))}
 
 
 def _site(layer: nn.Module) -> Site | None:
-    """What an adapter needs to know of a layer that it can adapt."""
+    """Return the dimensions of a layer, or None if it can't be adapted."""
     if isinstance(layer, nn.Linear | QuantizedLinear):
         return Site(layer.in_features, layer.out_features)
     if isinstance(layer, QuantizedConv2d):

@@ -1,4 +1,4 @@
-"""Published pipelines by their name on the Hugging Face hub: safetensors only, kept in the hub's own cache."""
+"""Download published pipelines from the Hugging Face hub: safetensors only, kept in the hub's own cache."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from models.base.loading import quiet_libraries
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether it may be a repository's name, 'owner/name'."""
+    """Return whether `text` has the form of a repository name, 'owner/name'."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
 
 
 def fetch(name: str) -> Path:
-    """The folder of a pipeline, fetched unless it is there; offline, what is there.
+    """Return the folder of a pipeline, downloaded unless it is cached; offline, the cached one.
 
-    The networks that check pictures are left out, tens of times the size of what is trained; that its makers want them
-    is still known from its index.
+    The safety checker is left out: it is tens of times the size of the trained network. The pipeline's index still
+    records whether its authors require one.
 
     Raises:
-        AntherError: it can't be had.
+        AntherError: the pipeline is neither available nor cached.
     """
     from diffusers import DiffusionPipeline  # slow import, so only here
     from huggingface_hub import snapshot_download
@@ -29,11 +29,11 @@ def fetch(name: str) -> Path:
     try:
         with quiet_libraries():
             return Path(DiffusionPipeline.download(name, use_safetensors=True, safety_checker=None))
-    except Exception as error:  # of the network, the hub, its licence gates or its cache
+    except Exception as error:  # of the network, the hub, its license gates or its cache
         try:
-            return Path(snapshot_download(name, local_files_only=True))  # which diffusers doesn't ask, offline
+            return Path(snapshot_download(name, local_files_only=True))  # diffusers doesn't try the cache offline
         except Exception:
             raise AntherError(
-                f"{name}: no such folder, and not to be had from the hub either ({summary(error)}): "
+                f"{name}: no such folder, and not available from the hub either ({summary(error)}): "
                 "give a pipeline's folder"
             ) from error

@@ -1,4 +1,4 @@
-"""Networks from folders in diffusers' layout: from safetensors only, whole, never from the internet."""
+"""Load networks from folders in diffusers' layout: complete, from safetensors only, never from the internet."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ from typing import Any, NamedTuple
 
 from common.errors import AntherError, shown, summary
 
-NETWORK, ENCODER = "diffusion_pytorch_model", "model"  # how diffusers and transformers call their weights
+NETWORK, ENCODER = "diffusion_pytorch_model", "model"  # weight file stems of diffusers and of transformers
 
 _INDEX = ".safetensors.index"
-_ELSEWHERE = re.compile(  # what a text encoder's file may hold beside it: the rest of the model that it is half of
+_OTHER_PARTS = re.compile(  # weights that a text encoder's file may hold besides: the other half of its model
     r"(.*\.)?position_ids|logit_scale|visual_projection\..*|vision_model\..*|text_projection\..*|decoder\..*|"
     r"lm_head\..*|score\..*"
 )
 _ATTENTION = ("eager", "sdpa")
-_LARGEST, _LAYERS = 10**7, 2**9  # of a number in a text encoder's configuration: the libraries make what it says
+_LARGEST, _LAYERS = 10**7, 2**9  # limits on a text encoder's configuration: the libraries allocate accordingly
 
 
 class WeightFiles(NamedTuple):
     """The files of a network's weights."""
 
     variant: str | None
-    """As in `model.fp16.safetensors`; None: those without one in their name."""
+    """As in `model.fp16.safetensors`; None: file names without a variant."""
     files: list[Path]
 
 
 def find_weights(folder: Path, stem: str) -> WeightFiles:
-    """The weights in a network's folder: those without a variant in their name, else of fp16, else of the only variant.
+    """Find the weights in a network's folder: without a variant in their name, else fp16, else the only variant.
 
     Args:
+        folder: of the network.
         stem: NETWORK or ENCODER.
 
     Raises:
-        AntherError: there are none in safetensors, or one of their files is missing.
+        AntherError: there are no safetensors, or one of the files is missing.
     """
-    found: dict[str | None, Path] = {}
+    variants: dict[str | None, Path] = {}
     for file in sorted(folder.glob(f"{stem}.*")):
         name = re.fullmatch(rf"{stem}(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", file.name)
         if name and "-of-" not in file.name:
             variant = name[1] or name[2]
-            if variant not in found or _INDEX in file.name:  # an index says which files count
-                found[variant] = file
-    if not found:
+            if variant not in variants or _INDEX in file.name:  # an index lists the files that count
+                variants[variant] = file
+    if not variants:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
         reason = "pickled weights are never read: convert them" if pickled else "copy the whole pipeline"
         raise AntherError(f"{folder}: holds no safetensors ({stem}.safetensors), and {reason}")
-    if None not in found and "fp16" not in found and len(found) > 1:
-        names = ", ".join(sorted(str(variant) for variant in found))
-        raise AntherError(f"{folder}: holds several variants of its weights ({names}): leave one of them there")
-    variant = None if None in found else "fp16" if "fp16" in found else next(iter(found))
-    file = found[variant]
+    if None not in variants and "fp16" not in variants and len(variants) > 1:
+        names = ", ".join(sorted(str(variant) for variant in variants))
+        raise AntherError(f"{folder}: holds several variants of its weights ({names}): keep one of them")
+    variant = None if None in variants else "fp16" if "fp16" in variants else next(iter(variants))
+    file = variants[variant]
     return WeightFiles(variant, _shards(file) if _INDEX in file.name else [file])
 
 
@@ -71,47 +72,52 @@ def _shards(index: Path) -> list[Path]:
 
 
 def load_network(kind: Any, folder: Path) -> Any:
-    """A network of diffusers of this class in float32.
+    """Load a diffusers network of class `kind` in float32.
 
     Raises:
-        AntherError: it is pickled, damaged or foreign. diffusers draws weights at random that a file lacks.
+        AntherError: the weights are pickled, damaged, or another network's. diffusers would initialize missing weights
+            at random.
     """
-    network, found = from_pretrained(
+    network, info = from_pretrained(
         kind, folder, variant=find_weights(folder, NETWORK).variant, output_loading_info=True
     )
-    return _whole(network, folder, found["missing_keys"])
+    return _check_complete(network, folder, info["missing_keys"])
 
 
 def load_text_encoder(kind: Any, folder: Path, *, empty: bool = False) -> Any:
-    """A text encoder of transformers of this class, in float32.
+    """Load a transformers text encoder of class `kind` in float32.
 
     Args:
-        empty: on the meta device, without its numbers.
+        kind: class in transformers.
+        folder: of the encoder.
+        empty: load it on the meta device, without data.
 
     Raises:
-        AntherError: as from_folder. transformers draws weights at random too, anew each time, and warns of it.
+        AntherError: as `load_network`. transformers also initializes missing weights at random, differently each time,
+            and only warns.
     """
     _check_encoder(kind, folder)
-    network, found = from_pretrained(
+    network, info = from_pretrained(
         kind,
         folder,
         variant=find_weights(folder, ENCODER).variant,
         output_loading_info=True,
         **({"device_map": "meta"} if empty else {}),
     )
-    foreign = sorted(key for key in found["unexpected_keys"] if not _ELSEWHERE.fullmatch(key))
+    foreign = sorted(key for key in info["unexpected_keys"] if not _OTHER_PARTS.fullmatch(key))
     if foreign:
         raise AntherError(
-            f"{folder}: holds {len(foreign)} weights that are none of a {kind.__name__}'s ({foreign[0]}, …): "
+            f"{folder}: holds {len(foreign)} weights that don't belong to a {kind.__name__} ({foreign[0]}, …): "
             "copy it again, with its config.json"
         )
-    return _whole(network, folder, {*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+    missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
+    return _check_complete(network, folder, missing)
 
 
-def _whole(network: Any, folder: Path, missing: Iterable[str]) -> Any:
-    if lacking := sorted(missing):
-        count, one = len(lacking), lacking[0]
-        raise AntherError(f"{folder}: lacks {count} of the weights that config.json names ({one}, …): copy it again")
+def _check_complete(network: Any, folder: Path, missing: Iterable[str]) -> Any:
+    if names := sorted(missing):
+        count, first = len(names), names[0]
+        raise AntherError(f"{folder}: lacks {count} of the weights that config.json names ({first}, …): copy it again")
     for name, parameter in network.named_parameters():
         if not parameter.is_meta and not is_finite(parameter):
             raise AntherError(f"{folder}: {name} holds numbers that are not finite: get another copy")
@@ -119,12 +125,12 @@ def _whole(network: Any, folder: Path, missing: Iterable[str]) -> Any:
 
 
 def is_finite(tensor: Any) -> bool:
-    """Whether all of a tensor's numbers are finite, found in one pass without another tensor of its size."""
+    """Return whether all elements are finite, in one pass and without a temporary tensor of the same size."""
     return bool(tensor.detach().sum().isfinite()) or bool(tensor.detach().isfinite().all())
 
 
 def _check_encoder(kind: Any, folder: Path) -> None:
-    """What transformers would do besides loading weights: take code or other weights from elsewhere."""
+    """Refuse configurations for which transformers would load code, or weights from elsewhere."""
     if (folder / "adapter_config.json").exists():
         raise AntherError(
             f"{folder}: has an adapter_config.json: merge the adapter into the text encoder, or remove it"
@@ -133,15 +139,15 @@ def _check_encoder(kind: Any, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise AntherError(f"{folder / 'config.json'}: can't be read ({summary(error)}): copy it again") from error
-    wanted, given = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
-    if given != wanted:  # of another model's configuration the libraries make one of their default size, of gigabytes
-        raise AntherError(f"{folder / 'config.json'}: model_type={shown(given)}: must be {wanted}: copy it again")
+    expected, given = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
+    if given != expected:  # for another model type the libraries build one of default size, gigabytes large
+        raise AntherError(f"{folder / 'config.json'}: model_type={shown(given)}: must be {expected}: copy it again")
     if "quantization_config" in config:
         raise AntherError(f"{folder}: is quantized: give the text encoder in full precision")
     for key, value in _entries(config):
-        most = _LAYERS if "layers" in key else _LARGEST
-        if isinstance(value, int | float) and not abs(value) <= most:
-            raise AntherError(f"{folder / 'config.json'}: {key}={shown(value)}: no text encoder is like that")
+        limit = _LAYERS if "layers" in key else _LARGEST
+        if isinstance(value, int | float) and not abs(value) <= limit:
+            raise AntherError(f"{folder / 'config.json'}: {key}={shown(value)}: not plausible for a text encoder")
         if key.endswith("attn_implementation") and value is not None and value not in _ATTENTION:
             raise AntherError(
                 f"{folder / 'config.json'}: {key}={shown(value)}: only {' and '.join(_ATTENTION)} are allowed"
@@ -149,7 +155,7 @@ def _check_encoder(kind: Any, folder: Path) -> None:
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values at any depth."""
+    """Yield keys and values at any depth."""
     if isinstance(config, dict):
         yield from config.items()
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
@@ -157,8 +163,8 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
-    """What diffusers or transformers makes of a folder; AntherError if nothing."""
-    import torch  # slow import, so only here: whoever asks where a base lies comes by
+    """Call `kind.from_pretrained`; AntherError with one line if it fails."""
+    import torch  # slow import, so only here: locating a base imports this module
 
     options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True} | options
     try:
@@ -170,7 +176,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without a word from the libraries, who miss what we leave out and image processors that nobody needs."""
+    """Silence the libraries, which warn about parts that are left out and image processors that aren't needed."""
     import diffusers  # slow import, so only here
     import huggingface_hub
     import transformers
@@ -180,7 +186,7 @@ def quiet_libraries() -> Iterator[None]:
     for logger in loggers:
         logger.set_verbosity_error()
     for logger in loggers[:2]:
-        logger.disable_progress_bar()  # of loading; the hub's is of fetching
+        logger.disable_progress_bar()  # for loading; the hub's is for downloads
     try:
         yield
     finally:

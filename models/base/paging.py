@@ -1,4 +1,4 @@
-"""Pages of a mapped file: in memory while they are read, and given back at once."""
+"""Release pages of a memory-mapped file as soon as they have been read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _DONTNEED = 4
-_AROUND = 1 << 21  # bytes on either side that may come in with a page that is read: 64 KiB, or a whole huge page
-_MARKED = WeakTensorKeyDictionary()  # the file's range of addresses, apart from the tensors: copies don't have it
+_AROUND = 1 << 21  # bytes on either side that the kernel may read with a page: 64 KiB, or a whole huge page
+_MARKED = WeakTensorKeyDictionary()  # address range of the mapping; not a tensor attribute, which copies would keep
 
 
 def mark_mapped(tensors: Iterable[Tensor]) -> None:
-    """Remember which of some tensors are mapped from files. They must never be written to; copies aren't marked."""
+    """Record which tensors are mapped from files. They must never be written to; copies aren't marked."""
     mappings = _mappings()
     for tensor in tensors:
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -30,9 +30,10 @@ def mark_mapped(tensors: Iterable[Tensor]) -> None:
 
 
 def release_pages(tensor: Tensor, start: int, stop: int) -> None:
-    """Give back the pages of some entries of a tensor, if it is marked; they are read again when they are asked for.
+    """Release the pages of elements `start` to `stop` of a marked tensor; they are read again on the next access.
 
-    Neighbours in the file lose the pages that came with them. Beyond the file's mapping memory would be lost for good.
+    Neighbors in the file lose the pages that were read with them. The range is limited to the file's mapping: outside
+    it, memory contents would be lost.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
@@ -46,7 +47,7 @@ def release_pages(tensor: Tensor, start: int, stop: int) -> None:
 
 
 def _mappings() -> list[range]:
-    """The addresses of this process that are mapped from files; none where there is no /proc."""
+    """Return this process's address ranges that are mapped from files; none without /proc."""
     maps = Path("/proc/self/maps")
     lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
     spans = [line[0].split("-") for line in lines if line[4] != "0"]  # the file's inode
@@ -55,7 +56,7 @@ def _mappings() -> list[range]:
 
 @cache
 def _madvise() -> Any:
-    """The C library's madvise where MADV_DONTNEED does that, on Linux; None elsewhere."""
+    """Return the C library's madvise on Linux, where MADV_DONTNEED drops pages; None elsewhere."""
     if not sys.platform.startswith(("linux", "android")):
         return None
     advise = ctypes.CDLL(None).madvise

@@ -1,4 +1,4 @@
-"""From latents to pixels in little memory: in tiles, and by a small VAE in the place of the base's own."""
+"""Decode latents in little memory: in tiles, and with a small VAE in place of the base's own."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 from common.errors import AntherError
 from models.base.loading import load_network
 
-TILE = 256  # pixels a side: a VAE takes more memory than the network, in proportion to what it decodes at once
+TILE = 256  # side in pixels: a VAE needs more memory than the network, in proportion to the decoded area
 
-_EVEN = 8  # latents: what a tile's side is a multiple of, so that tiles overlap by whole ones
+_EVEN = 8  # latents: a tile's side is a multiple, so that tiles overlap by whole latents
 
 
 def small_vae(folder: Path) -> Any:
-    """A distilled decoder, such as TAESD: an AutoencoderTiny in diffusers' layout; AntherError if it is none."""
+    """Load a distilled decoder such as TAESD, an AutoencoderTiny in diffusers' layout; AntherError if it isn't one."""
     from diffusers import AutoencoderTiny  # slow import, so only here
 
     return load_network(AutoencoderTiny, folder)
 
 
 def in_tiles(vae: Any, side: int, scale: int) -> None:
-    """Let a VAE decode pieces of so many pixels a side, which overlap and are blended.
-
-    A picture that is no larger is decoded whole.
+    """Make a VAE decode in overlapping, blended tiles; an image no larger than a tile is decoded whole.
 
     Args:
-        scale: pixels to a latent.
+        vae: changed in place.
+        side: of a tile, in pixels.
+        scale: pixels per latent.
 
     Raises:
-        AntherError: tiles of that side don't overlap evenly.
+        AntherError: tiles of this side don't overlap evenly.
     """
     if side <= 0 or side % (_EVEN * scale):
         raise AntherError(f"tiles of {side} pixels: must be a multiple of {_EVEN * scale}")
-    if hasattr(vae, "tile_sample_min_size"):  # AutoencoderKL and AutoencoderTiny, which have no arguments for it
+    if hasattr(vae, "tile_sample_min_size"):  # AutoencoderKL and AutoencoderTiny take no arguments
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // scale
-        vae.spatial_scale_factor = scale  # AutoencoderTiny takes it for 2 to the number of colours
+        vae.spatial_scale_factor = scale  # AutoencoderTiny takes 2 to the number of color channels
     else:
         vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)

@@ -1,1 +1,1 @@
-"""What differs between diffusion bases, one small file for each family."""
+"""Differences between diffusion architectures, one small file per family."""

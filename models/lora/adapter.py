@@ -1,8 +1,8 @@
 """LoRA adapters as plain tensors.
 
-At a site with weight W [out, in] an adapter adds the product B A, with A [r, in] and B [out, r]; the scale
-α/r is folded into B, so that adapters of different rank can be compared, added and concatenated
-(Hu et al., 2021, arXiv:2106.09685, §4.1).
+At a site with weight W [out, in] an adapter adds the product B A, with A [r, in] and B [out, r]. The scale α/r is folded
+into B, so that adapters of different rank can be compared, added and concatenated (Hu et al., 2021, arXiv:2106.09685,
+§4.1).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 class Site(NamedTuple):
-    """One layer of the base that an adapter may adapt: linear, or a convolution as the product that it is."""
+    """Dimensions of a layer that can carry an adapter: linear, or a convolution seen as a matrix product."""
 
     inputs: int
-    """Of a convolution: channels · height · width of its kernel."""
+    """For a convolution: channels · height · width of its kernel."""
     outputs: int
     kernel: tuple[int, ...] = ()
-    """(height, width) of a convolution's kernel, none for a linear layer."""
+    """(height, width) of a convolution's kernel; empty for a linear layer."""
 
 
 class Factors(NamedTuple):
@@ -36,12 +36,21 @@ Adapter = Mapping[str, Factors]
 
 
 def rank(adapter: Adapter) -> int:
-    """The largest rank over sites; 0 for an adapter without sites."""
+    """Return the largest rank over sites; 0 for an adapter without sites."""
     return max((factors.a.shape[0] for factors in adapter.values()), default=0)
 
 
 def init_adapter(sites: Sites, rank: int, seed: int) -> Adapter:
-    """A with entries N(0, 1/in), B = 0, so that the product is zero: the same for everyone by its seed."""
+    """Initialize A with entries N(0, 1/in) and B = 0, so that the product is zero; equal for equal seeds.
+
+    Args:
+        sites: dimensions by name.
+        rank: r.
+        seed: of the generator.
+
+    Returns:
+        A [r, in] and B [out, r] per site.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
         name: Factors(
@@ -53,7 +62,7 @@ def init_adapter(sites: Sites, rank: int, seed: int) -> Adapter:
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter whose product is the sum of the given products: ranks are laid side by side."""
+    """Return the adapter whose product is the sum of the given products: ranks are concatenated."""
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     present = {name: [adapter[name] for adapter in adapters if name in adapter] for name in names}
     return {
@@ -63,19 +72,19 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def select_sites(adapter: Adapter, sites: Collection[str]) -> Adapter:
-    """What of an adapter sits at these sites."""
+    """Return the part of an adapter at these sites."""
     return {name: factors for name, factors in adapter.items() if name in sites}
 
 
 def split_rank(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
-    """The first `rank` directions of every site, and the rest."""
+    """Return the first `rank` directions of every site, and the remaining ones."""
     head = {name: Factors(f.a[:rank], f.b[:, :rank]) for name, f in adapter.items()}
     tail = {name: Factors(f.a[rank:], f.b[:, rank:]) for name, f in adapter.items()}
     return head, tail
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Flat names as they travel: `<site>.lora_A`, `<site>.lora_B`."""
+    """Flatten to the names of messages and files: `<site>.lora_A`, `<site>.lora_B`."""
     tensors = {}
     for name, factors in adapter.items():
         tensors[f"{name}.lora_A"] = factors.a.contiguous()
@@ -84,13 +93,19 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
-    """Inverse of `to_tensors`; the names must be pairs, as `protocol.tensor_codec` has checked."""
+    """Invert `to_tensors`. The names must come in pairs, as checked by `protocol.tensor_codec`."""
     names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     return {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
 
 
 def adapter_shapes(sites: Sites, rank: int, *, with_bases: bool = False) -> dict[str, tuple[int, ...]]:
-    """The exact keys and shapes of an adapter of one rank at these sites, for the strict codec; with its `frame`."""
+    """Return the exact keys and shapes of an adapter, for the strict codec.
+
+    Args:
+        sites: dimensions by name.
+        rank: r, at every site; −1 if the codec leaves it open.
+        with_bases: include the `<site>.frame` tensors of LoRA-XS (`models.lora.lora_xs`).
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for name, site in sites.items():
         expected[f"{name}.lora_A"] = (rank, site.inputs)

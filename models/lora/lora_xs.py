@@ -1,11 +1,13 @@
-"""Adapters of which only a small core is trained: ΔW = L C A, with C [r, r] between factors that stay.
+"""LoRA-XS: adapters that train only a small core, ΔW = L C A, with C [r, r] between frozen factors.
 
-LoRA-XS (Bałazy et al., 2024, arXiv:2405.17604) and LoRA-SB (Singhal et al., 2025, arXiv:2502.15436). A core has r²
-numbers where factors have r (in + out): under differential privacy that much less noise, and an exact mean, since
-L (Σ C_k) A is linear in the cores.
+The *bases* are an Adapter with factors A, whose rows are orthonormal, and L, whose columns are. They are sent with an
+adapter as `<site>.lora_A` and `<site>.frame`.
 
-A *frame* is an Adapter whose factors are A, with orthonormal rows, and L, with orthonormal columns. It travels beside
-an adapter under the names `<site>.lora_A` and `<site>.frame`.
+A core has r² numbers where factors have r (in + out). Under differential privacy this reduces the noise accordingly, and
+the mean is exact, since L (Σ C_k) A is linear in the cores.
+
+References:
+    LoRA-XS (Bałazy et al., 2024, arXiv:2405.17604); LoRA-SB (Singhal et al., 2025, arXiv:2502.15436).
 """
 
 from __future__ import annotations
@@ -21,43 +23,51 @@ from torch import Tensor
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, Sites, to_tensors
 
-_ORTHONORMAL = 1e-3  # largest difference of LᵀL or A Aᵀ from the identity
+_ORTHONORMAL = 1e-3  # largest entry of |LᵀL − I| and |A Aᵀ − I|
 
 
 def zero_adapter(bases: Adapter) -> Adapter:
-    """The adapter between this frame whose product is zero."""
+    """Return the adapter in these bases whose product is zero."""
     return {name: Factors(a, torch.zeros_like(left)) for name, (a, left) in bases.items()}
 
 
 def to_tensors_with_bases(adapter: Adapter, bases: Adapter) -> dict[str, Tensor]:
-    """An adapter with its frame, as they travel."""
+    """Flatten an adapter and its bases to the names of messages."""
     return to_tensors(adapter) | {f"{name}.frame": factors.b for name, factors in bases.items()}
 
 
 def bases_from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
-    """The frame in such tensors, whose names `protocol.tensor_codec` has checked.
+    """Extract the bases from tensors whose names `protocol.tensor_codec` has checked.
 
     Raises:
-        AntherError: its factors are not orthonormal: Lᵀ B would not be what was trained.
+        AntherError: a factor isn't orthonormal; then Lᵀ B would not be the trained core.
     """
     names = [key.removesuffix(".frame") for key in tensors if key.endswith(".frame")]
     bases = {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.frame"]) for name in names}
     for name, (a, left) in bases.items():
         for gram in (a @ a.T, left.T @ left):
             if not torch.allclose(gram, torch.eye(len(gram)), atol=_ORTHONORMAL, rtol=0.0):
-                raise AntherError(f"{name}: the frame's factors are not orthonormal")
+                raise AntherError(f"{name}: the LoRA-XS bases are not orthonormal")
     return bases
 
 
 def load_bases(file: Path, sites: Sites, rank: int) -> Adapter:
-    """The first `rank` directions at these sites of a frame file, which may hold more of both.
+    """Load the first `rank` directions at these sites from a file, which may hold more of both.
+
+    Args:
+        file: safetensors.
+        sites: dimensions by name.
+        rank: r.
+
+    Returns:
+        A [r, in] and L [out, r] per site.
 
     Raises:
-        AntherError: it is missing or damaged, or doesn't hold so much.
+        AntherError: the file is missing or damaged, or lacks a site or directions.
     """
     try:
         tensors = load(file.read_bytes())
-        cut = {
+        selected = {
             key: value
             for name in sites
             for key, value in (
@@ -66,11 +76,11 @@ def load_bases(file: Path, sites: Sites, rank: int) -> Adapter:
             )
         }
     except (OSError, SafetensorError) as error:
-        raise AntherError(f"{file}: can't be read as a frame ({error})") from error
+        raise AntherError(f"{file}: can't be read as LoRA-XS bases ({error})") from error
     except KeyError as error:
-        raise AntherError(f"{file}: the frame has no {error}: choose sites that it has") from None
+        raise AntherError(f"{file}: the bases lack {error}: choose sites that they contain") from None
     for name, site in sites.items():
-        shape = (tuple(cut[f"{name}.lora_A"].shape), tuple(cut[f"{name}.frame"].shape))
+        shape = (tuple(selected[f"{name}.lora_A"].shape), tuple(selected[f"{name}.frame"].shape))
         if shape != ((rank, site.inputs), (site.outputs, rank)):
-            raise AntherError(f"{file}: the frame at {name} doesn't hold rank {rank} of this base")
-    return bases_from_tensors(cut)
+            raise AntherError(f"{file}: the bases at {name} don't have rank {rank} for this base")
+    return bases_from_tensors(selected)

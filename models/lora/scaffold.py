@@ -1,11 +1,13 @@
-"""Control variates: which way a device drifts, and everybody together (SCAFFOLD; Karimireddy et al., 2020,
-arXiv:1910.06378, algorithm 1, option II).
+"""Control variates of SCAFFOLD, which correct the drift of devices from the common direction.
 
-A device takes K steps y ← y − η (g − c_i + c) from x, and then c_i⁺ = c_i − c + (x − y) / (K η): the mean gradient that
-it saw. This holds for plain SGD alone; behind Adam's moments x − y is no sum of gradients. Since c_i⁺ − c_i has no c_i
-in it, whoever knows x, c and y can tell it: nothing but the update travels upwards.
+A device takes K steps y ← y − η (g − c_i + c) from x, and then c_i⁺ = c_i − c + (x − y) / (K η): its mean gradient. This
+holds only for plain SGD; with Adam's moments x − y is no sum of gradients. Since c_i⁺ − c_i doesn't contain c_i, it
+follows from x, c and y: only the update is uploaded.
 
-Controls are of what is trained, by the names that it travels under: factors, or cores.
+Control variates have the names and shapes of the trained tensors: factors or cores.
+
+References:
+    Karimireddy et al., 2020, arXiv:1910.06378, algorithm 1, option II.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-_BESIDE = ".control"
+_SUFFIX = ".control"  # in messages; don't change
 
 ControlVariate = dict[str, Tensor]
 
@@ -22,24 +24,31 @@ ControlVariate = dict[str, Tensor]
 def control_delta(
     server: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, steps: int, rate: float
 ) -> ControlVariate:
-    """c_i⁺ − c_i = −c − (y − x) / (K η), of what a device moved its adapter by; float64."""
+    """Compute c_i⁺ − c_i = −c − (y − x) / (K η) in float64.
+
+    Args:
+        server: c.
+        moved: y − x.
+        steps: K.
+        rate: η.
+    """
     return {name: -server[name].double() - moved[name].double() / (steps * rate) for name in moved}
 
 
 def to_control_tensors(control: Mapping[str, Tensor]) -> ControlVariate:
-    """c, as it travels beside the adapter that is sent."""
-    return {name + _BESIDE: tensor for name, tensor in control.items()}
+    """Flatten c to the names under which it is sent with the adapter."""
+    return {name + _SUFFIX: tensor for name, tensor in control.items()}
 
 
 def from_control_tensors(tensors: Mapping[str, Tensor]) -> ControlVariate:
-    """Inverse of `to_control_tensors`: c alone, of all that was sent."""
-    return {name.removesuffix(_BESIDE): tensor for name, tensor in tensors.items() if name.endswith(_BESIDE)}
+    """Invert `to_control_tensors`: extract c from all received tensors."""
+    return {name.removesuffix(_SUFFIX): tensor for name, tensor in tensors.items() if name.endswith(_SUFFIX)}
 
 
 def control_shapes(trained: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The exact keys and shapes of `to_control_tensors`, for the strict codec.
+    """Return the exact keys and shapes of `to_control_tensors`, for the strict codec.
 
     Args:
-        trained: of what the plan trains.
+        trained: keys and shapes of the trained tensors.
     """
-    return {name + _BESIDE: shape for name, shape in trained.items()}
+    return {name + _SUFFIX: shape for name, shape in trained.items()}

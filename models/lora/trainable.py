@@ -1,13 +1,13 @@
-"""What is trained of an adapter, and what of it stays: the names and shapes that travel, and how they lie in a row.
+"""Trained and fixed parts of an adapter: names and shapes in messages, and positions in a row.
 
     both    A and B                                   <site>.lora_A, <site>.lora_B
-    a       A; B stays                                <site>.lora_A
-    b       B; A stays                                <site>.lora_B
-    cores   C [r, r] of B = L C; A and L stay         <site>.core
-    split   A and B, of which B stays on the device   <site>.lora_A
+    a       A; B is fixed                             <site>.lora_A
+    b       B; A is fixed                             <site>.lora_B
+    cores   C [r, r] of B = L C; A and L are fixed    <site>.core
+    split   A and B; B stays on the device            <site>.lora_A
 
-What stays is fixed: the same for everybody who trains from one adapter. It is part of no gradient, so that clip, noise
-and optimiser see no number of it, and it never travels up.
+Fixed factors are the same for all devices that train from one adapter. They are part of no gradient, so that clipping,
+noise and optimizer ignore them, and they are never uploaded.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from models.lora.adapter import Adapter, Factors, Site, Sites
 from models.lora.batched_lora import BatchedFactors, Layout
 
 
-class Part(NamedTuple):
-    """One of the tensors of a site that travel."""
+class TensorSpec(NamedTuple):
+    """One uploaded tensor of a site."""
 
     name: str
     shape: Callable[[Site, int], tuple[int, ...]]
-    """Of a site and a rank."""
+    """(site, rank) -> shape."""
 
 
-_A = Part("lora_A", lambda site, rank: (rank, site.inputs))
-_B = Part("lora_B", lambda site, rank: (site.outputs, rank))
-_C = Part("core", lambda site, rank: (rank, rank))  # noqa: ARG005  # all sites have cores of one size
+_A = TensorSpec("lora_A", lambda site, rank: (rank, site.inputs))
+_B = TensorSpec("lora_B", lambda site, rank: (site.outputs, rank))
+_C = TensorSpec("core", lambda site, rank: (rank, rank))  # noqa: ARG005  # all sites have cores of one size
 
-TRAINED_TENSORS: Mapping[str, tuple[Part, ...]] = {
+TRAINED_TENSORS: Mapping[str, tuple[TensorSpec, ...]] = {
     "both": (_A, _B),
     "a": (_A,),
     "b": (_B,),
@@ -44,71 +44,90 @@ TRAINED_TENSORS: Mapping[str, tuple[Part, ...]] = {
 }
 
 
-def trained_shapes(sites: Sites, rank: int, trains: str) -> dict[str, tuple[int, ...]]:
-    """The exact keys and shapes of what travels up, for the strict codec."""
-    return {
-        f"{name}.{part.name}": part.shape(site, rank)
-        for name, site in sites.items()
-        for part in TRAINED_TENSORS[trains]
-    }
-
-
-def trained_tensors(adapter: Adapter, trains: str, bases: Adapter | None) -> dict[str, Tensor]:
-    """What training may change of an adapter, as it travels up.
+def trained_shapes(sites: Sites, rank: int, trainable: str) -> dict[str, tuple[int, ...]]:
+    """Return the exact keys and shapes of an upload, for the strict codec.
 
     Args:
-        frame: A and L, where cores are trained.
+        sites: dimensions by name.
+        rank: r, at every site.
+        trainable: key of `TRAINED_TENSORS`.
     """
     return {
-        f"{name}.{part.name}": _taken(part, factors, bases[name] if bases else None).contiguous()
-        for name, factors in adapter.items()
-        for part in TRAINED_TENSORS[trains]
+        f"{name}.{spec.name}": spec.shape(site, rank)
+        for name, site in sites.items()
+        for spec in TRAINED_TENSORS[trainable]
     }
 
 
-def from_trained_tensors(found: Mapping[str, Tensor], trains: str, start: Adapter, bases: Adapter | None) -> Adapter:
-    """Inverse of `trained_tensors`, at the sites of `start`, which what stays is taken from."""
+def trained_tensors(adapter: Adapter, trainable: str, bases: Adapter | None) -> dict[str, Tensor]:
+    """Return the trained tensors of an adapter, as they are uploaded.
+
+    Args:
+        adapter: A and B of every site.
+        trainable: key of `TRAINED_TENSORS`.
+        bases: A and L if cores are trained, else None.
+    """
     return {
-        name: _put(
-            [found[f"{name}.{part.name}"] for part in TRAINED_TENSORS[trains]], trains, bases[name] if bases else fixed
+        f"{name}.{spec.name}": _trained_part(spec, factors, bases[name] if bases else None).contiguous()
+        for name, factors in adapter.items()
+        for spec in TRAINED_TENSORS[trainable]
+    }
+
+
+def from_trained_tensors(
+    tensors: Mapping[str, Tensor], trainable: str, start: Adapter, bases: Adapter | None
+) -> Adapter:
+    """Invert `trained_tensors` at the sites of `start`, which provides the fixed factors.
+
+    Args:
+        tensors: trained tensors by name.
+        trainable: key of `TRAINED_TENSORS`.
+        start: adapter that training started from.
+        bases: A and L if cores are trained, else None.
+    """
+    return {
+        name: _combine(
+            [tensors[f"{name}.{spec.name}"] for spec in TRAINED_TENSORS[trainable]],
+            trainable,
+            bases[name] if bases else fixed,
         )
         for name, fixed in start.items()
     }
 
 
-def _taken(part: Part, factors: Factors, bases: Factors | None) -> Tensor:
-    """One part of a site's factors; a core is C = Lᵀ B."""
+def _trained_part(spec: TensorSpec, factors: Factors, bases: Factors | None) -> Tensor:
+    """Return one trained tensor of a site; a core is C = Lᵀ B."""
     if bases is not None:
         return bases.b.T @ factors.b
-    return factors.a if part is _A else factors.b
+    return factors.a if spec is _A else factors.b
 
 
-def _put(found: Sequence[Tensor], trains: str, fixed: Factors) -> Factors:
-    """The factors of a site from its parts and what stays."""
-    match trains:
+def _combine(trained: Sequence[Tensor], trainable: str, fixed: Factors) -> Factors:
+    """Return the factors of a site from its trained tensors and its fixed factors."""
+    match trainable:
         case "both":
-            return Factors(*found)
+            return Factors(*trained)
         case "b":
-            return Factors(fixed.a, found[0])
+            return Factors(fixed.a, trained[0])
         case "cores":
-            return Factors(fixed.a, fixed.b @ found[0])
-    return Factors(found[0], fixed.b)  # a, split
+            return Factors(fixed.a, fixed.b @ trained[0])
+    return Factors(trained[0], fixed.b)  # a, split
 
 
 class PartialLayout(Layout):
-    """A layout of rows where a part alone of each site is trained, beside factors that are everybody's.
+    """A layout whose rows hold only the trained tensor of each site, with fixed factors shared by all rows.
 
     The gradient of B is that of the whole adapter, and so is that of A. The columns of L are orthonormal, so that
     C = Lᵀ B, and the gradient of C is Lᵀ (∂/∂B) (Bałazy et al., 2024, arXiv:2405.17604; Singhal et al., 2025,
     arXiv:2502.15436).
 
     Attributes:
-        fixed: A [1, r, in] and B, or L, [1, out, r] of every site, zero until `set_fixed`. Adapters of smaller rank lie
-            between the first directions of it.
+        fixed: A [1, r, in] and B, or L, [1, out, r] of every site; zero until `set_fixed`. Adapters of smaller rank use
+            the first directions.
     """
 
-    def __init__(self, sites: Sites, rank: int, trains: str, *, like: Tensor) -> None:
-        self.trains, (self._part,) = trains, TRAINED_TENSORS[trains]
+    def __init__(self, sites: Sites, rank: int, trainable: str, *, like: Tensor) -> None:
+        self.trainable, (self._spec,) = trainable, TRAINED_TENSORS[trainable]
         super().__init__(sites, rank)
         self.fixed = {
             name: BatchedFactors(like.new_zeros(1, rank, site.inputs), like.new_zeros(1, site.outputs, rank))
@@ -116,77 +135,81 @@ class PartialLayout(Layout):
         }
 
     def set_fixed(self, fixed: Adapter) -> None:
-        """From now on what is trained lies between these factors, of this rank or a smaller one."""
-        for name, stack in self.fixed.items():
-            stack.a.zero_()
-            stack.b.zero_()
+        """Set the fixed factors, of this layout's rank or a smaller one."""
+        for name, batched in self.fixed.items():
+            batched.a.zero_()
+            batched.b.zero_()
             if name in fixed:
                 a, b = fixed[name]
-                stack.a[0, : len(a)], stack.b[0, :, : len(a)] = a, b
+                batched.a[0, : len(a)], batched.b[0, :, : len(a)] = a, b
 
     def _widths(self, site: Site) -> tuple[int, ...]:
-        return (prod(self._part.shape(site, self.rank)),)
+        return (prod(self._spec.shape(site, self.rank)),)
 
     def from_parts(self, parts: Sequence[Tensor]) -> dict[str, BatchedFactors]:
-        """Stacks of every site from what is trained of it [S, …], site after site."""
-        return {name: self._stack(name, part) for name, part in zip(self.sites, parts, strict=True)}
+        """Build batched factors of every site from its trained tensor [S, …], in site order."""
+        return {name: self._factors(name, part) for name, part in zip(self.sites, parts, strict=True)}
 
-    def _stack(self, name: str, part: Tensor) -> BatchedFactors:
-        own = part.view(len(part), *self._part.shape(self.sites[name], self.rank))
+    def _factors(self, name: str, part: Tensor) -> BatchedFactors:
+        trained = part.view(len(part), *self._spec.shape(self.sites[name], self.rank))
         a, b = (factor.to(part.dtype) for factor in self.fixed[name])
-        match self.trains:
+        match self.trainable:
             case "a" | "split":
-                return BatchedFactors(own, b.expand(len(own), -1, -1))
+                return BatchedFactors(trained, b.expand(len(trained), -1, -1))
             case "b":
-                return BatchedFactors(a.expand(len(own), -1, -1), own)
-        return BatchedFactors(a.expand(len(own), -1, -1), b @ own)
+                return BatchedFactors(a.expand(len(trained), -1, -1), trained)
+        return BatchedFactors(a.expand(len(trained), -1, -1), b @ trained)
 
     def pack(self, adapter: Adapter | None) -> Tensor:
-        """Row [D] of what is trained of an adapter; missing sites and ranks are zero."""
+        """Return the row [D] of an adapter's trained tensors; missing sites and ranks are zero."""
         given = adapter or {}
-        return self._row({name: self._own(name, given[name]) for name in self.sites if name in given})
+        return self._row({name: self._pack_site(name, given[name]) for name in self.sites if name in given})
 
     def unpack(self, row: Tensor, like: Adapter) -> Adapter:
-        """The adapter in row [D] with the sites, true ranks and fixed factors of `like`; on the CPU."""
+        """Return the adapter in row [D] with the sites, ranks and fixed factors of `like`; on the CPU."""
         parts = dict(zip(self.sites, row.detach().cpu().split(self.widths), strict=True))
-        return {name: self._whole(name, parts[name], factors) for name, factors in like.items()}
+        return {name: self._unpack_site(name, parts[name], factors) for name, factors in like.items()}
 
     def mask(self, like: Adapter) -> Tensor:
-        """[D] bool: which numbers of a row are trained of an adapter with the sites and ranks of `like`."""
-        sizes = {name: self._part.shape(self.sites[name], len(factors.a)) for name, factors in like.items()}
+        """Return [D] bool: the numbers of a row that are trained for an adapter with the sites and ranks of `like`."""
+        sizes = {name: self._spec.shape(self.sites[name], len(factors.a)) for name, factors in like.items()}
         return self._row({name: torch.ones(size) for name, size in sizes.items()}) != 0
 
-    def _own(self, name: str, factors: Factors) -> Tensor:
+    def _pack_site(self, name: str, factors: Factors) -> Tensor:
         a, left = (factor[0] for factor in self.fixed[name])
-        here, rank = Factors(*(factor.to(a) for factor in factors)), len(factors.a)
-        return _taken(self._part, here, Factors(a[:rank], left[:, :rank]) if self.trains == "cores" else None)
+        moved, rank = Factors(*(factor.to(a) for factor in factors)), len(factors.a)
+        bases = Factors(a[:rank], left[:, :rank]) if self.trainable == "cores" else None
+        return _trained_part(self._spec, moved, bases)
 
-    def _whole(self, name: str, part: Tensor, like: Factors) -> Factors:
-        """The factors of a site, from its part of a row."""
+    def _unpack_site(self, name: str, part: Tensor, like: Factors) -> Factors:
+        """Return the factors of a site from its part of a row."""
         rank = len(like.a)
-        size = self._part.shape(self.sites[name], rank)
-        own = part.view(self._part.shape(self.sites[name], self.rank))[: size[0], : size[1]].clone()
+        size = self._spec.shape(self.sites[name], rank)
+        trained = part.view(self._spec.shape(self.sites[name], self.rank))[: size[0], : size[1]].clone()
         left = self.fixed[name].b[0, :, :rank].cpu()
-        return _put([own], self.trains, Factors(like.a, left) if self.trains == "cores" else like)
+        return _combine([trained], self.trainable, Factors(like.a, left) if self.trainable == "cores" else like)
 
-    def _row(self, found: Mapping[str, Tensor]) -> Tensor:
-        """Row [D] of parts of any rank by site, zero elsewhere."""
-        row = torch.zeros(self.size) if not found else next(iter(found.values())).new_zeros(self.size)
-        for name, place in zip(self.sites, row.split(self.widths), strict=True):
-            if name in found:
-                rows, columns = found[name].shape
-                place.view(self._part.shape(self.sites[name], self.rank))[:rows, :columns] = found[name]
+    def _row(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return a row [D] from trained tensors of any rank by site, zero elsewhere."""
+        row = torch.zeros(self.size) if not tensors else next(iter(tensors.values())).new_zeros(self.size)
+        for name, part in zip(self.sites, row.split(self.widths), strict=True):
+            if name in tensors:
+                rows, columns = tensors[name].shape
+                part.view(self._spec.shape(self.sites[name], self.rank))[:rows, :columns] = tensors[name]
         return row
 
 
-def trained_layout(sites: Sites, rank: int, trains: str, fixed: Adapter) -> Layout:
-    """How what travels up of adapters of this rank lies in a row.
+def trained_layout(sites: Sites, rank: int, trainable: str, fixed: Adapter) -> Layout:
+    """Return the layout of uploads of adapters of one rank.
 
     Args:
-        fixed: what holds the rest, where a part alone travels: the frame of cores, or the adapter that was sent.
+        sites: dimensions by name.
+        rank: r.
+        trainable: key of `TRAINED_TENSORS`.
+        fixed: provides the fixed factors of a partial layout: the LoRA-XS bases, or the adapter that was sent.
     """
-    if trains == "both":
+    if trainable == "both":
         return Layout(sites, rank)
-    layout = PartialLayout(sites, rank, trains, like=torch.empty(0))
+    layout = PartialLayout(sites, rank, trainable, like=torch.empty(0))
     layout.set_fixed(fixed)
     return layout

@@ -55,6 +55,6 @@ def test_what_is_in_the_cache_is_found_by_name(cache: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_had_is_one_line(cache: Path) -> None:  # noqa: ARG001
-    with pytest.raises(AntherError, match=r"^org/absent: no such folder, and not to be had from the hub") as refusal:
+    with pytest.raises(AntherError, match=r"^org/absent: no such folder, and not available from the hub") as refusal:
         assets.locate("org/absent")
     assert "\n" not in str(refusal.value)

@@ -63,14 +63,14 @@ def test_a_frame_file_is_cut_to_what_is_asked(tmp_path: Path) -> None:
     assert torch.equal(found["b"].a, bases["b"].a[:2])
     assert torch.equal(found["b"].b, bases["b"].b[:, :2])
     for sites, rank, words in (
-        ({"c": Site(2, 2)}, 2, "choose sites that it has"),
-        (SITES, 5, "doesn't hold rank 5"),
-        ({"a": Site(8, 5)}, 2, "doesn't hold rank 2 of this base"),
+        ({"c": Site(2, 2)}, 2, "choose sites that they contain"),
+        (SITES, 5, "don't have rank 5"),
+        ({"a": Site(8, 5)}, 2, "don't have rank 2 of this base"),
     ):
         with pytest.raises(AntherError, match=words):
             load_bases(file, sites, rank)
     file.write_bytes(b"nonsense")
-    with pytest.raises(AntherError, match="can't be read as a frame"):
+    with pytest.raises(AntherError, match="can't be read as LoRA-XS bases"):
         load_bases(file, SITES, 2)
-    with pytest.raises(AntherError, match="can't be read as a frame"):
+    with pytest.raises(AntherError, match="can't be read as LoRA-XS bases"):
         load_bases(tmp_path / "none", SITES, 2)
