@@ -1,7 +1,7 @@
-"""What one training step takes of a device, predicted without weights and without running it.
+"""Predict the memory and work of one training step, without weights and without running it.
 
-`meta_denoiser` makes of a known base what a device would hold: packed weights, slots at its sites, checkpoints. `footprint`
-then runs one forward and backward pass of it, the modules' own code, on tensors without contents (`models.footprint.dry_run`).
+`meta_denoiser` builds a known base as a device would hold it: packed weights, slot layers, checkpointing. `footprint`
+then runs one forward and backward pass of the modules' own code on tensors without data (`models.footprint.dry_run`).
 """
 
 from __future__ import annotations
@@ -28,56 +28,56 @@ from models.quantization.layers import QuantizedLayer
 from models.quantization.modes import quant_types, quantize_meta
 
 CHECKPOINTING_MODES = ("none", "block")
-MARGIN = (
-    1.07  # predictions were that much under at most (`bench.memory.predicted`): what a plan accepts must not be killed
-)
+# predictions were at most this factor too low (`bench.memory.predicted`): a plan within limits must not be killed
+MARGIN = 1.07
 MODULE_BYTES = 24 << 10
-"""Bytes of one of a network's modules, and of the nodes of autograd's graph that it makes.
+"""Bytes of Python and autograd objects per module of a network.
 
-Fitted on two UNets that `bench.memory.predicted` has not among its cases: its network `runtime`, of 361 modules, and one of
-widths 32, 64, 64, 64 with five layers in a block, of 2,115.
+Fitted on two UNets outside the cases of `bench.memory.predicted`: its network `runtime`, of 361 modules, and one of
+widths 32, 64, 64, 64 with five layers per block, of 2,115.
 """
-DUMMY_SCHEDULE = rectified_flow(1, trained_shift=1.0, shift=1.0)  # `forward_backward` looks at none
+DUMMY_SCHEDULE = rectified_flow(1, trained_shift=1.0, shift=1.0)  # `forward_backward` doesn't use it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One forward and backward pass of one micro-batch, at the moment when it holds most."""
+    """One forward and backward pass of one microbatch, at the moment of peak memory."""
 
     base_bytes: int
-    """Frozen weights that stay in memory: of a packed base the codes don't, whose file is mapped (`models.base.paging`)."""
+    """Frozen weights that stay in memory; codes of a packed base don't, as their file is mapped (`models.base.paging`)."""
     activations_bytes: int = 0
-    """Tensors of the pass: what autograd keeps, gradients on their way, and the inputs."""
+    """Tensors of the pass: saved by autograd, intermediate gradients, and inputs."""
     workspace_bytes: int = 0
-    """Slabs of dequantised weights, with the codes they are read from, and what kernels take for themselves."""
+    """Slabs of dequantized weights, the codes that they are read from, and temporary buffers of kernels."""
     adapter_bytes: int = 0
-    """LoRA factors, as they came and as they are trained."""
+    """LoRA factors, as received and as trained."""
     optimiser_bytes: int = 0
-    """Two moments, and the sum of clipped gradients."""
+    """Two moments, and the sum of clipped gradients. The name is stored in results; don't change."""
     objects_bytes: int = 0
-    """What Python and autograd keep for every module of the network."""
+    """Python and autograd objects of the network's modules."""
     runtime_bytes: int = 0
-    """The process without any of this: Python, PyTorch and what else it imports."""
+    """The process without a network: Python, PyTorch and other imports."""
     matrix_operations: int = 0
-    """Multiplications and additions of matrix products and attention, forward and backward, with its exponentials."""
+    """Multiplications and additions of matrix products and attention, with its exponentials, forward and backward."""
     convolution_operations: int = 0
     moved_bytes: int = 0
-    """Read and written by everything else, which memory sets the pace of."""
+    """Bytes read and written by all other operations, which are limited by memory bandwidth."""
 
     @property
     def peak_bytes(self) -> int:
-        """The most that the process holds at once."""
-        held = self.base_bytes + self.activations_bytes + self.workspace_bytes
-        return held + self.adapter_bytes + self.optimiser_bytes + self.objects_bytes + self.runtime_bytes
+        """Peak memory of the process."""
+        tensors = self.base_bytes + self.activations_bytes + self.workspace_bytes
+        return tensors + self.adapter_bytes + self.optimiser_bytes + self.objects_bytes + self.runtime_bytes
 
 
 def meta_denoiser(base: BaseSpec, *, sites: str, weights: str = "fp32", checkpointing: str = "none") -> Denoiser:
-    """What a device holds of a base, on the meta device.
+    """Build a base as a device would hold it, on the meta device.
 
     Args:
+        base: one that is known, or read from a folder (`models.families.known`).
         sites: regular expression on the names of its network's layers.
-        weights: one of `models.quantization.modes.MODES`.
-        checkpointing: as of Denoiser.
+        weights: one of `models.quantization.modes.WEIGHT_MODES`.
+        checkpointing: see `Denoiser`.
     """
     network = base.network()
     quantize_meta(network, quant_types(network, weights))
@@ -87,17 +87,18 @@ def meta_denoiser(base: BaseSpec, *, sites: str, weights: str = "fp32", checkpoi
 
 
 def copy_for_dry_run(base: Denoiser) -> Denoiser:
-    """A base that is there, in the place of `meta_denoiser`: with modules of its own, which may lose their contents."""
+    """Copy a loaded base for use in place of `meta_denoiser`, with modules of its own that may lose their data."""
     other = copy.copy(base)
     other.network, other._free = base._copy(), SimpleQueue()
     return other
 
 
 def example_shapes(base: BaseSpec, resolution: int) -> tuple[torch.Size, torch.Size]:
-    """The shapes of one picture's latents and of its packed caption.
+    """Return the shapes of one image's latents [c, h, w] and of its packed caption [rows, d].
 
     Args:
-        resolution: side of the picture in pixels.
+        base: from `models.families.known`.
+        resolution: side of the image in pixels.
     """
     config = base.full_config()
     channels, _, patch = base.family.latents(config)
@@ -108,13 +109,13 @@ def example_shapes(base: BaseSpec, resolution: int) -> tuple[torch.Size, torch.S
 
 
 def resident_bytes(base: Denoiser) -> int:
-    """Bytes of a base that stay in memory, whatever is done with it."""
+    """Return the bytes of a base that always stay in memory."""
     tensors = {id(tensor): tensor for tensor in (*base.network.parameters(), *base.network.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values()) - sum(codes.nbytes for codes in _mapped(base))
 
 
 def _mapped(base: Denoiser) -> list[Tensor]:
-    """The codes of a packed base: pages of a file, given back once they are read."""
+    """Return the codes of a packed base: pages of a file, released after reading."""
     return [layer.codes for layer in base.network.modules() if isinstance(layer, QuantizedLayer)]
 
 
@@ -128,14 +129,16 @@ def footprint(
     runtime_bytes: int = 0,
     sites: Collection[str] | None = None,
 ) -> Footprint:
-    """Of `meta_denoiser` or of a `copy_for_dry_run`, whose tensors become fake ones.
+    """Predict one forward and backward pass.
 
     Args:
-        latents, context: shapes of one example.
-        rank: of the adapter that is trained.
-        batch: entries of a micro-batch, each with a slot of its own as DP-SGD wants them.
-        runtime_bytes: passed on to the result.
-        sites: that are trained; the adapter's factors at the others stay as they came. None: all.
+        base: from `meta_denoiser` or `copy_for_dry_run`; its tensors become fake.
+        latents: shape of one example's latents.
+        context: shape of one example's packed caption.
+        rank: of the trained adapter.
+        batch: examples per microbatch, each with its own slot as in DP-SGD.
+        runtime_bytes: copied to the result.
+        sites: trained sites; the adapter is frozen at the others. None: all are trained.
     """
     trained, frozen = split_layout(base, rank, sites)
     with dry_run_mode(base) as run:
@@ -158,15 +161,15 @@ def footprint(
 
 
 def split_layout(base: Denoiser, rank: int, sites: Collection[str] | None) -> tuple[Layout, Layout]:
-    """How an adapter's trained sites lie in a row, and how the others do."""
-    wanted = set(base.sites if sites is None else sites)
-    chosen = {name: site for name, site in base.sites.items() if name in wanted}
-    return Layout(chosen, rank), Layout({n: site for n, site in base.sites.items() if n not in wanted}, rank)
+    """Return the row layouts of the trained sites and of the other sites (all are trained if `sites` is None)."""
+    trained = set(base.sites if sites is None else sites)
+    selected = {name: site for name, site in base.sites.items() if name in trained}
+    return Layout(selected, rank), Layout({n: site for n, site in base.sites.items() if n not in trained}, rank)
 
 
 @contextmanager
 def dry_run_mode(base: Denoiser) -> Iterator[DryRun]:
-    """What happens in the context happens without contents; so does the base from then on."""
+    """Within this context tensors have no data; the base has none from then on."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     frozen = fake_parameters(base.network, mode)
     with mode, fresh_scratch(), DryRun(frozen, storages(_mapped(base))) as run:
@@ -176,10 +179,18 @@ def dry_run_mode(base: Denoiser) -> Iterator[DryRun]:
 def forward_backward(
     base: Denoiser, x: Tensor, context: Tensor, layout: Layout, rows: Tensor, frozen: BatchedAdapter | None = None
 ) -> Tensor:
-    """Forward and backward of entries x [N, c, h, w], one for each row of adapters [N, D]: their gradients [N, D].
+    """Run forward and backward of one example per row.
 
     Args:
-        frozen: factors beside them that are not trained.
+        base: the network.
+        x: [N, c, h, w].
+        context: [N, rows, d].
+        layout: of the rows.
+        rows: trained adapters [N, D].
+        frozen: further factors that are not trained.
+
+    Returns:
+        Gradients of the rows [N, D].
     """
     parts = [part.detach().requires_grad_() for part in rows.split(layout.widths, dim=1)]
     with base.use_adapters([frozen or {}, layout.from_parts(parts)]) as denoise:

@@ -1,13 +1,13 @@
-"""What it costs to train at some of a base's sites only, for any of them, from two dry runs.
+"""Cost of training any subset S of a base's sites, from two dry runs.
 
-Nothing that comes before the first trained site needs a backward pass, so autograd keeps nothing of it; every site that
-is trained takes its factors, its moments and its gradients. In that alone sets of sites differ:
+Layers before the first trained site need no backward pass, so autograd saves nothing of them. Every trained site needs
+its factors, moments and gradients. Subsets differ in nothing else:
 
-    bytes(S) = max(all − kept before the first of S, forward alone) + Σ over S of what a site takes itself
-    work(S)  = forward + backward · (share of the forward pass that lies behind the first of S) + Σ of the sites' own
+    bytes(S) = max(all − saved before the first of S, forward only) + Σ over S of the site's own bytes
+    work(S)  = forward + backward · (fraction of the forward pass after the first of S) + Σ over S of the site's own work
 
-Bytes are meant not to be less than a dry run of these very sites finds (`tests/models/footprint/test_site_costs.py`): what an
-operation keeps of its input for a gradient that nobody asks for is not taken off.
+Bytes should never be less than in a dry run of the same sites (`tests/models/footprint/test_site_costs.py`): inputs
+that an operation saves for a gradient that isn't needed are not subtracted.
 """
 
 from __future__ import annotations
@@ -32,110 +32,113 @@ from models.footprint.footprint import (
 )
 from models.lora.batched_lora import slot_layers
 
-OWN = 20
-"""Bytes that a number takes where it is trained, beside what it takes where it is not: itself, as it came and as it is
-trained, two moments and the sum of gradients."""
+TRAINED_BYTES = 20
+"""Bytes of a trained number beyond those of a frozen one: as received and as trained, two moments, the sum of gradients.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCost:
-    """Of one site."""
+    """Cost of training one site."""
 
     name: str
     peak_bytes: int
-    """What a pass holds that comes to this site first of those that it trains, without what these take themselves."""
+    """Peak bytes of a pass whose first trained site is this one, excluding the trained sites' own buffers."""
     site_bytes: int
-    """What this one takes itself."""
+    """Own buffers of this site."""
     work: float
-    """How long such a pass takes, as a share of one that trains at every site; without any site's own."""
+    """Time of such a pass relative to one that trains at every site, excluding the trained sites' own gradients."""
     site_work: float
-    """Of the gradients of this one's factors."""
+    """Time of the gradients of this site's factors, relative likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassCosts:
-    """Of passes that train at some sites."""
+    """Costs of passes that train a subset of sites."""
 
     sites: tuple[SiteCost, ...]
-    """In the order in which a pass comes to them."""
+    """In the order in which a forward pass visits them."""
 
-    def bytes(self, chosen: Collection[str]) -> int:
-        """The most that a pass holds which trains at these. ValueError if there are none, or other ones."""
-        found = self._chosen(chosen)
-        return found[0].peak_bytes + sum(site.site_bytes for site in found)
+    def bytes(self, names: Collection[str]) -> int:
+        """Return the peak bytes of a pass that trains these sites. ValueError if there are none or unknown ones."""
+        sites = self._select(names)
+        return sites[0].peak_bytes + sum(site.site_bytes for site in sites)
 
-    def work(self, chosen: Collection[str]) -> float:
-        """How long it takes, as a share of one that trains at all of them. ValueError as of `bytes`."""
-        found = self._chosen(chosen)
-        return found[0].work + sum(site.site_work for site in found)
+    def work(self, names: Collection[str]) -> float:
+        """Return the time of a pass relative to one that trains at every site. ValueError as for `bytes`."""
+        sites = self._select(names)
+        return sites[0].work + sum(site.site_work for site in sites)
 
-    def _chosen(self, names: Collection[str]) -> list[SiteCost]:
-        found = [site for site in self.sites if site.name in names]
-        if not found or len(found) < len(names):
-            raise ValueError("sites: none, or some that the base has not")
-        return found
+    def _select(self, names: Collection[str]) -> list[SiteCost]:
+        sites = [site for site in self.sites if site.name in names]
+        if not sites or len(sites) < len(names):
+            raise ValueError("sites: none given, or some that the base doesn't have")
+        return sites
 
 
 @dataclass
-class _Watched:
-    """A pass, and where it stood when it came to each site for the first time."""
+class _Trace:
+    """One dry run, and its state at the first visit of each site."""
 
-    live: dict[str, int] = field(default_factory=dict)
-    done: dict[str, float] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)  # bytes
+    done: dict[str, float] = field(default_factory=dict)  # work
     tokens: dict[str, int] = field(default_factory=dict)
     peak: int = 0
     work: float = 0.0
 
-    def watch(self, run: DryRun, name: str) -> Any:
-        """A hook for the site of this name; a plain function, which copies of its module share."""
+    def hook(self, run: DryRun, name: str) -> Any:
+        """Return a forward pre-hook for a site; a plain function, which copies of its module share."""
 
-        def come(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             (x,) = inputs
             channels = x.shape[1] if x.dim() == 4 else x.shape[-1]
             self.live.setdefault(name, run.live)
             self.done.setdefault(name, _work(run))
             self.tokens.setdefault(name, x.numel() // channels)
 
-        return come
+        return record
 
 
 def pass_costs(
     base: Denoiser, latents: torch.Size, context: torch.Size, *, rank: int, runtime_bytes: int = 0
 ) -> PassCosts:
-    """Of a base's shapes, or of a base that is there, in micro-batches of one picture.
+    """Measure the cost of training each site, in microbatches of one example.
 
     Args:
-        latents, context: shapes of one example.
+        base: from `meta_denoiser`, or loaded.
+        latents: shape of one example's latents.
+        context: shape of one example's packed caption.
         rank: of the adapter.
         runtime_bytes: of the process without a network.
     """
-    every, none = (_watched(base, latents, context, rank, train=train) for train in (True, False))
-    always = resident_bytes(base) + MODULE_BYTES * len(list(base.network.modules())) + runtime_bytes
+    full, forward = (_trace(base, latents, context, rank, train=train) for train in (True, False))
+    constant = resident_bytes(base) + MODULE_BYTES * len(list(base.network.modules())) + runtime_bytes
     numbers = {name: rank * (site.inputs + site.outputs) for name, site in base.sites.items()}
-    own = {name: 4.0 * every.tokens[name] * numbers[name] for name in numbers}
-    first = min(none.done.values())
-    backward = every.work - none.work - sum(own.values())
+    gradients = {name: 4.0 * full.tokens[name] * numbers[name] for name in numbers}
+    first = min(forward.done.values())
+    backward = full.work - forward.work - sum(gradients.values())
     return PassCosts(
         sites=tuple(
             SiteCost(
                 name=name,
-                peak_bytes=always + max(every.peak - (every.live[name] - none.live[name]), none.peak),
-                site_bytes=OWN * numbers[name],
-                work=(none.work + backward * (none.work - none.done[name]) / (none.work - first)) / every.work,
-                site_work=own[name] / every.work,
+                peak_bytes=constant + max(full.peak - (full.live[name] - forward.live[name]), forward.peak),
+                site_bytes=TRAINED_BYTES * numbers[name],
+                work=(forward.work + backward * (forward.work - forward.done[name]) / (forward.work - first))
+                / full.work,
+                site_work=gradients[name] / full.work,
             )
-            for name in every.live
+            for name in full.live
         )
     )
 
 
-def _watched(base: Denoiser, latents: torch.Size, context: torch.Size, rank: int, *, train: bool) -> _Watched:
-    """A pass that trains at every site, or one forward alone."""
-    base, found = copy_for_dry_run(base), _Watched()
+def _trace(base: Denoiser, latents: torch.Size, context: torch.Size, rank: int, *, train: bool) -> _Trace:
+    """Trace a pass that trains at every site, or a forward pass without gradients."""
+    base, trace = copy_for_dry_run(base), _Trace()
     trained, frozen = split_layout(base, rank, None if train else ())
     with dry_run_mode(base) as run:
         for name, layer in slot_layers(base.network).items():
-            layer.register_forward_pre_hook(found.watch(run, name))
+            layer.register_forward_pre_hook(trace.hook(run, name))
         x, texts = (torch.zeros(1, *shape) for shape in (latents, context))
         rows, others = torch.zeros(1, trained.size), frozen.stacks(torch.zeros(1, frozen.size))
         if train:
@@ -143,10 +146,10 @@ def _watched(base: Denoiser, latents: torch.Size, context: torch.Size, rank: int
         else:
             with torch.no_grad(), base.use_adapters([others]) as denoise:
                 per_example_loss(denoise(x, x.new_zeros(1), texts), x)
-    found.peak, found.work = run.activations_bytes + run.workspace_bytes, _work(run)
-    return found
+    trace.peak, trace.work = run.activations_bytes + run.workspace_bytes, _work(run)
+    return trace
 
 
 def _work(run: DryRun) -> float:
-    """Operations of arithmetic, and those that would take as long as what memory sets the pace of."""
+    """Return arithmetic operations, plus the operations that would take as long as the memory-bound part."""
     return float(run.matrix_operations + run.convolution_operations + OPS_PER_BYTE * run.moved_bytes)

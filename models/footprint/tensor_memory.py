@@ -1,4 +1,4 @@
-"""How many bytes live at once in the tensors that a piece of work makes."""
+"""Track the bytes of live tensors that a piece of code creates."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ Storages = Mapping[int, torch.UntypedStorage]
 
 
 class LiveStorages(TorchDispatchMode):
-    """Adds up the storages that operations make, until they die. What was there before counts nothing.
+    """Sums the storages that operations create, until they are freed. Existing storages are not counted.
 
-    It sees forward and backward alike, and what autograd keeps between them; not what a kernel takes for itself while
-    it runs.
+    Covers forward, backward and tensors saved by autograd, but not the temporary buffers of kernels.
 
     Attributes:
-        live, peak: bytes now, and the most there were.
+        live, peak: bytes now, and at most.
     """
 
     def __init__(self) -> None:
@@ -35,28 +34,28 @@ class LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for key, storage in storages(result).items():
             if key not in given and key not in self._known:
-                self._known[key] = weakref.ref(storage, self._when_gone(key, storage.nbytes()))
+                self._known[key] = weakref.ref(storage, self._free_hook(key, storage.nbytes()))
                 self.on_alloc(key, storage.nbytes(), given)
         self.peak = max(self.peak, self.live)
         return result
 
-    def on_alloc(self, key: int, size: int, given: Storages) -> None:  # noqa: ARG002  # for those who ask what it is
-        """A storage of `size` bytes was made by an operation on the given ones."""
+    def on_alloc(self, key: int, size: int, given: Storages) -> None:  # noqa: ARG002  # subclasses use `given`
+        """Called when an operation on the storages `given` creates one of `size` bytes."""
         self.live += size
 
     def on_free(self, key: int, size: int) -> None:  # noqa: ARG002
-        """Nobody holds it any more."""
+        """Called when a storage is freed."""
         self.live -= size
 
-    def _when_gone(self, key: int, size: int) -> Any:
-        def gone(_: object) -> None:
+    def _free_hook(self, key: int, size: int) -> Any:
+        def free(_: object) -> None:
             del self._known[key]
             self.on_free(key, size)
 
-        return gone
+        return free
 
 
 def storages(tree: object) -> dict[int, torch.UntypedStorage]:
-    """The distinct storages of all tensors in a nest of arguments."""
-    found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return {id(storage): storage for storage in found}
+    """Return the distinct storages of all tensors in a nested structure, by id."""
+    leaves = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return {id(storage): storage for storage in leaves}

@@ -1,16 +1,17 @@
-"""What kernels take for themselves while they run: memory that no tensor shows.
+"""Temporary buffers of kernels: memory that isn't visible as tensors.
 
-A model of PyTorch's CPU kernels, fitted on single operations (2 cores of x86-64 with AVX2, torch 2.13, oneDNN; each
-operation by itself, peak resident memory less its tensors). oneDNN lays a convolution's operands out in blocks:
+A model of PyTorch's CPU kernels, fitted on single operations (2 cores of x86-64 with AVX2, torch 2.13, oneDNN; peak
+resident memory of each operation in isolation, minus its tensors). oneDNN copies a convolution's operands to blocked
+layouts:
 
-    convolution k×k            its input and its weight once more
-    its gradient by the input  the gradient that comes in and the weight; with a stride, what it returns as well
-    1×1 convolution            its input, mostly
-    its gradient by the input  what it returns
-    either, without an input   that input, of which only the shape is needed (`torch.nn.grad.conv2d_input`)
-    attention, backward        the queries once more
+    convolution k×k            a copy of its input and of its weight
+    its gradient by the input  a copy of the output gradient and of the weight; with a stride, also of the result
+    1×1 convolution            usually a copy of its input
+    its gradient by the input  a copy of the result
+    either, without an input   that input, although only its shape is needed (`torch.nn.grad.conv2d_input`)
+    attention, backward        a copy of the queries
 
-Matrix products, norms and element-wise operations took nothing that could be seen.
+Matrix products, norms and element-wise operations had no measurable buffers.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ aten = torch.ops.aten
 
 
 def workspace(func: Any, args: Any, result: Any) -> int:
-    """Bytes that one operation takes beside its arguments and results.
+    """Return the bytes of an operation's temporary buffers.
 
     Args:
-        func: the overload that a dispatch mode was given, with its positional `args` and its `result`.
+        func: overload that a dispatch mode receives.
+        args: its positional arguments.
+        result: its result.
     """
     match func.overloadpacket:
         case aten.convolution:

@@ -1,1 +1,1 @@
-"""Frozen weights in few bits: NF4 and int8 blocks, packed files."""
+"""Quantized frozen weights: NF4 and int8 blocks, and packed files."""

@@ -1,7 +1,7 @@
-"""Frozen layers that hold their weight in few bits.
+"""Frozen layers with quantized weights.
 
-The floating-point weight exists only slab by slab, inside one layer's forward or backward: autograd keeps the codes,
-and reads them again, where weight-only schemes that dequantise in the graph keep both.
+The floating-point weight exists only slab by slab, inside one layer's forward or backward. Autograd saves the codes and
+the backward pass dequantizes them again, whereas weight-only schemes that dequantize in the graph keep both.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         flat = grad.reshape(-1, ctx.shape[0])
-        found = grad.new_zeros(len(flat), ctx.shape[1])
+        grad_x = grad.new_zeros(len(flat), ctx.shape[1])
         for rows, weight in iter_slabs(QuantizedTensor(*ctx.saved_tensors), ctx.shape, grad.dtype):
-            found.addmm_(flat[:, rows], weight)
-        return found.view(*grad.shape[:-1], ctx.shape[1]), *[None] * 5
+            grad_x.addmm_(flat[:, rows], weight)
+        return grad_x.view(*grad.shape[:-1], ctx.shape[1]), *[None] * 5
 
 
 class _Conv2d(torch.autograd.Function):
@@ -55,19 +55,20 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        found = None
+        grad_x = None
         for rows, weight in iter_slabs(QuantizedTensor(*ctx.saved_tensors), ctx.shape, grad.dtype):
             part = conv2d_input(ctx.inputs, weight, grad[:, rows], *ctx.geometry)
-            found = part if found is None else found.add_(part)
-        return found, *[None] * 6
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        return grad_x, *[None] * 6
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight is packed.
+    """A layer with a quantized weight.
 
     Attributes:
         shape: of the weight.
-        codes, scales, top: as in `models.quantization.blockwise.QuantizedTensor`.
+        codes, scales, top: see `models.quantization.blockwise.QuantizedTensor`.
+        bias: [out], or None.
     """
 
     codes: Tensor
@@ -84,7 +85,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def packed(self) -> QuantizedTensor:
-        """The weight."""
+        """The quantized weight."""
         return QuantizedTensor(self.codes, self.scales, self.top)
 
 
@@ -100,7 +101,7 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedConv2d(QuantizedLayer):
-    """A frozen nn.Conv2d of one group, padded with zeros."""
+    """A frozen nn.Conv2d with one group and zero padding."""
 
     def __init__(self, layer: nn.Conv2d, packed: QuantizedTensor) -> None:
         super().__init__(layer, packed)

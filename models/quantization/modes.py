@@ -1,4 +1,4 @@
-"""How each layer's frozen weight is held: the modes, and the layers that they spare."""
+"""Weight modes: the quantization type of each layer, and the layers that stay in full precision."""
 
 from __future__ import annotations
 
@@ -16,44 +16,50 @@ WEIGHT_MODES = {
     "mixed": ("nf4", "int8"),
     "nf4": ("nf4", "nf4"),
 }
-"""What each mode makes of linear and of convolution layers. 4 bits of a convolution cost most of what nf4 costs."""
+"""Types of linear and of convolution layers. Most of the quality that nf4 costs is lost in 4-bit convolutions."""
 
-_SMALLEST = 1024  # layers with fewer weights stay as they are: nothing to save
-_ENDS = re.compile(r"conv_in|conv_out|proj_out|pos_embed\..*")  # stay too: all there is passes through them
-_TIMES = re.compile(r"(.*\.)?(time|add|timestep|guidance)\w*emb\w*(\..*)?")  # take 8 bits: all blocks listen to them
+_SMALLEST = 1024  # layers with fewer weights stay in full precision: nothing to save
+_ENDS = re.compile(r"conv_in|conv_out|proj_out|pos_embed\..*")  # full precision too: all data passes through them
+_TIMES = re.compile(r"(.*\.)?(time|add|timestep|guidance)\w*emb\w*(\..*)?")  # int8: they condition every block
 
 
 def quant_types(network: nn.Module, mode: str) -> dict[str, str]:
-    """'nf4' or 'int8' for each layer that `mode` quantises, in the network's order."""
-    found = ((name, _kind(name, layer, mode)) for name, layer in network.named_modules())
-    return {name: kind for name, kind in found if kind}
+    """Return 'nf4' or 'int8' for each layer that `mode` quantizes, in the network's order."""
+    types = ((name, _quant_type(name, layer, mode)) for name, layer in network.named_modules())
+    return {name: quant_type for name, quant_type in types if quant_type}
 
 
 def quantize_layers(network: nn.Module, mode: str) -> None:
-    """Replace the layers that a mode quantises, in place."""
-    for name, kind in quant_types(network, mode).items():
-        put(network, name, quantize(network.get_submodule(name).weight, kind))  # type: ignore[arg-type]
+    """Quantize the layers of a mode in place."""
+    for name, quant_type in quant_types(network, mode).items():
+        replace_layer(network, name, quantize(network.get_submodule(name).weight, quant_type))  # type: ignore[arg-type]
 
 
-def quantize_meta(network: nn.Module, held: Mapping[str, str]) -> None:
-    """The same of a network on the meta device, for these layers of these kinds: as many bytes, and no data."""
-    for name, kind in held.items():
-        put(network, name, empty_quantized(kind, network.get_parameter(f"{name}.weight").numel()))
+def quantize_meta(network: nn.Module, types: Mapping[str, str]) -> None:
+    """Replace layers of a network on the meta device by quantized ones of these types, of equal size but without data."""
+    for name, quant_type in types.items():
+        replace_layer(network, name, empty_quantized(quant_type, network.get_parameter(f"{name}.weight").numel()))
 
 
-def put(network: nn.Module, name: str, packed: QuantizedTensor) -> None:
-    """Replace one layer by one that holds this weight."""
+def replace_layer(network: nn.Module, name: str, packed: QuantizedTensor) -> None:
+    """Replace one layer by a quantized layer with this weight.
+
+    Args:
+        network: changed in place.
+        name: of a linear or convolution layer.
+        packed: codes and scales.
+    """
     parent, _, leaf = name.rpartition(".")
     layer = network.get_submodule(name)
-    held = QuantizedLinear(layer, packed) if isinstance(layer, nn.Linear) else QuantizedConv2d(layer, packed)  # type: ignore[arg-type]
-    network.get_submodule(parent).register_module(leaf, held)
+    quantized = QuantizedLinear(layer, packed) if isinstance(layer, nn.Linear) else QuantizedConv2d(layer, packed)  # type: ignore[arg-type]
+    network.get_submodule(parent).register_module(leaf, quantized)
 
 
-def _kind(name: str, layer: nn.Module, mode: str) -> str | None:
+def _quant_type(name: str, layer: nn.Module, mode: str) -> str | None:
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         return None
     if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.numel() < _SMALLEST or _ENDS.fullmatch(name):
         return None
     linear, convolution = WEIGHT_MODES[mode]
-    kind = linear if isinstance(layer, nn.Linear) else convolution
-    return "int8" if kind and _TIMES.fullmatch(name) else kind
+    quant_type = linear if isinstance(layer, nn.Linear) else convolution
+    return "int8" if quant_type and _TIMES.fullmatch(name) else quant_type

@@ -1,9 +1,9 @@
-"""Pack a base once, for everyone:  anther pack base=FOLDER weights=nf4 out=FOLDER
+"""Quantize a base once and store it:  anther pack base=FOLDER weights=nf4 out=FOLDER
 
-The result is a pipeline's folder like the one given, its network in few bits. Tensors go from file to file one by one,
-so that packing takes no more memory than the largest of them beside Python's own, and the VAE, with which the result is
-tried before it appears. It is known by its hash, as every base is, and is packed once and handed on: another processor
-may round otherwise.
+The result is a pipeline folder like the input, with a quantized network. Tensors are copied one by one, so that packing
+needs memory for the largest tensor, for Python, and for the VAE, which is loaded to verify the result before it appears.
+A packed base is identified by its hash, as every base is, and should be packed once and distributed: another processor
+may round differently.
 """
 
 from __future__ import annotations
@@ -28,47 +28,54 @@ from models.quantization.packed import FILE, FORMAT, PackedManifest, is_packed, 
 
 NETWORKS = ("unet", "transformer")
 _TYPES = {torch.float32: "F32", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8"}
-USAGE = "Pack a base once, for everyone:  anther pack base=FOLDER weights=nf4 out=FOLDER"
+USAGE = "Quantize a base once and store it:  anther pack base=FOLDER weights=nf4 out=FOLDER"
 _CARDS = ("README.md", "LICENSE*", "*.license")
 
 
 def pack(base: str, out: Path, weights: str) -> str:
-    """Pack the base of that name or folder into a new folder; the hash of the result.
+    """Pack a base into a new folder.
+
+    Args:
+        base: name, hash or folder.
+        out: folder to create.
+        weights: one of `WEIGHT_MODES`.
+
+    Returns:
+        The content hash of the result.
 
     Raises:
-        AntherError: the base is missing, packed already, no pipeline with weights in safetensors, or one that couldn't
-            be used.
+        AntherError: the base is missing, already packed, has no safetensors, or can't be used; or `out` exists.
     """
     if weights not in WEIGHT_MODES:
         raise AntherError(f"weights={weights}: must be one of: {', '.join(WEIGHT_MODES)}")
     if out.exists():
-        raise AntherError(f"out={out}: is there already: choose another")
+        raise AntherError(f"out={out}: already exists: choose another folder")
     source = assets.locate(base)
     part, parts = _parts(source)
     if is_packed(source / part):
-        raise AntherError(f"base={base}: is packed already")
-    whole = any((source / name).is_dir() for name in parts if name != part)  # a network alone is measured, not trained
-    if whole:
+        raise AntherError(f"base={base}: is already packed")
+    complete = any((source / name).is_dir() for name in parts if name != part)  # benchmarks pack a network by itself
+    if complete:
         recognize(source).verify_encoders()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".packing-") as scratch:
-        filling = Path(scratch) / out.name
-        (filling / part).mkdir(parents=True)
+        partial = Path(scratch) / out.name
+        (partial / part).mkdir(parents=True)
         for name in parts:
             if name != part and (source / name).is_dir():
-                shutil.copytree(source / name, filling / name)
+                shutil.copytree(source / name, partial / name)
         for file in (source / "model_index.json", *(card for cards in _CARDS for card in source.glob(cards))):
-            shutil.copy2(file, filling)
-        shutil.copy2(source / part / "config.json", filling / part)
-        _pack_network(source / part, filling / part, weights, assets.digest(source))
-        if whole:
-            recognize(filling).verify_packed()
-        filling.rename(out)
+            shutil.copy2(file, partial)
+        shutil.copy2(source / part / "config.json", partial / part)
+        _pack_network(source / part, partial / part, weights, assets.digest(source))
+        if complete:
+            recognize(partial).verify_packed()
+        partial.rename(out)
     return assets.digest(out)
 
 
 def _parts(folder: Path) -> tuple[str, list[str]]:
-    """Which part of a pipeline is the network, and what all parts are called."""
+    """Return the name of a pipeline's network, and the names of all parts."""
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = [name for name, value in index.items() if isinstance(value, list)]
@@ -83,15 +90,15 @@ def _parts(folder: Path) -> tuple[str, list[str]]:
 def _pack_network(source: Path, out: Path, weights: str, digest: str) -> None:
     network = skeleton(source)
     layers = quant_types(network, weights)
-    tensors = _Source(source)
+    tensors = _TensorReader(source)
     if missing := sorted(network.state_dict().keys() - tensors.names):
         raise AntherError(f"base {source}: its safetensors files lack {missing[0]}: copy the whole pipeline")
-    places, header = _places(network, layers)
+    offsets, header = _layout(network, layers)
     with (out / FILE).open("wb") as file:
         file.write(header)
         for name in network.state_dict():
-            for key, tensor in _held(name, tensors.read(name), layers):
-                file.seek(len(header) + places[key])
+            for key, tensor in _quantized(name, tensors.read(name), layers):
+                file.seek(len(header) + offsets[key])
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     PackedManifest(
         format=FORMAT,
@@ -103,8 +110,8 @@ def _pack_network(source: Path, out: Path, weights: str, digest: str) -> None:
     ).save(out)
 
 
-def _held(name: str, tensor: Tensor, layers: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """How one tensor of the network is held, by the names of a packed network's state."""
+def _quantized(name: str, tensor: Tensor, layers: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that store one tensor of the network, by their names in the packed state dict."""
     layer = name.removesuffix(".weight")
     if layer not in layers or layer == name:
         yield name, tensor.float() if tensor.is_floating_point() else tensor
@@ -113,31 +120,32 @@ def _held(name: str, tensor: Tensor, layers: dict[str, str]) -> Iterator[tuple[s
         yield f"{layer}.{part}", value
 
 
-def _places(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int], bytes]:
-    """Where each tensor begins after the header, and the header.
+def _layout(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int], bytes]:
+    """Return each tensor's offset after the header, and the safetensors header.
 
-    What is wider comes first, so that all are aligned; codes last, whose pages come and go, apart from those that stay.
+    Wider dtypes come first, so that all tensors are aligned. Codes come last, apart from the resident tensors, because
+    their pages are released after use.
     """
-    held: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         layer = name.removesuffix(".weight")
         if layer in layers and layer != name:
             packed = empty_quantized(layers[layer], tensor.numel())
-            held |= {f"{layer}.{part}": value for part, value in packed._asdict().items()}
+            stored |= {f"{layer}.{part}": value for part, value in packed._asdict().items()}
         else:
-            held[name] = tensor.float() if tensor.is_floating_point() else tensor
-    places, entries, end = {}, {}, 0
-    # else in the network's order
-    for name, tensor in sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0].endswith(".codes"))):
-        places[name], start, end = end, end, end + tensor.nbytes
+            stored[name] = tensor.float() if tensor.is_floating_point() else tensor
+    offsets, entries, end = {}, {}, 0
+    # otherwise in the network's order
+    for name, tensor in sorted(stored.items(), key=lambda item: (-item[1].element_size(), item[0].endswith(".codes"))):
+        offsets[name], start, end = end, end, end + tensor.nbytes
         entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    return places, len(text).to_bytes(8, "little") + text
+    return offsets, len(text).to_bytes(8, "little") + text
 
 
-class _Source:
-    """The tensors of a network's folder. Its files are opened anew for each, so that no page of them is kept."""
+class _TensorReader:
+    """Reads tensors from a network's folder. Files are reopened for each tensor, so that no pages stay in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
@@ -154,14 +162,14 @@ class _Source:
 
     def read(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as tensors:
-            found: Tensor = tensors.get_tensor(name)
-        if not loading.is_finite(found):
+            tensor: Tensor = tensors.get_tensor(name)
+        if not loading.is_finite(tensor):
             raise AntherError(f"{self._files[name]}: {name} holds numbers that are not finite: get another copy")
-        return found
+        return tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 2, with one line on standard error, if the base can't be packed."""
+    """Run the command; return exit status 2, with one line on standard error, if the base can't be packed."""
     given = dict(argument.partition("=")[::2] for argument in (sys.argv[1:] if arguments is None else arguments))
     if given.keys() != {"base", "weights", "out"}:
         print(USAGE, file=sys.stderr)
@@ -173,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {told(error)}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in out.glob(f"*/{FILE}"))
-    print(f"{out}: {size / 1e6:.0f} MB of {given['weights']}, base {digest[:12]}")
+    print(f"{out}: {size / 1e6:.0f} MB, weights={given['weights']}, base {digest[:12]}")
     return 0
 
 

@@ -170,5 +170,5 @@ def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_nobody_would_take_is_said_to_its_owner(base: Path) -> None:
     (base / "my notes.txt").write_text("x")
-    with pytest.raises(AntherError, match=r"tiny-base: can't be handed on.*my notes\.txt"):
+    with pytest.raises(AntherError, match=r"tiny-base: can't be served to devices.*my notes\.txt"):
         chunk_manifest.build(base)

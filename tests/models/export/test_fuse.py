@@ -93,7 +93,7 @@ class TestRefused:
 
     def test_arguments(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.refuse(["base=x"], "python -m models.export.fuse", capsys)
-        self.refuse(arguments(tmp_path, tmp_path / "a", tmp_path), "is there already", capsys)
+        self.refuse(arguments(tmp_path, tmp_path / "a", tmp_path), "already exists", capsys)
 
     def test_another_network(self, base: Base, pipeline_folder: Path, tmp_path: Path) -> None:
         network = UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import AntherError
 from models.families.known import KNOWN_BASES
-from models.footprint.dry_run import AGAIN, EXPONENTIAL, DryRun, fake_parameters, to_fake
+from models.footprint.dry_run import EXPONENTIAL_BACKWARD, EXPONENTIAL_FORWARD, DryRun, fake_parameters, to_fake
 from models.footprint.footprint import Footprint, example_shapes, footprint, forward_backward, meta_denoiser
 from models.footprint.tensor_memory import LiveStorages, storages
 from models.lora.batched_lora import Layout
@@ -181,7 +181,7 @@ def test_operations_are_those_that_a_counter_counts() -> None:
     assert run.convolution_operations == convolutions
     scores = 2 * 128 * 128
     extra = 2 * 64 * scores  # a fused backward computes the scores again
-    extra += (EXPONENTIAL + AGAIN) * scores
+    extra += (EXPONENTIAL_FORWARD + EXPONENTIAL_BACKWARD) * scores
     assert run.matrix_operations == counter.get_total_flops() - convolutions + extra
 
 

@@ -11,7 +11,7 @@ import pytest
 from models.base.denoiser import Denoiser
 from models.footprint.dry_run import OPS_PER_BYTE
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
-from models.footprint.site_costs import OWN, PassCosts, pass_costs
+from models.footprint.site_costs import TRAINED_BYTES, PassCosts, pass_costs
 from tests.helpers.networks import SMALL
 
 RANK = 3
@@ -59,13 +59,15 @@ def test_sites_come_in_the_order_of_a_pass_and_cost_less_the_later_it_comes_to_t
     assert all(one.work >= other.work for one, other in itertools.pairwise(found))
     assert found[-1].peak_bytes < found[0].peak_bytes
     sites = base("unet", "none").sites
-    assert all(one.site_bytes == OWN * RANK * (sites[one.name].inputs + sites[one.name].outputs) for one in found)
+    assert all(
+        one.site_bytes == TRAINED_BYTES * RANK * (sites[one.name].inputs + sites[one.name].outputs) for one in found
+    )
 
 
 def test_no_sites_and_unknown_ones_cost_nothing_that_anybody_knows() -> None:
     found = costs("pixart")
     for chosen in ([], ["nowhere"], [found.sites[0].name, "nowhere"]):
-        with pytest.raises(ValueError, match="none, or some"):
+        with pytest.raises(ValueError, match="none given, or some"):
             found.bytes(chosen)
-        with pytest.raises(ValueError, match="none, or some"):
+        with pytest.raises(ValueError, match="none given, or some"):
             found.work(chosen)

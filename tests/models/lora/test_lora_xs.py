@@ -48,7 +48,7 @@ def test_a_frame_that_is_not_orthonormal_is_refused(factor: str) -> None:
     bases = random_bases(3)
     tensors = to_tensors_with_bases(zero_adapter(bases), bases)
     tensors[f"b.{factor}"] = 1.01 * tensors[f"b.{factor}"]
-    with pytest.raises(AntherError, match="b: the frame's factors are not orthonormal"):
+    with pytest.raises(AntherError, match="b: the LoRA-XS bases are not orthonormal"):
         bases_from_tensors(tensors)
 
 
@@ -65,7 +65,7 @@ def test_a_frame_file_is_cut_to_what_is_asked(tmp_path: Path) -> None:
     for sites, rank, words in (
         ({"c": Site(2, 2)}, 2, "choose sites that they contain"),
         (SITES, 5, "don't have rank 5"),
-        ({"a": Site(8, 5)}, 2, "don't have rank 2 of this base"),
+        ({"a": Site(8, 5)}, 2, "don't have rank 2 for this base"),
     ):
         with pytest.raises(AntherError, match=words):
             load_bases(file, sites, rank)

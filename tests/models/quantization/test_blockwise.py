@@ -63,7 +63,7 @@ def test_what_is_read_is_what_the_codes_say(kind: str, shape: tuple[int, ...], m
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).mul_(magnitude)
     packed = quantize(weight, kind)
-    assert packed.kind == kind
+    assert packed.quant_type == kind
     wanted = as_numpy(*packed, weight.numel()).reshape(shape)
     for dtype in (torch.float32, torch.float64):
         found = dequantize(packed, weight.shape, dtype)

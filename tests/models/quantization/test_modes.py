@@ -50,7 +50,9 @@ def test_modes_and_the_layers_that_they_spare(mode: str, linear: str | None, con
     names = [name for name, _ in network.named_modules()]
     quantize_layers(network, mode)
     assert [name for name, _ in network.named_modules()] == names
-    held = {name: layer.packed.kind for name, layer in network.named_modules() if isinstance(layer, QuantizedLayer)}
+    held = {
+        name: layer.packed.quant_type for name, layer in network.named_modules() if isinstance(layer, QuantizedLayer)
+    }
     assert held == quant_types(Network(), mode)
     if convolution:
         conv = network.get_submodule("block.conv")

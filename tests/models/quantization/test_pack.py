@@ -230,21 +230,21 @@ class TestRefused:
             case "absent":
                 found["layers"]["nowhere"] = "int8"
         manifest.write_text(json.dumps(found))
-        self.refuse_base(folder, "don't agree")
+        self.refuse_base(folder, "the file and its manifest differ")
 
     def test_configuration_of_another_network(self, folder: Path) -> None:
         config = folder / "unet" / "config.json"
         found = json.loads(config.read_text())
         config.write_text(json.dumps(found | {"block_out_channels": [16, 64]}))
-        self.refuse_base(folder, "don't agree")
+        self.refuse_base(folder, "the file and its manifest differ")
         config.write_text(json.dumps(found | {"_class_name": "Nothing"}))
-        self.refuse_base(folder, "describes no network")
+        self.refuse_base(folder, "describes no diffusers network")
 
     def test_what_cannot_be_packed(self, packed_folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         self.refuse("no such folder", lambda: pack("/nowhere", out, "nf4"))
-        self.refuse("packed already", lambda: pack(str(packed_folder), out, "nf4"))
-        self.refuse("is there already", lambda: pack(str(packed_folder), packed_folder, "nf4"))
+        self.refuse("already packed", lambda: pack(str(packed_folder), out, "nf4"))
+        self.refuse("already exists", lambda: pack(str(packed_folder), packed_folder, "nf4"))
         (tmp_path / "empty").mkdir()
         self.refuse("no model_index.json", lambda: pack(str(tmp_path / "empty"), out, "nf4"))
 
