@@ -1,7 +1,7 @@
 """Fuse an adapter into its base:  python -m models.export.fuse base=FOLDER adapter=FILE out=FOLDER
 
-The result is a copy of the pipeline's folder, with the adapter's products added to its network's weights. Use it for
-pipelines that can't load adapters, such as PixArt-Σ's, and for tools that only read whole pipelines. From Python,
+The result is a copy of the pipeline's folder with the adapter's products added to its network's weights. Use it for
+pipelines that can't load adapters, such as PixArt-Σ, and for tools that only read whole pipelines. In Python,
 `fuse(pipe.transformer, FILE)` fuses in memory.
 """
 
@@ -27,10 +27,11 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 @torch.no_grad()
 def fuse(network: nn.Module, file: Path | str, strength: float = 1.0) -> None:
-    """Add an adapter to the weights of a network of diffusers, in place.
+    """Add an adapter to the weights of a diffusers network in place.
 
     Args:
-        file: an adapter in diffusers' layout, such as `adapters/shared.safetensors` of a run.
+        network: UNet or transformer.
+        file: adapter in diffusers' layout, such as `adapters/shared.safetensors` of a run.
         strength: factor of the adapter's products.
 
     Raises:
@@ -46,7 +47,7 @@ def fuse(network: nn.Module, file: Path | str, strength: float = 1.0) -> None:
         weight = getattr(layer, "weight", None)
         product = None if up is None else up.flatten(1).float() @ down.flatten(1).float()
         if weight is None or product is None or product.shape != weight.flatten(1).shape:
-            raise AntherError(f"{file}: {stem} is no layer of this network: fuse it into the base that it was made for")
+            raise AntherError(f"{file}: this network has no layer {stem}: fuse the adapter into its own base")
         weight += strength * product.view_as(weight).to(weight)
 
 
@@ -54,45 +55,51 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
-            told = content.metadata() or {}
+            metadata = content.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise AntherError(f"{file}: can't be read ({' '.join(str(error).split())}): name an adapter's file") from error
     if not tensors or not all(name.endswith((_DOWN, _UP)) for name in tensors):
         raise AntherError(f"{file}: not an adapter in diffusers' layout: give the file without .kohya in its name")
-    return tensors, told
+    return tensors, metadata
 
 
-def fused(base: str, adapter: Path, out: Path) -> str:
-    """Write the base with the adapter fused into its weights to a new folder, and return the hash of the result.
+def write_fused(base: str, adapter: Path, out: Path) -> str:
+    """Write the base with a fused adapter to a new folder.
+
+    Args:
+        base: name, hash or folder.
+        adapter: file in diffusers' layout.
+        out: folder to create.
+
+    Returns:
+        The content hash of the result.
 
     Raises:
-        AntherError: the base is missing or packed, the adapter is of another base, or `out` is there already.
+        AntherError: the base is missing or packed, the adapter belongs to another base, or `out` exists.
     """
     if out.exists():
-        raise AntherError(f"out={out}: is there already: choose another")
+        raise AntherError(f"out={out}: already exists: choose another folder")
     folder = assets.locate(base)
     checkpoint = recognize(folder)
     part = checkpoint.family.network
     if is_packed(folder / part):
         raise AntherError(f"base={base}: is packed: give the folder that it was packed from")
-    _, told = _read(adapter)
-    if (wanted := told.get("anther_base")) and wanted != (found := assets.digest(folder)):
-        raise AntherError(
-            f"{adapter}: belongs to another base ({wanted[:12]}), this one is {found[:12]}: name that one"
-        )
+    _, metadata = _read(adapter)
+    if (expected := metadata.get("anther_base")) and expected != (given := assets.digest(folder)):
+        raise AntherError(f"{adapter}: belongs to base {expected[:12]}, not to {given[:12]}: give its own base")
     network = checkpoint.load(part)
     fuse(network, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fusing-") as scratch:
-        filling = Path(scratch) / out.name
-        shutil.copytree(folder, filling, ignore=lambda at, names: names if Path(at) == folder / part else [])
-        network.save_pretrained(filling / part)
-        filling.rename(out)
+        partial = Path(scratch) / out.name
+        shutil.copytree(folder, partial, ignore=lambda path, names: names if Path(path) == folder / part else [])
+        network.save_pretrained(partial / part)
+        partial.rename(out)
     return assets.digest(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 2, with one line on standard error, if fusing fails."""
+    """Run the command; return exit status 2, with one line on standard error, if fusing fails."""
     given = dict(argument.partition("=")[::2] for argument in (sys.argv[1:] if arguments is None else arguments))
     if given.keys() != {"base", "adapter", "out"}:
         print(
@@ -102,14 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         out = Path(given["out"]).expanduser()
-        digest = fused(given["base"], Path(given["adapter"]).expanduser(), out)
+        digest = write_fused(given["base"], Path(given["adapter"]).expanduser(), out)
     except AntherError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"out={out}: can't be written ({error.strerror}): choose another folder", file=sys.stderr)
         return 2
-    print(f"{out}: {given['adapter']} is in its weights, base {digest[:12]}")
+    print(f"{out}: fused {given['adapter']}, base {digest[:12]}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Layer names in kohya's layout, which sd-scripts, ComfyUI, A1111 and Forge read.
 
-A UNet keeps diffusers' names. SD3 and Flux use the names of the original networks, which merge several layers of
-diffusers into one: queries, keys and values are stacked in a single weight. Adapters of such layers are merged into
-one with stacked A and block-diagonal B, each block in the rows of its part: the product is the same, to the last bit.
+UNets keep diffusers' names. SD3 and Flux use the names of the original networks, which merge several diffusers layers
+into one: queries, keys and values are stacked in a single weight. Adapters of such layers are merged into one with
+stacked A and block-diagonal B, each block in the rows of its part. The product is bit-identical.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class FusedPart(NamedTuple):
 
     module: str
     part: int = 0
-    """Index of the layer's part of the module's rows."""
+    """Index of the layer's rows among the module's parts."""
     parts: tuple[int, ...] = (1,)
-    """Relative numbers of rows of all parts."""
+    """Relative number of rows of each part."""
 
 
 class PartFactors(NamedTuple):
-    """The adapter of one layer of diffusers."""
+    """The adapter of one diffusers layer, as a part of a module."""
 
     part: int
     parts: tuple[int, ...]
-    down: Tensor  # [r, in], or [r, in, h, w] of a convolution
-    up: Tensor  # [out, r], or [out, r, 1, 1]
+    down: Tensor  # [r, in], or [r, in, h, w] for a convolution
+    up: Tensor  # [out, r], or [out, r, 1, 1] for a convolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class KohyaFormat:
     """How sd-scripts names and reads the layers of a family."""
 
     network_module: str
-    """The module of sd-scripts that reads the file."""
+    """sd-scripts module that reads the file."""
     names: tuple[tuple[str, FusedPart], ...] = ()
-    """(regular expression on diffusers' names, place with its groups); the first match wins. Empty: keep the names."""
+    """(regular expression on diffusers' names, part with its groups); the first match wins. Empty: names are kept."""
     read: str = ".*"
     """Regular expression on diffusers' names of the layers that sd-scripts reads; it silently drops the others."""
 
@@ -59,9 +59,9 @@ class KohyaFormat:
         """
         if not self.names:
             return FusedPart(name)
-        for pattern, place in self.names:
-            if found := re.fullmatch(pattern, name):
-                return place._replace(module=found.expand(place.module))
+        for pattern, part in self.names:
+            if match := re.fullmatch(pattern, name):
+                return part._replace(module=match.expand(part.module))
         raise AntherError(f"{name}: has no name in kohya's layout: export with layout=diffusers")
 
     def ignored(self, sites: Iterable[str]) -> list[str]:
@@ -69,28 +69,33 @@ class KohyaFormat:
         return [name for name in sites if not re.fullmatch(self.read, name)]
 
 
-def merge_parts(pieces: Iterable[PartFactors]) -> tuple[Tensor, Tensor]:
+def merge_parts(factors: Iterable[PartFactors]) -> tuple[Tensor, Tensor]:
     """Merge A and B of a module's parts into [Σ r, in] and [out, Σ r]; rows of other parts are zero."""
-    pieces = sorted(pieces, key=lambda piece: piece.part)
-    if len(pieces) == len(pieces[0].parts) == 1:
-        return pieces[0].down, pieces[0].up
-    parts = pieces[0].parts
-    unit = len(pieces[0].up) // parts[pieces[0].part]
-    down = torch.cat([piece.down for piece in pieces])
+    factors = sorted(factors, key=lambda part: part.part)
+    if len(factors) == len(factors[0].parts) == 1:
+        return factors[0].down, factors[0].up
+    parts = factors[0].parts
+    unit = len(factors[0].up) // parts[factors[0].part]
+    down = torch.cat([part.down for part in factors])
     up = down.new_zeros(unit * sum(parts), len(down))
     column = 0
-    for piece in pieces:
-        row, rank = unit * sum(parts[: piece.part]), len(piece.down)
-        up[row : row + len(piece.up), column : column + rank] = piece.up
+    for part in factors:
+        row, rank = unit * sum(parts[: part.part]), len(part.down)
+        up[row : row + len(part.up), column : column + rank] = part.up
         column += rank
     return down, up
 
 
 def swap_halves(name: str, site: Site, up: Tensor) -> Tensor:
-    """Swap the halves of B for a layer whose two halves have the opposite order in the original network.
+    """Swap the halves of B for a layer whose halves have the opposite order in the original network.
 
     The last modulation of a transformer outputs (scale, shift) in diffusers and (shift, scale) in SD3 and Flux. It is
     the only layer with twice as many outputs as inputs.
+
+    Args:
+        name: diffusers' layer name.
+        site: its dimensions.
+        up: B [out, r].
     """
     if re.fullmatch(r"norm_out\.linear|.*\.norm1_context\.linear", name) and site.outputs == 2 * site.inputs:
         return torch.cat(up.chunk(2)[::-1])
@@ -101,11 +106,12 @@ def map_qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, FusedP
     """Map the names of queries, keys and values to one merged module.
 
     Args:
-        pattern: layer name, with one %s in place of q, k and v.
+        pattern: layer name, with %s in place of q, k and v.
+        module: name of the merged module, with the pattern's groups.
         rest: rows below them in the merged weight, relative to the rows of each.
     """
     parts = (1, 1, 1, rest) if rest else (1, 1, 1)
-    return tuple((pattern % each, FusedPart(module, part, parts)) for part, each in enumerate("qkv"))
+    return tuple((pattern % letter, FusedPart(module, part, parts)) for part, letter in enumerate("qkv"))
 
 
 def map_names(names: Mapping[str, str]) -> tuple[tuple[str, FusedPart], ...]:

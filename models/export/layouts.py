@@ -1,7 +1,7 @@
-"""Adapters as other tools read them: in diffusers' layout (peft keys) and in kohya's (`models.export.kohya`).
+"""Export adapters for other tools: in diffusers' layout (peft keys) and in kohya's (`models.export.kohya`).
 
-The scale is folded into B, so α = rank. All sites get the largest rank, filled up with zeros: diffusers loses the α of
-single attention layers in kohya's layout. A file is the same, byte for byte, whenever it is written.
+The scale is folded into B, so α = rank. All sites are zero-padded to the largest rank, because diffusers loses the α of
+individual attention layers in kohya's layout. Files are byte-for-byte reproducible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ LAYOUTS = ("diffusers", "kohya")
 
 
 def diffusers_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tensor]:
-    """`unet.<site>.lora_A.weight`, `….lora_B.weight`, or `transformer.…`: what `pipe.load_lora_weights` reads."""
+    """Return the tensors that `pipe.load_lora_weights` reads.
+
+    Keys are `unet.<site>.lora_A.weight` and `….lora_B.weight`, or `transformer.…`.
+
+    Args:
+        adapter: A [r, in] and B [out, r] of every site.
+        sites: dimensions by name.
+        family: of the base.
+    """
     tensors = {}
     for name, (down, up) in _layers(adapter, sites):
         tensors[f"{family.network}.{name}.lora_A.weight"] = down
@@ -33,21 +41,28 @@ def diffusers_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, 
 
 
 def kohya_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tensor]:
-    """`lora_unet_<module, dots as underscores>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+    """Return the tensors of kohya's layout.
+
+    Keys are `lora_unet_<module, dots as underscores>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+
+    Args:
+        adapter: A [r, in] and B [out, r] of every site.
+        sites: dimensions by name.
+        family: of the base.
 
     Raises:
-        AntherError: no tool reads such keys of this family.
+        AntherError: no tool reads this layout for the family.
     """
     if family.kohya is None:
         raise AntherError(f"layout=kohya: no tool reads it for {family.name}: export with layout=diffusers")
     modules: dict[str, list[PartFactors]] = {}
     for name, (down, up) in _layers(adapter, sites):
-        place = family.kohya.fused_part(name)
+        part = family.kohya.fused_part(name)
         up = swap_halves(name, sites[name], up) if family.kohya.names else up
-        modules.setdefault(place.module, []).append(PartFactors(place.part, place.parts, down, up))
+        modules.setdefault(part.module, []).append(PartFactors(part.part, part.parts, down, up))
     tensors = {}
-    for module, pieces in modules.items():
-        down, up = merge_parts(pieces)
+    for module, parts in modules.items():
+        down, up = merge_parts(parts)
         stem = KOHYA_PREFIX + module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = down
         tensors[f"{stem}.lora_up.weight"] = up
@@ -56,7 +71,7 @@ def kohya_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tens
 
 
 def _layers(adapter: Adapter, sites: Sites) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """A and B of each site as layers: at a convolution A [r, in, h, w] has its kernel, and B [out, r, 1, 1] none."""
+    """Yield A and B per site as layer weights; for a convolution A is [r, in, h, w] and B [out, r, 1, 1]."""
     largest = rank(adapter)
     for name, (a, b) in adapter.items():
         missing = largest - len(a)
@@ -75,28 +90,40 @@ def export(
     layout: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter of these sites as one safetensors file; it appears under its name only when complete."""
+    """Write an adapter as one safetensors file; it appears under its name only when complete.
+
+    Args:
+        adapter: A [r, in] and B [out, r] of every site.
+        path: of the file.
+        family: of the base.
+        sites: dimensions by name.
+        layout: one of `LAYOUTS`.
+        metadata: strings to store in the file.
+
+    Raises:
+        AntherError: no tool reads this layout for the family.
+    """
     keys = {"diffusers": diffusers_keys, "kohya": kohya_keys}[layout]
     tensors = keys(adapter, sites, family)
-    notes = {"format": "pt", **(metadata or {})}
+    header = {"format": "pt", **(metadata or {})}
     if layout == "kohya":
-        notes |= _network_of(tensors, family)
+        header |= _network_metadata(tensors, family)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_bytes(_in_order(save(tensors, notes)))
-    scratch.replace(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(_sort_metadata(save(tensors, header)))
+    partial.replace(path)
 
 
-def _network_of(tensors: Mapping[str, Tensor], family: Family) -> dict[str, str]:
-    """What sd-scripts writes of a network: `Dynamic` where its modules' ranks differ, as its own tools have it."""
-    assert family.kohya is not None, "it has keys in this layout"
+def _network_metadata(tensors: Mapping[str, Tensor], family: Family) -> dict[str, str]:
+    """Return sd-scripts' metadata of a network; as in its own tools, `Dynamic` if ranks differ."""
+    assert family.kohya is not None, "the family has keys in this layout"
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_down.weight")}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     return {"ss_network_module": family.kohya.network_module, "ss_network_dim": dim, "ss_network_alpha": dim}
 
 
-def _in_order(content: bytes) -> bytes:
-    """Safetensors bytes with their metadata sorted: the library writes them in another order each time."""
+def _sort_metadata(content: bytes) -> bytes:
+    """Sort the metadata in safetensors bytes: the library writes them in a different order each time."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}

@@ -92,7 +92,7 @@ def test_a_pass_may_overwrite_what_the_last_one_found(
     wanted = train(fine, jobs(), memory=PLENTY, timesteps=2)
     monkeypatch.setattr(cohort, "_buffers", buffers)
     found = train(fine, jobs(), memory=room(fine, jobs(), entries, residents=1), timesteps=2)
-    fine.kept.clear()
+    fine.cache.clear()
     for got, want, plan in zip(found, wanted, jobs(), strict=True):
         assert_close(got, trained(want), plan.start, 1e-10)
 

@@ -289,7 +289,9 @@ def test_threads_get_copies_that_share_weights_and_no_adapters(
     assert len(networks(ran)) == 3  # a free copy is lent again
     first, *others = networks(ran)
     assert all(tensors(other) == tensors(first) == tensors(lent.network) for other in others)
-    assert not any(layer.lent for network in [lent.network, *networks(ran)] for layer in slot_layers(network).values())
+    assert not any(
+        layer.active_adapters for network in [lent.network, *networks(ran)] for layer in slot_layers(network).values()
+    )
 
 
 def test_who_lends_within_lending_gets_a_network_of_its_own(unet: nn.Module) -> None:
@@ -309,7 +311,7 @@ def test_after_a_failure_nothing_stays_lent(unet: nn.Module, ran: list[nn.Module
     own = two_slots(lent)
     with pytest.raises(RuntimeError), lent.use_adapters([own]) as denoise:
         denoise(*inputs(3))  # three entries don't fill two slots
-    assert not any(layer.lent for layer in slot_layers(networks(ran)[0]).values())
+    assert not any(layer.active_adapters for layer in slot_layers(networks(ran)[0]).values())
     with lent.use_adapters([]) as denoise, torch.no_grad():
         found = denoise(*inputs(3))
     assert len(networks(ran)) == 1

@@ -84,7 +84,7 @@ class TestRefused:
     def test_of_another_base(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         other = Path(shutil.copytree(pipeline_folder, tmp_path / "other"))
         (other / "extra.json").write_text("{}")
-        self.refuse(arguments(other, tmp_path / "a.safetensors", tmp_path / "o"), "belongs to another base", capsys)
+        self.refuse(arguments(other, tmp_path / "a.safetensors", tmp_path / "o"), "belongs to base", capsys)
 
     def test_a_packed_base(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pack(str(pipeline_folder), tmp_path / "packed", "int8")
