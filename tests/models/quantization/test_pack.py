@@ -213,7 +213,7 @@ class TestRefused:
     def test_manifest_of_another_version(self, folder: Path, key: str, value: object) -> None:
         manifest = folder / "unet" / MANIFEST
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {key: value}))
-        self.refuse_base(folder, "not of format 1")
+        self.refuse_base(folder, "not format 1")
 
     @pytest.mark.parametrize("change", ["less", "more", "other", "absent"])
     def test_manifest_that_does_not_agree(self, folder: Path, change: str) -> None:
