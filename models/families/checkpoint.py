@@ -1,4 +1,4 @@
-"""What a folder in diffusers' layout holds, recognised from its own files."""
+"""Recognize a pipeline in diffusers' layout from its own files."""
 
 from __future__ import annotations
 
@@ -32,73 +32,73 @@ _VAES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole pipeline on disk, of a family that we know."""
+    """A complete pipeline on disk, of a supported family."""
 
     folder: Path
     family: Family
-    parts: Mapping[str, str]  # class of each part
-    requires_safety_checker: bool  # whether its makers want none of its pictures shown unchecked
+    parts: Mapping[str, str]  # class name by part
+    requires_safety_checker: bool  # whether its authors require that generated images are checked before they are shown
 
     def config(self, part: str) -> dict[str, Any]:
-        """A part's configuration."""
+        """Return the configuration of a part."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return _json(self.folder, self.folder / part / name)
 
     @property
     def scale(self) -> int:
-        """Pixels of a latent, along a side."""
+        """Pixels per latent along a side."""
         vae = self.config("vae")
         return int(2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1))
 
     def schedule(self, tokens: int) -> Schedule:
-        """Its forward process, for latents of this many tokens; AntherError if its scheduler is of another kind."""
+        """Return the forward process for latents of this many tokens; AntherError if the scheduler isn't supported."""
         try:
             return parse_schedule(self.config("scheduler"), tokens, logit_normal=self.family.logit_normal)
         except AntherError as error:
             raise AntherError(f"base {self.folder}: its {error}") from error
 
     def load(self, part: str) -> Any:
-        """A network of the pipeline in float32; AntherError if it is pickled, damaged or foreign."""
+        """Load a network of the pipeline in float32; AntherError if it is pickled, damaged, or another network's."""
         import diffusers  # slow import, so only here
 
         return loading.load_network(getattr(diffusers, self.parts[part]), self.folder / part)
 
     def load_encoders(self) -> Any:
-        """The pipeline with nothing but its text encoders and tokenizers; AntherError if one isn't whole."""
+        """Return the pipeline with only text encoders and tokenizers; AntherError if one is incomplete."""
         import diffusers  # slow import, so only here
 
-        with loading.quiet_libraries():  # importing a pipeline class is what complains
+        with loading.quiet_libraries():  # importing a pipeline class logs warnings
             kind = getattr(diffusers, self.family.pipeline)
-            found = encoders.load(self.folder, self.family.encoders, self.parts)
-        left_out = dict.fromkeys(self.parts.keys() - found.keys())
-        return loading.from_pretrained(kind, self.folder, **left_out, **found)
+            loaded = encoders.load(self.folder, self.family.encoders, self.parts)
+        left_out = dict.fromkeys(self.parts.keys() - loaded.keys())
+        return loading.from_pretrained(kind, self.folder, **left_out, **loaded)
 
     def verify_encoders(self) -> None:
-        """Load the text encoders without their numbers, and drop them again; AntherError if one isn't whole."""
+        """Check that the text encoders load, without reading their weights; AntherError if one is incomplete."""
         encoders.load(self.folder, self.family.encoders, self.parts, empty=True)
 
     def verify_packed(self) -> None:
-        """The same of every part of a packed pipeline, in memory for little but its VAE."""
+        """Check every part of a packed pipeline; only the VAE takes memory."""
         self.verify_encoders()
         self.load("vae")
         packed.load(self.folder / self.family.network, self.parts[self.family.network])
         self.schedule(1)
 
     def provenance(self) -> dict[str, str]:
-        """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""
+        """Return family, license and safety checker, which are copied into exported adapters."""
         return {
             "family": self.family.name,
-            "licence": _licence(self.folder),
+            "licence": _license(self.folder),  # stored in exported files; don't change
             "safety_checker": self.parts.get("safety_checker", "none"),
             "requires_safety_checker": str(self.requires_safety_checker).lower(),
         }
 
 
 def recognize(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder.
+    """Return the checkpoint in a folder.
 
     Raises:
-        AntherError: it is none, of another kind, or incomplete.
+        AntherError: it isn't a pipeline, isn't supported, or is incomplete.
     """
     if not (folder / "model_index.json").is_file():
         raise AntherError(f"base {folder}: no model_index.json in it: give the folder of a diffusers pipeline")
@@ -110,15 +110,13 @@ def recognize(folder: Path) -> Checkpoint:
     parts = _parts(folder, index)
     for part in (family.network, "vae", "scheduler", *family.encoders):
         if index.get(part) == [None, None]:
-            raise AntherError(
-                f"base {folder}: was saved without its {part}, which captions are encoded with: copy it too"
-            )
+            raise AntherError(f"base {folder}: was saved without its {part}, which encodes captions: copy it too")
         if part not in parts or not (folder / part).is_dir():
             raise AntherError(f"base {folder}: its folder {part} is missing: copy the whole pipeline")
         library = "transformers" if part in family.encoders else "diffusers"
         if index[part][0] != library:
             raise AntherError(
-                f"base {folder}: its {part} is of {shown(index[part][0])}: only those of {library} are supported"
+                f"base {folder}: its {part} is from {shown(index[part][0])}: only parts from {library} are supported"
             )
     for part, kinds in ((family.network, (family.kind,)), ("vae", _VAES)):
         if parts[part] not in kinds:
@@ -126,16 +124,16 @@ def recognize(folder: Path) -> Checkpoint:
                 f"base {folder}: its {part} is a {shown(parts[part])}: only {', '.join(kinds)} is supported"
             )
     required = bool(index.get("requires_safety_checker", False))
-    found = Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
-    network = found.config(family.network)
-    check(folder, family, network, found.config("vae"), parts["vae"])
+    checkpoint = Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
+    network = checkpoint.config(family.network)
+    check(folder, family, network, checkpoint.config("vae"), parts["vae"])
     if network.get("time_cond_proj_dim") is not None:
-        return replace(found, family=with_guidance_embedding(family))
-    return found
+        return replace(checkpoint, family=with_guidance_embedding(family))
+    return checkpoint
 
 
 def _parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    """The class of each part that the pipeline was saved with."""
+    """Return the class name of each part that the pipeline was saved with."""
     parts = {}
     for part, entry in index.items():
         if not isinstance(entry, list):
@@ -151,22 +149,22 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 def _json(folder: Path, file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise AntherError(
             f"base {folder}: {file.relative_to(folder)} can't be read as JSON ({error}): copy it again"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise AntherError(f"base {folder}: {file.relative_to(folder)} holds no configuration: copy it again")
-    return found
+    return content
 
 
-def _licence(folder: Path) -> str:
-    """The licence that the model card names, or the file that holds it, or 'unknown'."""
+def _license(folder: Path) -> str:
+    """Return the license that the model card names, else the name of the license file, else 'unknown'."""
     card = folder / "README.md"
     text = card.read_text(errors="replace") if card.is_file() else ""
-    for key in ("license_name", "license"):  # of a licence without a common name the second says 'other'
-        if found := re.search(rf"^{key}:\s*(\S+)", text, re.MULTILINE):
-            return found[1]
+    for key in ("license_name", "license"):  # the second is 'other' for a license without a common name
+        if match := re.search(rf"^{key}:\s*(\S+)", text, re.MULTILINE):
+            return match[1]
     files = sorted(file.name for file in folder.glob("LICENSE*"))
     return files[0] if files else "unknown"

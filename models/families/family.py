@@ -1,7 +1,7 @@
-"""What a base's family decides: how captions are encoded, what the network is called with, where adapters go.
+"""Interface of a family of bases: caption encoding, network call, and default sites.
 
-A family packs all that stands for one caption into one tensor [rows, d], and takes it apart inside its forward: tokens
-first, then vectors (a pooled embedding, a mask) cut into rows. So trainer and sampler know of one tensor only.
+A family packs everything that represents one caption into one tensor [rows, d], and unpacks it in its forward: tokens
+first, then vectors (a pooled embedding, a mask) cut into rows. Therefore trainer and sampler handle a single tensor.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from models.base.denoiser import Forward
 from models.export.kohya import KohyaFormat
 
 ATTENTION = r".*\.attn[12]?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
-"""The projections of every attention, with those of the text where it runs along: what most LoRAs adapt."""
+"""Projections of all attention layers, including those of text tokens in joint attention: the usual LoRA targets."""
 
 
 class Latents(NamedTuple):
-    """The latents that a network takes."""
+    """Latents that a network takes."""
 
     channels: int
-    side: int | None  # of its own resolution; None: its configuration doesn't say
-    patch: int  # the side of a token: what a side must be a multiple of
+    side: int | None  # at the native resolution; None: the configuration doesn't say
+    patch: int  # latents per token along a side; sides must be multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +35,24 @@ class Family:
 
     name: str
     pipeline: str  # class in model_index.json
-    network: str  # folder of the network, and what its exported keys begin with: 'unet' | 'transformer'
+    network: str  # folder of the network, and prefix of exported keys: 'unet' | 'transformer'
     kind: str  # class of the network
-    encoders: tuple[str, ...]  # folders of the text encoders and their tokenisers
+    encoders: tuple[str, ...]  # folders of the text encoders and their tokenizers
     encode: Callable[[Any, str | None], Tensor]
-    """(pipeline that holds these encoders, caption) -> [rows, d]; of None: what guidance leads away from."""
+    """(pipeline with these encoders, caption) -> [rows, d]; None is the unconditional caption."""
     forward: Forward
     latents: Callable[[Mapping[str, Any]], Latents]  # from the network's configuration
-    context: Callable[[Mapping[str, Any]], tuple[int, int]]  # from the same: rows and width of a packed caption
-    kohya: KohyaFormat | None  # its layers' names in kohya's layout; None: no tool reads it of this family
+    context: Callable[[Mapping[str, Any]], tuple[int, int]]  # likewise: rows and width of a packed caption
+    kohya: KohyaFormat | None  # layer names in kohya's layout; None: no tool reads it for this family
     guide: Callable[[Tensor, float], Tensor] | None = None
-    """Writes the strength of guidance into packed captions, for networks that embed it; None: guided by two passes."""
-    logit_normal: bool = False  # whether its flow is trained in the middle more often
-    latent_statistics: bool = False  # whether its pipeline uses a VAE's latents_mean and latents_std
-    sites: str = ATTENTION  # where adapters go unless one says otherwise
+    """Sets the guidance scale in packed captions, for networks that embed it; None: guidance needs two passes."""
+    logit_normal: bool = False  # whether a flow's training favors the middle of the schedule
+    latent_statistics: bool = False  # whether the pipeline uses a VAE's latents_mean and latents_std
+    sites: str = ATTENTION  # default sites
 
 
 def configured_latents(config: Mapping[str, Any]) -> Latents:
-    """The latents of a network that names them in its configuration."""
+    """Return the latents of a network whose configuration states them."""
     side = config.get("sample_size")
     if isinstance(side, list | tuple) and len({*side}) == 1:
         side = side[0]  # height and width
@@ -61,28 +61,28 @@ def configured_latents(config: Mapping[str, Any]) -> Latents:
 
 
 def packed_caption_shape(tokens: int, width: int, *vectors: int) -> tuple[int, int]:
-    """Rows and width of so many tokens with vectors of these lengths packed underneath."""
+    """Return rows and width of this many tokens with vectors of these lengths packed below."""
     return tokens + sum(-(-length // width) for length in vectors), width
 
 
 def masked_caption_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and width of 300 tokens with their mask underneath, as PixArt-Sigma and Sana take them."""
+    """Return rows and width of 300 tokens with their mask packed below, as in PixArt-Sigma and Sana."""
     return packed_caption_shape(300, config["caption_channels"], 300)
 
 
 def pack(tokens: Tensor, vector: Tensor) -> Tensor:
-    """Tokens [l, d] with a vector cut into rows underneath, filled up with zeros: [l + rows, d]."""
+    """Append a vector to tokens [l, d], cut into rows and zero-padded: [l + rows, d]."""
     width = tokens.shape[-1]
     return torch.cat([tokens, F.pad(vector.to(tokens), (0, -len(vector) % width)).view(-1, width)])
 
 
 def unpack(context: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Tokens [N, l, d] and the vectors [N, size] of packed captions [N, l + rows, d]."""
+    """Split packed captions [N, l + rows, d] into tokens [N, l, d] and vectors [N, size]."""
     rows = -(-size // context.shape[-1])
     return context[:, :-rows], context[:, -rows:].flatten(1)[:, :size]
 
 
 def unpack_mask(context: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [N, l, d] and their mask [N, l] of packed captions [N, l + rows, d], with one number for each token."""
+    """Split packed captions [N, l + rows, d] into tokens [N, l, d] and their mask [N, l]."""
     total, width = context.shape[1:]
     return unpack(context, total - -(-total // (width + 1)))

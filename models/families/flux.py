@@ -1,7 +1,7 @@
-"""FLUX.1 (Black Forest Labs, 2024): a rectified flow whose latents are laid in patches of 2 × 2 outside the network.
+"""FLUX.1 (Black Forest Labs, 2024): a rectified flow whose latents are cut into 2 × 2 patches outside the network.
 
-[dev] was distilled from guided predictions and embeds their strength. It is trained at 1, where it stands for the flow
-itself, and drawn with whatever one asks for, in one pass. [schnell] embeds none: guidance does nothing to it.
+[dev] was distilled from guided predictions and embeds the guidance scale. It is trained at 1, where it predicts the
+unguided flow, and sampled at any scale in one pass. [schnell] has no such input: guidance has no effect.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from models.export.kohya import FusedPart, KohyaFormat, map_names, map_qkv
 from models.families.family import Family, Latents, pack, packed_caption_shape, unpack
 
-_SIDE = 128  # of the latents of 1024 pixels: the pipeline's own default, since the network's configuration has none
+_SIDE = 128  # latents of 1024 pixels: the pipeline's default, because the network's configuration has none
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
-    """The strength of guidance has a row of its own, the last."""
+    """The guidance scale has its own row, the last."""
     tokens, pooled, _ = pipeline.encode_prompt(caption or "", device=pipeline.device)
     return pack(pack(tokens[0], pooled[0]), pooled.new_ones(1))
 
@@ -48,22 +48,22 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
 
 
 def patchify(x: Tensor) -> Tensor:
-    """[N, c, 2h, 2w] -> [N, h·w, 4c]."""
+    """Cut latents into patches: [N, c, 2h, 2w] -> [N, h·w, 4c]."""
     return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[N, h·w, 4c] -> [N, c, 2h, 2w]."""
+    """Invert `patchify`: [N, h·w, 4c] -> [N, c, 2h, 2w]."""
     grid = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def position_ids(height: int, width: int, *, like: Tensor) -> Tensor:
-    """Where each patch lies [h·w, 3]: 0, row, column."""
-    found = like.new_zeros(height, width, 3)
-    found[..., 1] = torch.arange(height, device=like.device)[:, None]
-    found[..., 2] = torch.arange(width, device=like.device)
-    return found.flatten(0, 1)
+    """Return (0, row, column) of each patch: [h·w, 3]."""
+    ids = like.new_zeros(height, width, 3)
+    ids[..., 1] = torch.arange(height, device=like.device)[:, None]
+    ids[..., 2] = torch.arange(width, device=like.device)
+    return ids.flatten(0, 1)
 
 
 def _latents(config: Mapping[str, Any]) -> Latents:

@@ -1,7 +1,7 @@
-"""Bases without weights: published ones at full size, for plans before anything is downloaded, and those of folders.
+"""Bases without weights: published ones at full size, for planning before a download, and those of folders.
 
-Configurations are those of the checkpoints' own `config.json`, as far as they differ from the class's defaults;
-parameter counts (tested on the meta device) are those that their makers publish.
+Configurations are those of the checkpoints' own `config.json`, where they differ from the class's defaults; parameter
+counts (tested on the meta device) are the published ones.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from models.families.stable_diffusion import STABLE_DIFFUSION
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSpec:
-    """One base."""
+    """Architecture of one base."""
 
     family: Family
-    config: Mapping[str, Any]  # of its network, where it differs from the class's defaults
-    scale: int = 8  # pixels of a latent, along a side
+    config: Mapping[str, Any]  # of the network, where it differs from the class's defaults
+    scale: int = 8  # pixels per latent along a side
     name: str = "base"  # for messages
 
     def full_config(self) -> dict[str, Any]:
-        """The configuration with the class's defaults."""
+        """Return the configuration including the class's defaults."""
         import diffusers
 
         defaults = inspect.signature(getattr(diffusers, self.family.kind)).parameters.values()
-        return {each.name: each.default for each in defaults} | dict(self.config)
+        return {parameter.name: parameter.default for parameter in defaults} | dict(self.config)
 
     def network(self) -> nn.Module:
-        """It, on the meta device: shapes and nothing else."""
+        """Build the network on the meta device."""
         import diffusers  # slow import, so only here
 
         try:
             with torch.device("meta"):
-                found: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
+                network: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
         except Exception as error:  # the libraries raise a dozen kinds for a foreign configuration
             raise AntherError(
-                f"{self.name}: no {self.family.kind} can be made of its configuration ({summary(error)})"
+                f"{self.name}: can't build a {self.family.kind} from its configuration ({summary(error)})"
             ) from error
-        return found.requires_grad_(False).eval()
+        return network.requires_grad_(False).eval()
 
 
 def find_base(base: str) -> BaseSpec:
-    """The base of that name, or what a pipeline's folder holds, of which no weights are read.
+    """Return the published base of this name, or that of a pipeline's folder; no weights are read.
 
     Raises:
         AntherError: it is neither.
@@ -67,15 +67,15 @@ def find_base(base: str) -> BaseSpec:
     try:
         folder = assets.locate(base)
     except AntherError as error:
-        raise AntherError(f"{error}; nor a published base that is known here ({', '.join(KNOWN_BASES)})") from error
+        raise AntherError(f"{error}; nor a published base ({', '.join(KNOWN_BASES)})") from error
     checkpoint = recognize(folder)
     config = checkpoint.config(checkpoint.family.network)
-    own = {key: value for key, value in config.items() if not key.startswith("_")}
-    return BaseSpec(family=checkpoint.family, config=own, scale=checkpoint.scale, name=f"base {folder}")
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    return BaseSpec(family=checkpoint.family, config=public, scale=checkpoint.scale, name=f"base {folder}")
 
 
 def _unet(attention: int, **changes: Any) -> BaseSpec:
-    """A UNet as Stable Diffusion 1.5's, whose text has this width."""
+    """Return a UNet like Stable Diffusion 1.5's, with this width of text embeddings."""
     config = {"sample_size": 64, "cross_attention_dim": attention, "attention_head_dim": 8} | changes
     return BaseSpec(family=STABLE_DIFFUSION, config=config)
 

@@ -1,7 +1,7 @@
-"""UNets that were distilled to take the strength of guidance as an input (Luo et al., 2023, arXiv:2310.04378, §4.2).
+"""UNets that were distilled to take the guidance scale as an input (Luo et al., 2023, arXiv:2310.04378, §4.2).
 
-They are trained at guidance strength 1, as Flux [dev] is, and sampled at any strength in one pass. The strength is the
-last row of a packed caption.
+They are trained at guidance scale 1, as Flux [dev] is, and sampled at any scale in one pass. The scale is the last row
+of a packed caption.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def embedding(strengths: Tensor, width: int) -> Tensor:
     half = width // 2
     rates = torch.exp(torch.arange(half, device=strengths.device) * -(math.log(10_000.0) / (half - 1)))
     phases = 1000.0 * (strengths.float() - 1)[:, None] * rates
-    found = torch.cat([phases.sin(), phases.cos()], dim=1)
-    return nn.functional.pad(found, (0, width % 2)).to(strengths.dtype)
+    embedded = torch.cat([phases.sin(), phases.cos()], dim=1)
+    return nn.functional.pad(embedded, (0, width % 2)).to(strengths.dtype)
 
 
 def _encode(family: Family, pipeline: Any, caption: str | None) -> Tensor:
@@ -51,9 +51,9 @@ def _encode(family: Family, pipeline: Any, caption: str | None) -> Tensor:
 
 
 def _forward(family: Family, network: Any, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    told = embedding(context[:, -1, 0], network.config.time_cond_proj_dim)
-    unet: Any = family.forward  # of a UNet's family
-    output: Tensor = unet(network, x, t, context[:, :-1], timestep_cond=told)
+    guidance = embedding(context[:, -1, 0], network.config.time_cond_proj_dim)
+    unet: Any = family.forward  # the family of a UNet
+    output: Tensor = unet(network, x, t, context[:, :-1], timestep_cond=guidance)
     return output
 
 

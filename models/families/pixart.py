@@ -1,6 +1,6 @@
 """PixArt-Σ (Chen et al., 2024, arXiv:2403.04692): a diffusion transformer on T5's tokens and their mask.
 
-Captions are taken as they are, in lower case: the pipeline's own cleaning is for those found on the web.
+Captions are only lowercased: the pipeline's cleaning is for captions from the web.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
 
 
 def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """Of a network that predicts its variance too, only the first half is trained and drawn with."""
+    """Drop the second half of the output of a network that also predicts its variance."""
     tokens, mask = unpack_mask(context)
     output: Tensor = network(
         x,

@@ -1,7 +1,7 @@
 """Sana (Xie et al., 2024, arXiv:2410.10629): a linear transformer on 32-fold latents, with a small LLM's tokens.
 
-A caption is encoded behind the pipeline's own instruction to the LLM (§2.3), what stands for none without it. Captions
-are taken as they are, in lower case.
+Captions follow the pipeline's own instruction to the LLM (§2.3); the unconditional caption has none. Captions are only
+lowercased.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The forward process that a checkpoint was trained with, from its scheduler's own configuration.
+"""Parse the forward process that a checkpoint was trained with from its scheduler's configuration.
 
-Flows are trained on the σ of the scheduler's table, as shifted there. SD3 draws the middle more often besides, by a
-logit-normal density (Esser et al., 2024, arXiv:2403.03206, §3.1), as its makers and diffusers' scripts do: 1.4 % of its
-places have σ under 0.25 and 3.2 % over 0.95, where even places had 10 and 14 %. Flux and Sana draw all alike often, as
-diffusers' scripts do. Where pictures are drawn through σ that are shifted by their size, the table isn't shifted, as it
-isn't in that scheduler itself.
+Flows are trained on the σ of the scheduler's shifted table. SD3 also draws the middle more often, with a logit-normal
+density (Esser et al., 2024, arXiv:2403.03206, §3.1), as its authors and diffusers' scripts do: 1.4 % of its steps have
+σ below 0.25 and 3.2 % above 0.95, where uniform steps would have 10 and 14 %. Flux and Sana draw uniformly, as
+diffusers' scripts do. If σ are shifted by image size during sampling, the training table isn't shifted, as in that
+scheduler itself.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ _BETAS = (
 )
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-_LONGEST = 10_000  # places: the largest published schedule has 1,000
-_LEAST = 1e-6  # of the picture's share at the end of a schedule, for ε to say anything about it
+_LONGEST = 10_000  # steps: the largest published schedule has 1,000
+_MIN_SIGNAL = 1e-6  # a_T below which predicting ε says nothing about the image
 
 
 def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool = False) -> Schedule:
-    """The schedule that a `scheduler_config.json` describes, for latents of so many tokens.
+    """Return the schedule that a `scheduler_config.json` describes.
 
     Args:
-        logit_normal: of a flow, train the middle more often.
+        config: content of the file.
+        tokens: number of latent tokens of an image.
+        logit_normal: for a flow, train the middle more often.
 
     Raises:
-        AntherError: it is neither a discrete diffusion nor a rectified flow, or has values that no scheduler takes.
+        AntherError: it is neither a discrete diffusion nor a rectified flow, or has invalid values.
     """
     name = config.get("_class_name")
     length = config.get("num_train_timesteps", 1000)
@@ -59,7 +61,7 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
         raise AntherError(f"scheduler {shown(name)}: neither a diffusion with betas nor a rectified flow")
     if config.get("trained_betas") is None:
         for key in ("beta_start", "beta_end"):
-            _number(config, key, 0.01, most=1.0)
+            _number(config, key, 0.01, maximum=1.0)
         if (kind := config.get("beta_schedule", "linear")) not in _BETA_SCHEDULES:
             raise AntherError(
                 f"scheduler {shown(name)}: beta_schedule={shown(kind)}: only {', '.join(_BETA_SCHEDULES)} are supported"
@@ -69,36 +71,36 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
     from diffusers import DDIMScheduler  # slow import, so only here
 
     scheduler: Any = DDIMScheduler(**{key: config[key] for key in _BETAS if key in config})
-    least = float(scheduler.alphas_cumprod.min()) ** 0.5
-    if prediction == "epsilon" and not least >= _LEAST:
+    signal = float(scheduler.alphas_cumprod.min()) ** 0.5
+    if prediction == "epsilon" and not signal >= _MIN_SIGNAL:
         raise AntherError(
-            f"scheduler {shown(name)}: prediction_type=epsilon where nothing is left of a picture "
-            "(rescale_betas_zero_snr): such bases predict v; set prediction_type=v_prediction if this one does"
+            f"scheduler {shown(name)}: prediction_type=epsilon with zero terminal signal (rescale_betas_zero_snr): "
+            "such bases predict v; set prediction_type=v_prediction if this one does"
         )
     return diffusion(scheduler.alphas_cumprod, prediction)
 
 
 def _check_betas(name: Any, betas: Any) -> None:
-    sound = isinstance(betas, list) and 1 <= len(betas) <= _LONGEST
-    if not sound or not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas):
+    valid = isinstance(betas, list) and 1 <= len(betas) <= _LONGEST
+    if not valid or not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas):
         raise AntherError(f"scheduler {shown(name)}: trained_betas: must be 1 to {_LONGEST} numbers between 0 and 1")
 
 
-def _number(config: Mapping[str, Any], key: str, default: float, *, most: float = 1e3) -> float:
-    """A positive number of a configuration."""
+def _number(config: Mapping[str, Any], key: str, default: float, *, maximum: float = 1e3) -> float:
+    """Return a positive number of a configuration."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= maximum:
         raise AntherError(
-            f"scheduler {config.get('_class_name')}: {key}={shown(value)}: must be over 0 and at most {most:g}"
+            f"scheduler {config.get('_class_name')}: {key}={shown(value)}: must be over 0 and at most {maximum:g}"
         )
     return value
 
 
 def _dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """From base_shift to max_shift, linear in the number of tokens, as the pipelines have it (`calculate_shift`)."""
-    few, many = (_number(config, f"{end}_image_seq_len", n, most=1e6) for end, n in (("base", 256), ("max", 4096)))
-    least, most = (_number(config, f"{end}_shift", n, most=10.0) for end, n in (("base", 0.5), ("max", 1.15)))
+    """Interpolate from base_shift to max_shift by the number of tokens, as `calculate_shift` in the pipelines."""
+    few, many = (_number(config, f"{end}_image_seq_len", n, maximum=1e6) for end, n in (("base", 256), ("max", 4096)))
+    low, high = (_number(config, f"{end}_shift", n, maximum=10.0) for end, n in (("base", 0.5), ("max", 1.15)))
     if few == many:
         raise AntherError(f"scheduler {config.get('_class_name')}: base_image_seq_len=max_image_seq_len={few}")
-    mu: float = least + (most - least) * (tokens - few) / (many - few)
+    mu: float = low + (high - low) * (tokens - few) / (many - few)
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -1,4 +1,4 @@
-"""SDXL (Podell et al., 2023, arXiv:2307.01952): two text encoders, a pooled embedding, and the size of the picture."""
+"""SDXL (Podell et al., 2023, arXiv:2307.01952): two text encoders, a pooled embedding, and the image size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.export.kohya import UNET_KOHYA
 from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
 
-_SCALE = 8  # pixels of a latent, of every SDXL VAE
+_SCALE = 8  # pixels per latent, of every SDXL VAE
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -26,19 +26,19 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
 def _forward(
     network: nn.Module, x: Tensor, t: Tensor, context: Tensor, *, timestep_cond: Tensor | None = None
 ) -> Tensor:
-    """Pictures are neither cropped nor were they ever of another size (§2.2): (height, width, 0, 0, height, width)."""
+    """Images are neither cropped nor resized (§2.2): size conditioning is (height, width, 0, 0, height, width)."""
     tokens, pooled = unpack(context, _pooled(cast(Any, network).config))
     sizes = x.new_zeros(len(x), 6)
     sizes[:, 0::4], sizes[:, 1::4] = x.shape[-2] * _SCALE, x.shape[-1] * _SCALE
-    more = {"text_embeds": pooled, "time_ids": sizes}
+    added = {"text_embeds": pooled, "time_ids": sizes}
     output: Tensor = network(
-        x, t, encoder_hidden_states=tokens, added_cond_kwargs=more, timestep_cond=timestep_cond, return_dict=False
+        x, t, encoder_hidden_states=tokens, added_cond_kwargs=added, timestep_cond=timestep_cond, return_dict=False
     )[0]
     return output
 
 
 def _pooled(config: Mapping[str, Any]) -> int:
-    """The length of the pooled embedding."""
+    """Return the length of the pooled embedding."""
     return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
 
 

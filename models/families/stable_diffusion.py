@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., 2022, arXiv:2112.10752), and UNets distilled from them.
 
 2.x has another text encoder and mostly predicts v; BK-SDM (Kim et al., 2023, arXiv:2305.15798) and tiny-sd have fewer
-blocks. All of it stands in their configurations.
+blocks. Their configurations describe these differences.
 """
 
 from __future__ import annotations
