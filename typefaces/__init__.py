@@ -1,1 +1,1 @@
-"""The embedded default world: each writer is a device with a few pictures of letters in one hand."""
+"""The built-in data set: each writer is a device with a few images of letters in one typeface."""

@@ -1,7 +1,7 @@
-"""The typefaces data set: families of 62 glyph pictures, each in one role, and the split within a writer.
+"""The typefaces data set: families of 62 glyph images, each with one role, and the split within a writer.
 
-A *public* family trains the base and the judge. A *writer*, development or test, is one device's private hand:
-its glyphs are split into a few to train on, some to decide when to stop, and the rest to measure.
+*Public* families train the base and the judge. A *writer*, of role development or test, is the private typeface of one
+device. Its glyphs are split into a few for training, some for early stopping, and the rest for evaluation.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from PIL import Image
 from models.base import assets
 
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
+MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ only in size, or not at all
 ROLES = ("public", "development", "test")
 GLYPH_KINDS = (GLYPHS[:10], GLYPHS[10:36], GLYPHS[36:])  # digits, capital and lowercase letters
-POOL, VALIDATION, TEST = 20, 10, 32  # glyphs of a writer that may train, that stop, and that measure
+POOL, VALIDATION, TEST = 20, 10, 32  # glyphs of a writer: training pool, early stopping, evaluation
 FILE = Path(__file__).parent / "data" / "typefaces.parquet"
 
 
 @dataclass(frozen=True)
 class Typeface:
-    """One typeface: a public family, or the hand of one writer."""
+    """One typeface: a public family, or that of one writer."""
 
     name: str
     role: str  # public | development | test
     kind: str  # text | hand | individual
     designer: str
-    package: str  # the Debian package that its font comes from
+    package: str  # Debian package of the font
     licence: str
-    design: str  # families of one design share this id, and never stand in two roles
-    order: tuple[int, ...]  # permutation of range(62) that fixes the split within the writer
+    design: str  # shared by families of one design, which never have two roles
+    order: tuple[int, ...]  # permutation of range(62) that determines the split within the writer
     images: NDArray[np.uint8]  # [62, 64, 64] in the order of GLYPHS, 0 = ink, 255 = paper
 
 
@@ -51,7 +51,7 @@ class Split:
 
 
 def caption(glyph: str) -> str:
-    """What a prompt calls a glyph: "digit 7", "capital letter A", "lowercase letter a"."""
+    """Return the caption of a glyph: "digit 7", "capital letter A", "lowercase letter a"."""
     if len(glyph) != 1 or glyph not in GLYPHS:
         raise ValueError(f"{glyph!r} is not one of the glyphs {GLYPHS}")
     if glyph.isdigit():
@@ -60,12 +60,12 @@ def caption(glyph: str) -> str:
 
 
 def split(order: Sequence[int], train: int = 5) -> Split:
-    """The first `train` glyphs of the order train, the last 32 test, the 10 before them validate.
+    """Split an order: the first `train` glyphs for training, the last 32 for test, the 10 before those for validation.
 
-    Fewer train glyphs are a prefix of more, and validation and test are the same for every `train`.
+    Smaller training sets are prefixes of larger ones; validation and test don't depend on `train`.
     """
     if not 1 <= train <= POOL:
-        raise ValueError(f"train={train}: a writer gives 1 to {POOL} glyphs to training")
+        raise ValueError(f"train={train}: must be 1 to {POOL} glyphs per writer")
     if sorted(order) != list(range(len(GLYPHS))):
         raise ValueError(f"order must be a permutation of 0 to {len(GLYPHS) - 1}")
     return Split(
@@ -82,7 +82,7 @@ def skew_order(order: Sequence[int], kind: str) -> tuple[int, ...]:
 
 
 def load(role: str | None = None, path: Path | None = None) -> list[Typeface]:
-    """The families of a role (default: of all roles), sorted by name; only their pictures are decoded."""
+    """Load the families of a role (default: all roles), sorted by name; only their images are decoded."""
     if role is not None and role not in ROLES:
         raise ValueError(f"role={role}: must be one of: {', '.join(ROLES)}")
     rows = pq.read_table(path or FILE, filters=None if role is None else [("role", "=", role)]).to_pylist()
@@ -98,11 +98,11 @@ def load(role: str | None = None, path: Path | None = None) -> list[Typeface]:
 
 
 def decode(glyph: bytes) -> NDArray[np.uint8]:
-    """A 4-bit PNG as uint8 [64, 64]."""
+    """Decode a 4-bit PNG to uint8 [64, 64]."""
     with Image.open(io.BytesIO(glyph)) as image:
         return np.array(image.convert("L"), dtype=np.uint8)
 
 
 def digest(path: Path | None = None) -> str:
-    """The SHA-256 of the file: what a result says it was measured on."""
+    """Return the SHA-256 of the data file, which results are recorded with."""
     return assets.digest(path or FILE)

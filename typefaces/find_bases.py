@@ -1,10 +1,9 @@
-"""Find the directions in which public designers differ:  python -m typefaces.find_bases [--families 120]
+"""Compute LoRA-XS bases for the glyph base from public families:  python -m typefaces.find_bases [--families 120]
 
-For each adaptable layer W of the glyph base, the leading eigenvectors of Σ GᵀG and Σ GGᵀ, where G is the gradient that
-one public family's letters have on W: the rows of A and the columns of L between which cores are trained
-(`models.lora.lora_xs`). LoRA-SB takes them from the first gradient on the data itself (Singhal et al., 2024,
-arXiv:2411.19557), which under privacy would have to be paid for; public letters cost nothing. Leaves
-`assets/glyphs-frame/frame.safetensors`; `anther assets --pin` then makes it the one that ships.
+For each adaptable layer W of the glyph base, A and L are the leading eigenvectors of Σ GᵀG and Σ GGᵀ, where G is the
+gradient of one public family's loss on W (`models.lora.lora_xs`). LoRA-SB takes them from the first gradient on the
+private data (Singhal et al., 2024, arXiv:2411.19557), which would cost privacy budget; public letters cost nothing.
+Writes `assets/glyphs-frame/frame.safetensors`; `anther assets --pin` then records it as the shipped one.
 """
 
 from __future__ import annotations
@@ -25,35 +24,35 @@ from typefaces import dataset
 
 FILE = Path(__file__).with_name("assets") / "glyphs-frame" / "frame.safetensors"
 SITES = r".*\.attn[12]\.to_(q|k|v|out\.0)"
-RANK = 16  # directions kept
-GLYPHS = 16  # of each family
+RANK = 16
+GLYPHS = 16  # per family
 SEED = 0
 
 
 def gradients(base: Base, families: Sequence[dataset.Typeface]) -> Iterator[Mapping[str, Tensor]]:
-    """The gradient [out, in] of each family's mean loss on every site's weights, timesteps stratified."""
+    """Yield the gradient [out, in] of each family's mean loss on every site's weight, with stratified timesteps."""
     layers = {name: base.network.get_submodule(name).base for name in base.sites}
     weights = [layer.weight.requires_grad_() for layer in layers.values() if isinstance(layer, nn.Linear)]
-    generator, drawing = torch.Generator().manual_seed(SEED), np.random.default_rng(SEED)
+    generator, rng = torch.Generator().manual_seed(SEED), np.random.default_rng(SEED)
     for family in families:
-        chosen = drawing.permutation(len(family.images))[:GLYPHS]
-        latents = base.encode_images([family.images[glyph] for glyph in chosen])
-        context = base.encode_captions([dataset.caption(dataset.GLYPHS[glyph]) for glyph in chosen])
+        glyphs = rng.permutation(len(family.images))[:GLYPHS]
+        latents = base.encode_images([family.images[glyph] for glyph in glyphs])
+        context = base.encode_captions([dataset.caption(dataset.GLYPHS[glyph]) for glyph in glyphs])
         strata = torch.randperm(GLYPHS, generator=generator) / GLYPHS
         t = ((torch.rand(1, generator=generator) + strata) % 1 * len(base.schedule)).long()
         noise = torch.randn(latents.shape, generator=generator)
         with base.use_adapters([]) as denoise:
             output = denoise(add_noise(base.schedule, latents, noise, t), base.schedule.times[t], context)
             loss = per_example_loss(output, target(base.schedule, latents, noise, t)).mean()
-            found = torch.autograd.grad(loss, weights)
-        yield dict(zip(layers, found, strict=True))
+            grads = torch.autograd.grad(loss, weights)
+        yield dict(zip(layers, grads, strict=True))
 
 
-def compute_bases(found: Iterable[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
-    """`<site>.lora_A` [rank, in] and `<site>.frame` [out, rank] from gradients [out, in]."""
+def compute_bases(families: Iterable[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
+    """Compute `<site>.lora_A` [rank, in] and `<site>.frame` [out, rank] from each family's gradients [out, in]."""
     inner: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
-    for gradients in found:
+    for gradients in families:
         for name, gradient in gradients.items():
             g = gradient.double()
             inner[name] = inner.get(name, 0.0) + g.T @ g
@@ -66,7 +65,7 @@ def compute_bases(found: Iterable[Mapping[str, Tensor]], rank: int) -> dict[str,
 
 
 def leading_eigenvectors(moment: Tensor, rank: int) -> Tensor:
-    """Eigenvectors [d, rank] of a symmetric matrix [d, d], those of the largest eigenvalues first."""
+    """Return eigenvectors [d, rank] of a symmetric matrix [d, d], by decreasing eigenvalue."""
     return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
 
 
@@ -74,11 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--families", type=int, default=120)
     families = dataset.load("public")
-    chosen = np.random.default_rng(SEED).permutation(len(families))[: parser.parse_args().families]
+    selected = np.random.default_rng(SEED).permutation(len(families))[: parser.parse_args().families]
     base = load("glyphs", sites=SITES)
-    found = gradients(base, [families[place] for place in chosen])
+    grads = gradients(base, [families[i] for i in selected])
     FILE.parent.mkdir(exist_ok=True)
-    save_file(compute_bases(track(found, total=len(chosen)), RANK), FILE)
+    save_file(compute_bases(track(grads, total=len(selected)), RANK), FILE)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The judge: a small network that reads a glyph and embeds its style, and what we conclude from it.
+"""The judge: a small network that reads glyphs and embeds their style, and the metrics computed with it.
 
     judge = load()
     classes = judge.read(images)        # uint8 [N, 64, 64], 0 = ink -> int [N], indices into GLYPHS
     styles = judge.embed(images)        # -> float32 [N, 128], unit length
 
-*Legibility* asks whether the judge reads a generated glyph as it reads the writer's own real glyph of that
-character, so a hand that the judge cannot read is not held against the generator. *Style match* asks
-whether a generated glyph lies nearer to this writer's real held-out glyphs than to other writers'.
+*Legibility*: whether the judge reads a generated glyph as it reads the writer's real glyph of that character, so that a
+typeface that the judge can't read doesn't count against the generator. *Style match*: whether a generated glyph is
+nearer to this writer's real held-out glyphs than to other writers'.
 """
 
 from __future__ import annotations
@@ -76,53 +76,53 @@ class JudgeNetwork(nn.Module):
         for stage in self.stages:
             hidden = stage(hidden)
             pooled.append(hidden.mean(dim=(2, 3)))
-        # style shows in strokes as much as in shapes: it looks at three depths
+        # style is visible in strokes as well as in shapes, hence features of three depths
         return self.glyph(pooled[-1]), F.normalize(self.style(torch.cat(pooled[1:], dim=1)).float(), dim=1)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained network, asked with numpy pictures."""
+    """A trained network, called with numpy images."""
 
     network: JudgeNetwork
 
     def read(self, images: Images) -> Classes:
-        """The character that each picture shows, as indices into GLYPHS."""
-        return self._ask(images, 0).argmax(axis=1).astype(np.int64)
+        """Return the character that each image shows, as indices into GLYPHS."""
+        return self._predict(images, 0).argmax(axis=1).astype(np.int64)
 
     def embed(self, images: Images) -> Styles:
-        """The style of each picture: unit vectors, near each other for one hand."""
-        return self._ask(images, 1)
+        """Return the style of each image: unit vectors, near each other for one typeface."""
+        return self._predict(images, 1)
 
     @torch.inference_mode()
-    def _ask(self, images: Images, output: int) -> NDArray[np.float32]:
+    def _predict(self, images: Images, output: int) -> NDArray[np.float32]:
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (64, 64):
             raise ValueError(f"images must be uint8 [N, 64, 64], not {images.dtype} {list(images.shape)}")
         width = (len(GLYPHS), STYLE)[output]
-        answers = [np.zeros((0, width), np.float32)]
+        outputs = [np.zeros((0, width), np.float32)]
         device = next(self.network.parameters()).device
         for start in range(0, len(images), BATCH):
             batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).to(device)
-            answers.append(self.network(batch[:, None].float() / 127.5 - 1)[output].float().cpu().numpy())
-        return np.concatenate(answers)
+            outputs.append(self.network(batch[:, None].float() / 127.5 - 1)[output].float().cpu().numpy())
+        return np.concatenate(outputs)
 
 
 def load(folder: Path | str = FOLDER, device: str = "cpu") -> Judge:
-    """The judge stored in a folder (default: the one that comes with the package), ready in fp32."""
+    """Load the judge in a folder (default: the shipped one) in fp32."""
     folder = Path(folder)
     network = JudgeNetwork()
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["glyphs"] != GLYPHS:
-            raise AntherError(f"{folder}: this judge reads other characters")
+            raise AntherError(f"{folder}: this judge was trained on other characters: use another one")
         network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise AntherError(f"{folder}: no judge here; train one with python -m typefaces.train_judge") from error
+        raise AntherError(f"{folder}: holds no judge: train one with python -m typefaces.train_judge") from error
     return Judge(network.to(device).eval().requires_grad_(False))
 
 
 def merge_classes(classes: Sequence[int] | Classes) -> Classes:
-    """Classes with each group of MERGED replaced by its first member."""
+    """Replace each class by the first member of its group in MERGED."""
     table = np.arange(len(GLYPHS))
     for group in MERGED:
         table[[GLYPHS.index(glyph) for glyph in group]] = GLYPHS.index(group[0])
@@ -130,10 +130,10 @@ def merge_classes(classes: Sequence[int] | Classes) -> Classes:
 
 
 def legible(generated: Sequence[int] | Classes, real: Sequence[int] | Classes) -> NDArray[np.bool_]:
-    """Whether each generated glyph is read, after merging, as the writer's own real glyph is read.
+    """Return whether each generated glyph is read, after merging, as the writer's real glyph is read: bool [N].
 
-    Both are readings by the judge, [N], of the same characters in the same order. For a base without a
-    writer, pass the captions' classes as `real`.
+    Both are readings [N] by the judge of the same characters in the same order. For a base without a writer, pass the
+    captions' classes as `real`.
     """
     if len(generated) != len(real):
         raise ValueError(f"{len(generated)} generated glyphs, but {len(real)} real readings")
@@ -141,17 +141,21 @@ def legible(generated: Sequence[int] | Classes, real: Sequence[int] | Classes) -
 
 
 def style_center(styles: Styles) -> Styles:
-    """The unit vector [D] along the mean of embeddings [M, D]: a writer's style."""
+    """Return the normalized mean [D] of embeddings [M, D]: a writer's style."""
     mean = styles.mean(axis=0)
     return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
 
 def style_match(generated: Styles, own: Styles, others: Sequence[Styles]) -> float:
-    """How surely generated glyphs belong to their writer: 1 = always nearest, 0.5 = chance.
+    """Return how reliably generated glyphs match their writer: 1 = always nearest, 0.5 = chance.
 
-    For each generated glyph [N, D], the share of the other writers whose center is further (smaller cosine)
-    than the center of the writer's own real held-out glyphs `own` [M, D], a tie counting half; then the mean
-    over glyphs. `others` holds the same kind of real glyphs, [M_k, D], of each other writer.
+    For each generated glyph, the fraction of other writers whose center is further (smaller cosine) than the center of
+    the writer's own glyphs, ties counting half; then the mean over glyphs.
+
+    Args:
+        generated: styles of generated glyphs [N, D].
+        own: styles of the writer's real held-out glyphs [M, D].
+        others: likewise for each other writer [M_k, D].
     """
     if not len(generated) or not len(own) or not others:
         raise ValueError("style_match needs generated glyphs, real glyphs, and at least one other writer")

@@ -78,7 +78,7 @@ def test_an_answer_does_not_depend_on_the_pictures_beside_it(judge: Judge) -> No
 
 
 def test_a_folder_without_a_judge_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(AntherError, match="no judge here") as refused:
+    with pytest.raises(AntherError, match="holds no judge") as refused:
         load(tmp_path)
     assert "\n" not in str(refused.value)
 
