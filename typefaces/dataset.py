@@ -76,7 +76,7 @@ def split(order: Sequence[int], train: int = 5) -> Split:
 
 
 def skew_order(order: Sequence[int], kind: str) -> tuple[int, ...]:
-    """The order with glyphs of one of `GLYPH_KINDS` first among those that may train: the same validate and test."""
+    """Move glyphs of one of `GLYPH_KINDS` to the front of the training pool; validation and test don't change."""
     pool = sorted(order[:POOL], key=lambda glyph: GLYPHS[glyph] not in kind)  # stable
     return (*pool, *order[POOL:])
 

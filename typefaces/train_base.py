@@ -1,8 +1,8 @@
 """Train the glyph base from scratch:  python -m typefaces.train_base
 
-Three stages, each resumable (`resume=true`): an autoencoder on public families; a denoiser together with its
-text encoder on their latents; measurements, on families that neither has seen. Leaves in `output`:
-`glyphs-base/` in StableDiffusionPipeline layout with metrics.json, and sheets of pictures to look at.
+Three stages, the first two resumable (`resume=true`): an autoencoder on public families; a denoiser together with its
+text encoder on their latents; evaluation on held-out families. Writes to `output`: `glyphs-base/` in
+StableDiffusionPipeline layout with metrics.json, and contact sheets.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typefaces.pretraining.diffusion import denoising_loss, drop_captions
 from typefaces.pretraining.loop import train
 from typefaces.pretraining.vae import encode, reconstruction_loss, reparameterize, scaling_factor
 
-PLACES = corpus.Jitter(shift=0.08, width=0.12, height=0.12, slant=0.3, weight=0.8)  # what the autoencoder sees
-STYLES = corpus.Jitter(width=0.12, slant=0.25, weight=0.7)  # what the denoiser sees: baselines stay
+PLACES = corpus.Jitter(shift=0.08, width=0.12, height=0.12, slant=0.3, weight=0.8)  # augmentation for the autoencoder
+STYLES = corpus.Jitter(width=0.12, slant=0.25, weight=0.7)  # for the denoiser; baselines don't move
 BEND = 0.03
 
 
 def torch_device(config: PretrainingConfig) -> torch.device:
-    """The device that the configuration names."""
+    """Return the torch device that the configuration names."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise AntherError("device=cuda: PyTorch sees no CUDA device; try device=auto")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -40,16 +40,18 @@ def torch_device(config: PretrainingConfig) -> torch.device:
 
 
 def load_public_families(config: PretrainingConfig) -> tuple[list[dataset.Typeface], list[dataset.Typeface]]:
-    """The public families: (to train on, held out)."""
+    """Return the public families: (training, held out)."""
     families = dataset.load("public", Path(config.dataset) if config.dataset else None)
     training, held = corpus.split_held_out(families, share=config.held_out, seed=config.seed)
     if not training or not held:
-        raise AntherError(f"held_out={config.held_out} leaves {len(training)} families to train on, {len(held)} out")
+        raise AntherError(
+            f"held_out={config.held_out} leaves {len(training)} training and {len(held)} held-out families: change it"
+        )
     return training, held
 
 
 def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
-    """The autoencoder, trained on jittered glyphs uint8 [N, 1, 64, 64], its scaling factor measured."""
+    """Train the autoencoder on jittered glyphs uint8 [N, 1, 64, 64]."""
     vae = architecture.autoencoder().to(images.device)
 
     def code(pictures: Tensor) -> Tensor:
@@ -73,7 +75,13 @@ def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
 
 
 def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Unscaled latents [N, variants, 4, 16, 16]: each glyph itself, then jittered copies."""
+    """Encode each glyph and jittered copies of it to unscaled latents [N, variants, 4, 16, 16].
+
+    Args:
+        config: sets seed and number of variants.
+        vae: trained autoencoder.
+        images: uint8 [N, 1, 64, 64].
+    """
     generator = Generator(images.device).manual_seed(config.seed)
     variants = []
     for variant in range(config.variants):
@@ -89,7 +97,7 @@ def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor)
 
 
 def captions(device: torch.device) -> Tensor:
-    """Token ids [63, 16] of the captions of all glyphs, and last of the empty caption."""
+    """Return token ids [63, 16] of the captions of all glyphs, followed by the empty caption."""
     texts = [dataset.caption(glyph) for glyph in dataset.GLYPHS] + [""]
     tokens = architecture.tokenizer()(
         texts, padding="max_length", max_length=architecture.TOKENS, truncation=True, return_tensors="pt"
@@ -98,7 +106,7 @@ def captions(device: torch.device) -> Tensor:
 
 
 def train_denoiser(config: TrainBaseConfig, latents: Tensor) -> nn.ModuleDict:
-    """UNet and text encoder, trained together on scaled latents [N, variants, 4, 16, 16]."""
+    """Train UNet and text encoder together on scaled latents [N, variants, 4, 16, 16]."""
     device = latents.device
     model = nn.ModuleDict({"unet": architecture.unet(), "text_encoder": architecture.text_encoder()}).to(device)
     tokens, alphas = captions(device), architecture.scheduler().alphas_cumprod.to(device)
@@ -133,7 +141,7 @@ def train_denoiser(config: TrainBaseConfig, latents: Tensor) -> nn.ModuleDict:
 
 
 def checkpoint_dir(config: PretrainingConfig) -> Path:
-    """Where the checkpoints of a run are."""
+    """Return the folder of a run's checkpoints."""
     return Path(config.output) / "checkpoints"
 
 
@@ -141,13 +149,23 @@ def checkpoint_dir(config: PretrainingConfig) -> Path:
 def measure(
     config: TrainBaseConfig, vae: AutoencoderKL, model: nn.ModuleDict, held: list[dataset.Typeface]
 ) -> dict[str, Any]:
-    """Reconstruction and denoising loss on held-out families, legibility at each guidance; writes sheets."""
+    """Measure reconstruction, denoising loss and legibility per guidance scale; writes contact sheets.
+
+    Args:
+        config: of the run.
+        vae: trained autoencoder.
+        model: UNet and text encoder.
+        held: held-out families.
+
+    Returns:
+        Metrics for metrics.json.
+    """
     device, out = next(model.parameters()).device, Path(config.output)
     unseen = corpus.pictures(held).to(device)
     error, restored = evaluation.reconstruction(vae, unseen)
     rows = slice(0, 31 * min(4, len(unseen) // 31))
     real, again = (p[rows].view(-1, 31, 64, 64) for p in (unseen[:, 0].cpu(), torch.from_numpy(restored)))
-    pairs = torch.stack([real, again], dim=1)  # a row of glyphs above the same row restored
+    pairs = torch.stack([real, again], dim=1)  # each row of glyphs above its reconstruction
     evaluation.sheet(pairs.reshape(-1, 64, 64).numpy(), 31, out / "reconstructions.png")
 
     latents = encode(vae, corpus.normalize(unseen)) * vae.config.scaling_factor
@@ -184,7 +202,7 @@ def measure(
 
 @hydra_application("train_base", TrainBaseConfig)
 def main(config: TrainBaseConfig) -> None:
-    """Train, measure, write."""
+    """Train, evaluate and save the base."""
     device = torch_device(config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
@@ -193,7 +211,7 @@ def main(config: TrainBaseConfig) -> None:
     vae = train_vae(config, images)
     latents = encode_variants(config, vae, images)
     vae.register_to_config(scaling_factor=scaling_factor(latents))
-    torch.manual_seed(config.seed)  # the same first weights, whether or not the autoencoder was just trained
+    torch.manual_seed(config.seed)  # same initial weights whether or not the autoencoder was resumed
     model = train_denoiser(config, latents * vae.config.scaling_factor)
     metrics = measure(config, vae, model, held)
     digest = dataset.digest(Path(config.dataset) if config.dataset else None)

@@ -1,7 +1,7 @@
 """Train the judge from scratch:  python -m typefaces.train_judge
 
-One resumable stage (`resume=true`) on public families, then measurements on held-out public families and on
-the development writers. Leaves `judge/` in `output`: fp16 weights and config.json.
+One resumable stage (`resume=true`) on public families, then evaluation on held-out public families and on the
+development writers. Writes `judge/` to `output`: fp16 weights and config.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typefaces.train_base import checkpoint_dir, load_public_families, torch_dev
 
 
 def train_judge(config: TrainJudgeConfig, images: Tensor) -> JudgeNetwork:
-    """The judge, trained on uint8 [families × 62, 1, 64, 64]."""
+    """Train the judge on uint8 images [families × 62, 1, 64, 64]."""
     families = len(images) // len(dataset.GLYPHS)
     table = style_table(families, config.styles, Generator(images.device).manual_seed(config.seed))
     trainee = JudgeTrainee(styles=len(table)).to(images.device)
@@ -57,12 +57,12 @@ def train_judge(config: TrainJudgeConfig, images: Tensor) -> JudgeNetwork:
 
 @hydra_application("train_judge", TrainJudgeConfig)
 def main(config: TrainJudgeConfig) -> None:
-    """Train, write, measure what was written."""
+    """Train, save and evaluate the judge."""
     device = torch_device(config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     training, held = load_public_families(config)
-    network = train_judge(config, pictures(training).to(device)).half().float()  # measured as it is shipped
+    network = train_judge(config, pictures(training).to(device)).half().float()  # evaluated as it is shipped
     data = Path(config.dataset) if config.dataset else None
     judge = Judge(network)
     record = {

@@ -1,4 +1,4 @@
-"""How the data set was made: Debian packages and hand-made decisions in, one Parquet file out.
+"""Build the data set: Debian packages and manual decisions in, one Parquet file out.
 
 Run as `python -m typefaces.making`; nothing else imports this package.
 """

@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
     [(key, pa.string()) for key in ("name", "role", "kind", "designer", "package", "licence", "design")]
     + [("order", pa.list_(pa.uint8())), ("glyphs", pa.list_(pa.binary()))]
 )
-VERSION, DATE = "1", "2026-11-23"  # raised by hand when the table or the rendering changes
+VERSION, DATE = "1", "2026-11-23"  # changed by hand when table or rendering change
 
 
 def main() -> None:
@@ -36,8 +36,8 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         families = list(pool.map(pictures, entries, [arguments.cache] * len(entries), chunksize=4))
     names, roles, _, _, _, _, ids, *_ = zip(*entries, strict=True)
-    if found := designs.leaks(names, roles, ids, families):
-        raise SystemExit("one design in two roles:\n  " + "\n  ".join(found))
+    if pairs := designs.leaks(names, roles, ids, families):
+        raise SystemExit("one design in two roles:\n  " + "\n  ".join(pairs))
     rows = [row(entry, images) for entry, images in zip(entries, families, strict=True)]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write(rows, versions, arguments.output)
@@ -45,18 +45,24 @@ def main() -> None:
 
 
 def pictures(entry: table.CatalogEntry, cache: Path) -> NDArray[np.uint8]:
-    """The family's 62 pictures."""
+    """Render the 62 images of a family."""
     return render.family(cache / entry.package / entry.font, entry.face, GLYPHS)
 
 
 def row(entry: table.CatalogEntry, images: NDArray[np.uint8]) -> dict[str, object]:
-    """A row of the file."""
-    described = {key: value for key, value in entry._asdict().items() if key not in ("font", "face")}
-    return described | {"order": order(entry.name), "glyphs": [render.png(image) for image in images]}
+    """Build a row of the file."""
+    fields = {key: value for key, value in entry._asdict().items() if key not in ("font", "face")}
+    return fields | {"order": order(entry.name), "glyphs": [render.png(image) for image in images]}
 
 
 def write(rows: list[dict[str, object]], versions: dict[str, str], path: Path) -> None:
-    """Rows in the table's order; the metadata says what they were made of, and nothing that changes by itself."""
+    """Write rows in the table's order; metadata records their sources, and nothing that changes by itself.
+
+    Args:
+        rows: one per family.
+        versions: Debian version by package.
+        path: of the Parquet file.
+    """
     metadata = {
         "anther.typefaces.version": VERSION,
         "anther.typefaces.date": DATE,

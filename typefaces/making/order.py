@@ -1,4 +1,4 @@
-"""The order of a writer's glyphs, which fixes its split into train pool, validation and test."""
+"""The order of a writer's glyphs, which determines its split into training pool, validation and test."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import zlib
 
 from typefaces.dataset import GLYPHS, MERGED, POOL, TEST, VALIDATION
 
-# One side of the split holds a whole merged class,
-# so that no test glyph has been seen in training under another name.
+# A merged class is never divided, so that no test glyph was in training under another name.
 
 
 def order(name: str) -> tuple[int, ...]:
-    """A permutation of range(62), seeded by the writer's name: 20 for training, 10 to stop, 32 to measure."""
+    """Return a permutation of range(62), seeded by the writer's name: 20 training, 10 validation, 32 test glyphs."""
     rng = random.Random(zlib.crc32(name.encode()))
     while True:
         sides = deal(rng)
@@ -25,25 +24,25 @@ def order(name: str) -> tuple[int, ...]:
 
 
 def deal(rng: random.Random) -> list[str] | None:
-    """Classes and single glyphs, shuffled and dealt to sides of 20, 10 and 32; None if they do not come out even."""
+    """Deal shuffled classes and single glyphs to sides of 20, 10 and 32; None if they don't fit exactly."""
     singles = [glyph for glyph in GLYPHS if not any(glyph in group for group in MERGED)]
     groups = rng.sample([*MERGED, *singles], len(MERGED) + len(singles))
     sides = ["", "", ""]
     for group in groups:
-        room = [side for side, size in enumerate((POOL, VALIDATION, TEST)) if len(sides[side]) + len(group) <= size]
-        if not room:
+        free = [side for side, size in enumerate((POOL, VALIDATION, TEST)) if len(sides[side]) + len(group) <= size]
+        if not free:
             return None
-        sides[room[0]] += group
+        sides[free[0]] += group
     return sides
 
 
 def sensible(pool: str) -> bool:
-    """Enough of each case for a good opening."""
+    """Return whether a pool has enough glyphs of each case for `opening`."""
     return sum(map(str.islower, pool)) >= 6 and sum(map(str.isupper, pool)) >= 4
 
 
 def opening(pool: str, rng: random.Random) -> str:
-    """The five glyphs that train by default: three lower case, one capital and any other, no two of one class."""
+    """Choose the five default training glyphs: three lowercase, one capital, and any other, of distinct classes."""
     classes = {glyph: group for group in MERGED for glyph in group}
     chosen: list[str] = []
     for wanted in (str.islower, str.isupper, str.islower, str.islower, str.isalnum):

@@ -1,4 +1,4 @@
-"""The fonts' Debian packages: fetched and unpacked by Debian's own tools."""
+"""Download and unpack Debian packages of fonts with Debian's own tools."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def unpack(names: Iterable[str], cache: Path) -> dict[str, str]:
-    """Each package unpacked below `cache/<name>`; returns the versions. What is in the cache is not fetched again."""
+    """Unpack packages to `cache/<name>`, downloading those that aren't cached, and return their versions."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise SystemExit(f"{tool} is missing: the data set is rebuilt on Debian or Ubuntu")
+            raise SystemExit(f"{tool} is missing: rebuild the data set on Debian or Ubuntu")
     return {name: unpack_one(name, cache) for name in sorted(set(names))}
 
 

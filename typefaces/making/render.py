@@ -1,4 +1,4 @@
-"""Pictures of glyphs: grey, upright, one scale and one baseline per family, centred by ink horizontally."""
+"""Render glyphs: gray, upright, one scale and one baseline per family, horizontally centered by ink."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 64  # pixels of a picture
-MARGIN = 3  # paper kept free on every side
+SIDE = 64  # pixels
+MARGIN = 3  # pixels without ink on every side
 OVERSAMPLING = 8  # drawn at 8 × 64 pixels, then averaged over 8 × 8 boxes
 EM = 400.0  # pixels per em when a family is measured
-FLOURISH = 1.2  # a glyph reaching further than this × the ordinary is shrunk alone, not its whole family with it
+FLOURISH = 1.2  # a glyph that extends beyond this × ordinary ones is shrunk instead of its family
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom of the ink; the baseline is at 0, down is positive
 
 
 def font(path: Path, index: int, size: float) -> ImageFont.FreeTypeFont:
-    """Basic layout: no ligatures, no kerning, no contextual forms."""
+    """Load a font with basic layout: no ligatures, kerning, or contextual forms."""
     return ImageFont.truetype(str(path), size, index=index, layout_engine=ImageFont.Layout.BASIC)
 
 
 def family(path: Path, index: int, characters: str) -> NDArray[np.uint8]:
-    """The family's pictures [len(characters), 64, 64], 0 = ink and 255 = paper, in 16 greys."""
+    """Render a family.
+
+    Args:
+        path: font file.
+        index: of the face in a collection.
+        characters: to render.
+
+    Returns:
+        uint8 [len(characters), 64, 64], 0 = ink and 255 = paper, in 16 gray levels.
+    """
     measured = font(path, index, EM)
     boxes = {character: measured.getbbox(character, anchor="ls") for character in characters}
     scale, baseline = fit(boxes)
@@ -39,22 +48,28 @@ def family(path: Path, index: int, characters: str) -> NDArray[np.uint8]:
 
 
 def fit(boxes: Mapping[str, Box]) -> tuple[float, float]:
-    """Scale from measuring pixels to picture pixels, and the baseline's row."""
+    """Return the scale from measured pixels to image pixels, and the baseline's row."""
     ascent = reach({glyph: -box[1] for glyph, box in boxes.items()}, "bdfhklABDEHKLT")
     descent = reach({glyph: box[3] for glyph, box in boxes.items()}, "gpqy")
     width = reach({glyph: box[2] - box[0] for glyph, box in boxes.items()}, "MWmw")
-    room = SIDE - 2 * MARGIN
-    scale = min(room / (ascent + max(descent, 0.0)), room / width)
+    space = SIDE - 2 * MARGIN
+    scale = min(space / (ascent + max(descent, 0.0)), space / width)
     return scale, SIDE / 2 + scale * (ascent - descent) / 2
 
 
 def reach(extents: Mapping[str, float], ordinary: str) -> float:
-    """The largest extent, but hardly beyond that of ordinary glyphs: one flourish must not shrink a family."""
+    """Return the largest extent, limited relative to ordinary glyphs: one flourish must not shrink a family."""
     return min(max(extents.values()), FLOURISH * float(np.median([extents[glyph] for glyph in ordinary])))
 
 
 def overflow(box: Box, scale: float, baseline: float) -> float:
-    """The factor at which this glyph, shrunk towards its baseline, would just fill the picture; below 1: it must."""
+    """Return the scale, relative to the baseline, at which this glyph just fits the image; below 1 it must be shrunk.
+
+    Args:
+        box: ink in measured pixels.
+        scale: image pixels per measured pixel.
+        baseline: row of the image.
+    """
     left, top, right, bottom = (scale * side for side in box)
     return min(
         (baseline - 1) / max(-top, 1e-6),
@@ -64,22 +79,28 @@ def overflow(box: Box, scale: float, baseline: float) -> float:
 
 
 def picture(drawn: ImageFont.FreeTypeFont, character: str, baseline: float) -> NDArray[np.uint8]:
-    """One glyph [64, 64] by a font of eight times the final size."""
+    """Render one glyph, uint8 [64, 64].
+
+    Args:
+        drawn: font at eight times the final size.
+        character: to render.
+        baseline: row of the image.
+    """
     canvas = Image.new("L", (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING), 255)
     left, _, right, _ = drawn.getbbox(character, anchor="ls")
     origin = (round(SIDE * OVERSAMPLING / 2 - (left + right) / 2), round(baseline * OVERSAMPLING))
     ImageDraw.Draw(canvas).text(origin, character, font=drawn, fill=0, anchor="ls")
-    grey = np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.uint16)
-    return ((grey + 8) // 17 * 17).astype(np.uint8)
+    gray = np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.uint16)
+    return ((gray + 8) // 17 * 17).astype(np.uint8)
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
-    """A picture in 16 greys as a 4-bit PNG."""
+    """Encode an image of 16 gray levels as a 4-bit PNG."""
     height, width = image.shape
     levels = image // 17
     rows = (levels[:, 0::2] << 4) | levels[:, 1::2]
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)  # 4 bits, grey
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)  # 4-bit grayscale
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
 
 

@@ -1,6 +1,6 @@
-"""The hand-made decisions, `families.csv`: which fonts, in which role, of which design, under which licence.
+"""Manual decisions, `families.csv`: fonts with role, design and license.
 
-Its neighbour `excluded.csv` lists the fonts that were looked at and left out, with the reason; nothing reads it.
+`excluded.csv` lists the fonts that were examined and left out, with the reason; no code reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typefaces.dataset import ROLES
 
 FILE = Path(__file__).parent / "families.csv"
 KINDS = ("text", "hand", "individual")
-DESIGNER_SHARE = 1 / 5  # of the writers, at most, by one designer
+DESIGNER_SHARE = 1 / 5  # largest fraction of writers by one designer
 
 
 class CatalogEntry(NamedTuple):
@@ -29,11 +29,11 @@ class CatalogEntry(NamedTuple):
     licence: str
     design: str
     font: str  # path inside the package
-    face: int  # index of the face in a collection; 0 elsewhere
+    face: int  # index in a collection; otherwise 0
 
 
 def read(path: Path = FILE) -> list[CatalogEntry]:
-    """The table, sorted by name; refused if its roles would leak a design or lean on one designer."""
+    """Read the table, sorted by name; ValueError if a design has two roles or a designer too many writers."""
     with path.open(newline="", encoding="utf-8") as file:
         entries = [CatalogEntry(face=int(row.pop("face")), **row) for row in csv.DictReader(file)]
     check(entries)
@@ -47,7 +47,7 @@ def check(entries: Sequence[CatalogEntry]) -> None:
         if (entry.role == "public") != (entry.kind == "text"):
             raise ValueError(f"{entry.name}: public families are of kind text, writers are not")
     if duplicates := [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]:
-        raise ValueError(f"names given twice: {duplicates}")
+        raise ValueError(f"duplicate names: {duplicates}")
     roles = defaultdict(list)
     for entry in entries:
         roles[entry.design].append(entry.role)

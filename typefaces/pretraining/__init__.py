@@ -1,1 +1,1 @@
-"""How the glyph base and the judge were trained: architectures, losses, and one resumable loop."""
+"""Training of the glyph base and the judge: architectures, losses, and one resumable loop."""

@@ -1,8 +1,8 @@
 """The modules of the glyph base, in the layout of a Stable Diffusion pipeline.
 
-A glyph is [1, 64, 64] in [-1, 1] (ink -1, paper +1); its latent is [4, 16, 16]; a caption is 16 tokens.
-Most of the UNet's weights work at 8×8 and 4×4, where a weight costs a sixteenth of what it costs at 16×16
-or less; attention stays there too. Every normalisation is per sample.
+A glyph is [1, 64, 64] in [-1, 1] (ink -1, paper +1); its latent is [4, 16, 16]; a caption is 16 tokens. Most of the
+UNet's weights, and all attention, are at 8×8 and 4×4, where the cost per weight is a quarter and a sixteenth of that at
+16×16. Every normalization is per sample.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WORDS = ("lowercase", "capital", "letter", "digit")  # one token each; the order keeps their merges apart
+WORDS = ("lowercase", "capital", "letter", "digit")  # one token each; in this order their merges don't conflict
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENS = 16  # positions of a caption
 TEXT_WIDTH = 128
@@ -23,14 +23,14 @@ VAE_CHANNELS = (32, 64, 128)  # at 64×64, 32×32 and 16×16
 
 
 def byte_symbols() -> list[str]:
-    """The printable stand-ins of the 256 bytes in a byte-level BPE (Radford et al., 2019)."""
+    """Return the printable characters that represent the 256 bytes in byte-level BPE (Radford et al., 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token ids and merges: every byte, inside a word and at its end, and the words of our captions."""
+    """Return token ids and merges: every byte, inside a word and at its end, and the words of the captions."""
     symbols = byte_symbols()
     merges = []
     for word in WORDS:
@@ -43,13 +43,13 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that knows our captions word by word and any other text byte by byte."""
+    """Return a CLIP tokenizer that splits captions into words and any other text into bytes."""
     vocab, merges = vocabulary()
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
 def text_encoder() -> CLIPTextModel:
-    """A two-layer CLIP text model: token ids [B, 16] -> [B, 16, 128]."""
+    """Build a two-layer CLIP text model: token ids [B, 16] -> [B, 16, 128]."""
     vocab, _ = vocabulary()
     return CLIPTextModel(
         CLIPTextConfig(
@@ -68,7 +68,7 @@ def text_encoder() -> CLIPTextModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    """An f4 autoencoder (Rombach et al., 2022): [B, 1, 64, 64] <-> [B, 4, 16, 16]."""
+    """Build an f4 autoencoder (Rombach et al., 2022): [B, 1, 64, 64] <-> [B, 4, 16, 16]."""
     blocks = len(VAE_CHANNELS)
     return AutoencoderKL(
         in_channels=1,
@@ -85,7 +85,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """The denoiser: latents [B, 4, 16, 16], timesteps [B], context [B, 16, 128] -> v [B, 4, 16, 16]."""
+    """Build the denoiser: latents [B, 4, 16, 16], timesteps [B], context [B, 16, 128] -> v [B, 4, 16, 16]."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -101,7 +101,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Cosine schedule with zero terminal SNR and trailing timesteps (Lin et al., 2024), v-prediction."""
+    """Return a cosine schedule with zero terminal SNR and trailing timesteps (Lin et al., 2024), v-prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
@@ -114,7 +114,13 @@ def scheduler() -> DDIMScheduler:
 
 
 def pipeline(*, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The parts as one `StableDiffusionPipeline`, silent, without safety checker."""
+    """Combine the parts to a `StableDiffusionPipeline` without progress bar and safety checker.
+
+    Args:
+        vae: autoencoder.
+        text_encoder: CLIP text model.
+        unet: denoiser.
+    """
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -130,10 +136,10 @@ def pipeline(*, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DCon
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline as fp16 safetensors, with the tokenizer in both of its file layouts."""
+    """Save the pipeline as fp16 safetensors, with the tokenizer in both of its file layouts."""
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
-    config = folder / "text_encoder" / "config.json"  # transformers loads in this dtype, diffusers in fp32: agree
+    config = folder / "text_encoder" / "config.json"  # transformers loads in this dtype, diffusers in fp32
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     vocab, merges = vocabulary()
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

@@ -11,14 +11,14 @@ DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy [B,4,H,W], t [B
 
 
 def diffuse(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """(noisy latents, target v): z = √ᾱ x + √(1-ᾱ) ε and v = √ᾱ ε - √(1-ᾱ) x; ᾱ is [B]."""
+    """Return (noisy latents, target v): z = √ᾱ x + √(1-ᾱ) ε and v = √ᾱ ε - √(1-ᾱ) x; ᾱ is [B]."""
     signal = alpha_bar.sqrt()[:, None, None, None]
     sigma = (1 - alpha_bar).sqrt()[:, None, None, None]
     return signal * x + sigma * noise, signal * noise - sigma * x
 
 
 def min_snr_weights(alpha_bar: Tensor, gamma: float | None) -> Tensor:
-    """Weights [B] of the squared error in v: min(SNR, γ) / (SNR + 1), SNR = ᾱ / (1-ᾱ); 1 without γ.
+    """Return weights [B] of the squared error in v: min(SNR, γ) / (SNR + 1), SNR = ᾱ / (1-ᾱ); 1 without γ.
 
     Written as min(ᾱ, γ (1-ᾱ)), which is finite at both ends of the schedule.
     """
@@ -28,11 +28,11 @@ def min_snr_weights(alpha_bar: Tensor, gamma: float | None) -> Tensor:
 
 
 def stratified_timesteps(count: int, total: int, generator: Generator) -> Tensor:
-    """int64 [count]: one uniform draw from each of `count` equal parts of [0, total), in random order."""
+    """Draw one timestep from each of `count` equal parts of [0, total), in random order: int64 [count]."""
     device = generator.device
-    places = torch.randperm(count, generator=generator, device=device)
+    strata = torch.randperm(count, generator=generator, device=device)
     draws = torch.rand(count, generator=generator, device=device)
-    return ((places + draws) / count * total).long().clamp(max=total - 1)
+    return ((strata + draws) / count * total).long().clamp(max=total - 1)
 
 
 def denoising_loss(
@@ -45,7 +45,17 @@ def denoising_loss(
     gamma: float | None = None,
     timesteps: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the batch of w(t) ‖v̂ - v‖² / numel, at stratified random timesteps unless they are given."""
+    """Return the mean over the batch of w(t) ‖v̂ - v‖² / numel.
+
+    Args:
+        denoise: predicts v.
+        latents: [B, 4, H, W].
+        context: [B, L, D].
+        alphas: ᾱ [T].
+        generator: of noise and timesteps.
+        gamma: of min-SNR weighting; None: uniform weights.
+        timesteps: [B]; default: stratified random ones.
+    """
     if timesteps is None:
         timesteps = stratified_timesteps(len(latents), len(alphas), generator)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
@@ -56,6 +66,13 @@ def denoising_loss(
 
 
 def drop_captions(classes: Tensor, *, empty: int, share: float, generator: Generator) -> Tensor:
-    """Classes [B] with a random share replaced by the empty caption (Ho & Salimans, 2022)."""
+    """Replace a random fraction of classes [B] by the empty caption (Ho & Salimans, 2022).
+
+    Args:
+        classes: [B].
+        empty: class of the empty caption.
+        share: probability of replacement.
+        generator: of the choice.
+    """
     dropped = torch.rand(classes.shape, generator=generator, device=classes.device) < share
     return classes.masked_fill(dropped, empty)

@@ -1,4 +1,4 @@
-"""What the base can do: pictures from captions, whether they can be read, and held-out losses."""
+"""Evaluation of the base: samples, their legibility, and held-out losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ BATCH = 248
 def sample(
     pipe: StableDiffusionPipeline, classes: NDArray[np.int64], *, guidance: float, steps: int, seed: int
 ) -> NDArray[np.uint8]:
-    """Pictures uint8 [N, 64, 64] of the captions of `classes`, through the pipeline's own call."""
+    """Sample images with the pipeline itself.
+
+    Args:
+        pipe: the base.
+        classes: glyphs to sample [N], indices into GLYPHS.
+        guidance: scale.
+        steps: of the sampler.
+        seed: of the noise.
+
+    Returns:
+        uint8 [N, 64, 64].
+    """
     pictures = []
     for start in range(0, len(classes), BATCH):
         part = classes[start : start + BATCH]
@@ -43,7 +54,19 @@ def sample(
 def legibility(
     pipe: StableDiffusionPipeline, judge: Judge, *, count: int, guidance: float, steps: int, seed: int
 ) -> tuple[float, NDArray[np.uint8]]:
-    """(share of `count` samples, all glyphs in turn, that the judge reads as their caption, the samples)."""
+    """Measure the fraction of samples that the judge reads as their caption.
+
+    Args:
+        pipe: the base.
+        judge: reads the samples.
+        count: number of samples, cycling through all glyphs.
+        guidance: scale.
+        steps: of the sampler.
+        seed: of the noise.
+
+    Returns:
+        The fraction, and the samples uint8 [count, 64, 64].
+    """
     classes = np.arange(count) % len(GLYPHS)
     pictures = sample(pipe, classes, guidance=guidance, steps=steps, seed=seed)
     return float(legible(judge.read(pictures), classes).mean()), pictures
@@ -51,7 +74,7 @@ def legibility(
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, images: Tensor) -> tuple[float, NDArray[np.uint8]]:
-    """(mean |x̂ - x| in [-1, 1], restored uint8 [N, 64, 64]) of uint8 images [N, 1, 64, 64]."""
+    """Reconstruct uint8 images [N, 1, 64, 64]; return mean |x̂ - x| in [-1, 1], and the results uint8 [N, 64, 64]."""
     errors, restored = [], []
     for part in images.split(512):
         pixels = normalize(part)
@@ -63,9 +86,14 @@ def reconstruction(vae: AutoencoderKL, images: Tensor) -> tuple[float, NDArray[n
 
 @torch.no_grad()
 def fixed_loss(denoise: DenoiseFn, latents: Tensor, context: Tensor, *, alphas: Tensor, seed: int) -> float:
-    """Denoising loss in v at the middles of ten equal parts of the schedule, with fixed noise.
+    """Return the denoising loss in v at the middles of ten equal parts of the schedule, with fixed noise.
 
-    latents [N, 4, 16, 16] scaled; context [N, 16, D] of their captions.
+    Args:
+        denoise: predicts v.
+        latents: [N, 4, 16, 16], scaled.
+        context: [N, 16, D] of their captions.
+        alphas: ᾱ [T].
+        seed: of the noise.
     """
     losses = []
     for part in range(10):
@@ -76,7 +104,13 @@ def fixed_loss(denoise: DenoiseFn, latents: Tensor, context: Tensor, *, alphas: 
 
 
 def sheet(pictures: NDArray[np.uint8], columns: int, file: Path) -> None:
-    """Lay pictures [N, 64, 64] out row by row as one PNG."""
+    """Save images as one PNG, row by row.
+
+    Args:
+        pictures: uint8 [N, 64, 64].
+        columns: images per row.
+        file: PNG.
+    """
     rows = -(-len(pictures) // columns)
     page = np.full((rows * columns, 64, 64), 255, np.uint8)
     page[: len(pictures)] = pictures

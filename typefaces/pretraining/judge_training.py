@@ -1,4 +1,4 @@
-"""How the judge learns, and how it is judged."""
+"""Training and evaluation of the judge."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typefaces.dataset import GLYPHS, Typeface
 from typefaces.judge import STYLE, Judge, JudgeNetwork, legible, merge_classes, style_center, style_match
 from typefaces.pretraining.corpus import Jitter, apply_jitter, normalize, warp
 
-STYLES = Jitter(width=0.2, slant=0.35, weight=0.8)  # makes another style of a family, the same for all its glyphs
-PLACES = Jitter(shift=0.06, width=0.05, height=0.08, slant=0.03, weight=0.15)  # where and how large a glyph stands
+STYLES = Jitter(width=0.2, slant=0.35, weight=0.8)  # creates another style of a family, equal for all its glyphs
+PLACES = Jitter(shift=0.06, width=0.05, height=0.08, slant=0.03, weight=0.15)  # position and size of a glyph
 BEND = 0.05
 SHARPNESS = 20.0  # inverse temperature of the family logits
 
 
 class JudgeTrainee(nn.Module):
-    """The judge with the head that training alone needs: one unit direction for each style."""
+    """The judge with a head that only training uses: one unit direction per style."""
 
     def __init__(self, *, styles: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class JudgeTrainee(nn.Module):
         self.directions = nn.Parameter(torch.randn(styles, STYLE))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 1, 64, 64] -> (glyph logits [B, 62], style logits [B, styles])."""
+        """Map images [B, 1, 64, 64] to (glyph logits [B, 62], style logits [B, styles])."""
         glyphs, style = self.judge(images)
         return glyphs, SHARPNESS * style @ F.normalize(self.directions, dim=1).T
 
@@ -43,10 +43,16 @@ def judge_loss(
     smoothing: float,
     generator: Generator,
 ) -> Tensor:
-    """Glyph cross-entropy + `style` × cosine-softmax cross-entropy (Wang et al., 2018) of a random batch.
+    """Return glyph cross-entropy + `style` × cosine-softmax cross-entropy (Wang et al., 2018) of a random batch.
 
-    images uint8 [families × 62, 1, 64, 64]; table [families × styles, 6] holds the variation that makes each
-    style, a family's in consecutive rows.
+    Args:
+        network: images [B, 1, 64, 64] -> (glyph logits, style logits).
+        images: uint8 [families × 62, 1, 64, 64].
+        table: augmentation of each style [families × styles, 6], a family's styles in consecutive rows.
+        batch: size.
+        style: weight of the second term.
+        smoothing: of glyph labels.
+        generator: of batch and augmentation.
     """
     device = images.device
     families = len(images) // len(GLYPHS)
@@ -55,37 +61,37 @@ def judge_loss(
     family = styles // (len(table) // families)
     pictures = apply_jitter(normalize(images[family * len(GLYPHS) + glyphs]), table[styles])
     pictures = warp(apply_jitter(pictures, PLACES.draw(batch, generator)), BEND, generator)
-    read, placed = network(pictures)
-    return F.cross_entropy(read.float(), glyphs, label_smoothing=smoothing) + style * F.cross_entropy(
-        placed.float(), styles
+    glyph_logits, style_logits = network(pictures)
+    return F.cross_entropy(glyph_logits.float(), glyphs, label_smoothing=smoothing) + style * F.cross_entropy(
+        style_logits.float(), styles
     )
 
 
 def style_table(families: int, styles: int, generator: Generator) -> Tensor:
-    """Variations [families × styles, 6]; the first style of each family is the family itself."""
+    """Draw augmentations [families × styles, 6]; the first style of each family is the family itself."""
     table = STYLES.draw(families * styles, generator)
     table[::styles] = 0
     return table
 
 
 def measure(judge: Judge, families: Sequence[Typeface]) -> dict[str, float]:
-    """Reading accuracy, and how well the style of unseen families is told apart.
+    """Measure reading accuracy, and how well styles of unseen families are distinguished.
 
-    Each family's even glyphs in its `order` stand for what is known of it, its odd ones are asked about:
-    `retrieval_1` is the share of single glyphs, `retrieval_5` of means of five, that lie nearest to their own
-    family; `style_match` is that of single real glyphs.
+    Glyphs at even positions of a family's `order` define its style, those at odd positions are queries. `retrieval_1` is
+    the fraction of single glyphs, `retrieval_5` of means of five, that are nearest to their own family; `style_match` is
+    that of single real glyphs.
     """
     truth = np.arange(len(GLYPHS))
     read = [judge.read(family.images) for family in families]
-    known, asked = [], []
+    known, queries = [], []
     for family in families:
         styles = judge.embed(family.images)
         order = list(family.order)
         known.append(styles[order[::2]])
-        asked.append(styles[order[1::2]])
+        queries.append(styles[order[1::2]])
     centers = np.stack([style_center(styles) for styles in known])
     singles, fives, matches = [], [], []
-    for i, styles in enumerate(asked):
+    for i, styles in enumerate(queries):
         singles.append((styles @ centers.T).argmax(axis=1) == i)
         groups = np.stack([style_center(styles[j : j + 5]) for j in range(0, len(styles) - 4, 5)])
         fives.append((groups @ centers.T).argmax(axis=1) == i)

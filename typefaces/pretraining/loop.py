@@ -1,8 +1,8 @@
 """One resumable training loop for the three stages: autoencoder, denoiser, judge.
 
-Step n draws everything from a generator seeded by (seed, n), so a run that was interrupted continues exactly
-as it would have gone on. A checkpoint is one safetensors file, whose header holds a little JSON, and replaces
-the one before it atomically.
+Step n draws all random numbers from a generator seeded by (seed, n), so that a resumed run continues exactly as if it
+had not been interrupted. A checkpoint is one safetensors file with JSON in its header, and replaces the previous one
+atomically.
 """
 
 from __future__ import annotations
@@ -29,28 +29,47 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def progress(stage: StageConfig, step: int, elapsed: float) -> float:
-    """How much of the stage is done, 0 to 1: the larger share of its steps and of its seconds."""
+    """Return the fraction of the stage that is done: of its steps or of its seconds, whichever is larger."""
     by_time = elapsed / stage.seconds if stage.seconds else 0.0
     return min(1.0, max(step / stage.steps, by_time))
 
 
 def learning_rate(stage: StageConfig, step: int, done: float) -> float:
-    """Linear warm-up, then half a cosine down to zero (Loshchilov & Hutter, 2017)."""
+    """Return the learning rate: linear warm-up, then a cosine to zero (Loshchilov & Hutter, 2017).
+
+    Args:
+        stage: configuration.
+        step: of the optimizer.
+        done: fraction of the stage that is done.
+    """
     return stage.lr * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def ema_decay(stage: StageConfig, step: int) -> float:
-    """The averaging rate, small at first: min(decay, (1 + n) / (10 + n))."""
+    """Return the EMA decay, smaller at first: min(decay, (1 + n) / (10 + n))."""
     return min(stage.ema_decay, (1 + step) / (10 + step))
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> Generator:
-    """The random stream of one step."""
+    """Return the random generator of one step."""
     return Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
 def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, folder: Path, resume: bool) -> M:
-    """Train `model` in place by `loss(generator)`; returns a copy with the averaged weights, in eval mode."""
+    """Train a model in place.
+
+    Args:
+        model: module with gradients.
+        loss: returns the loss of a batch drawn from a generator.
+        stage: configuration.
+        name: of the checkpoint file, and in messages.
+        seed: of all random numbers.
+        folder: of the checkpoint.
+        resume: continue from the checkpoint, if there is one.
+
+    Returns:
+        A copy with averaged weights, in eval mode.
+    """
     file = folder / f"{name}.safetensors"
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
@@ -60,7 +79,7 @@ def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, fol
     average = {key: value.detach().clone() for key, value in parameters.items()}
     step, elapsed = restore(file, parameters, average, optimizer) if resume and file.exists() else (0, 0.0)
     model.train()
-    began, before = None, elapsed
+    started, previous = None, elapsed
     while (done := progress(stage, step, elapsed)) < 1:
         optimizer.param_groups[0]["lr"] = learning_rate(stage, step, done)
         with torch.autocast(device.type, torch.bfloat16) if stage.bf16 else nullcontext():
@@ -73,23 +92,33 @@ def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, fol
             list(average.values()), [p.detach() for p in parameters.values()], 1 - ema_decay(stage, step)
         )
         step += 1
-        if began is None:  # the first step compiles: it does not count against the seconds
+        if started is None:  # the first step compiles and is not counted as training time
             report(name, step, elapsed, value)
-            began = time.perf_counter()
-        elapsed = before + time.perf_counter() - began
+            started = time.perf_counter()
+        elapsed = previous + time.perf_counter() - started
         if step % stage.log_interval == 0:
             report(name, step, elapsed, value)
         if step % stage.checkpoint_interval == 0:
             save(file, parameters, average, optimizer, step, elapsed)
     save(file, parameters, average, optimizer, step, elapsed)
     averaged = copy.deepcopy(model)
-    averaged.load_state_dict(average, strict=False)  # buffers stay
+    averaged.load_state_dict(average, strict=False)  # buffers are not averaged
     averaged.eval().requires_grad_(False)
     return averaged
 
 
 def report(name: str, step: int, elapsed: float, loss: Tensor) -> None:
-    """One line about a step; waits for the device, and stops a run that has diverged."""
+    """Print one line about a step; synchronizes with the device, and stops a run that has diverged.
+
+    Args:
+        name: of the stage.
+        step: of the optimizer.
+        elapsed: seconds.
+        loss: scalar.
+
+    Raises:
+        AntherError: the loss is not finite.
+    """
     value = float(loss.detach())
     if not math.isfinite(value):
         raise AntherError(f"{name}: the loss is {value} at step {step}; lower {name}.learning_rate")
@@ -104,7 +133,16 @@ def save(
     step: int,
     elapsed: float,
 ) -> None:
-    """Write weights, averages, optimiser state, step and elapsed seconds."""
+    """Save a checkpoint.
+
+    Args:
+        file: safetensors.
+        parameters: trained weights by name.
+        average: averaged weights by name.
+        optimizer: its state is saved too.
+        step: of the optimizer.
+        elapsed: seconds.
+    """
     tensors = {f"model.{key}": value.detach() for key, value in parameters.items()}
     tensors |= {f"average.{key}": value for key, value in average.items()}
     for key, parameter in parameters.items():
@@ -120,7 +158,20 @@ def save(
 def restore(
     file: Path, parameters: dict[str, nn.Parameter], average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
-    """Load what `save` wrote into the three, in place; returns (step, elapsed seconds)."""
+    """Load a checkpoint of `save` in place.
+
+    Args:
+        file: safetensors.
+        parameters: trained weights by name.
+        average: averaged weights by name.
+        optimizer: of the parameters.
+
+    Returns:
+        Step and elapsed seconds.
+
+    Raises:
+        AntherError: the file is damaged or belongs to another architecture.
+    """
     try:
         with safe_open(file, framework="pt") as stored, torch.no_grad():
             position = json.loads(stored.metadata()["progress"])
@@ -132,5 +183,5 @@ def restore(
                     for kind in ("step", "exp_avg", "exp_avg_sq")
                 }
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise AntherError(f"{file}: no checkpoint of this architecture; start with resume=false") from error
+        raise AntherError(f"{file}: no checkpoint of this architecture: start with resume=false") from error
     return int(position["step"]), float(position["elapsed"])

@@ -1,4 +1,4 @@
-"""The autoencoder's objective, and the scale of its latents."""
+"""The autoencoder's objective, and the scaling factor of its latents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 
 def reparameterize(moments: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """(sample [B, 4, h, w], KL per latent element) of the encoder's moments [B, 8, h, w].
+    """Sample latents and return (sample [B, 4, h, w], KL per latent element) from moments [B, 8, h, w].
 
     Kingma & Welling (2014): z = μ + σ ε; KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² - 1 - log σ²) / 2.
     """
@@ -20,17 +20,17 @@ def reparameterize(moments: Tensor, generator: Generator) -> tuple[Tensor, Tenso
 
 
 def reconstruction_loss(restored: Tensor, images: Tensor) -> Tensor:
-    """L1 + L2: the first keeps edges sharp, the second punishes a stroke that is missing."""
+    """L1 + L2: the first keeps edges sharp, the second penalizes missing strokes."""
     error = restored.float() - images
     return error.abs().mean() + error.square().mean()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """The posterior means [N, 4, h, w] of images [N, 1, H, W] in [-1, 1], unscaled."""
+    """Return the posterior means [N, 4, h, w] of images [N, 1, H, W] in [-1, 1], unscaled."""
     return vae.encode(images).latent_dist.mean
 
 
 def scaling_factor(latents: Tensor) -> float:
-    """1 / std over all elements (Rombach et al., 2022), so that scaled latents have unit variance."""
+    """Return 1 / std over all elements (Rombach et al., 2022), so that scaled latents have unit variance."""
     return 1.0 / float(latents.float().std())

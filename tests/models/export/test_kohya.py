@@ -24,7 +24,7 @@ from models.families.flux import FLUX
 from models.families.sd3 import SD3
 from models.lora.adapter import Adapter, Site, Sites
 from tests.helpers.adapters import random_adapter
-from tests.models.families.conftest import Tiny
+from tests.models.conftest import TinyPipeline
 
 _SD3_BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
 SD3_MODULES = [  # of the tiny one, whose first block has two attentions; the last drops its text
@@ -91,13 +91,13 @@ def check(converted: dict[str, Tensor], adapter: Adapter) -> None:
         torch.testing.assert_close(converted[f"{name}.weight"], b.double() @ a.double(), rtol=0, atol=1e-12)
 
 
-def of(tiny: Tiny, name: str) -> Base:
+def of(tiny: TinyPipeline, name: str) -> Base:
     if tiny.name != name:
         pytest.skip(f"of {name}")
     return Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
 
 
-def test_every_layer_of_sd3_is_where_its_makers_have_it(tiny: Tiny) -> None:
+def test_every_layer_of_sd3_is_where_its_makers_have_it(tiny: TinyPipeline) -> None:
     base = of(tiny, "sd3")
     adapter = random_adapter(base.sites, 2)
     checkpoint = as_checkpoint(kohya_keys(adapter, base.sites, SD3), SD3_MODULES)
@@ -150,7 +150,7 @@ def test_every_layer_of_flux_is_where_its_makers_have_it() -> None:
     check(convert_flux_transformer_checkpoint_to_diffusers(checkpoint), adapter)
 
 
-def test_the_names_of_the_tiny_flux_are_in_the_table(tiny: Tiny) -> None:
+def test_the_names_of_the_tiny_flux_are_in_the_table(tiny: TinyPipeline) -> None:
     base = of(tiny, "flux")
     keys = products(kohya_keys(random_adapter(base.sites, 1), base.sites, FLUX))
     assert keys.keys() == {f"lora_unet_{module.replace('.', '_')}" for module in FLUX_MODULES}
@@ -168,7 +168,7 @@ def test_diffusers_reads_flux_back_from_kohyas_layout(some: str | None) -> None:
     assert all(not product.any() for product in back.values())
 
 
-def test_ranks_that_differ_are_the_same_product(tiny: Tiny) -> None:
+def test_ranks_that_differ_are_the_same_product(tiny: TinyPipeline) -> None:
     base = of(tiny, "sd3")
     ranks = {name: 1 + place % 3 for place, name in enumerate(base.sites)}
     adapter = random_adapter(base.sites, ranks)
@@ -183,7 +183,7 @@ def test_a_layer_without_a_name_is_refused() -> None:
         kohya_keys(random_adapter({"new.layer": Site(2, 2)}, 1), {"new.layer": Site(2, 2)}, FLUX)
 
 
-def test_what_sd_scripts_drops_is_told(tiny: Tiny) -> None:
+def test_what_sd_scripts_drops_is_told(tiny: TinyPipeline) -> None:
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
     told = describe(base, "shared").get("anther_ignored_by_sd_scripts", "").split()
     if base.family.kohya is None:
@@ -203,7 +203,7 @@ def test_what_sd_scripts_drops_is_told(tiny: Tiny) -> None:
 A1111 = {"stable_diffusion": "SD1", "distilled": "SD1", "stable_diffusion_2": "SD2", "sdxl": "SDXL"}
 
 
-def test_metadata_tells_what_an_adapter_is_for(tiny: Tiny, tmp_path: Path) -> None:
+def test_metadata_tells_what_an_adapter_is_for(tiny: TinyPipeline, tmp_path: Path) -> None:
     base, file = tiny.base, tmp_path / "a.safetensors"
     for layout in ("diffusers", "kohya") if base.family.kohya else ("diffusers",):
         export(
@@ -236,7 +236,7 @@ def test_metadata_tells_what_an_adapter_is_for(tiny: Tiny, tmp_path: Path) -> No
             assert told["ss_network_dim"] == ("2" if base.family.network == "unet" else "Dynamic")
 
 
-def test_an_export_is_the_same_bytes_each_time(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_export_is_the_same_bytes_each_time(tiny: TinyPipeline, tmp_path: Path) -> None:
     base, contents = tiny.base, set()
     for name in ("a", "b", "c"):
         export(
@@ -262,7 +262,7 @@ def test_a_place_is_a_whole_module_unless_said() -> None:
     )
 
 
-def test_each_layout_is_a_file_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+def test_each_layout_is_a_file_of_its_own(tiny: TinyPipeline, tmp_path: Path) -> None:
     write(tmp_path, "a.b", random_adapter(tiny.base.sites, 1), tiny.base, "shared")
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"a.b.safetensors"} | ({"a.b.kohya.safetensors"} if tiny.base.family.kohya else set())

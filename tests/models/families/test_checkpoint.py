@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from common.errors import AntherError
 from models.base.base import Base
 from models.families.checkpoint import FAMILIES, recognize
-from tests.models.families.conftest import Tiny
+from tests.models.conftest import TinyPipeline
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def change(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_pipeline_is_recognised_from_its_files(tiny: Tiny) -> None:
+def test_a_pipeline_is_recognised_from_its_files(tiny: TinyPipeline) -> None:
     found = recognize(tiny.folder)
     assert found.family is tiny.base.family
     assert found.family.pipeline == json.loads((tiny.folder / "model_index.json").read_text())["_class_name"]
     assert tiny.name.replace("_", "-").startswith(("distilled", found.family.name.removesuffix("-sigma")))
 
 
-def test_what_is_missing_from_any_pipeline_is_named(tiny: Tiny, tmp_path: Path) -> None:
+def test_what_is_missing_from_any_pipeline_is_named(tiny: TinyPipeline, tmp_path: Path) -> None:
     family = tiny.base.family
     for part in (family.network, "vae", "scheduler", *family.encoders):
         copy = tmp_path / part
@@ -41,7 +41,7 @@ def test_what_is_missing_from_any_pipeline_is_named(tiny: Tiny, tmp_path: Path) 
             recognize(copy)
 
 
-def test_pickled_weights_of_any_part_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_pickled_weights_of_any_part_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
     for part in (tiny.base.family.network, "vae", "text_encoder"):
         copy = Path(shutil.copytree(tiny.folder, tmp_path / part))
         for weights in (copy / part).glob("*.safetensors"):
@@ -102,6 +102,6 @@ class TestRefused:
         (folder / "model_index.json").write_text("[1]")
         self.refuse(folder, "model_index.json")
 
-    def test_a_resolution_that_latents_cannot_have(self, tiny: Tiny) -> None:
+    def test_a_resolution_that_latents_cannot_have(self, tiny: TinyPipeline) -> None:
         with pytest.raises(AntherError, match="multiple of"):
             Base(tiny.folder, resolution=tiny.base.resolution + 1)

@@ -16,7 +16,7 @@ from client.cli.plan import main as plan
 from common.errors import AntherError
 from models.base.base import Base
 from models.families.checkpoint import recognize
-from tests.models.families.conftest import Tiny
+from tests.models.conftest import TinyPipeline
 
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 GONE = object()
@@ -118,7 +118,7 @@ def test_the_plan_says_the_same(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "9 channels" in capsys.readouterr().err
 
 
-def test_sd3_without_t5_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
+def test_sd3_without_t5_is_refused_by_name(tiny: TinyPipeline, tmp_path: Path) -> None:
     if tiny.name != "sd3":
         pytest.skip("of sd3")
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
@@ -127,7 +127,7 @@ def test_sd3_without_t5_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
         recognize(copy)
 
 
-def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: Tiny, tmp_path: Path) -> None:
+def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: TinyPipeline, tmp_path: Path) -> None:
     if tiny.name != "sdxl":
         pytest.skip("of SDXL")
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))

@@ -15,7 +15,7 @@ from bench.lib.tiny import LETTERS, as_variant
 from common.errors import AntherError
 from models.base.base import Base
 from models.families.checkpoint import recognize
-from tests.models.families.conftest import Tiny
+from tests.models.conftest import TinyPipeline
 from tests.models.families.test_checkpoint import change
 from tests.models.families.test_sentencepiece import PIECES, model_bytes
 
@@ -40,12 +40,12 @@ def refuse(folder: Path, match: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_two_captions_differ(tiny: Tiny) -> None:
+def test_two_captions_differ(tiny: TinyPipeline) -> None:
     one, other = tiny.base.encode_captions(["cat", "dog"])
     assert not torch.equal(one, other)
 
 
-def test_each_missing_weight_is_found(tiny: Tiny, tmp_path: Path) -> None:
+def test_each_missing_weight_is_found(tiny: TinyPipeline, tmp_path: Path) -> None:
     """Of every text encoder, the first of its matrices and the last of all."""
     for encoder in encoders(tiny.folder):
         names = sorted(load_file(encoder / "model.safetensors"))
@@ -73,7 +73,7 @@ def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "mine"])
-def test_variants_alone_are_loaded(tiny: Tiny, tmp_path: Path, name: str) -> None:
+def test_variants_alone_are_loaded(tiny: TinyPipeline, tmp_path: Path, name: str) -> None:
     copy = as_variant(Path(shutil.copytree(tiny.folder, tmp_path / "copy")), name, sharded=name == "fp16")
     ours = Base(copy, resolution=tiny.base.resolution)
     assert torch.equal(ours.encode_captions(["cat"]), tiny.base.encode_captions(["cat"]))
@@ -92,7 +92,7 @@ def test_of_two_variants_none_is_chosen(folder: Path) -> None:
 
 
 class TestTokenizers:
-    def test_without_a_vocabulary(self, tiny: Tiny, tmp_path: Path) -> None:
+    def test_without_a_vocabulary(self, tiny: TinyPipeline, tmp_path: Path) -> None:
         for name in [path.name for path in tiny.folder.iterdir() if path.name.startswith("tokenizer")]:
             copy = Path(shutil.copytree(tiny.folder, tmp_path / name))
             (copy / name / "tokenizer.json").unlink()
@@ -125,7 +125,7 @@ class TestTokenizers:
         )
         refuse(folder, "knows 10 tokens and its tokenizer")
 
-    def test_of_sentencepiece_alone_is_read(self, tiny: Tiny, tmp_path: Path) -> None:
+    def test_of_sentencepiece_alone_is_read(self, tiny: TinyPipeline, tmp_path: Path) -> None:
         """As PixArt-Σ is published; without the sentencepiece library."""
         if tiny.name != "pixart":
             pytest.skip("of T5 alone")
@@ -173,7 +173,7 @@ class TestCode:
         refuse(folder, "is quantized")
 
 
-def test_what_goes_wrong_within_an_encoder_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+def test_what_goes_wrong_within_an_encoder_is_one_line(tiny: TinyPipeline, tmp_path: Path) -> None:
     """T5's own code divides by the logarithm of it."""
     if tiny.name != "pixart":
         pytest.skip("of T5")

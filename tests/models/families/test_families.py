@@ -24,7 +24,7 @@ from models.lora.batched_lora import BatchedFactors, stack_adapters, to_device
 from models.quantization.pack import pack
 from privacy.noise import SimulatedNoise
 from tests.helpers.adapters import random_adapter
-from tests.models.families.conftest import Tiny
+from tests.models.conftest import TinyPipeline
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
@@ -32,7 +32,7 @@ CAPTIONS = ["a red fox", "two fishes 7", "fox"]
 
 
 @pytest.fixture(scope="module")
-def examples(tiny: Tiny) -> Examples:
+def examples(tiny: TinyPipeline) -> Examples:
     generator = np.random.default_rng(0)
     pictures = [generator.integers(0, 256, (20, 24, 3), np.uint8) for _ in CAPTIONS]
     return Examples(tiny.base.encode_images(pictures), tiny.base.encode_captions(CAPTIONS))
@@ -53,7 +53,7 @@ def job(base: Base, examples: Examples, **changes: Any) -> TrainJob:
     )
 
 
-def test_it_trains_plainly_and_privately(tiny: Tiny, examples: Examples) -> None:
+def test_it_trains_plainly_and_privately(tiny: TinyPipeline, examples: Examples) -> None:
     privacy = DPSGD(noise_multiplier=0.5, clip=0.1, sampling_rate=0.7, draws=2)
     noise = SimulatedNoise(seed=3, client="ada", round=1, purpose="shared")
     jobs = [
@@ -71,7 +71,7 @@ def adapter(base: Base) -> Adapter:
     return random_adapter(base.sites, 2, seed=1)
 
 
-def drawn(tiny: Tiny, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+def drawn(tiny: TinyPipeline, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
     context, null, strength = tiny.base.encode_guidance(CAPTIONS, guidance)
     with tiny.base.use_adapters([stack_adapters(tiny.base.sites, [given])]) as denoise:
         return sample(
@@ -92,7 +92,7 @@ def loaded(pipeline: Any, file: Path) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_an_export_draws_in_diffusers_what_it_draws_here(
-    tiny: Tiny, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: TinyPipeline, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To 1e-3 of the largest number, after four steps in float32."""
     given, file = adapter(tiny.base), tmp_path / "adapter.safetensors"
@@ -123,7 +123,7 @@ def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
     return found.astype(int)
 
 
-def test_kohya_keys_are_those_that_other_tools_read(tiny: Tiny, tmp_path: Path) -> None:
+def test_kohya_keys_are_those_that_other_tools_read(tiny: TinyPipeline, tmp_path: Path) -> None:
     """Diffusers itself reads those of UNets; of Flux only at its true width (see test_kohya), of SD3 none."""
     given, family = adapter(tiny.base), tiny.base.family
     if family.kohya is None:
@@ -143,7 +143,7 @@ def test_kohya_keys_are_those_that_other_tools_read(tiny: Tiny, tmp_path: Path) 
     assert (drawn(tiny, given, noise, 1, 1.0) - theirs).abs().max() <= 1e-3 * theirs.abs().max()
 
 
-def test_no_operation_mixes_examples(tiny: Tiny, examples: Examples) -> None:
+def test_no_operation_mixes_examples(tiny: TinyPipeline, examples: Examples) -> None:
     """The loss of one example has no gradient at all at the others, nor at their slots: DP and cohorts rest on it."""
     base = tiny.base
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
@@ -165,7 +165,7 @@ def test_no_operation_mixes_examples(tiny: Tiny, examples: Examples) -> None:
     assert sum(bool(gradient[1].any()) for gradient in found[2:]) >= len(factors) - 8  # the last block drops its text
 
 
-def test_adapters_at_any_layer_are_merged_weights(tiny: Tiny, examples: Examples) -> None:
+def test_adapters_at_any_layer_are_merged_weights(tiny: TinyPipeline, examples: Examples) -> None:
     """Every linear and convolution layer at once, each example under an adapter of its own."""
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
@@ -184,7 +184,7 @@ def test_adapters_at_any_layer_are_merged_weights(tiny: Tiny, examples: Examples
 
 
 @pytest.mark.slow
-def test_its_forward_is_one_graph(tiny: Tiny, examples: Examples) -> None:
+def test_its_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
     """Nothing in it leaves the device or depends on values, at another resolution than its own."""
     if tiny.base.family.forward is call_unet:
         pytest.skip("compiled in test_denoiser")
@@ -196,7 +196,9 @@ def test_its_forward_is_one_graph(tiny: Tiny, examples: Examples) -> None:
         torch.testing.assert_close(whole(base.network, *given), base.family.forward(base.network, *given))
 
 
-def test_a_base_that_was_packed_is_one_that_is_packed_here(tiny: Tiny, examples: Examples, tmp_path: Path) -> None:
+def test_a_base_that_was_packed_is_one_that_is_packed_here(
+    tiny: TinyPipeline, examples: Examples, tmp_path: Path
+) -> None:
     pack(str(tiny.folder), tmp_path / "packed", "mixed")
     outputs = []
     for base in (
@@ -208,14 +210,14 @@ def test_a_base_that_was_packed_is_one_that_is_packed_here(tiny: Tiny, examples:
     assert torch.equal(*outputs)
 
 
-def test_a_packed_caption_is_as_large_as_its_family_says(tiny: Tiny, examples: Examples) -> None:
+def test_a_packed_caption_is_as_large_as_its_family_says(tiny: TinyPipeline, examples: Examples) -> None:
     """But that the tiny CLIP takes 8 tokens rather than 77."""
     clip = tiny.base.family.name in ("stable-diffusion", "sdxl", "sd3")
     rows, width = examples.context.shape[1:]
     assert tiny.base.family.context(tiny.base.network.config) == (rows + (77 - 8) * clip, width)
 
 
-def test_what_a_caption_becomes_depends_on_no_other(tiny: Tiny) -> None:
+def test_what_a_caption_becomes_depends_on_no_other(tiny: TinyPipeline) -> None:
     together = tiny.base.encode_captions([*CAPTIONS, None, "fox"])
     assert torch.equal(together[2], together[4])
     assert not torch.equal(together[2], together[1])
@@ -224,7 +226,7 @@ def test_what_a_caption_becomes_depends_on_no_other(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"compute": "bf16"}])
-def test_it_runs_in_fewer_bits(tiny: Tiny, examples: Examples, options: dict[str, str]) -> None:
+def test_it_runs_in_fewer_bits(tiny: TinyPipeline, examples: Examples, options: dict[str, str]) -> None:
     small = Base(tiny.folder, resolution=tiny.base.resolution, **options)
     given, outputs = stack_adapters(small.sites, [adapter(small)]), []
     for base in (small, tiny.base):

@@ -16,13 +16,13 @@ from models.export import adapter_files
 from models.quantization.pack import pack
 from server.report.snippet import loading_snippet
 from tests.helpers.adapters import random_adapter
-from tests.models.families.conftest import Tiny
+from tests.models.conftest import TinyPipeline
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_the_lines_run_as_printed_from_anywhere(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_lines_run_as_printed_from_anywhere(tiny: TinyPipeline, tmp_path: Path) -> None:
     """In a process of their own, in another folder: and the adapter shows."""
     name, script = 'it\'s <a> "name".with_shared', "import os\nimport torch\n"
     learnt = random_adapter(tiny.base.sites, 1)

@@ -16,7 +16,7 @@ from models.base.base import Base
 
 
 @dataclass(frozen=True)
-class Tiny:
+class TinyPipeline:
     """A pipeline on disk, and the base that was loaded from it."""
 
     name: str
@@ -57,5 +57,5 @@ class Tiny:
 
 
 @pytest.fixture(scope="session", params=PIPELINES)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return Tiny(request.param, save(request.param, tmp_path_factory.mktemp(request.param)))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyPipeline:
+    return TinyPipeline(request.param, save(request.param, tmp_path_factory.mktemp(request.param)))
