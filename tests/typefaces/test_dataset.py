@@ -133,7 +133,7 @@ def test_split_is_20_10_32_and_a_prefix(rows, train):
 
 @pytest.mark.parametrize("train", [0, 21, -1])
 def test_split_refuses_a_size_outside_the_pool(rows, train):
-    with pytest.raises(ValueError, match="a writer gives 1 to 20 glyphs"):
+    with pytest.raises(ValueError, match="must be 1 to 20 glyphs"):
         dataset.split(rows[0]["order"], train)
 
 

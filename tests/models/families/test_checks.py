@@ -46,13 +46,13 @@ def change(file: Path, **changes: object) -> None:
         (UNET, {"sample_size": "8"}, "sample_size=8"),
         (UNET, {"sample_size": 10**6}, "sample_size=1000000"),
         (UNET, {"sample_size": 0}, "sample_size=0"),
-        (UNET, {"block_out_channels": [10**12, 8]}, "block_out_channels=.*no network is like that"),
+        (UNET, {"block_out_channels": [10**12, 8]}, "block_out_channels=.*not plausible"),
         (UNET, {"cross_attention_dim": float("nan")}, "cross_attention_dim=nan"),
         (UNET, {"time_cond_proj_dim": "x"}, "time_cond_proj_dim=x"),
-        (UNET, {"norm_eps": [None]}, r"norm_eps=.*, where UNet2DConditionModel has 1e-05 by default"),
+        (UNET, {"norm_eps": [None]}, r"norm_eps=.*, but UNet2DConditionModel has 1e-05 by default"),
         (UNET, {"freq_shift": "epsilon"}, "freq_shift=epsilon"),
         (UNET, {"block_out_channels": 7}, "block_out_channels=7"),
-        (UNET, {"layers_per_block": 10**4}, "layers_per_block=10000: no network is like that"),
+        (UNET, {"layers_per_block": 10**4}, "layers_per_block=10000: not plausible"),
         (UNET, {"quantization_config": {"quant_method": "bitsandbytes"}}, "already quantized"),
         (VAE, {"latent_channels": 16}, "takes latents of 4 channels and its vae makes 16"),
         (VAE, {"scaling_factor": None}, "scaling_factor=None"),
@@ -61,7 +61,11 @@ def change(file: Path, **changes: object) -> None:
         (VAE, {"shift_factor": "x"}, "shift_factor=x"),
         (VAE, {"block_out_channels": GONE}, "block_out_channels=None"),
         (VAE, {"block_out_channels": [8] * 100}, "block_out_channels="),
-        (VAE, {"latents_mean": [1.0] * 4, "latents_std": [1.0] * 4}, "latents_mean, which StableDiffusionPipeline"),
+        (
+            VAE,
+            {"latents_mean": [1.0] * 4, "latents_std": [1.0] * 4},
+            "latents_mean, which diffusers' StableDiffusionPipeline",
+        ),
         (SCHEDULER, {"beta_schedule": "exponential"}, "beta_schedule=exponential: only"),
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule=sigmoid: only"),
         (SCHEDULER, {"num_train_timesteps": None}, "num_train_timesteps=None"),
@@ -123,7 +127,7 @@ def test_sd3_without_t5_is_refused_by_name(tiny: TinyPipeline, tmp_path: Path) -
         pytest.skip("of sd3")
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
     change(copy / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
-    with pytest.raises(AntherError, match="was saved without its tokenizer_3, which captions are encoded with"):
+    with pytest.raises(AntherError, match="was saved without its tokenizer_3, which encodes captions"):
         recognize(copy)
 
 

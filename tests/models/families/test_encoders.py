@@ -62,7 +62,7 @@ def test_foreign_weights_are_refused_and_other_halves_are_not(folder: Path) -> N
     rewrite(encoder, lambda tensors: tensors | benign | {"vision_model.x.weight": torch.ones(1)})
     assert torch.equal(Base(folder).encode_captions(["cat"]), plain)
     rewrite(encoder, lambda tensors: tensors | {"encoder.layers.1.mlp.fc1.weight": torch.ones(1)})
-    refuse(folder, r"holds 1 weights that are none of a CLIPTextModel's")
+    refuse(folder, r"holds 1 weights that don't belong to a CLIPTextModel")
     rewrite(encoder, lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()})
     refuse(folder, "text_encoder: holds")
 
@@ -137,7 +137,7 @@ class TestTokenizers:
         captions = ["a cat 7", "fox", None]
         assert torch.equal(base.encode_captions(captions), tiny.base.encode_captions(captions))
         (copy / "tokenizer/spiece.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\n")
-        refuse(copy, r"spiece\.model: no SentencePiece model")
+        refuse(copy, r"spiece\.model: not a SentencePiece model")
 
 
 class TestCode:
@@ -157,11 +157,11 @@ class TestCode:
     @pytest.mark.parametrize(
         ("part", "entry", "match"),
         [
-            ("tokenizer", ["client.cli.enroll", "main"], "is of client.cli.enroll"),
+            ("tokenizer", ["client.cli.enroll", "main"], "is from client.cli.enroll"),
             ("tokenizer", ["transformers", "AutoTokenizer"], "is a AutoTokenizer"),
             ("text_encoder", ["transformers", "AutoModel"], "is a AutoModel"),
-            ("text_encoder", ["my_code", "CLIPTextModel"], "is of my_code"),
-            ("unet", ["antigravity", "UNet2DConditionModel"], "is of antigravity"),
+            ("text_encoder", ["my_code", "CLIPTextModel"], "is from my_code"),
+            ("unet", ["antigravity", "UNet2DConditionModel"], "is from antigravity"),
         ],
     )
     def test_classes_and_libraries(self, folder: Path, part: str, entry: list[str], match: str) -> None:
