@@ -2,7 +2,7 @@
 
     GET  /v1/anther/ca       the authority's certificate, whose fingerprint a ticket names
     GET  /v1/anther/hello    protocol versions, base, clock: a device's first request
-    POST /v1/anther/enrol    enroll with a ticket and a public key
+    POST `ENROLL_PATH`       enroll with a ticket and a public key
     GET  /v1/anther/in       whether the caller is enrolled
     /v1/anther/base/…        the base in pieces, for enrolled devices (`server.gateway.base_files`)
     POST /v1/fleet/…         Flower's fleet protocol, for enrolled devices (`server.gateway.fleet`)
@@ -48,6 +48,8 @@ from server.gateway.replies import ReplyLimits
 from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
 
 log = logging.getLogger(__name__)
+
+ENROLL_PATH = "/v1/anther/enrol"  # part of the protocol; don't change
 
 _MAX_ENROLLMENT = 16 << 10  # bytes
 _PIECE = 64 << 10  # bytes of an answer written at once: the most that a slow connection buffers
@@ -107,7 +109,7 @@ class Gateway:
             routes=[
                 Route("/v1/anther/ca", self._ca),
                 Route("/v1/anther/hello", self._hello),
-                Route("/v1/anther/enrol", self._enroll, methods=["POST"]),
+                Route(ENROLL_PATH, self._enroll, methods=["POST"]),
                 *(Route(call.path, _Endpoint(self, call), methods=["POST"]) for call in calls.CALLS),
                 Mount("", app=_Enrolled(enrolled_app, self)),
             ]

@@ -1,7 +1,7 @@
 """Registry of enrolled devices and of tickets, which work once; the number of devices per holder is limited.
 
 It is one JSON file, replaced atomically under a lock. `anther keys` writes it while the server runs, and the server
-reads it again. Of a ticket's secret, only the SHA-256 is stored.
+reads it again. Only the SHA-256 of a ticket's secret is stored.
 """
 
 from __future__ import annotations

@@ -70,7 +70,16 @@ def parse_claim(headers: Headers) -> Claim | None:
 
 
 def authenticate(headers: Headers, path: str, *, now: datetime | None = None) -> str | None:
-    """Return the key that signed this path at a time within `TOLERANCE`, in OpenSSH's form, or None."""
+    """Authenticate a request of our own.
+
+    Args:
+        headers: headers of the request.
+        path: path of the request.
+        now: time of the server (default: the current time).
+
+    Returns:
+        The key that signed the path at a time within `TOLERANCE`, in OpenSSH's form; None if there is none.
+    """
     claim = parse_claim(headers)
     return claim.name if claim is not None and claim.verify_signature(f"{claim.time} {path}", now=now) else None
 

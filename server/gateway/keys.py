@@ -73,7 +73,7 @@ def _run(directory: ServerDir, options: argparse.Namespace) -> str:
             registry.revoke(options.device)
             if not was_enrolled:
                 return f"{options.device} can no longer be used to enroll."
-            return f"{options.device} is excluded from now on. What it shared before stays in the adapter."
+            return f"{options.device} is excluded from now on. Its earlier updates stay in the adapter."
         case _:
             directory.rotate(options.host)
             return "created a new certificate; a running server presents it immediately. Devices need no change."

@@ -80,7 +80,7 @@ class RequestBudget:
         """Reserve memory for a body of this many bytes.
 
         Raises:
-            RequestRefused: other bodies use all memory, or this body would exceed the key's share and isn't its only one.
+            RequestRefused: other bodies use all memory, or the body exceeds the key's share and isn't its only one.
         """
         most, own = self._settings.request_memory_mib * 2**20, self._reserved[key]
         if self._reserved.total() + size > most or (own and own + size > most * SHARE):

@@ -1,7 +1,7 @@
 """Certificates: a federation's own authority, which devices identify by its fingerprint, and its server's certificate.
 
-Keys are EC P-256. The authority's key signs only server certificates. It may be kept elsewhere, and is needed again only
-to renew a server certificate.
+Keys are EC P-256. The authority's key signs only server certificates. It may be kept elsewhere, and is needed again
+only to renew a server certificate.
 """
 
 from __future__ import annotations

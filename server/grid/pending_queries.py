@@ -39,7 +39,13 @@ class PendingQueries:
         self._pending: dict[int, tuple[str, float]] = {}  # by node: the message's id, and when it was sent
 
     def query(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
-        """Send queries, and yield answers to these and to earlier ones; see `ValidatingGrid.query_nodes`."""
+        """Send queries, and yield answers to these and to earlier ones.
+
+        Args:
+            messages: queries; nodes with a pending query are skipped.
+            timeout: maximum seconds for an answer, after which the node is excluded.
+            wait: seconds to wait after sending a query.
+        """
         new = [message for message in messages if message.metadata.dst_node_id not in self._pending]
         now = time.monotonic()
         for message, name in zip(new, self._grid.push(new, timeout), strict=True):

@@ -96,7 +96,7 @@ class RuntimeGrid(HttpGrid):
         """Return the content of an object; None if it has not been sent yet.
 
         Raises:
-            Gone: the device stopped sending for too long, and the SuperLink has discarded the object.
+            ReplyDiscarded: the device stopped sending for too long, and the SuperLink has discarded the object.
         """
         run = self.run.run_id
         response = self._runtime_client.PullObject(PullObjectRequest(node=self.node, run_id=run, object_id=identifier))

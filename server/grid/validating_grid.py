@@ -14,7 +14,7 @@ Here each of these is the failure of one node, which is excluded for a while:
     unreachable    the message could not be sent, or only a part of the reply arrived
     silent         no reply arrived in time, several times in a row: others would wait for the node in every round
 
-Out of scope: processing of bytes inside a SuperLink and a SuperNode (`server.gateway` limits what devices may send).
+Out of scope: processing of bytes inside a SuperLink and a SuperNode (`server.gateway` limits the calls of devices).
 A SuperNode runs the app bundle of anyone who may start runs on its federation, so its owner must trust them with code
 or isolate it. Flower's node authentication decides who owns a node.
 """
@@ -51,7 +51,7 @@ from strategies.clock import WallClock
 log = logging.getLogger(__name__)
 
 _MEMORY = 2**25  # bytes to pull and unpack a reply, mostly stacks of the threads that do it
-_COPIES = 16  # copies of an adapter in memory: as pulled, as unpacked, in chunks, whole
+_COPIES = 16  # copies of an adapter in memory: as pulled, as unpacked, in chunks, complete
 _OBJECTS = 64  # objects of a reply besides the chunks of its adapter
 _POLL = 3.0  # seconds between two polls for replies, as in Flower's own grid
 _TRIES = 3  # failed polls after which a reply is abandoned

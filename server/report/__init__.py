@@ -1,1 +1,1 @@
-"""The report of a run: one HTML page that stands on its own."""
+"""The report of a run: one HTML page without external resources, plots, and experiment trackers."""

@@ -96,7 +96,13 @@ def line_chart(
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Return round values that enclose [low, high], about `about` of them."""
+    """Return round values that enclose [low, high].
+
+    Args:
+        low: smallest value.
+        high: largest value.
+        about: approximate number of ticks.
+    """
     if high <= low:
         low, high = (0.0, high) if high > 0 else (low - 1, low + 1)
     raw = (high - low) / about
@@ -107,7 +113,13 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def whole_ticks(low: int, high: int, most: int = 8) -> list[int]:
-    """Return integers from low to high, evenly spaced, at most about `most` of them."""
+    """Return evenly spaced integers.
+
+    Args:
+        low: first integer.
+        high: largest integer.
+        most: maximum number of steps between them.
+    """
     step = max(1, math.ceil((high - low) / most))
     return list(range(low, high + 1, step))
 

@@ -88,8 +88,8 @@ class Report:
     rounds: list[dict[str, Any]]
     """One entry per round: round, base and shared (mean validation losses, or None), gain and gain_error (noised, or
     None), bytes_up, bytes_down and joules (of this round, over all devices), seconds (of the slowest device), epsilon
-    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason). For a fleet with its own
-    clock also hours (at the end of the round) and lost (devices by reason)."""
+    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason). For a fleet with its
+    own clock also hours (at the end of the round) and lost (devices by reason)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     use: LoadingSnippet | None = None
@@ -196,7 +196,13 @@ def highlights(gallery: Sequence[GalleryRow], devices: Sequence[DeviceRow]) -> l
 
 
 def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | None = None) -> list[Chart]:
-    """Make the charts of a run; ε only if there is a guarantee."""
+    """Make the charts of a run; ε only if there is a guarantee.
+
+    Args:
+        rounds: entries of `Report.rounds`.
+        quality: source of seconds and joules.
+        best_round: number of the best round; None: not mentioned.
+    """
     if not rounds:
         return []
     x = [int(row["round"]) for row in rounds]
@@ -223,7 +229,7 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         chart("Validation loss", f"trimmed mean over devices{best}", loss, formatting.number, from_zero=False),
         chart(
             "Gain on validation, noised",
-            f"reduction of the base's loss by the adapter, ± {formatting.number(max(errors, default=None))} by its noise",
+            f"reduction of the base's loss, ± {formatting.number(max(errors, default=None))} by its noise",
             noised,
             formatting.number,
         ),

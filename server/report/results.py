@@ -1,9 +1,9 @@
 """Write the results of a run of real devices:  anther results [FOLDER]
 
-Writes the shared adapter for diffusers and other tools, `summary.json` and `report.html` into the run's folder (default:
-the newest of ANTHER_HOME/runs), from its last checkpoint, after the run or while it is in progress. `anther serve` does
-this at the end of a run, in a separate process, because Flower doesn't include a page's template in the bundle that a
-ServerApp runs from.
+Writes the shared adapter for diffusers and other tools, `summary.json` and `report.html` into the run's folder
+(default: the newest of ANTHER_HOME/runs), from its last checkpoint, after the run or while it is in progress. `anther
+serve` does this at the end of a run, in a separate process, because Flower doesn't include a page's template in the
+bundle that a ServerApp runs from.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class LoadingSnippet:
     loads: bool = True
     """Whether diffusers' pipeline reads adapters."""
     binned: bool = False
-    """Whether the pipeline draws other sizes than asked for unless told not to."""
+    """Whether the pipeline changes the requested size by default."""
     packed: bool = False
     """Whether the base is quantized in a format that diffusers can't read."""
     kohya: bool = True

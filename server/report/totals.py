@@ -28,7 +28,7 @@ def run_totals(history: Sequence[Round]) -> dict[str, Any]:
 
 
 def validation_losses(state: RunState) -> dict[str, float]:
-    """Return mean validation losses of the base and the best shared adapter on the same devices, if they reported any."""
+    """Return mean validation losses of the base and the best shared adapter on the same devices, if any."""
     validation = state.history[state.best_round].validation
     losses = {"base": validation.base, "shared": validation.shared}
     return {arm: loss for arm, loss in losses.items() if loss is not None} if validation.shared is not None else {}

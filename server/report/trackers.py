@@ -119,7 +119,13 @@ def round_metrics(record: Round) -> dict[str, Any]:
 
 @contextmanager
 def open_trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterator[Tracker]:
-    """Open the trackers of `conf/tracker` in a run's output folder, for a run that starts or resumes at step `start`."""
+    """Open the trackers of `conf/tracker`, and close them at the end.
+
+    Args:
+        folder: output folder of the run.
+        tensorboard: whether to write TensorBoard events too.
+        start: step at which the run starts or resumes.
+    """
     opened: list[Tracker] = [JSONL(folder / "metrics.jsonl", start=start)]
     try:
         if tensorboard:

@@ -1,1 +1,1 @@
-"""The round loop: runners (synchronous, FedBuff), collection of replies, state, checkpoints."""
+"""The round loop: synchronous and FedBuff runners, collection of replies, state and checkpoints."""

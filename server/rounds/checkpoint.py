@@ -106,7 +106,7 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
     if not rounds:
         return None
     path = rounds[-1]
-    mend = f"delete {path} to go back to " + (rounds[-2].name if len(rounds) > 1 else "the start")
+    fix = f"delete {path} to go back to " + (rounds[-2].name if len(rounds) > 1 else "the start")
     try:
         manifest = strict_json.from_plain(dict[str, str], strict_json.loads(_read(path / _MANIFEST)))
         files = {name: _read(path / name) for name in (_ADAPTER, _BEST, _MEMORY, _STATE)}
@@ -126,9 +126,9 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
             memory=_parts(decode(files[_MEMORY], saved.memory)),
         )
     except AntherError as error:
-        raise AntherError(f"{error}: {mend}") from error
+        raise AntherError(f"{error}: {fix}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # not the JSON that was written
-        raise AntherError(f"{path}: {_MANIFEST} or {_STATE} is damaged ({error}): {mend}") from error
+        raise AntherError(f"{path}: {_MANIFEST} or {_STATE} is damaged ({error}): {fix}") from error
 
 
 def _of_today(state: Any) -> Any:

@@ -54,7 +54,13 @@ def abandon_messages(grid: Grid, message_ids: Iterable[str]) -> None:
 
 
 def push(grid: Grid, messages: Iterable[Message], seconds: float) -> list[str]:
-    """Send messages, and return their ids."""
+    """Send messages, and return their ids.
+
+    Args:
+        grid: any grid.
+        messages: messages to send.
+        seconds: time limit, for a grid with time limits.
+    """
     return grid.push(messages, seconds) if isinstance(grid, TimeLimitedGrid) else list(grid.push_messages(messages))
 
 

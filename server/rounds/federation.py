@@ -97,7 +97,14 @@ def federate(
 
 
 def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, limits: RoundLimits) -> RoundRunner:
-    """Make the round runner of this configuration."""
+    """Make the round runner of a configuration.
+
+    Args:
+        config: configuration of the run; `round_loop` selects the runner.
+        grid: connection to the devices.
+        strategy: strategy of the run.
+        limits: when a round stops waiting.
+    """
     loop = config.round_loop
     if loop.mode == "sync":
         return SyncRunner(grid, strategy, limits)

@@ -92,8 +92,8 @@ class RoundRetries:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(self._reasons.items())) or "no device to ask"
         if now - self._since >= self.hours * HOUR:
             raise AntherError(
-                f"round {number} had no {quorum} accepted replies in {self._tries} tries over {self.hours:g} hours ({why})."
-                " The run stops unfinished: check the devices' logs, and start the server again to continue"
+                f"round {number} had no {quorum} accepted replies in {self._tries} tries over {self.hours:g} hours "
+                f"({why}). The run stops unfinished: check the devices' logs, and start the server again to continue"
             )
         pause = min(_LONG, _SHORT * 2 ** min(self._tries - 1, 10))
         log.warning(

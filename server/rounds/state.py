@@ -61,7 +61,13 @@ class RunState:
 
     @staticmethod
     def start(*, run: str, private: bool, adapter: Adapter) -> RunState:
-        """Return the state before round 0."""
+        """Return the state before round 0.
+
+        Args:
+            run: id of the run.
+            private: whether the best round is fixed beforehand.
+            adapter: initial shared adapter.
+        """
         return RunState(run=run, private=private, adapter=adapter, best_adapter=adapter)
 
     @property

@@ -1,1 +1,1 @@
-"""The operator's process: SuperLink, gateway and runs, and where they keep their files."""
+"""The supervisor: starts SuperLink, gateway and runs, and lays out their files."""

@@ -1,4 +1,6 @@
-"""Flower's SuperLink, restricted to its own user:  python -m server.supervisor.local_superlink ARGUMENTS-OF-flower-superlink
+"""Flower's SuperLink, restricted to its own user:  python -m server.supervisor.local_superlink ARGUMENTS
+
+The arguments are those of `flower-superlink`.
 
 Its APIs listen on a loopback port and know no passwords: a client of the control API starts runs, and a run is code.
 Flower can't listen on a Unix socket, and a network namespace isn't available everywhere (containers, hardened kernels)

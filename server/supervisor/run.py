@@ -93,7 +93,7 @@ class ServerSupervisor:
             AntherError: only the operator can fix the problem.
         """
         settings, directory = self.config.server, server_dir.of(self.config.server.folder)
-        compose(shlex.join(self.words))  # report now what the ServerApp would refuse
+        compose(shlex.join(self.words))  # raise now instead of in the ServerApp
         last = run_dirs.newest_run(shlex.join(self.words), assets.home() / "runs")
         if last is not None and run_dirs.is_finished(last) and not settings.allow_rerun:
             raise AntherError(f"{last}: the run of this configuration is over; server.allow_rerun=true begins another")

@@ -44,7 +44,7 @@ def pem(key) -> bytes:
 
 
 def signed(key, path: str | None = None, *, at: datetime | None = None, claimed_key=None) -> dict[str, str]:
-    """Return authentication headers: signed over time and path, as our own calls, or over the time only, as Flower's."""
+    """Return authentication headers, signed over time and path (as our own calls) or only the time (as Flower's)."""
     moment = (at or datetime.now(UTC)).isoformat()
     text = moment if path is None else f"{moment} {path}"
     return {

@@ -130,7 +130,7 @@ class FakeNode:
         return reply
 
     def push(self, reply: Message, *, objects: int | None = None, tree: ObjectTree | None = None) -> Callable[[], None]:
-        """Send a reply's head and tree, and some of its objects (None: all); return a function that sends the others."""
+        """Send a reply's head, tree and first objects (None: all); return a function that sends the others."""
         state = self.link.state
         session = state.start_session(self.link.run)
         head = remove_content_from_message(reply)

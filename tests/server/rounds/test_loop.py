@@ -150,7 +150,7 @@ class _MinuteClock:
 
 
 def leave_after_first_round(folder, counts, **settings):
-    """Run four devices, some of which leave after the first round."""
+    """Run four devices; some leave after the first round."""
     grid = _LeavingGrid([FakeDevice(name) for name in "abcd"], [4])
 
     def on_round(done):
