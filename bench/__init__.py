@@ -1,1 +1,5 @@
 """Measured claims: commands that print a table and write JSON, each against a named peer in the same run."""
+
+from common import moved_commands
+
+moved_commands.install()

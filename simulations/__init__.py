@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from common import moved_commands
+
 if TYPE_CHECKING:
     from simulations.run import SimulationResult, simulate
 
 __all__ = ["SimulationResult", "simulate"]
+
+moved_commands.install()
 
 
 def __getattr__(name: str) -> Any:

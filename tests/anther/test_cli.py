@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 
 from anther import cli
+from anther.commands import Command, benchmarks
 from common import processes
 
 ROOT = Path(__file__).parents[2]
@@ -87,20 +90,24 @@ def test_every_child_is_started_so() -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"anther {name} " in listed for name in cli.COMMANDS)
+    assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+    assert all(f"\n{title}\n" in listed for title in cli.GROUPS)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_of_a_group_lists_its_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["device", flag]) == 0
     listed = capsys.readouterr().out
-    assert {name for name in cli.COMMANDS if f"anther {name} " in listed} == set(cli.group("device"))
+    assert {name for name in cli.COMMANDS if f"\n  {name} " in listed} == set(cli.group("device"))
 
 
-@pytest.mark.parametrize(("module", "summary"), cli.COMMANDS.values())
-def test_every_command_is_there(module: str, summary: str) -> None:
-    assert callable(importlib.import_module(module).main)
-    assert summary
+@pytest.mark.parametrize("command", cli.COMMANDS.values(), ids=cli.COMMANDS)
+def test_command_exists(command: Command) -> None:
+    assert callable(importlib.import_module(command.module).main)
+    assert command.help
+    if command.schema:
+        module, _, name = command.schema.partition(":")
+        assert is_dataclass(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,7 @@ def test_every_command_is_there(module: str, summary: str) -> None:
         (["device", "enrol"], "needs one of: enroll"),
         (["device", "ledge"], "did you mean anther device ledger?"),
         (["xyzzy"], "anther --help"),
+        (["client.enroll"], "client.enroll: moved to anther device enroll"),
     ],
 )
 def test_unknown_commands_get_a_hint(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,3 +129,29 @@ def test_unknown_commands_get_a_hint(words: list[str], said: str, capsys: pytest
 def test_words_reach_the_command(program: Path, tmp_path: Path) -> None:
     done = run(program, tmp_path, "simulate", "rounds=0")
     assert (done.returncode, done.stderr) == (2, "error: rounds=0: must be 1 or more\n")
+
+
+def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench"]) == 0
+    listed = capsys.readouterr().out
+    assert {"gate", "soak", "federation"} <= benchmarks().keys()
+    assert all(f"  {name} " in listed and summary in listed for name, (_, summary) in benchmarks().items())
+
+
+def test_unknown_benchmark_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "gat"]) == cli.USAGE
+    assert capsys.readouterr().err == "error: anther bench gat: no such benchmark; did you mean gate?\n"
+
+
+def test_benchmark_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "gate", "--help"])
+    assert stop.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_benchmarks_of_an_installation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmarks.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert cli.main(["bench", "gate"]) == cli.USAGE
+    assert "run it in a checkout" in capsys.readouterr().err
