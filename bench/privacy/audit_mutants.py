@@ -7,7 +7,7 @@ from bench.privacy.mutants import Mutant
 _BROKEN = "tests/simulations/test_broken.py"
 _HONEST = f"{_BROKEN}::test_honest_source_passes"
 _FIT = "tests/privacy/audit/test_goodness_of_fit.py"
-_FOUND = f"{_FIT}::test_broken_noise_is_found_by_the_test_that_is_meant_to"
+_FOUND = f"{_FIT}::test_broken_noise_is_detected_by_its_test"
 _BOUNDS = "tests/privacy/audit/test_empirical.py"
 _VERDICTS = "tests/simulations/audit/test_verdicts.py"
 
@@ -94,7 +94,7 @@ AUDIT_MUTANTS = (
         "privacy/audit/goodness_of_fit.py",
         "below + (up_to - below) * generator.random(len(sizes))",
         "(below + up_to) / 2",
-        f"{_FIT}::test_poisson_batches_become_normal",
+        f"{_FIT}::test_poisson_batches_transform_to_normal",
     ),
     Mutant(
         "NaN p-value passes",
@@ -129,21 +129,21 @@ AUDIT_MUTANTS = (
         "privacy/audit/goodness_of_fit.py",
         "/ chi2.ppf(power, count)))",
         "/ chi2.ppf(0.5, count)))",
-        f"{_FIT}::test_shortfall_is_found_with_the_power_that_is_said",
+        f"{_FIT}::test_shortfall_is_detected_with_stated_power",
     ),
     Mutant(
         "guessing advantage overestimated",
         "privacy/audit/empirical.py",
         "chance = (1 + tradeoff.advantage(event)) / 2",
         "chance = tradeoff.advantage(event)",
-        f"{_BOUNDS}::test_half_the_noise_is_refuted_by_guesses_alone_and_honest_noise_is_not[4.0]",
+        f"{_BOUNDS}::test_half_noise_is_refuted_and_honest_is_not[4.0]",
     ),
     Mutant(
         "claim refuted at the bounds' confidence",
         "privacy/audit/empirical.py",
         "(1 - confidence) / tests, false_alarms / tests",
         "(1 - confidence) / tests, (1 - confidence) / tests",
-        f"{_BOUNDS}::test_a_bound_that_is_above_its_claim_by_chance_refutes_nothing",
+        f"{_BOUNDS}::test_chance_excess_does_not_refute",
     ),
     Mutant(
         "influence on other examples ignored",

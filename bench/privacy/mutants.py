@@ -15,7 +15,7 @@ class Mutant(NamedTuple):
     test: str
 
 
-_NEIGHBOURS = "tests/privacy/test_neighbors.py::test_one_picture_moves_each_sum_by_the_clip_at_most"
+_NEIGHBOURS = "tests/privacy/test_neighbors.py::test_removing_picture_changes_sums_by_clip_at_most"
 _NOISE = "tests/privacy/test_noise.py"
 _LATTICE = "tests/privacy/test_lattice.py"
 _AUDIT = "tests/simulations/audit/test_canaries.py"
@@ -118,7 +118,7 @@ EXAMPLE_MUTANTS = (
         "training/batches.py",
         "weights=np.full(len(draw_numbers), 1 / draws),\n",
         "weights=np.full(len(draw_numbers), 1 / max(1, len(draw_numbers))),\n",
-        "tests/privacy/test_neighbors.py::test_one_picture_beside_copies_of_another",
+        "tests/privacy/test_neighbors.py::test_one_picture_among_copies_of_another",
     ),
     Mutant(
         "shuffle accounted as Poisson",
@@ -209,7 +209,7 @@ EXAMPLE_MUTANTS = (
         "privacy/bounded_sum.py",
         "int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))",
         "round(noise_multiplier * bounded.sensitivity * float(noise.rounded_gaussian(1, 2.0**23).float()) / 2**23)",
-        f"{_LATTICE}::test_the_noise_on_a_gain_is_as_fine_as_its_steps",
+        f"{_LATTICE}::test_gain_noise_has_resolution_of_its_steps",
     ),
     Mutant(
         "undecided roundings not refined",
@@ -244,7 +244,7 @@ EXAMPLE_MUTANTS = (
         "privacy/clipping.py",
         "    gradients.trunc_()\n",
         "",
-        f"{_LATTICE}::test_a_device_releases_whole_steps_that_fit_any_pictures",
+        f"{_LATTICE}::test_device_release_is_consistent_with_any_pictures",
     ),
     Mutant(
         "integer sums in float32",
@@ -272,7 +272,7 @@ EXAMPLE_MUTANTS = (
         "privacy/ledger/ledger.py",
         "if entry.state == RESERVED:\n                self._storage.write",
         "if True:\n                self._storage.write",
-        "tests/privacy/ledger/test_ledger.py::test_a_second_seal_sends_the_first_reply",
+        "tests/privacy/ledger/test_ledger.py::test_second_seal_returns_the_first_reply",
     ),
     Mutant(
         "dropped device refunded",
@@ -497,14 +497,14 @@ DEVICE_MUTANTS = (
         "privacy/central.py",
         "signal_to_noise(mean, noise_stddev), next_clip",
         "signal_to_noise(clipped.total.steps * clipped.total.step / self.expected, noise_stddev), next_clip",
-        f"{_LATTICE}::test_all_that_the_server_tells_is_a_function_of_the_noised_integers",
+        f"{_LATTICE}::test_server_outputs_depend_on_noised_integers_only",
     ),
     Mutant(
         "diagnostic before noise",
         "strategies/central_dp.py",
         '"noise": facts.deviation}',
         '"noise": facts.deviation, "moved": float(clipped.total.steps.abs().max())}',
-        f"{_LATTICE}::test_all_that_the_server_tells_is_a_function_of_the_noised_integers",
+        f"{_LATTICE}::test_server_outputs_depend_on_noised_integers_only",
     ),
     Mutant(
         "updates rounded to nearest",
@@ -518,7 +518,7 @@ DEVICE_MUTANTS = (
         "privacy/sensitivity.py",
         "noise.rounded_gaussian(len(self.steps), stddev)",
         "(noise.rounded_gaussian(len(self.steps), 2.0**10).half().double() / 2**10 * stddev).round().long()",
-        f"{_LATTICE}::test_the_server_releases_whole_steps_that_fit_any_devices",
+        f"{_LATTICE}::test_server_release_is_consistent_with_any_devices",
     ),
     Mutant(
         "simulated noise on a real server",

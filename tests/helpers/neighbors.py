@@ -1,8 +1,8 @@
-"""A real device on data sets that differ by one picture, with all noise left out.
+"""Run a real device, without noise, on data sets that differ by one picture.
 
-What may be known before a release is made equal in both runs, as adaptive composition allows: the adapters sent, and
-every release so far. A release is looked at where it is handed over, to the optimiser, so that whatever comes before is
-on trial; then another one, the same in both runs, takes its place.
+Everything that is known before a release is made equal in both runs, as adaptive composition allows: the sent adapters,
+and all earlier releases. A release is intercepted where it is passed to the optimizer, so that all code before it is
+tested. The optimizer then gets another value, the same in both runs.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from training.jobs import Job, Picture, Result
 from training.optimizer import AdamW
 
 PLENTY = 2**30
-SENT, STEPS, DIVISOR = 3, 4, 4  # directions sent, steps of a round, and what a plan has sums divided by
+SENT, STEPS, DIVISOR = 3, 4, 4  # rank of the sent adapter, steps of a round, and the plan's divisor
 
 Change = Callable[[jobs.TrainJob, Device], jobs.TrainJob]
 
 
-class Still:
-    """No noise; whoever joins a batch does so by who it is, not by its place among the others.
+class NoNoise:
+    """Noise source without noise, whose batches depend on the identities of pictures, not on their positions.
 
     Args:
-        members: the numbers of those that are there.
-        batches: the numbers that join each batch, if they are there; after these everybody.
+        members: numbers of the existing pictures.
+        batches: numbers that join each batch if they exist; later batches have all members.
     """
 
     release = False
@@ -56,42 +56,44 @@ class Still:
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         assert size == len(self._members)
-        joining = next(self._batches, self._members)
-        return torch.tensor([place for place, who in enumerate(self._members) if who in joining], dtype=torch.long)
+        members_of_batch = next(self._batches, self._members)
+        return torch.tensor(
+            [place for place, who in enumerate(self._members) if who in members_of_batch], dtype=torch.long
+        )
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
         return torch.zeros(size, dtype=torch.int64, device=device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mode:
-    """One way of training in private that a device allows."""
+class TrainingMode:
+    """A configuration of private training that a device allows."""
 
-    clip: float = 1e-4  # every gradient of the tiny base is far longer
+    clip: float = 1e-4  # far below every gradient norm of the tiny base
     rank: int = SENT
     trains: str = "both"
-    every: int = 1  # of the sites, one in so many is trained
+    every: int = 1  # train every n-th site
     draws: int = 1
     memory: int = PLENTY
-    update: str = "fp32"  # otherwise half of it, and the rest with the next round's
-    change: Change = lambda job, _device: job  # for what the trainer allows and no plan asks for
+    update: str = "fp32"  # otherwise half of the blocks, and the rest with the next round
+    change: Change = lambda job, _device: job  # for options of the trainer that no plan sets
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """What a device did in two rounds, with a personal adapter trained in between."""
+class DeviceOutputs:
+    """Outputs of a device in two rounds, with a personal adapter trained in between."""
 
     sums: list[list[Tensor]]
-    """Of each round, what each step's noise was to hide [D]."""
+    """For each round, the sums [D] that the noise of each step would hide."""
     replies: list[Reply]
     personal: Tensor
 
 
-def picture(seed: int) -> Picture:
+def random_picture(seed: int) -> Picture:
     return Picture(np.random.default_rng(seed).integers(0, 256, (16, 16), np.uint8), f"picture {seed}")
 
 
-def device_on(
+def device_with_base(
     base: Base, folder: Path, name: str, pictures: Pictures, noise: Callable[[int, str], NoiseSource]
 ) -> Device:
     """A device that holds this base."""
@@ -101,7 +103,7 @@ def device_on(
 
 
 def plan(base: Base, **changes: object) -> TrainingPlan:
-    """What a device is asked to do, without privacy."""
+    """A training plan, without privacy unless set."""
     usual = TrainingPlan(
         run="run", round=0, base=base.hash, rank=SENT, steps=STEPS, batch_size=DIVISOR, learning_rate=1e-2
     )
@@ -109,20 +111,20 @@ def plan(base: Base, **changes: object) -> TrainingPlan:
 
 
 def adapter(base: Base, seed: int, between: Adapter | None = None) -> Adapter:
-    """What the server sends, no factor of it zero; with a frame, of cores between its factors."""
+    """The adapter that the server sends, with no zero factor; with LoRA-XS bases, cores between them."""
     found = {name: Factors(*(part.float() for part in pair)) for name, pair in live(base, SENT, seed).items()}
     if between is None:
         return found
     return {name: Factors(a, left @ (left.T @ found[name].b)) for name, (a, left) in between.items()}
 
 
-def fixed(base: Base) -> Adapter:
-    """A frame, as it travels."""
+def lora_xs_bases(base: Base) -> Adapter:
+    """LoRA-XS bases in the precision in which they are sent."""
     return {name: Factors(*(part.float() for part in pair)) for name, pair in random_bases(base, SENT, 0).items()}
 
 
-def personalise(sent: Adapter, number: int) -> Personalize:
-    """A personal adapter that fits its pictures closely: with other pictures it is quite another."""
+def personalize_request(sent: Adapter, number: int) -> Personalize:
+    """Train a personal adapter that fits its pictures closely, so that it is very different for other pictures."""
     return Personalize(
         run="run",
         round=number,
@@ -141,32 +143,36 @@ def two_rounds(
     folder: Path,
     pictures: Sequence[Picture],
     members: Sequence[int],
-    mode: Mode,
+    mode: TrainingMode,
     batches: Sequence[Collection[int]],
-) -> Seen:
-    """`client.rounds.handler` and `training.engine` on those of the pictures that are there.
+) -> DeviceOutputs:
+    """Run `client.rounds.handler` and `training.engine` on a subset of the pictures.
 
     Args:
-        members: the places of those that are there.
-        batches: the places of those that join each step, if they are there.
+        base: the base.
+        folder: folder of the device.
+        pictures: all pictures.
+        members: indices of the existing pictures.
+        mode: configuration of training.
+        batches: indices that join each step, if they exist.
     """
     held = Pictures(tuple(pictures[member] for member in members), (), ())
-    device = device_on(base, folder, "d", held, lambda _round, _purpose: Still(members, batches))
-    between = fixed(base) if mode.trains == "cores" else None
+    device = device_with_base(base, folder, "d", held, lambda _round, _purpose: NoNoise(members, batches))
+    between = lora_xs_bases(base) if mode.trains == "cores" else None
     privacy = dataclasses.replace(PRIVACY, clip=mode.clip, draws=mode.draws)
     sums: list[list[Tensor]] = []
 
-    def performed(asked: list[Job]) -> Sequence[Result | Exception]:
+    def run_jobs(asked: list[Job]) -> Sequence[Result | Exception]:
         (job,) = asked
         if not (isinstance(job, jobs.TrainJob) and job.privacy):
             return perform(base, asked, memory=PLENTY, timesteps=2)
-        with told_the_optimiser(mode.clip, job.round) as told:
+        with intercept_gradients(mode.clip, job.round) as intercepted:
             found = perform(base, [mode.change(job, device)], memory=mode.memory, timesteps=2)
-        sums.append(told)
+        sums.append(intercepted)
         return found
 
     def ask(request: Request) -> Reply:
-        outcome = run_handlers({"d": handle(request, device)}, performed)["d"]
+        outcome = run_handlers({"d": handle(request, device)}, run_jobs)["d"]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -181,30 +187,34 @@ def two_rounds(
             asked = dataclasses.replace(asked, update=mode.update, keep=0.5, feedback=True)
         return ask(Train(plan=asked, adapter=tensor_codec.encode(tensors)))
 
-    replies = [train(1), ask(personalise(adapter(base, 1, between), 1)), train(2)]
-    kept = device.store.personal(base.sites)
-    assert kept is not None
-    return Seen(sums, replies, torch.cat([part.flatten() for pair in kept.adapter.values() for part in pair]))
+    replies = [train(1), ask(personalize_request(adapter(base, 1, between), 1)), train(2)]
+    personal = device.store.personal(base.sites)
+    assert personal is not None
+    return DeviceOutputs(
+        sums, replies, torch.cat([part.flatten() for pair in personal.adapter.values() for part in pair])
+    )
 
 
 @contextmanager
-def told_the_optimiser(length: float, key: int) -> Iterator[list[Tensor]]:
-    """What each step tells it, in units of the sum, float64 [D]; it hears something else, of about this length."""
-    told: list[Tensor] = []
+def intercept_gradients(length: float, key: int) -> Iterator[list[Tensor]]:
+    """Record the optimizer's input at each step, in units of the sum, float64 [D], and replace it by another of similar
+    norm.
+    """
+    intercepted: list[Tensor] = []
     really = AdamW.step
 
     def step(self: AdamW, rows: Sequence[int], gradients: Tensor) -> None:
         (gradient,) = gradients.double()
-        told.append(gradient * DIVISOR)
-        drawn = torch.randn(len(gradient), generator=torch.Generator().manual_seed(derive_seed(key, len(told))))
+        intercepted.append(gradient * DIVISOR)
+        drawn = torch.randn(len(gradient), generator=torch.Generator().manual_seed(derive_seed(key, len(intercepted))))
         really(self, rows, (drawn * length / DIVISOR / len(drawn) ** 0.5).to(gradients)[None])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdamW, "step", step)
-        yield told
+        yield intercepted
 
 
-def distances(one: Seen, other: Seen) -> Tensor:
-    """By how much the sums of two runs differ, in L2 norm: [rounds, steps]."""
+def distances(one: DeviceOutputs, other: DeviceOutputs) -> Tensor:
+    """L2 distances of the sums of two runs: [rounds, steps]."""
     pairs = zip(one.sums, other.sums, strict=True)
     return torch.stack([torch.stack(a).sub(torch.stack(b)).norm(dim=1) for a, b in pairs])

@@ -1,4 +1,4 @@
-"""One device's storage in both its forms, and a way past it to what really lies there."""
+"""One device's storage in both implementations, with direct access to the stored data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from simulations.fleet.storage import FILE, Database
 NAME, JOURNAL, MARKER = "device", "ledger.jsonl", "enrolled"
 
 
-class Kept(Protocol):
-    """What one device keeps, seen from outside."""
+class StoredDevice(Protocol):
+    """The stored data of one device, seen from outside."""
 
     def storage(self) -> Storage:
-        """Opened anew, as another process would."""
+        """Open the storage anew, as another process would."""
         ...
 
     def lines(self) -> list[bytes]:
-        """The ledger's."""
+        """The lines of the ledger."""
         ...
 
     def put_lines(self, lines: Sequence[bytes]) -> None: ...
@@ -30,19 +30,19 @@ class Kept(Protocol):
     def head(self) -> bytes | None: ...
 
     def put_head(self, data: bytes | None) -> None:
-        """None: remove it."""
+        """Replace the head; None removes it."""
         ...
 
     def blobs(self) -> dict[str, bytes]:
-        """All but the marker."""
+        """All blobs except the marker."""
         ...
 
     def put_blob(self, name: str, data: bytes | None) -> None:
-        """None: remove it."""
+        """Replace a blob; None removes it."""
         ...
 
 
-class KeptFiles:
+class FileDevice:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / NAME
 
@@ -77,7 +77,7 @@ class KeptFiles:
             path.write_bytes(data)
 
 
-class KeptRows:
+class DatabaseDevice:
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
 
@@ -114,4 +114,4 @@ class KeptRows:
             return connection.execute(statement, values).fetchall()
 
 
-FORMS = (KeptFiles, KeptRows)
+STORED_DEVICES = (FileDevice, DatabaseDevice)

@@ -27,7 +27,7 @@ CUT = 1e-5  # relative loss of a norm by clipping, in addition to truncation
 
 @st.composite
 def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[list[float]], list[int]]:
-    """Gradients [N, D], counts [R], bounds [R, L] and segments [L], including owners without rows and parts of width 0."""
+    """Gradients [N, D], counts [R], bounds [R, L] and segments [L], also empty owners and parts of width 0."""
     counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= least))
     segments = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     bounds = draw(

@@ -1,4 +1,4 @@
-"""What is encrypted can be neither read, changed, swapped nor cut without the key, and is what it was with it."""
+"""Encryption at rest: without the key, data can't be read, changed, swapped or truncated undetected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def storage(folder: Path, *, key: bytes = SECRET, store: str = "s") -> Encrypted
     return EncryptedStorage(FileStorage(folder / "store"), StoreCipher(key, store), lambda name: name == "enrolled")
 
 
-def test_a_ledger_lives_in_it_as_in_any_storage(tmp_path: Path) -> None:
+def test_ledger_works_in_encrypted_storage(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         ledger = DeviceLedger(storage(tmp_path))
         ledger.reserve(replace(FIRST, round=number), free, settles=True)
@@ -49,11 +49,11 @@ def test_a_ledger_lives_in_it_as_in_any_storage(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=300), st.text(max_size=20), st.integers(0, 10**6))
-def test_what_is_sealed_comes_back_and_only_as_what_it_was(data: bytes, name: str, number: int) -> None:
+def test_decryption_requires_same_key_and_context(data: bytes, name: str, number: int) -> None:
     cipher = StoreCipher(SECRET, "s")
     sealed = cipher.encrypt(data, "blob", name)
     assert cipher.decrypt(sealed, "", "blob", name) == data
-    assert sealed != cipher.encrypt(data, "blob", name)  # no nonce comes twice
+    assert sealed != cipher.encrypt(data, "blob", name)  # nonces are random
     line = cipher.encrypt_line(data, name, number)
     assert b"\n" not in line
     assert cipher.decrypt_line(line, "", name, number) == data
@@ -75,7 +75,7 @@ def test_what_is_sealed_comes_back_and_only_as_what_it_was(data: bytes, name: st
             other()
 
 
-def test_every_byte_of_a_blob_counts() -> None:
+def test_changed_byte_is_detected() -> None:
     cipher = StoreCipher(SECRET, "s")
     sealed = cipher.encrypt(b"an adapter", "blob", "x")
     for index in range(len(sealed)):
@@ -85,7 +85,7 @@ def test_every_byte_of_a_blob_counts() -> None:
             cipher.decrypt(bytes(changed), "", "blob", "x")
 
 
-def test_swapped_blobs_are_found_out(tmp_path: Path) -> None:
+def test_swapped_blobs_are_detected(tmp_path: Path) -> None:
     kept, folder = storage(tmp_path), tmp_path / "store"
     for name in ("personal.safetensors", "previous.safetensors", "federations/a/personal.safetensors"):
         kept.write(name, name.encode())
@@ -103,7 +103,7 @@ def test_swapped_blobs_are_found_out(tmp_path: Path) -> None:
         kept.read("previous.safetensors")
 
 
-def journal_of(folder: Path, rounds: int) -> list[bytes]:
+def journal_with_rounds(folder: Path, rounds: int) -> list[bytes]:
     ledger = DeviceLedger(storage(folder))
     for number in range(1, rounds + 1):
         ledger.reserve(replace(FIRST, round=number), free)
@@ -111,8 +111,8 @@ def journal_of(folder: Path, rounds: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("change", ["swap", "copy", "cut", "open", "none"])
-def test_lines_that_were_moved_are_found_out(change: str, tmp_path: Path) -> None:
-    lines = journal_of(tmp_path, 3)
+def test_moved_lines_are_detected(change: str, tmp_path: Path) -> None:
+    lines = journal_with_rounds(tmp_path, 3)
     changed = {
         "swap": [lines[0], lines[2], lines[1], lines[3]],
         "copy": [lines[0], lines[1], lines[1], lines[3]],
@@ -125,9 +125,9 @@ def test_lines_that_were_moved_are_found_out(change: str, tmp_path: Path) -> Non
         DeviceLedger(storage(tmp_path)).entries()
 
 
-def test_a_head_of_another_ledger_under_the_same_key(tmp_path: Path) -> None:
-    journal_of(tmp_path / "a", 1)
-    journal_of(tmp_path / "b", 3)
+def test_head_of_another_ledger_is_rejected(tmp_path: Path) -> None:
+    journal_with_rounds(tmp_path / "a", 1)
+    journal_with_rounds(tmp_path / "b", 3)
     shutil.copy(tmp_path / "b/store.heads" / JOURNAL, tmp_path / "a/store.heads" / JOURNAL)
     with pytest.raises(AntherError, match="brought from elsewhere"):
         DeviceLedger(storage(tmp_path / "a")).entries()
@@ -137,8 +137,8 @@ def test_a_head_of_another_ledger_under_the_same_key(tmp_path: Path) -> None:
         DeviceLedger(storage(tmp_path / "b")).entries()
 
 
-def test_a_torn_last_line_is_cut_off_as_without(tmp_path: Path) -> None:
-    lines = journal_of(tmp_path, 2)
+def test_torn_last_line_is_removed(tmp_path: Path) -> None:
+    lines = journal_with_rounds(tmp_path, 2)
     (tmp_path / "store" / JOURNAL).write_bytes(b"".join(lines) + lines[-1][:20])
     ledger = DeviceLedger(storage(tmp_path))
     assert len(ledger.entries()) == 2
@@ -146,7 +146,7 @@ def test_a_torn_last_line_is_cut_off_as_without(tmp_path: Path) -> None:
     assert len(DeviceLedger(storage(tmp_path)).entries()) == 3
 
 
-def test_a_seal_knows_its_key_and_how_far_it_has_come() -> None:
+def test_header_stores_key_proof_and_state() -> None:
     seal = EncryptionHeader.read(EncryptionHeader.create(SECRET, ENCRYPTING).to_json(), "sealed")
     seal.check(SECRET, "sealed")
     for other, key in (
@@ -161,7 +161,7 @@ def test_a_seal_knows_its_key_and_how_far_it_has_come() -> None:
             EncryptionHeader.read(data, "sealed")
 
 
-def test_the_reply_is_the_one_that_was_sealed(tmp_path: Path) -> None:
+def test_sealed_reply_is_verified(tmp_path: Path) -> None:
     ledger = DeviceLedger(storage(tmp_path))
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"reply")

@@ -1,6 +1,7 @@
-"""One picture more or less moves every sum by the clip at most, in every mode; and what would break it is seen to.
+"""Sensitivity of a device's releases: removing one picture changes every sum by at most the clip, in every mode.
 
-The larger data set is the smaller one and one more picture, which joins batches alone, with all others and not at all.
+The larger data set is the smaller one plus one picture, which joins a batch by itself, with all others, or not at all.
+Planted mistakes exceed the bound.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from tests.helpers.neighbors import (
     DIVISOR,
     PLENTY,
     STEPS,
-    Mode,
-    Seen,
-    Still,
+    DeviceOutputs,
+    NoNoise,
+    TrainingMode,
     adapter,
-    device_on,
+    device_with_base,
     distances,
-    personalise,
-    picture,
+    personalize_request,
+    random_picture,
     two_rounds,
 )
 from tests.helpers.reference_trainer import examples, private, room
@@ -45,10 +46,10 @@ from training.engine import perform
 from training.jobs import Examples, Prior, TrainJob
 from training.microbatching import EntryQueue, Microbatch
 
-PICTURES = [picture(seed) for seed in range(4)]
-EVERYBODY = list(range(len(PICTURES)))
-EXACT, ROUNDED = 1e-9, 2e-5  # in float64, and in the float32 of devices
-CUT = 1e-4  # what the clip and the grid take at most
+PICTURES = [random_picture(seed) for seed in range(4)]
+ALL_PICTURES = list(range(len(PICTURES)))
+EXACT, ROUNDED = 1e-9, 2e-5  # tolerance in float64, and in a device's float32
+CUT = 1e-4  # maximum loss by clipping and truncation
 
 
 @pytest.fixture(scope="module")
@@ -56,146 +57,146 @@ def fine(pipeline_folder: Path) -> Base:
     return Base(pipeline_folder, sites=ATTENTION, compute="fp64")
 
 
-def per_site(job: TrainJob, _device: Device) -> TrainJob:
+def clip_per_site(job: TrainJob, _device: Device) -> TrainJob:
     assert job.privacy
     return dataclasses.replace(job, privacy=dataclasses.replace(job.privacy, per_site=True))
 
 
-def views(job: TrainJob, _device: Device) -> TrainJob:
-    """Each picture, and its mirror image."""
+def mirrored_views(job: TrainJob, _device: Device) -> TrainJob:
+    """Each picture and its mirror image."""
     latents, context = job.examples
     both = torch.stack([latents, latents.flip(-1)], dim=1).flatten(0, 1)
     return dataclasses.replace(job, examples=Examples(both, context.repeat_interleave(2, 0)), views=2)
 
 
-def prior(job: TrainJob, _device: Device) -> TrainJob:
+def with_prior(job: TrainJob, _device: Device) -> TrainJob:
     latents, context = job.examples
     pool = Examples(latents.new_zeros(2, *latents.shape[1:]), context.new_ones(2, *context.shape[1:]))
     return dataclasses.replace(job, prior=Prior(examples=pool, weight=0.5))
 
 
-def all_of_them(job: TrainJob, device: Device) -> TrainJob:
-    return prior(views(per_site(job, device), device), device)
+def all_options(job: TrainJob, device: Device) -> TrainJob:
+    return with_prior(mirrored_views(clip_per_site(job, device), device), device)
 
 
 MODES = {
-    "clipped": Mode(),
-    "some clipped": Mode(clip=0.05),
-    "nothing clipped": Mode(clip=1.0),
-    "ranks frozen beside": Mode(rank=2),
-    "three draws, some clipped": Mode(draws=3, clip=0.03),
-    "per site": Mode(change=per_site),
-    "views": Mode(change=views, draws=3),
-    "prior": Mode(change=prior, draws=2),
-    "all of them, some clipped": Mode(change=all_of_them, draws=2, rank=2, clip=0.05),
+    "clipped": TrainingMode(),
+    "some clipped": TrainingMode(clip=0.05),
+    "nothing clipped": TrainingMode(clip=1.0),
+    "ranks frozen beside": TrainingMode(rank=2),
+    "three draws, some clipped": TrainingMode(draws=3, clip=0.03),
+    "per site": TrainingMode(change=clip_per_site),
+    "views": TrainingMode(change=mirrored_views, draws=3),
+    "prior": TrainingMode(change=with_prior, draws=2),
+    "all of them, some clipped": TrainingMode(change=all_options, draws=2, rank=2, clip=0.05),
 }
-PASSES = {  # with the entries that fit in one
-    "two pictures": (2, Mode(clip=0.05)),
-    "a piece of a picture": (2, Mode(draws=3, clip=0.03)),
-    "a piece of one with everything else": (3, Mode(change=all_of_them, draws=4, rank=2)),
+PASSES = {  # with the number of entries per pass
+    "two pictures": (2, TrainingMode(clip=0.05)),
+    "a piece of a picture": (2, TrainingMode(draws=3, clip=0.03)),
+    "a piece of one with everything else": (3, TrainingMode(change=all_options, draws=4, rank=2)),
 }
 ON_DEVICES = {
-    "factors": Mode(),
-    "cores": Mode(trains="cores"),
-    "cores, frozen beside, draws": Mode(trains="cores", rank=2, draws=3, clip=0.02),
-    "cores per site": Mode(trains="cores", change=per_site),
-    "B alone": Mode(trains="b"),
-    "A alone, some sites, frozen beside": Mode(trains="a", every=2, rank=2, draws=2),
-    "a B of its own, some sites": Mode(trains="split", every=2, clip=0.05),
-    "rounded, the rest carried over": Mode(update="int4", clip=0.02),
+    "factors": TrainingMode(),
+    "cores": TrainingMode(trains="cores"),
+    "cores, frozen beside, draws": TrainingMode(trains="cores", rank=2, draws=3, clip=0.02),
+    "cores per site": TrainingMode(trains="cores", change=clip_per_site),
+    "B alone": TrainingMode(trains="b"),
+    "A alone, some sites, frozen beside": TrainingMode(trains="a", every=2, rank=2, draws=2),
+    "a B of its own, some sites": TrainingMode(trains="split", every=2, clip=0.05),
+    "rounded, the rest carried over": TrainingMode(update="int4", clip=0.02),
 }
 QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
 QUICK |= {"rounded, the rest carried over", "a B of its own, some sites"}
 
 
-def some_slow(names: Iterable[str]) -> list[ParameterSet]:
-    """A sample of the modes in the normal suite, and the others marked slow."""
+def mark_slow(names: Iterable[str]) -> list[ParameterSet]:
+    """Mark all but a sample of the modes as slow."""
     return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
-def neighbours(base: Base, folder: Path, mode: Mode, *, removed: int) -> tuple[Seen, Seen]:
-    """The same two rounds with and without one of the pictures."""
-    rest = [member for member in EVERYBODY if member != removed]
-    batches = [[removed], [], EVERYBODY, rest]
+def run_neighbors(base: Base, folder: Path, mode: TrainingMode, *, removed: int) -> tuple[DeviceOutputs, DeviceOutputs]:
+    """Run the same two rounds with and without one of the pictures."""
+    rest = [member for member in ALL_PICTURES if member != removed]
+    batches = [[removed], [], ALL_PICTURES, rest]
     found = (
         two_rounds(base, folder / name, PICTURES, members, mode, batches)
-        for name, members in (("with", EVERYBODY), ("without", rest))
+        for name, members in (("with", ALL_PICTURES), ("without", rest))
     )
     having, without = found
     return having, without
 
 
-def check(having: Seen, without: Seen, clip: float, rounding: float) -> None:
-    """Of a picture that joined the first and third step of each round."""
+def check_sensitivity(having: DeviceOutputs, without: DeviceOutputs, clip: float, rounding: float) -> None:
+    """Check the sums when the removed picture joins the first and third step of each round."""
     moved = distances(having, without) / clip
     assert moved.shape == (2, STEPS)
     assert (moved <= 1 + rounding).all()
     assert (moved[:, [0, 2]] > 1e-6).all()
     assert (moved[:, [1, 3]] <= rounding).all()
-    if clip <= MODES["clipped"].clip:  # the bound is reached
+    if clip <= MODES["clipped"].clip:  # the bound is attained
         assert (moved[:, [0, 2]] >= 1 - CUT).all()
     assert all(total.norm() > 0 for sums in without.sums for total in sums[2:])
     assert all(total.norm() == 0 for sums in without.sums for total in sums[:2])  # empty batches
     assert (having.personal - without.personal).norm() > 0.1 * having.personal.norm()
-    assert having.replies == without.replies  # nothing else is told
+    assert having.replies == without.replies  # the device reports nothing else
 
 
-@pytest.mark.parametrize("name", some_slow(MODES))
-def test_one_picture_moves_each_sum_by_the_clip_at_most(fine: Base, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", mark_slow(MODES))
+def test_removing_picture_changes_sums_by_clip_at_most(fine: Base, tmp_path: Path, name: str) -> None:
     """All modes: python -m pytest -m "slow or not slow" tests/privacy/test_neighbors.py"""
-    removed = list(MODES).index(name) % len(EVERYBODY)
-    check(*neighbours(fine, tmp_path, MODES[name], removed=removed), MODES[name].clip, EXACT)
+    removed = list(MODES).index(name) % len(ALL_PICTURES)
+    check_sensitivity(*run_neighbors(fine, tmp_path, MODES[name], removed=removed), MODES[name].clip, EXACT)
 
 
-@pytest.mark.parametrize("name", some_slow(PASSES))
-def test_however_small_passes_are(fine: Base, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fits in a pass follows from the memory, of which a device has as much with a picture as without it."""
+@pytest.mark.parametrize("name", mark_slow(PASSES))
+def test_sensitivity_with_small_passes(fine: Base, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass size follows from the memory, which is the same with and without the picture."""
     entries, mode = PASSES[name]
-    more = {"prior": Prior(examples=examples(fine, 2, 5)), "views": 2} if mode.change is all_of_them else {}
-    alike = private(fine, "d", rank=mode.rank, count=len(EVERYBODY), draws=mode.draws, **more)
+    more = {"prior": Prior(examples=examples(fine, 2, 5)), "views": 2} if mode.change is all_options else {}
+    alike = private(fine, "d", rank=mode.rank, count=len(ALL_PICTURES), draws=mode.draws, **more)
     trains = room(fine, [alike], entries)
     packs: list[Microbatch] = []
     really = EntryQueue.pop
     monkeypatch.setattr(EntryQueue, "pop", lambda self, size: packs.append(really(self, size)) or packs[-1])
     mode = dataclasses.replace(mode, memory=-(-trains * 4 // 3))  # training gets three quarters
-    check(*neighbours(fine, tmp_path, mode, removed=1), mode.clip, EXACT)
-    assert len(packs) > 16  # which is one for each step that is not empty, those of the personal adapters too
+    check_sensitivity(*run_neighbors(fine, tmp_path, mode, removed=1), mode.clip, EXACT)
+    assert len(packs) > 16  # more than one for each nonempty step, including those of the personal adapters
     assert any(pack.piece for pack in packs) == (name != "two pictures")
 
 
-@pytest.mark.parametrize("name", some_slow(ON_DEVICES))
-def test_in_the_precision_of_devices(base: Base, tmp_path: Path, name: str) -> None:
-    check(*neighbours(base, tmp_path, ON_DEVICES[name], removed=2), ON_DEVICES[name].clip, ROUNDED)
+@pytest.mark.parametrize("name", mark_slow(ON_DEVICES))
+def test_sensitivity_in_device_precision(base: Base, tmp_path: Path, name: str) -> None:
+    check_sensitivity(*run_neighbors(base, tmp_path, ON_DEVICES[name], removed=2), ON_DEVICES[name].clip, ROUNDED)
 
 
-def exceeded(having: Seen, without: Seen, mode: Mode) -> float:
-    """The largest difference of two sums, in units of the bound that is claimed."""
+def relative_sensitivity(having: DeviceOutputs, without: DeviceOutputs, mode: TrainingMode) -> float:
+    """Largest distance of two sums, relative to the claimed bound."""
     return float(distances(having, without).max()) / mode.clip
 
 
-def with_the_personal_adapter(job: TrainJob, device: Device) -> TrainJob:
-    """In the forward of the shared one, frozen: the first round has none yet."""
+def freeze_personal_adapter(job: TrainJob, device: Device) -> TrainJob:
+    """Apply the frozen personal adapter when training the shared one. The first round has none yet."""
     kept = device.store.personal(device.sites)
     return job if kept is None else dataclasses.replace(job, frozen=concatenate([job.frozen or {}, kept.adapter]))
 
 
-def streams_by_place(job: TrainJob, _device: Device) -> TrainJob:
-    """Names that say where a picture stands, not what it shows."""
+def key_streams_by_position(job: TrainJob, _device: Device) -> TrainJob:
+    """Name pictures by position instead of content."""
     return dataclasses.replace(job, names=tuple(map(str, range(job.pictures))))
 
 
-@pytest.mark.parametrize("change", [with_the_personal_adapter, streams_by_place])
-def test_a_forward_that_knows_other_pictures_breaks_the_bound(
+@pytest.mark.parametrize("change", [freeze_personal_adapter, key_streams_by_position])
+def test_leaking_forward_pass_exceeds_the_bound(
     fine: Base, tmp_path: Path, change: Callable[[TrainJob, Device], TrainJob]
 ) -> None:
-    mode = Mode(change=change)
-    having, without = neighbours(fine, tmp_path, mode, removed=1)
-    assert exceeded(having, without, mode) > 1.3
-    assert distances(having, without)[1, 3] > 0.5 * mode.clip  # where the picture had not even joined
+    mode = TrainingMode(change=change)
+    having, without = run_neighbors(fine, tmp_path, mode, removed=1)
+    assert relative_sensitivity(having, without, mode) > 1.3
+    assert distances(having, without)[1, 3] > 0.5 * mode.clip  # a step that the picture did not join
 
 
-def patched_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[StepBatch], StepBatch]) -> list[int]:
-    """Have every batch changed; how many units each had."""
+def patch_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[StepBatch], StepBatch]) -> list[int]:
+    """Change every batch; record the number of units of each."""
     sizes: list[int] = []
     really = BatchSampler.next
 
@@ -208,23 +209,23 @@ def patched_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[StepBatch
     return sizes
 
 
-def test_a_divisor_that_counts_the_batch_breaks_the_bound(
-    fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = patched_batches(monkeypatch, lambda batch: batch)
+def test_data_dependent_divisor_exceeds_the_bound(fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = patch_batches(monkeypatch, lambda batch: batch)
     really = BoundedGradientSums.pop_noised
     monkeypatch.setattr(
         BoundedGradientSums, "pop_noised", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1])
     )
-    having, without = neighbours(fine, tmp_path, Mode(), removed=1)
-    assert exceeded(having, without, Mode()) > 1.5
+    having, without = run_neighbors(fine, tmp_path, TrainingMode(), removed=1)
+    assert relative_sensitivity(having, without, TrainingMode()) > 1.5
 
 
-def one_beside_copies(base: Base, folder: Path) -> tuple[Seen, Seen, Mode]:
-    """Nine pictures that are one with and without another, at a ninth of their gradient's length as the clip."""
+def one_among_copies(base: Base, folder: Path) -> tuple[DeviceOutputs, DeviceOutputs, TrainingMode]:
+    """Nine copies of one picture with and without another picture, with a ninth of the copies' gradient norm as the
+    clip.
+    """
     whole, first = [*9 * [PICTURES[0]], PICTURES[1]], [range(10), [], [], []]
-    alone = two_rounds(base, folder / "alone", whole, [0], Mode(clip=1.0), first)
-    mode = Mode(clip=float(alone.sums[0][0].norm()) / 9)
+    alone = two_rounds(base, folder / "alone", whole, [0], TrainingMode(clip=1.0), first)
+    mode = TrainingMode(clip=float(alone.sums[0][0].norm()) / 9)
     having, without = (
         two_rounds(base, folder / name, whole, range(count), mode, first)
         for name, count in (("with", 10), ("without", 9))
@@ -232,26 +233,26 @@ def one_beside_copies(base: Base, folder: Path) -> tuple[Seen, Seen, Mode]:
     return having, without, mode
 
 
-def test_one_picture_beside_copies_of_another(fine: Base, tmp_path: Path) -> None:
-    """Whose gradients are all the same, so that any change of their weights adds up."""
-    having, without, mode = one_beside_copies(fine, tmp_path)
-    assert exceeded(having, without, mode) == pytest.approx(1, abs=CUT)
+def test_one_picture_among_copies_of_another(fine: Base, tmp_path: Path) -> None:
+    """The gradients are equal, so that any change of weights adds up."""
+    having, without, mode = one_among_copies(fine, tmp_path)
+    assert relative_sensitivity(having, without, mode) == pytest.approx(1, abs=CUT)
 
 
-def test_a_loss_that_is_the_mean_of_the_batch_breaks_the_bound(
-    fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the other one each of the nine weighs more."""
-    patched_batches(
+def test_mean_loss_exceeds_the_bound(fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the other picture, each of the nine has a larger weight."""
+    patch_batches(
         monkeypatch, lambda batch: batch._replace(weights=batch.weights * batch.per_unit / max(1, batch.size))
     )
-    assert exceeded(*one_beside_copies(fine, tmp_path)) > 1.1
+    assert relative_sensitivity(*one_among_copies(fine, tmp_path)) > 1.1
 
 
-def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: float, memory: int) -> list[int]:
-    """Of the adapters of two rounds, the sum that the noise is to hide in whole steps; a personal one in between."""
-    held = Pictures((picture(9),), tuple(PICTURES[member] for member in members), ())
-    device = device_on(base, folder, "d", held, lambda _round, _purpose: Still())
+def gain_in_steps(base: Base, folder: Path, members: Sequence[int], clip: float, memory: int) -> list[int]:
+    """For the adapters of two rounds, the sum that the noise would hide, in steps; a personal adapter is trained in
+    between.
+    """
+    held = Pictures((random_picture(9),), tuple(PICTURES[member] for member in members), ())
+    device = device_with_base(base, folder, "d", held, lambda _round, _purpose: NoNoise())
     privacy = EvaluationPrivacy(noise_multiplier=20.0, clip=clip, pictures=DIVISOR, delta=PRIVACY.delta)
     first, second = (
         Evaluate(
@@ -260,7 +261,7 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
         for number in (1, 2)
     )
     found = []
-    for request in (first, personalise(adapter(base, 1), 1), second):
+    for request in (first, personalize_request(adapter(base, 1), 1), second):
         conversation = handle(request, device)
         reply = run_handlers({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
         if isinstance(reply, Evaluation):
@@ -276,11 +277,10 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
         pytest.param(0.01, 2**24, id="little memory", marks=pytest.mark.slow),
     ],
 )
-def test_one_picture_moves_a_gain_by_its_own_alone(base: Base, tmp_path: Path, clip: float, memory: int) -> None:
-    """To the last bit, in the precision of devices: the sum is counted in whole steps, and so is what it moves by."""
+def test_removing_picture_changes_gain_by_its_own(base: Base, tmp_path: Path, clip: float, memory: int) -> None:
+    """Exactly, in device precision: the sum is counted in whole steps."""
     whole, rest, alone, nobody = (
-        steps_of_the_gain(base, tmp_path / str(members), members, clip, memory)
-        for members in ([0, 1, 2], [1, 2], [0], [])
+        gain_in_steps(base, tmp_path / str(members), members, clip, memory) for members in ([0, 1, 2], [1, 2], [0], [])
     )
     assert [a - b for a, b in zip(whole, rest, strict=True)] == alone
     assert all(0 < abs(moved) <= bounded_sum.STEPS_PER_CLIP for moved in alone)

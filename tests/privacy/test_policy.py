@@ -1,4 +1,4 @@
-"""The policy: what a server may not ask for."""
+"""The owner's policy: requests that a server may not make."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAN = TrainingPlan(run="r", round=1, base="b", rank=4, steps=4, batch_size=4, l
 MEASURE = EvaluationPrivacy(noise_multiplier=5.0, clip=0.1, pictures=5, delta=1e-3)
 
 
-def test_an_ordinary_plan_passes() -> None:
+def test_ordinary_plan_is_allowed() -> None:
     Policy().check_plan(PLAN)
     Policy(max_epsilon=1.0).check_plan(replace(PLAN, privacy=PRIVACY))
 
@@ -67,12 +67,12 @@ def test_too_much_work_is_refused(wrong: dict[str, float]) -> None:
         {"draws": 10_000},
     ],
 )
-def test_privacy_that_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
+def test_meaningless_privacy_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(RequestRefusedError):
         Policy().check_plan(replace(PLAN, privacy=replace(PRIVACY, **wrong)))  # type: ignore[arg-type]
 
 
-def test_a_cap_forbids_everything_without_noise() -> None:
+def test_cap_forbids_sharing_without_noise() -> None:
     strict = Policy(max_epsilon=1.0)
     with pytest.raises(RequestRefusedError, match="without example privacy"):
         strict.check_plan(PLAN)
@@ -91,7 +91,7 @@ def test_a_cap_forbids_everything_without_noise() -> None:
         ("raw", True, True),
     ],
 )
-def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
+def test_allowed_evaluations(measures: str, noised: bool, raw: bool) -> None:
     policy = Policy(measures=measures)
     for privacy, allowed in ((MEASURE, noised), (None, raw)):
         if allowed:
@@ -115,12 +115,12 @@ def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
         {"delta": 1.0},
     ],
 )
-def test_a_measure_whose_noise_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
+def test_meaningless_evaluation_noise_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(RequestRefusedError):
         Policy().check_evaluation(replace(MEASURE, **wrong))  # type: ignore[arg-type]
 
 
-def test_bases_and_sites() -> None:
+def test_allowed_bases_and_sites() -> None:
     Policy().check_adaptable("b" * 64, ["down.attn1.to_q", "time_emb"])
     policy = Policy(bases=("a" * 64,), sites=r".*attn[12]\..*")
     policy.check_adaptable("a" * 64, ["down.attn1.to_q", "up.attn2.to_out.0"])
@@ -128,11 +128,11 @@ def test_bases_and_sites() -> None:
         policy.check_adaptable("b" * 64, ["down.attn1.to_q"])
     with pytest.raises(RequestRefusedError, match=r"site down\.attn3\.to_q"):
         policy.check_adaptable("a" * 64, ["down.attn1.to_q", "down.attn3.to_q"])
-    with pytest.raises(RequestRefusedError, match="site"):  # whole names, not a part of them
+    with pytest.raises(RequestRefusedError, match="site"):  # the pattern has to match the full name
         Policy(sites="attn1").check_adaptable("b", ["down.attn1.to_q"])
 
 
-def test_a_minimum_of_pictures_tells_no_number() -> None:
+def test_minimum_of_pictures_reveals_no_number() -> None:
     Policy().check_pictures(1)
     Policy(min_pictures=7).check_pictures(7)
     said = set()
@@ -144,7 +144,7 @@ def test_a_minimum_of_pictures_tells_no_number() -> None:
     assert not any(character.isdigit() for character in words)
 
 
-def test_the_cap_is_on_the_whole_and_at_the_policys_own_delta() -> None:
+def test_cap_applies_to_composition_at_own_delta() -> None:
     round_ = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)  # ε(1e-3): 1.6 once, 2.36 twice
     Policy(max_epsilon=2.0, delta=1e-3).check_spending([], round_)
     with pytest.raises(RequestRefusedError, match="allows 2"):
@@ -153,7 +153,7 @@ def test_the_cap_is_on_the_whole_and_at_the_policys_own_delta() -> None:
         Policy(max_epsilon=2.0, delta=1e-6).check_spending([], round_)
 
 
-def test_who_names_no_cap_has_one() -> None:
+def test_default_cap() -> None:
     round_ = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
     past = [round_] * 20
     assert epsilon(past, 1e-5).value < DEFAULT_MAX_EPSILON < epsilon([round_] * 1000, 1e-5).value
@@ -163,7 +163,7 @@ def test_who_names_no_cap_has_one() -> None:
     Policy(max_epsilon=2000.0).check_spending([round_] * 1000, round_)
 
 
-def test_one_default_run_fits_under_the_cap_of_who_names_none_and_two_do_not() -> None:
+def test_default_cap_allows_one_default_run() -> None:
     sigma = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=0.8, steps=16)  # `privacy=example`
     run = PoissonGaussian(noise_multiplier=sigma, sampling_rate=0.8, steps=16)
     Policy().check_spending([], run)
@@ -171,13 +171,13 @@ def test_one_default_run_fits_under_the_cap_of_who_names_none_and_two_do_not() -
         Policy().check_spending([run], run)
 
 
-def test_no_epsilon_is_promised_after_sharing_without_noise() -> None:
+def test_no_private_release_after_sharing_without_noise() -> None:
     private = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
     with pytest.raises(RequestRefusedError, match="no ε can be promised"):
         Policy().check_spending([NonPrivate()], private)
 
 
-def test_nothing_is_shared_without_noise_once_something_was_with() -> None:
+def test_no_sharing_without_noise_after_private_release() -> None:
     private = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
     Policy().check_spending([], NonPrivate())
     Policy().check_spending([NonPrivate()], NonPrivate())
@@ -185,7 +185,7 @@ def test_nothing_is_shared_without_noise_once_something_was_with() -> None:
         Policy().check_spending([private], NonPrivate())
 
 
-def test_a_policy_file(tmp_path: Path) -> None:
+def test_policy_file(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     assert load(file) == Policy()
     file.write_text("max_epsilon = 4\ndelta = 1e-4\n")
@@ -239,7 +239,7 @@ def _toml(value: object) -> str:
         "[delta]",
     ],
 )
-def test_a_policy_file_with_a_mistake_is_one_line(tmp_path: Path, text: str) -> None:
+def test_invalid_policy_file_gives_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(AntherError) as raised:
         load(tmp_path / "policy.toml")

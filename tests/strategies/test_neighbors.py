@@ -38,14 +38,14 @@ from strategies.strategy import Federated
 from tests.helpers.devices import PRIVACY
 from tests.helpers.neighbors import (
     PLENTY,
-    Still,
+    NoNoise,
     adapter,
-    device_on,
-    fixed,
-    personalise,
-    picture,
+    device_with_base,
+    intercept_gradients,
+    lora_xs_bases,
+    personalize_request,
     plan,
-    told_the_optimiser,
+    random_picture,
 )
 from training.engine import perform
 from training.jobs import Job, Result, TrainJob
@@ -98,9 +98,9 @@ QUICK = {"adaptive clip"}
 
 
 def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Federated:
-    between = fixed(base) if isinstance(mode.rule, FedSB) else None
+    between = lora_xs_bases(base) if isinstance(mode.rule, FedSB) else None
     numbers = [NAMES.index(name) for name in present]
-    hidden = CentralDPEvaluation(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: Still())
+    hidden = CentralDPEvaluation(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: NoNoise())
     asked = plan(base, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
     return Federated(
         plan=asked,
@@ -108,7 +108,7 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
         aggregation=mode.rule,
         selection=Everyone()
         if mode.rate == 1
-        else Poisson(rate=mode.rate, coins=lambda number: Still(numbers, [SAMPLES[number]])),
+        else Poisson(rate=mode.rate, coins=lambda number: NoNoise(numbers, [SAMPLES[number]])),
         limits=PlanLimits(),
         measuring=EvaluationPolicy(every=0) if mode.both else EvaluationPolicy(every=1, central_noise=hidden),
         lora_xs_bases=between,
@@ -120,7 +120,7 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
             sampling_rate=mode.rate,
             clip=mode.clip,
             budget=DeviceBudget(epsilon=1000.0, delta=1e-3, participations=2 if mode.rate == 1 else None),
-            noise=lambda _round: Still(),
+            noise=lambda _round: NoNoise(),
             ledger=ServerLedger(FileStorage(folder / "server")),
             lora_xs_bases=between,
         ),
@@ -156,13 +156,13 @@ def two_rounds(
         return dataclasses.replace(released, mean=other, next_clip=clip * 1.5 if self.adaptive else clip, snr=snr)
 
     patch.setattr(GaussianMechanism, "release", release)
-    devices = [device_on(base, folder, name, pictures(name, held[name]), source(held[name])) for name in present]
+    devices = [device_with_base(base, folder, name, pictures(name, held[name]), source(held[name])) for name in present]
     federated = strategy(base, folder, present, mode)
 
     def performed(asked: list[Job]) -> Sequence[Result | Exception]:
         if not (isinstance(asked[0], TrainJob) and asked[0].privacy) or mode.together:
             return perform(base, asked, memory=PLENTY, timesteps=2)
-        with told_the_optimiser(OF_PICTURES, asked[0].round) as told:
+        with intercept_gradients(OF_PICTURES, asked[0].round) as told:
             found = perform(base, asked, memory=PLENTY, timesteps=2)
         seen.steps.extend(told if asked[0].client == NAMES[0] else [])
         return found
@@ -185,7 +185,7 @@ def two_rounds(
             assert federated.validation is not None
             assert federated.validation.gain is not None
             seen.gains.append(federated.validation.gain * 3)
-        sent = personalise(adapter(base, number, federated.lora_xs_bases), number)
+        sent = personalize_request(adapter(base, number, federated.lora_xs_bases), number)
         told = federated.aggregate_personalise(grid.send_and_receive(federated.configure_personalise(sent, grid)))
         assert told.devices == tuple(present)
     seen.adapters.append(records.adapter_from_record(current))
@@ -194,12 +194,12 @@ def two_rounds(
 
 def pictures(name: str, members: Sequence[int]) -> Pictures:
     first = 10 * NAMES.index(name)
-    return Pictures(tuple(picture(first + member) for member in members), (picture(first + 9),), ())
+    return Pictures(tuple(random_picture(first + member) for member in members), (random_picture(first + 9),), ())
 
 
 def source(members: Sequence[int]) -> Callable[[int, str], NoiseSource]:
     """Of a device's own noise, left out, and batches: the first picture alone, nobody, everybody, all but the first."""
-    return lambda _round, _purpose: Still(members, [[0], [], PLACES, PLACES[1:]])
+    return lambda _round, _purpose: NoNoise(members, [[0], [], PLACES, PLACES[1:]])
 
 
 @pytest.mark.parametrize(

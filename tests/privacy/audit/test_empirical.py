@@ -1,4 +1,4 @@
-"""Lower bounds on ε: exact where the truth is known, near what others found, and above the truth in 1 of 20 at most."""
+"""Empirical lower bounds on ε: compared with exact and published values, with at most 5 % false bounds."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from privacy.audit.empirical import Guesses
 DELTA = 1e-5
 
 
-def release(sigma: float, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What one Gaussian release shows of m orthogonal canaries, each in with probability 1/2."""
+def simulate_release(sigma: float, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Projections of one Gaussian release on m orthogonal canaries, each included with probability 1/2."""
     generator = np.random.default_rng(seed)
     included = generator.random(m) < 0.5
     return included + sigma * generator.standard_normal(m), included
@@ -30,7 +30,7 @@ def gaussian(sigma: float, rate: float = 1.0, steps: int = 1) -> PoissonGaussian
     return PoissonGaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps)
 
 
-def by_the_paper(guesses: Guesses, epsilon: float, delta: float) -> float:
+def reference_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
     """Theorem 5.2 of Steinke et al., term by term."""
     m, r, v = guesses
     chance = math.exp(epsilon) / (1 + math.exp(epsilon))
@@ -48,14 +48,16 @@ def by_the_paper(guesses: Guesses, epsilon: float, delta: float) -> float:
     eps=st.floats(0, 5),
     delta=st.sampled_from([0.0, 1e-5, 1e-2]),
 )
-def test_p_value_is_the_papers(m: int, made: float, right: float, eps: float, delta: float) -> None:
+def test_p_value_matches_the_paper(m: int, made: float, right: float, eps: float, delta: float) -> None:
     r = round(made * m)
     guesses = Guesses(m, r, round(right * r))
-    assert empirical.one_run_p_value(guesses, eps, delta) == pytest.approx(by_the_paper(guesses, eps, delta), abs=1e-12)
+    assert empirical.one_run_p_value(guesses, eps, delta) == pytest.approx(
+        reference_p_value(guesses, eps, delta), abs=1e-12
+    )
 
 
-def test_p_value_of_randomised_response_is_exact() -> None:
-    """Each bit told truly with probability e^ε / (1 + e^ε) is what ε-DP allows at most."""
+def test_p_value_of_randomized_response_is_exact() -> None:
+    """Reporting each bit correctly with probability e^ε / (1 + e^ε) is the extreme case of ε-DP."""
     for correct in range(0, 101, 10):
         p = empirical.one_run_p_value(Guesses(100, 100, correct), 1.0, 0.0)
         assert p == pytest.approx(binom.sf(correct - 1, 100, math.e / (1 + math.e)))
@@ -63,14 +65,14 @@ def test_p_value_of_randomised_response_is_exact() -> None:
 
 @given(m=st.integers(5, 400), mu=st.floats(0.1, 3), significance=st.sampled_from([0.05, 0.001]))
 @settings(max_examples=60, deadline=None)
-def test_f_dp_never_refutes_what_a_gaussian_really_does(m: int, mu: float, significance: float) -> None:
-    """m independent bits each seen through N(±μ/2, 1): the best guesses are right with probability Φ(μ/2)."""
+def test_f_dp_does_not_refute_a_true_gaussian(m: int, mu: float, significance: float) -> None:
+    """m independent bits, each seen through N(±μ/2, 1): the best guesses are correct with probability Φ(μ/2)."""
     right = int(binom.isf(significance, m, norm.cdf(mu / 2)))  # P[V ≥ right] > significance
     assert not empirical.refutes(Guesses(m, m, right), tradeoff.gaussian(mu), significance)
 
 
-def test_f_dp_refutes_what_it_has_to() -> None:
-    """It has power: what leaks like μ = 1 is not taken for μ = 1/3."""
+def test_f_dp_refutes_a_false_gaussian() -> None:
+    """The test has power: leakage of μ = 1 is not consistent with μ = 1/3."""
     m, mu = 2000, 1.0
     right = int(m * norm.cdf(mu / 2))
     assert empirical.refutes(Guesses(m, m, right), tradeoff.gaussian(mu / 3), 0.05)
@@ -80,7 +82,7 @@ def test_f_dp_refutes_what_it_has_to() -> None:
 
 @given(correct=st.integers(0, 99), significance=st.floats(0.001, 0.2))
 @settings(max_examples=30, deadline=None)
-def test_more_right_guesses_never_show_less(correct: int, significance: float) -> None:
+def test_bounds_grow_with_correct_guesses(correct: int, significance: float) -> None:
     fewer, more = Guesses(200, 100, correct), Guesses(200, 100, correct + 1)
     assert empirical.one_run_epsilon(fewer, DELTA, significance) <= empirical.one_run_epsilon(more, DELTA, significance)
     assert empirical.one_run_epsilon(fewer, 1e-3, significance) <= empirical.one_run_epsilon(fewer, DELTA, significance)
@@ -88,17 +90,17 @@ def test_more_right_guesses_never_show_less(correct: int, significance: float) -
     assert empirical.refutes(fewer, inverse, significance) <= empirical.refutes(more, inverse, significance)
 
 
-# Medians by another implementation at 95 %: (σ, m) -> (one run, f-DP). It spends half of the canaries on choosing how
+# Medians of another implementation at 95 %: (σ, m) -> (one run, f-DP). It uses half of the canaries to choose how
 # many guesses to make, where ours pays for trying three ways.
 PUBLISHED = {(1.0, 1000): (1.3, 1.8), (1.0, 5000): (1.3, 1.9), (0.6, 1000): (2.0, 2.9), (2.0, 5000): (0.68, 0.94)}
 
 
 @pytest.mark.parametrize("setting", PUBLISHED)
-def test_bounds_are_near_what_others_find(setting: tuple[float, int]) -> None:
+def test_bounds_are_near_published_ones(setting: tuple[float, int]) -> None:
     sigma, m = setting
     found = []
     for seed in range(5):
-        scores, included = release(sigma, m, seed)
+        scores, included = simulate_release(sigma, m, seed)
         found.append(
             empirical.audit(gaussian(sigma), DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6)
         )
@@ -110,11 +112,11 @@ def test_bounds_are_near_what_others_find(setting: tuple[float, int]) -> None:
     assert not any(one.refuted for one in found)
 
 
-def test_true_claims_stand_in_19_of_20_audits() -> None:
-    """The bound on σ itself, which is what "at least" means, for 200 releases: 5 % ± 3 standard errors."""
+def test_bounds_hold_in_95_percent_of_audits() -> None:
+    """Checks the bound on σ itself for 200 releases: 5 % ± 3 standard errors."""
     wrong = 0
     for seed in range(200):
-        scores, included = release(0.5, 100, seed)
+        scores, included = simulate_release(0.5, 100, seed)
         guesses = [empirical.guess(scores, included, *shares) for shares in empirical.SHARES]
         significance = 0.05 / len(guesses)
         wrong += any(empirical.refutes(made, tradeoff.gaussian(2.0), significance) for made in guesses)
@@ -123,10 +125,10 @@ def test_true_claims_stand_in_19_of_20_audits() -> None:
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("rate", [0.2, 1.0])
-def test_no_rule_guesses_better_than_the_total_variation_distance(rate: float, steps: int) -> None:
-    """By the densities: of q N(1, σ²) + (1 − q) N(0, σ²) against N(0, σ²), and of four Gaussian steps in a row."""
+def test_advantage_is_the_total_variation_distance(rate: float, steps: int) -> None:
+    """By the densities q N(1, σ²) + (1 − q) N(0, σ²) and N(0, σ²), and for four consecutive Gaussian steps."""
     x = np.linspace(-12, 14, 400_001)
-    sigma, shift = (1.5, 1.0) if steps == 1 else (1.5 / 2, 1.0)  # four steps are one with half the noise
+    sigma, shift = (1.5, 1.0) if steps == 1 else (1.5 / 2, 1.0)  # four steps equal one with half the noise
     missed, joined = norm.pdf(x, 0, sigma), norm.pdf(x, shift, sigma)
     distance = rate * np.trapezoid(np.maximum(joined - missed, 0), x)
     found = tradeoff.advantage(gaussian(1.5, rate, steps))
@@ -140,8 +142,8 @@ HALF = {1.0: (0.2, 20), 2.0: (0.2, 20), 4.0: (0.2, 20)}
 
 
 @pytest.mark.parametrize("epsilon", HALF)
-def test_half_the_noise_is_refuted_by_guesses_alone_and_honest_noise_is_not(epsilon: float) -> None:
-    """The claims of `conf.schemas.audit`, 10,000 canaries, in 40 runs each."""
+def test_half_noise_is_refuted_and_honest_is_not(epsilon: float) -> None:
+    """With the settings of `conf.schemas.audit` and 10,000 canaries, in 40 runs each."""
     rate, steps = HALF[epsilon]
     sigma = accounting.noise_multiplier_for(epsilon=epsilon, delta=DELTA, sampling_rate=rate, steps=steps)
     claim = gaussian(sigma, rate, steps)
@@ -157,8 +159,8 @@ def test_half_the_noise_is_refuted_by_guesses_alone_and_honest_noise_is_not(epsi
     assert refuted == {1.0: 0, 0.5: 40}
 
 
-def test_a_bound_that_is_above_its_claim_by_chance_refutes_nothing() -> None:
-    """Of 10,000 independent guesses, as many right as in one honest audit of a thousand."""
+def test_chance_excess_does_not_refute() -> None:
+    """10,000 independent guesses with the share of correct ones of an honest audit of one in a thousand."""
     claim, included = gaussian(1.0), np.arange(10_000) % 2 == 0
     right = int(binom.isf(1e-3, 10_000, (1 + tradeoff.advantage(claim)) / 2))
     scores = np.where(np.arange(10_000) < right, 2.0 * included - 1, 1 - 2.0 * included)
@@ -169,9 +171,9 @@ def test_a_bound_that_is_above_its_claim_by_chance_refutes_nothing() -> None:
     assert not found.refuted
 
 
-def test_more_noise_shows_less_and_more_canaries_more() -> None:
+def test_bounds_depend_on_noise_and_canaries() -> None:
     def bound(sigma: float, m: int) -> float:
-        scores, included = release(sigma, m, 1)
+        scores, included = simulate_release(sigma, m, 1)
         return empirical.audit(
             gaussian(sigma), DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6
         ).f_dp
@@ -180,15 +182,15 @@ def test_more_noise_shows_less_and_more_canaries_more() -> None:
     assert bound(1.0, 3000) > bound(1.0, 100)
 
 
-def test_no_canary_told_apart_is_no_bound() -> None:
-    scores, included = release(1.0, 500, 0)
+def test_random_guesses_give_no_bound() -> None:
+    scores, included = simulate_release(1.0, 500, 0)
     found = empirical.audit(
         gaussian(1.0), DELTA, {"coins": np.zeros_like(scores)}, included, confidence=0.95, false_alarms=1e-6
     )
     assert (found.bound, found.noise_multiplier, found.refuted) == (0.0, None, False)
 
 
-def test_everything_told_apart_refutes_any_claim() -> None:
+def test_perfect_guesses_refute_any_claim() -> None:
     included = np.arange(600) % 2 == 0
     found = empirical.audit(
         gaussian(1.0), DELTA, {"sees all": 2.0 * included - 1}, included, confidence=0.95, false_alarms=1e-6
@@ -198,7 +200,7 @@ def test_everything_told_apart_refutes_any_claim() -> None:
     assert found.guesses.correct == found.guesses.made
 
 
-def test_bound_is_that_of_the_smallest_noise_that_is_refuted() -> None:
+def test_smallest_refuted_noise_gives_the_bound() -> None:
     claim = gaussian(1.0)
 
     def refuted(event: PoissonGaussian) -> bool:
@@ -211,22 +213,22 @@ def test_bound_is_that_of_the_smallest_noise_that_is_refuted() -> None:
 
 
 @given(st.integers(1, 5), st.floats(0.05, 0.9), st.floats(0.4, 4))
-def test_likelihood_ratio_is_that_of_the_densities(steps: int, rate: float, sigma: float) -> None:
+def test_likelihood_ratio_matches_densities(steps: int, rate: float, sigma: float) -> None:
     seen = np.random.default_rng(steps).normal(0.5, 2, (steps, 7))
     missed, joined = norm.pdf(seen, 0, sigma), norm.pdf(seen, 1, sigma)
     wanted = np.log((1 - rate) + rate * joined / missed).sum(0)
     assert empirical.log_likelihood_ratio(seen, gaussian(sigma, rate, steps)) == pytest.approx(wanted)
 
 
-def test_likelihood_ratio_without_sampling_orders_by_the_sum() -> None:
+def test_full_sampling_orders_by_the_sum() -> None:
     seen = np.random.default_rng(0).normal(size=(4, 50))
     found = empirical.log_likelihood_ratio(seen, gaussian(1.0, 1.0, 4))
     assert np.array_equal(np.argsort(found), np.argsort(seen.sum(0)))
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
-def test_cosines_estimate_the_epsilon_of_a_gaussian(sigma: float) -> None:
-    """Andrew et al., theorem 1: k canaries in d ≫ k dimensions, one release."""
+def test_cosines_estimate_gaussian_epsilon(sigma: float) -> None:
+    """Theorem 1 of Andrew et al.: k canaries in d ≫ k dimensions, one release."""
     generator = np.random.default_rng(0)
     k, d = 400, 50_000
     directions = generator.standard_normal((k, d), np.float32)
@@ -237,7 +239,7 @@ def test_cosines_estimate_the_epsilon_of_a_gaussian(sigma: float) -> None:
     assert empirical.cosine_epsilon(cosines, d, 1e-3) == pytest.approx(truth, rel=0.25)
 
 
-def test_cosines_of_clients_that_took_no_part_show_nothing() -> None:
+def test_cosines_of_absent_clients_give_zero() -> None:
     d = 10_000
     cosines = np.random.default_rng(1).normal(0, d**-0.5, 2000)
     assert empirical.cosine_epsilon(cosines, d, 1e-2) < 0.15

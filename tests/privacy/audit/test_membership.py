@@ -1,4 +1,4 @@
-"""Statistics of attacks against loops over pairs, and against data whose truth is known."""
+"""Statistics of membership inference, compared with loops over pairs and with data of known truth."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def comparable(rows: list[tuple[int, bool, int]]) -> bool:
 
 
 @given(pictures.filter(comparable))
-def test_auc_is_the_mean_over_pairs_of_one_letter(rows: list[tuple[int, bool, int]]) -> None:
-    """Each member against the others, which count by letter as often as the members do."""
+def test_auc_is_the_mean_over_matched_pairs(rows: list[tuple[int, bool, int]]) -> None:
+    """Each member is compared with the non-members, weighted to the members' distribution of letters."""
     inside = [row for row in rows if row[1] and any(not o[1] and o[2] == row[2] for o in rows)]
     outside = [row for row in rows if not row[1]]
     weight = {
@@ -51,7 +51,7 @@ def test_auc_is_the_mean_over_pairs_of_one_letter(rows: list[tuple[int, bool, in
 
 
 @given(coins)
-def test_auc_is_the_rank_formula(rows: list[tuple[int, bool]]) -> None:
+def test_auc_matches_the_rank_formula(rows: list[tuple[int, bool]]) -> None:
     scores, members = map(np.array, zip(*rows, strict=True))
     n1, n0 = members.sum(), (~members).sum()
     wanted = (rankdata(scores)[members].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
@@ -59,15 +59,15 @@ def test_auc_is_the_rank_formula(rows: list[tuple[int, bool]]) -> None:
 
 
 @given(coins, st.floats(0, 1))
-def test_true_positives_are_the_best_threshold_that_is_allowed(rows: list[tuple[int, bool]], allowed: float) -> None:
+def test_tpr_uses_the_best_allowed_threshold(rows: list[tuple[int, bool]], allowed: float) -> None:
     scores, members = map(np.array, zip(*rows, strict=True))
     rates = [(np.mean(scores[~members] >= at), np.mean(scores[members] >= at)) for at in [*scores, np.inf]]
     best = max(found for alarms, found in rates if alarms <= allowed + 1e-12)
     assert roc(trial(scores, members)).tpr_at(allowed + 1e-12) == pytest.approx(best)
 
 
-def test_an_attack_that_only_knows_letters_wins_nothing() -> None:
-    """Small letters, which are easy, are most of the members: unmatched, the AUC would be 0.68."""
+def test_letters_give_no_advantage() -> None:
+    """Small letters, which are easy, are most of the members: without matching, the AUC would be 0.68."""
     generator = np.random.default_rng(0)
     letters = np.concatenate([generator.choice(2, 4000, p=[0.8, 0.2]), generator.choice(2, 4000, p=[0.4, 0.6])])
     members = np.arange(8000) < 4000
@@ -76,14 +76,14 @@ def test_an_attack_that_only_knows_letters_wins_nothing() -> None:
     assert roc(trial(scores, members, None, letters)).auc == pytest.approx(0.5, abs=0.025)
 
 
-def test_matching_makes_letters_equal_and_drops_what_one_side_lacks() -> None:
+def test_matching_equalizes_letters() -> None:
     members = np.array([1, 1, 1, 0, 0, 0], bool)
     letters = np.array([0, 0, 1, 0, 2, 2])
     assert matched_weights(np.ones(6), members, letters).tolist() == [1, 1, 0, 2, 0, 0]
 
 
 def clustered(seed: int, shift: float = 0.0, writers: int = 40) -> AttackTrial:
-    """Twenty pictures of each writer, whose members, by the writer, score higher or lower as one."""
+    """Twenty pictures of each writer; whole writers are members, and their scores are shifted together."""
     generator = np.random.default_rng(seed)
     members = np.tile(np.arange(20) % 2 == 0, writers)
     owner = np.arange(writers).repeat(20)
@@ -92,7 +92,7 @@ def clustered(seed: int, shift: float = 0.0, writers: int = 40) -> AttackTrial:
     return trial(scores, members, owner, np.zeros(20 * writers, int))
 
 
-def test_intervals_over_writers_hold_what_they_promise() -> None:
+def test_intervals_over_writers_have_coverage() -> None:
     covered, naive = 0, 0
     for seed in range(60):
         drawn = clustered(seed)
@@ -102,11 +102,11 @@ def test_intervals_over_writers_hold_what_they_promise() -> None:
         covered += by_writer.low <= 0.5 <= by_writer.high
         naive += by_picture.low <= 0.5 <= by_picture.high
         assert by_writer.low <= by_writer.value <= by_writer.high
-    assert covered >= 48  # of 60: percentiles of 100 resamples hold about 92 %, three standard errors below is 48
+    assert covered >= 48  # of 60: intervals from 100 resamples cover about 92 %; 48 is three standard errors less
     assert naive <= covered - 6
 
 
-def test_a_real_difference_is_found() -> None:
+def test_real_difference_is_detected() -> None:
     found = judge(clustered(1, shift=2.0), resamples=300)
     assert found.auc.low > 0.7
     assert found.tpr.value > 0.1
@@ -114,7 +114,7 @@ def test_a_real_difference_is_found() -> None:
     assert judge(clustered(1, shift=2.0), resamples=300).auc == found.auc
 
 
-def test_what_cannot_be_judged_is_refused() -> None:
+def test_invalid_trials_are_rejected() -> None:
     with pytest.raises(ValueError, match="same length"):
         AttackTrial(np.zeros(2), np.zeros(3, bool), np.zeros(3, int), np.zeros(3, int))
     with pytest.raises(ValueError, match="not finite"):

@@ -1,4 +1,4 @@
-"""A ledger that is missing, shortened, edited or brought from elsewhere is told from a fresh one, and from a crash."""
+"""Anchors tell a missing, truncated, edited or copied ledger from a fresh one, and from the result of a crash."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from privacy.ledger import hash_chain
 from privacy.ledger.anchors import JournalHead
 from privacy.ledger.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, DeviceLedger, LedgerHistory
 from privacy.storage import FileStorage
-from tests.helpers.storages import FORMS, Kept, KeptFiles
+from tests.helpers.storages import STORED_DEVICES, FileDevice, StoredDevice
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free
 
 ROUNDS = 3
 
 
-@pytest.fixture(params=FORMS)
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+@pytest.fixture(params=STORED_DEVICES)
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDevice:
     """A device that answered some rounds."""
-    found: Kept = request.param(tmp_path)
-    answer(DeviceLedger(found.storage()), ROUNDS)
+    found: StoredDevice = request.param(tmp_path)
+    answer_rounds(DeviceLedger(found.storage()), ROUNDS)
     return found
 
 
-def answer(ledger: DeviceLedger, rounds: int, run: str = "run") -> None:
+def answer_rounds(ledger: DeviceLedger, rounds: int, run: str = "run") -> None:
     for number in range(1, rounds + 1):
         made = replace(FIRST, run=run, round=number)
         ledger.reserve(made, free)
         ledger.seal(made, b"reply")
 
 
-def refused(kept: Kept, match: str) -> None:
-    """Whatever is asked of the ledger, and nothing is changed."""
+def assert_refused(kept: StoredDevice, match: str) -> None:
+    """Assert that every operation of the ledger is refused, and that nothing changes."""
     ledger, before = DeviceLedger(kept.storage()), (kept.lines(), kept.head(), kept.blobs())
     for attempt in (
         ledger.entries,
@@ -59,53 +59,53 @@ def refused(kept: Kept, match: str) -> None:
     assert (kept.lines(), kept.head(), kept.blobs()) == before
 
 
-def not_charged(kept: Kept, match: str) -> None:
+def assert_not_charged(kept: StoredDevice, match: str) -> None:
     before = (kept.lines(), kept.head())
     with pytest.raises(AntherError, match=match):
         DeviceLedger(kept.storage()).reserve(replace(FIRST, round=99), free)
     assert (kept.lines(), kept.head()) == before
 
 
-def test_every_line_is_linked_and_the_last_is_held_by_the_head(kept: Kept) -> None:
-    whole = kept.lines()
-    assert len(whole) == 1 + 2 * ROUNDS
-    for place, line in enumerate(whole):
+def test_changed_lines_are_detected(kept: StoredDevice) -> None:
+    complete_ledger = kept.lines()
+    assert len(complete_ledger) == 1 + 2 * ROUNDS
+    for place, line in enumerate(complete_ledger):
         number = place + 1
         edited = line.replace(b'"at":"2', b'"at":"1')
         assert edited != line
-        kept.put_lines([*whole[:place], edited, *whole[number:]])
-        last = number == len(whole)
-        refused(kept, rf":{number}: not the line" if last else rf":{number + 1}: doesn't follow")
-        kept.put_lines([*whole[:place], *whole[number:]])
-        refused(kept, "cut short" if last else rf":{number}: doesn't follow")
-        kept.put_lines([*whole[:place], line, *whole[place:]])
-        refused(kept, rf":{number + 1}: doesn't follow")
-    for one, other in combinations(range(len(whole)), 2):
-        swapped = list(whole)
-        swapped[one], swapped[other] = whole[other], whole[one]
+        kept.put_lines([*complete_ledger[:place], edited, *complete_ledger[number:]])
+        last = number == len(complete_ledger)
+        assert_refused(kept, rf":{number}: not the line" if last else rf":{number + 1}: doesn't follow")
+        kept.put_lines([*complete_ledger[:place], *complete_ledger[number:]])
+        assert_refused(kept, "cut short" if last else rf":{number}: doesn't follow")
+        kept.put_lines([*complete_ledger[:place], line, *complete_ledger[place:]])
+        assert_refused(kept, rf":{number + 1}: doesn't follow")
+    for one, other in combinations(range(len(complete_ledger)), 2):
+        swapped = list(complete_ledger)
+        swapped[one], swapped[other] = complete_ledger[other], complete_ledger[one]
         kept.put_lines(swapped)
-        refused(kept, "doesn't follow")
-    kept.put_lines(whole)
+        assert_refused(kept, "doesn't follow")
+    kept.put_lines(complete_ledger)
     assert len(DeviceLedger(kept.storage()).entries()) == ROUNDS
 
 
-def test_a_shortened_ledger(kept: Kept) -> None:
-    whole = kept.lines()
-    for length in range(1, len(whole)):
-        kept.put_lines(whole[:length])
-        refused(kept, f"cut short or rolled back: it holds {length} events of {len(whole)}")
+def test_truncated_ledger_is_refused(kept: StoredDevice) -> None:
+    complete_ledger = kept.lines()
+    for length in range(1, len(complete_ledger)):
+        kept.put_lines(complete_ledger[:length])
+        assert_refused(kept, f"cut short or rolled back: it holds {length} events of {len(complete_ledger)}")
 
 
-def test_a_missing_ledger(kept: Kept) -> None:
-    """Head and marker each tell it from a fresh device; without all three it is one."""
+def test_missing_ledger_is_refused(kept: StoredDevice) -> None:
+    """Head or marker are enough to tell it from a fresh device. Without all three it is a fresh device."""
     head, marker = kept.head(), kept.storage().read(MARKER)
     kept.put_lines([])
-    refused(kept, "of 7 events is missing")
+    assert_refused(kept, "of 7 events is missing")
     kept.put_blob(MARKER, None)
-    refused(kept, "of 7 events is missing")
+    assert_refused(kept, "of 7 events is missing")
     kept.put_blob(MARKER, marker)
     kept.put_head(None)
-    refused(kept, "is missing")
+    assert_refused(kept, "is missing")
     kept.put_blob(MARKER, None)
     ledger = DeviceLedger(kept.storage())
     assert ledger.history() == LedgerHistory()
@@ -113,35 +113,35 @@ def test_a_missing_ledger(kept: Kept) -> None:
     assert kept.head() != head
 
 
-def test_a_missing_head(kept: Kept) -> None:
+def test_missing_head_is_refused(kept: StoredDevice) -> None:
     kept.put_head(None)
-    refused(kept, "head is missing")
+    assert_refused(kept, "head is missing")
     kept.put_blob(MARKER, None)
-    refused(kept, "head is missing")
+    assert_refused(kept, "head is missing")
     kept.put_lines(kept.lines()[:1])
-    DeviceLedger(kept.storage()).entries()  # as a crash while enrolling leaves it: nothing was charged
+    DeviceLedger(kept.storage()).entries()  # the state after a crash during enrollment: nothing was charged
 
 
-def test_a_marker_that_alone_is_missing_is_put_back(kept: Kept) -> None:
+def test_missing_marker_is_restored(kept: StoredDevice) -> None:
     marker = kept.storage().read(MARKER)
     kept.put_blob(MARKER, None)
     DeviceLedger(kept.storage()).reserve(FIRST, free)
     assert kept.storage().read(MARKER) == marker
 
 
-def test_a_head_behind_is_mended(kept: Kept) -> None:
-    """By one event after a crash; by more after a backup of heads was restored: the journal holds all of it."""
-    whole, now = kept.lines(), kept.head()
-    ledger = json.loads(whole[0])["ledger"]
-    for events in range(1, len(whole)):
-        kept.put_head(JournalHead(ledger, events, hash_chain.chain_head(whole[:events])).to_json())
+def test_outdated_head_is_repaired(kept: StoredDevice) -> None:
+    """By one event after a crash; by more if a backup of heads was restored and the journal is complete."""
+    complete_ledger, now = kept.lines(), kept.head()
+    ledger = json.loads(complete_ledger[0])["ledger"]
+    for events in range(1, len(complete_ledger)):
+        kept.put_head(JournalHead(ledger, events, hash_chain.chain_head(complete_ledger[:events])).to_json())
         assert len(DeviceLedger(kept.storage()).entries()) == ROUNDS
         assert kept.head() == now
 
 
-def test_a_line_is_durable_before_the_head_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line of a process that was killed before its fsync, too: a power cut may still take it back."""
-    kept, done = KeptFiles(tmp_path), list[str]()
+def test_line_is_durable_before_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This includes a line of a process that was killed before its fsync: a power failure may still remove it."""
+    kept, done = FileDevice(tmp_path), list[str]()
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     head = kept.head()
@@ -179,40 +179,42 @@ def test_a_line_is_durable_before_the_head_names_it(tmp_path: Path, monkeypatch:
         (lambda now: replace(now, events=0), "not the head of a ledger"),
     ],
 )
-def test_a_head_of_another_past(kept: Kept, head: Callable[[JournalHead], JournalHead], match: str) -> None:
+def test_inconsistent_head_is_refused(
+    kept: StoredDevice, head: Callable[[JournalHead], JournalHead], match: str
+) -> None:
     now = JournalHead(**json.loads(kept.head() or b""))
     kept.put_head(head(now).to_json())
-    refused(kept, match)
+    assert_refused(kept, match)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"ledger": "x", "events": "many", "sha256": ""}'])
-def test_a_damaged_anchor(kept: Kept, data: bytes) -> None:
+def test_damaged_anchor_is_refused(kept: StoredDevice, data: bytes) -> None:
     head = kept.head()
     kept.put_head(data)
-    refused(kept, "not the head")
+    assert_refused(kept, "not the head")
     kept.put_head(head)
     kept.put_blob(MARKER, data)
-    not_charged(kept, "not the marker")
+    assert_not_charged(kept, "not the marker")
 
 
-def test_a_clone_of_another_device(tmp_path: Path) -> None:
-    ada, bob = KeptFiles(tmp_path / "ada"), KeptFiles(tmp_path / "bob")
+def test_clone_of_another_device_is_refused(tmp_path: Path) -> None:
+    ada, bob = FileDevice(tmp_path / "ada"), FileDevice(tmp_path / "bob")
     for name, device in (("ada", ada), ("bob", bob)):
-        answer(DeviceLedger(device.storage()), ROUNDS, run=name)
+        answer_rounds(DeviceLedger(device.storage()), ROUNDS, run=name)
     shutil.rmtree(tmp_path / "bob/device")
     shutil.copytree(tmp_path / "ada/device", tmp_path / "bob/device")
-    refused(bob, "brought from elsewhere")
+    assert_refused(bob, "brought from elsewhere")
     head = ada.head()
-    bob.put_head(head)  # and its head with it, but not its marker
+    bob.put_head(head)  # also its head, but not its marker
     (tmp_path / "bob/device" / MARKER).write_text('{"ledger": "bob", "head": "x"}')
-    not_charged(bob, "brought from elsewhere")
+    assert_not_charged(bob, "brought from elsewhere")
     shutil.copytree(tmp_path / "ada/device", tmp_path / "elsewhere/device")
-    refused(KeptFiles(tmp_path / "elsewhere"), "head is missing")
-    answer(DeviceLedger(ada.storage()), ROUNDS, run="ada")  # its owner is not harmed
+    assert_refused(FileDevice(tmp_path / "elsewhere"), "head is missing")
+    answer_rounds(DeviceLedger(ada.storage()), ROUNDS, run="ada")  # the original is unaffected
 
 
-def test_a_backup_of_the_store_is_found_to_be_older(tmp_path: Path) -> None:
-    kept = KeptFiles(tmp_path)
+def test_restored_backup_is_detected(tmp_path: Path) -> None:
+    kept = FileDevice(tmp_path)
     for number in range(1, 4):
         made = replace(FIRST, round=number)
         DeviceLedger(kept.storage()).reserve(made, free)
@@ -222,35 +224,35 @@ def test_a_backup_of_the_store_is_found_to_be_older(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "device")
         shutil.copytree(tmp_path / f"backup-{number}", tmp_path / "device")
         if number < 3:
-            refused(kept, "rolled back")
+            assert_refused(kept, "rolled back")
     assert len(DeviceLedger(kept.storage()).entries()) == 3
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> dict[Path, bytes]:
+def complete_ledger(tmp_path: Path) -> dict[Path, bytes]:
     """Journal and head of a device that answered one round."""
-    answer(DeviceLedger(KeptFiles(tmp_path).storage()), 1)
+    answer_rounds(DeviceLedger(FileDevice(tmp_path).storage()), 1)
     return {file: file.read_bytes() for file in (tmp_path / "device" / JOURNAL, tmp_path / "device.heads" / JOURNAL)}
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_found(whole: dict[Path, bytes], at: int, bit: int) -> None:
-    """Wherever it is: in the journal it breaks a link or what the head says, in the head it breaks that."""
-    places = [(file, place) for file, data in whole.items() for place in range(len(data))]
+def test_flipped_bit_is_detected(complete_ledger: dict[Path, bytes], at: int, bit: int) -> None:
+    """In the journal it breaks a link or contradicts the head; in the head it contradicts the journal."""
+    places = [(file, place) for file, data in complete_ledger.items() for place in range(len(data))]
     file, place = places[at % len(places)]
-    damaged = bytearray(whole[file])
+    damaged = bytearray(complete_ledger[file])
     damaged[place] ^= 1 << bit
     file.write_bytes(damaged)
     with pytest.raises(AntherError):
         DeviceLedger(FileStorage(file.parent.with_name("device"))).entries()
-    for every, data in whole.items():
+    for every, data in complete_ledger.items():
         every.write_bytes(data)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_processes_at_once_keep_one_chain(form: type[KeptFiles], tmp_path: Path) -> None:
-    """They enrol at once, too."""
+@pytest.mark.parametrize("form", STORED_DEVICES)
+def test_concurrent_processes_keep_one_chain(form: type[FileDevice], tmp_path: Path) -> None:
+    """The processes also enroll concurrently."""
     kept, children = form(tmp_path), []
     for child in range(4):
         if (pid := os.fork()) == 0:
@@ -271,9 +273,9 @@ def test_processes_at_once_keep_one_chain(form: type[KeptFiles], tmp_path: Path)
     assert [entry.state for entry in history.entries.values()] == [SEALED] * 20
 
 
-def test_set_aside_it_can_be_brought_back(tmp_path: Path) -> None:
-    kept, files = KeptFiles(tmp_path), FileStorage(tmp_path / "device")
-    answer(DeviceLedger(files), ROUNDS)
+def test_set_aside_ledger_can_be_restored(tmp_path: Path) -> None:
+    kept, files = FileDevice(tmp_path), FileStorage(tmp_path / "device")
+    answer_rounds(DeviceLedger(files), ROUNDS)
     before = (kept.lines(), kept.head(), kept.blobs())
     aside = files.set_aside(JOURNAL, OUTBOX, MARKER)
     assert aside is not None
@@ -292,14 +294,14 @@ def test_set_aside_it_can_be_brought_back(tmp_path: Path) -> None:
     assert (kept.lines(), kept.head(), kept.blobs()) == before
 
 
-def test_there_may_be_nothing_to_set_aside(tmp_path: Path) -> None:
+def test_set_aside_without_ledger(tmp_path: Path) -> None:
     assert FileStorage(tmp_path / "device").set_aside(JOURNAL, OUTBOX, MARKER) is None
     assert not (tmp_path / "device").exists()
 
 
-def test_who_waits_for_a_ledger_that_is_set_aside_writes_into_the_new_one(tmp_path: Path) -> None:
+def test_waiting_writer_uses_the_new_ledger(tmp_path: Path) -> None:
     files = FileStorage(tmp_path / "device")
-    answer(DeviceLedger(files), 1)
+    answer_rounds(DeviceLedger(files), 1)
     with files.journal(JOURNAL):
         waiter = threading.Thread(target=lambda: DeviceLedger(FileStorage(tmp_path / "device")).reserve(FIRST, free))
         waiter.start()

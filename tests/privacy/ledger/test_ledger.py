@@ -1,4 +1,4 @@
-"""The ledger: nothing is refunded, forgotten or released twice, in files and in a fleet's database alike."""
+"""The ledger: no refunds, no lost charges, no second release; in files and in a fleet's database."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from privacy.ledger.ledger import (
     _HistoryCache,
 )
 from privacy.policy import Policy, RequestRefusedError
-from tests.helpers.storages import FORMS, Kept, KeptFiles
+from tests.helpers.storages import STORED_DEVICES, FileDevice, StoredDevice
 
 GAUSSIAN = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
 FIRST = Reservation(
@@ -40,11 +40,11 @@ FIRST = Reservation(
     mechanism=GAUSSIAN,
     clip=0.01,
     release=True,
-)  # a run may be called anything: the server chooses its name
+)  # the server chooses the name of the run
 KEY, PLAN = FIRST.key, FIRST.plan
 
 
-def _refuse(_past: Sequence[Mechanism], _new: Mechanism) -> None:
+def _refuse_all(_past: Sequence[Mechanism], _new: Mechanism) -> None:
     raise RequestRefusedError("not this one")
 
 
@@ -52,13 +52,13 @@ def free(_past: Sequence[Mechanism], _new: Mechanism) -> None:
     """A policy without limits."""
 
 
-@pytest.fixture(params=FORMS)
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
-    found: Kept = request.param(tmp_path)
+@pytest.fixture(params=STORED_DEVICES)
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDevice:
+    found: StoredDevice = request.param(tmp_path)
     return found
 
 
-def test_a_round_from_reservation_to_delivery(kept: Kept) -> None:
+def test_round_from_reservation_to_delivery(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
     assert ledger.sealed(KEY, PLAN) is None
     ledger.reserve(FIRST, free)
@@ -72,42 +72,42 @@ def test_a_round_from_reservation_to_delivery(kept: Kept) -> None:
     assert not kept.blobs()
     with pytest.raises(RequestRefusedError, match="can't be sent again"):
         ledger.sealed(KEY, PLAN)
-    assert len(kept.lines()) == 5  # with the enrolment
+    assert len(kept.lines()) == 5  # including the enrollment
 
 
-def test_only_earlier_rounds_of_the_run_are_settled_and_only_when_asked(kept: Kept) -> None:
+def test_only_earlier_rounds_of_the_run_are_settled(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
     for made in (FIRST, replace(FIRST, purpose=MEASURE), replace(FIRST, run="another"), replace(FIRST, round=3)):
         ledger.reserve(made, free)
         ledger.seal(made, b"reply")
     ledger.reserve(replace(FIRST, round=4), free)
     assert [entry.state for entry in ledger.entries()] == [SEALED] * 4 + [RESERVED]
-    ledger.reserve(replace(FIRST, round=3), free, settles=True)  # once more, after a crash
+    ledger.reserve(replace(FIRST, round=3), free, settles=True)  # again, as after a crash
     assert [entry.state for entry in ledger.entries()] == [SENT] + [SEALED] * 3 + [RESERVED]
     assert len(kept.blobs()) == 3
     with pytest.raises(RequestRefusedError, match="not this one"):
-        ledger.reserve(replace(FIRST, round=5), _refuse, settles=True)
+        ledger.reserve(replace(FIRST, round=5), _refuse_all, settles=True)
     assert ledger.sealed(replace(FIRST, run="another").key, PLAN) == b"reply"
 
 
-def test_both_forms_keep_the_same_lines(tmp_path: Path) -> None:
+def test_both_storages_have_the_same_lines(tmp_path: Path) -> None:
     found = []
-    for form in FORMS:
+    for form in STORED_DEVICES:
         kept = form(tmp_path)
         ledger = DeviceLedger(kept.storage())
         ledger.reserve(FIRST, free)
         ledger.seal(FIRST, b"reply")
-        found.append(([without_chance(line) for line in kept.lines()], kept.blobs()))
+        found.append(([without_random_fields(line) for line in kept.lines()], kept.blobs()))
     assert found[0] == found[1]
 
 
-def without_chance(line: bytes) -> dict[str, object]:
-    """An event without the id that was drawn, the time and the links over both."""
+def without_random_fields(line: bytes) -> dict[str, object]:
+    """An event without its random id, time and link."""
     return {name: value for name, value in json.loads(line).items() if name not in ("ledger", "at", "previous")}
 
 
-def test_everything_stays_in_its_own_folder(tmp_path: Path) -> None:
-    ledger = DeviceLedger(KeptFiles(tmp_path).storage())
+def test_files_stay_in_the_device_folder(tmp_path: Path) -> None:
+    ledger = DeviceLedger(FileDevice(tmp_path).storage())
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"reply")
     assert {path.name for path in tmp_path.iterdir()} == {"device", "device.heads"}
@@ -116,7 +116,7 @@ def test_everything_stays_in_its_own_folder(tmp_path: Path) -> None:
     assert (tmp_path / "device").stat().st_mode & 0o077 == 0
 
 
-def test_a_second_seal_sends_the_first_reply(kept: Kept) -> None:
+def test_second_seal_returns_the_first_reply(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"first")
@@ -124,11 +124,11 @@ def test_a_second_seal_sends_the_first_reply(kept: Kept) -> None:
     assert ledger.sealed(KEY, PLAN) == b"first"
 
 
-def test_a_reserved_round_is_charged_once_and_for_ever(kept: Kept) -> None:
+def test_reserved_round_is_charged_exactly_once(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     once = ledger.spent(1e-3)
-    ledger.reserve(FIRST, free)  # the same round again, after a crash
+    ledger.reserve(FIRST, free)  # the same round again, as after a crash
     assert ledger.spent(1e-3) == once
     ledger.reserve(replace(FIRST, round=2), free)
     assert once.value < ledger.spent(1e-3).value == pytest.approx(2.355, abs=0.02)  # 50 steps: field anchor
@@ -136,8 +136,8 @@ def test_a_reserved_round_is_charged_once_and_for_ever(kept: Kept) -> None:
     assert ledger.spent(1e-3).value == float("inf")
 
 
-def test_what_others_wrote_is_seen_at_the_next_look(kept: Kept) -> None:
-    """What was read before may be kept, but never believed over what is there."""
+def test_events_of_other_processes_are_seen(kept: StoredDevice) -> None:
+    """A cached history is used only if the journal is unchanged."""
     ledger = DeviceLedger(kept.storage())
     for number in range(1, 6):
         assert len(ledger.entries()) == len(DeviceLedger(kept.storage()).entries()) == number - 1
@@ -151,8 +151,8 @@ def test_what_others_wrote_is_seen_at_the_next_look(kept: Kept) -> None:
     assert [entry.reservation.round for entry in ledger.entries()] == [1, 2, 3, 4, 5]
 
 
-def test_what_is_kept_of_events_is_what_their_lines_say(kept: Kept) -> None:
-    """After events of its own a ledger doesn't read its lines again: it must know what whoever does would find."""
+def test_cached_history_equals_replayed_history(kept: StoredDevice) -> None:
+    """After its own events, a ledger doesn't read its lines again: its cache must equal a replay of the lines."""
     ledger = DeviceLedger(kept.storage())
     for number, mechanism in enumerate((GAUSSIAN, NonPrivate(), GAUSSIAN), start=1):
         made = replace(FIRST, round=number, mechanism=mechanism, clip=None if mechanism == NonPrivate() else 0.1 + 0.2)
@@ -165,9 +165,9 @@ def test_what_is_kept_of_events_is_what_their_lines_say(kept: Kept) -> None:
         assert [entry.at for entry in known[1].entries.values()] == [entry.at for entry in read[1].entries.values()]
 
 
-def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("privacy.ledger.ledger._histories", _HistoryCache(most=2))
-    ledgers = [DeviceLedger(KeptFiles(tmp_path / str(number)).storage()) for number in range(4)]
+    ledgers = [DeviceLedger(FileDevice(tmp_path / str(number)).storage()) for number in range(4)]
     for number in (1, 2, 3):
         for ledger in ledgers:
             ledger.reserve(replace(FIRST, round=number), free)
@@ -176,8 +176,8 @@ def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytes
     assert len(privacy.ledger.ledger._histories._cached) == 2
 
 
-def test_simulated_noise_is_charged_all_the_same(tmp_path: Path) -> None:
-    real, test = KeptFiles(tmp_path / "real"), KeptFiles(tmp_path / "test")
+def test_simulated_noise_is_charged(tmp_path: Path) -> None:
+    real, test = FileDevice(tmp_path / "real"), FileDevice(tmp_path / "test")
     DeviceLedger(real.storage()).reserve(FIRST, free)
     DeviceLedger(test.storage()).reserve(replace(FIRST, release=False), free)
     assert DeviceLedger(test.storage()).spent(1e-3) == DeviceLedger(real.storage()).spent(1e-3)
@@ -185,7 +185,7 @@ def test_simulated_noise_is_charged_all_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seal", [False, True])
-def test_another_plan_for_the_same_round_is_refused(kept: Kept, seal: bool) -> None:
+def test_second_plan_for_a_round_is_refused(kept: StoredDevice, seal: bool) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     if seal:
@@ -197,7 +197,7 @@ def test_another_plan_for_the_same_round_is_refused(kept: Kept, seal: bool) -> N
     assert len(ledger.entries()) == 1
 
 
-def test_a_refused_round_is_not_charged(kept: Kept) -> None:
+def test_refused_round_is_not_charged(kept: StoredDevice) -> None:
     ledger, policy = DeviceLedger(kept.storage()), Policy(max_epsilon=2.0, delta=1e-3)
     ledger.reserve(FIRST, policy.check_spending)  # ε = 1.6
     before = kept.lines()
@@ -206,9 +206,9 @@ def test_a_refused_round_is_not_charged(kept: Kept) -> None:
     assert kept.lines() == before
 
 
-def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
-    """At every byte of every line, with the head as it was before: it follows the line."""
-    kept, file = KeptFiles(tmp_path), tmp_path / "device/ledger.jsonl"
+def test_torn_last_line_is_removed(tmp_path: Path) -> None:
+    """Torn at every byte of every line, with the head from before the line."""
+    kept, file = FileDevice(tmp_path), tmp_path / "device/ledger.jsonl"
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     before, head = file.read_bytes(), kept.head()
@@ -219,19 +219,19 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
         kept.put_head(head)
         assert [entry.state for entry in ledger.entries()] == [RESERVED]
         assert file.read_bytes() == before
-    file.write_bytes(before + b"\0" * 512)  # what some file systems leave after a power cut
+    file.write_bytes(before + b"\0" * 512)  # some file systems leave this after a power failure
     ledger.seal(FIRST, b"reply")
     assert [entry.state for entry in ledger.entries()] == [SEALED]
     assert file.read_bytes().startswith(before)
 
 
-def test_a_torn_enrolment_leaves_a_fresh_device(tmp_path: Path) -> None:
-    DeviceLedger(KeptFiles(tmp_path / "a").storage()).reserve(FIRST, free)
-    enrolment = KeptFiles(tmp_path / "a").lines()[0]
-    for length in range(len(enrolment) + 1):  # the last without its line end
-        kept = KeptFiles(tmp_path / str(length))
+def test_torn_enrollment_leaves_a_fresh_device(tmp_path: Path) -> None:
+    DeviceLedger(FileDevice(tmp_path / "a").storage()).reserve(FIRST, free)
+    enrollment = FileDevice(tmp_path / "a").lines()[0]
+    for length in range(len(enrollment) + 1):  # the last case lacks only the line end
+        kept = FileDevice(tmp_path / str(length))
         (tmp_path / str(length) / "device").mkdir(parents=True)
-        (tmp_path / str(length) / "device/ledger.jsonl").write_bytes(enrolment[:length])
+        (tmp_path / str(length) / "device/ledger.jsonl").write_bytes(enrollment[:length])
         ledger = DeviceLedger(kept.storage())
         assert ledger.history() == LedgerHistory()
     assert ledger.reserve(FIRST, free).events == 2
@@ -254,11 +254,11 @@ OUT_OF_TURN: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("garbage", [*NO_EVENTS, *OUT_OF_TURN])
-def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: bytes | dict[str, Any]) -> None:
+def test_invalid_line_raises_and_changes_nothing(kept: StoredDevice, garbage: bytes | dict[str, Any]) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     lines, head = kept.lines(), kept.head()
-    if isinstance(garbage, dict):  # well chained, and said by nobody in his senses
+    if isinstance(garbage, dict):  # a valid link, and an invalid event
         garbage = hash_chain.encode_event({"at": "now", **garbage}, hash_chain.chain_head(lines))
     damaged = [*lines, garbage]
     kept.put_lines(damaged)
@@ -269,7 +269,7 @@ def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: byt
     assert (kept.lines(), kept.head()) == (damaged, head)
 
 
-def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
+def test_journal_must_begin_with_enrollment(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     kept.put_lines([hash_chain.encode_event({"at": "now", **entries.reserved_event(FIRST)}, hash_chain.START)])
@@ -278,7 +278,7 @@ def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
 
 
 @pytest.mark.parametrize("damage", [None, b"Reply"])
-def test_a_damaged_sealed_reply_is_never_replaced(kept: Kept, damage: bytes | None) -> None:
+def test_damaged_sealed_reply_is_never_replaced(kept: StoredDevice, damage: bytes | None) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"reply")
@@ -290,7 +290,7 @@ def test_a_damaged_sealed_reply_is_never_replaced(kept: Kept, damage: bytes | No
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_two_at_once_can_not_both_take_the_last_of_a_budget(kept: Kept, shared: bool) -> None:
+def test_concurrent_reservations_respect_the_budget(kept: StoredDevice, shared: bool) -> None:
     policy, refused, storage = Policy(max_epsilon=2.0, delta=1e-3), [], kept.storage()
     DeviceLedger(storage).entries()
 
@@ -310,8 +310,8 @@ def test_two_at_once_can_not_both_take_the_last_of_a_budget(kept: Kept, shared: 
     assert len(refused) == 5
 
 
-def test_what_the_seal_was_made_from_is_what_the_ledger_says(kept: Kept) -> None:
-    """A reserved round that was begun on other pictures is trained anew: the same charge, one release, no lie."""
+def test_seal_records_its_inputs(kept: StoredDevice) -> None:
+    """A reserved round that began on other pictures is trained again: one charge, one release, a true record."""
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(replace(FIRST, release=False), free)
     spent = ledger.spent(1e-3)
@@ -325,7 +325,7 @@ def test_what_the_seal_was_made_from_is_what_the_ledger_says(kept: Kept) -> None
     assert len(kept.lines()) == 3
 
 
-def test_a_measure_of_the_same_round_is_charged_and_sealed_beside_it(kept: Kept) -> None:
+def test_evaluation_of_a_round_is_charged_separately(kept: StoredDevice) -> None:
     ledger, measure = DeviceLedger(kept.storage()), replace(FIRST, purpose=MEASURE, plan="m", data="v" * 64)
     ledger.reserve(FIRST, free)
     one = ledger.spent(1e-3).value
@@ -340,7 +340,7 @@ def test_a_measure_of_the_same_round_is_charged_and_sealed_beside_it(kept: Kept)
     assert ledger.sealed(KEY, PLAN) == b"reply"
 
 
-def test_an_echo_can_refuse_and_never_permit(kept: Kept) -> None:
+def test_echo_can_only_refuse(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
     with pytest.raises(RequestRefusedError, match="holds 0 events and the server heard of 1"):
         ledger.sealed(KEY, PLAN, echo=1)
