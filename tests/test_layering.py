@@ -1,7 +1,10 @@
-"""Layering: imports run downwards only, Flower is imported in listed modules only, devices import no server code."""
+"""Layering: imports run downwards without cycles, Flower stays in listed modules, devices import no server code."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,48 @@ def test_no_import_violates_the_layers() -> None:
         for path in files
         for line in violations(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     ] == []
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Parse every module of every package, by its dotted name."""
+    files = [path.relative_to(ROOT) for package in LAYERS for path in (ROOT / package).rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files]
+    return {name: ast.parse((ROOT / path).read_text(encoding="utf-8")) for name, path in zip(names, files, strict=True)}
+
+
+def dependencies(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Return the modules among `trees` that each of them imports, at the top level or in a function."""
+    graph: dict[str, set[str]] = {name: set() for name in trees}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= submodules & trees.keys() or {node.module}
+        graph[name] = graph[name] & trees.keys() - {name}
+    return graph
+
+
+def test_modules_have_no_import_cycle() -> None:
+    TopologicalSorter(dependencies(modules())).prepare()
+
+
+def test_planted_cycle_is_found() -> None:
+    sources = {"a.x": "from a import y", "a.y": "def f():\n    import b.z", "b.z": "from a.x import f"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(dependencies({name: ast.parse(source) for name, source in sources.items()})).prepare()
+
+
+def test_public_class_names_are_unique() -> None:
+    classes = Counter(
+        node.name
+        for tree in modules().values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name: count for name, count in classes.items() if count > 1} == {}
 
 
 def test_every_package_has_a_layer() -> None:
