@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +28,8 @@ import httpx
 from google.protobuf.message import DecodeError, Message
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from common import strict_json
@@ -40,19 +40,19 @@ from protocol.handshake import Enrollment, ServerHello
 from server.gateway import calls, identity
 from server.gateway.calls import Call
 from server.gateway.device_registry import DeviceRegistry, EnrolledDevice
-from server.gateway.fleet import Caller, FleetService, SuperLinkError
-from server.gateway.identity import Claim
+from server.gateway.fleet import FleetService
+from server.gateway.http import in_pieces, json_response, read_body, refusal_response
+from server.gateway.identity import Caller, Claim
 from server.gateway.limits import ACTIVATION_COST, PIECE_COST, RequestBudget
 from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, RequestRefused, hostile
 from server.gateway.replies import ReplyLimits
-from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
+from server.gateway.superlink_client import PROTOBUF, SuperLinkClient, SuperLinkError
 
 log = logging.getLogger(__name__)
 
 ENROLL_PATH = "/v1/anther/enrol"  # part of the protocol; don't change
 
 _MAX_ENROLLMENT = 16 << 10  # bytes
-_PIECE = 64 << 10  # bytes of an answer written at once: the most that a slow connection buffers
 _ADAPTER = 64 << 20  # bytes of the largest adapter, until a ServerApp sets it
 _QUIET = 60.0  # seconds between two lines of the log about one device
 _NOT_ENROLLED = "not enrolled here, or revoked"
@@ -123,7 +123,7 @@ class Gateway:
 
     async def _hello(self, request: Request) -> Response:
         del request
-        return _json(self.hello())
+        return json_response(self.hello())
 
     async def _is_in(self, request: Request) -> Response:
         del request
@@ -131,7 +131,7 @@ class Gateway:
 
     async def _enroll(self, request: Request) -> Response:
         try:
-            body = await _body(request, _MAX_ENROLLMENT)
+            body = await read_body(request, _MAX_ENROLLMENT)
             request_body = strict_json.from_plain(Enrollment, strict_json.loads(body))
             check_version(request_body.protocol)
             key = identity.canonical(request_body.key)
@@ -140,11 +140,11 @@ class Gateway:
             member = await run_in_threadpool(self.registry.enroll, request_body.secret, key, request_body.name)
             await run_in_threadpool(self.register_node, key, member.name)
         except RequestRefused as refusal:
-            return _refused(refusal, request)
+            return refusal_response(refusal, request)
         except (AntherError, ValueError) as error:
             return JSONResponse({"error": str(error)}, status_code=403)
         log.info("%s is enrolled, of %s", member.name, member.holder)
-        return _json(self.hello())
+        return json_response(self.hello())
 
     def allows(self, request: Request) -> str | None:
         """Return the enrolled key that signed a request's path, or None."""
@@ -184,7 +184,7 @@ class Gateway:
         except RequestRefused as refusal:
             if refusal.hostile:
                 self._count_hostile(key, refusal.reason)
-            await sending(_refused(refusal, request))
+            await sending(refusal_response(refusal, request))
 
     async def _execute(self, call: Call, request: Request, claim: Claim) -> Response:
         message = await self._message(request, call, claim.name)
@@ -192,7 +192,7 @@ class Gateway:
             answer = await self.fleet.execute_call(call, message, self._caller(claim))
         except SuperLinkError as error:
             return Response(error.answer.content, error.answer.status, media_type=error.answer.kind)
-        return _pieces(answer.SerializeToString())
+        return in_pieces(answer.SerializeToString())
 
     def _claim(self, request: Request) -> Claim:
         """Authenticate the sender of a request.
@@ -222,7 +222,7 @@ class Gateway:
         if size > call.most:
             raise hostile(f"a request of more than {call.most} bytes", TOO_LARGE)
         with self.budget.reserve_memory(key, size):
-            body = await _body(request, call.most)
+            body = await read_body(request, call.most)
         try:
             message = call.request.FromString(body)
         except DecodeError:
@@ -279,7 +279,7 @@ class _Enrolled:
             with self.gateway.budget.request_slot(key):
                 await self.app(scope, receive, send)
         except RequestRefused as refusal:
-            await _refused(refusal, request)(scope, receive, send)
+            await refusal_response(refusal, request)(scope, receive, send)
 
 
 def check_version(theirs: int) -> None:
@@ -294,34 +294,3 @@ def check_version(theirs: int) -> None:
 def now() -> str:
     """Return the time for `ServerHello.time`, by which a device can see that its clock is off and why it is refused."""
     return datetime.now(UTC).isoformat()
-
-
-async def _body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise hostile(f"a request of more than {most} bytes", TOO_LARGE)
-    except ClientDisconnect:
-        raise RequestRefused(MALFORMED, "cut off") from None
-    return bytes(body)
-
-
-def _pieces(content: bytes) -> Response:
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(content), _PIECE):
-            yield content[start : start + _PIECE]
-
-    return StreamingResponse(pieces(), media_type=PROTOBUF, headers={"content-length": str(len(content))})
-
-
-def _refused(refusal: RequestRefused, request: Request) -> Response:
-    """Answer a request whose body may be unread: a long body is cut off."""
-    length = request.headers.get("content-length", "0")
-    short = "transfer-encoding" not in request.headers and length.isdecimal() and int(length[:12]) <= calls.HEAD
-    return PlainTextResponse(refusal.reason, refusal.status, headers={} if short else {"connection": "close"})
-
-
-def _json(value: Any) -> Response:
-    return Response(strict_json.dumps(value), media_type="application/json")

@@ -12,10 +12,12 @@ import time
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
+from server.gateway.calls import Call
 from server.gateway.refusal import NOT_YOURS, RequestRefused, hostile
 from server.gateway.replies import Reply, ReplyLimits, tree_objects
 
@@ -60,6 +62,12 @@ class NodeExchange:
     """Number of requests for each run and its app."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    def request(self, call: Call, **fields: Any) -> Any:
+        """Make a request on behalf of the node."""
+        request: Any = call.request(**fields)
+        request.node.node_id = self.node
+        return request
+
     def record_delivery(self, head: Message, tree: ObjectTree) -> None:
         """Note that the node has pulled a message."""
         names, waiting = set(), [tree]
@@ -71,7 +79,7 @@ class NodeExchange:
         while len(self.delivered) > _REMEMBERED:
             self.delivered.popitem(last=False)
 
-    def message(self, identifier: str, run: int) -> DeliveredMessage:
+    def find_message(self, identifier: str, run: int) -> DeliveredMessage:
         """Return a message that this node was given in this run.
 
         Raises:
@@ -125,7 +133,7 @@ class NodeExchange:
         if (len(request.messages_list), len(request.message_object_trees)) != (1, 1):
             raise hostile("other than one reply at a time")
         head, tree = request.messages_list[0], request.message_object_trees[0]
-        delivered = self.message(head.metadata.reply_to_message_id, head.metadata.run_id)
+        delivered = self.find_message(head.metadata.reply_to_message_id, head.metadata.run_id)
         _check_head(head, delivered.head, self.node)
         objects = tree_objects(tree, limits.objects)
         if head.metadata.message_id != tree.object_id:

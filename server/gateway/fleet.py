@@ -6,10 +6,10 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.proto.fleet_pb2 import Reconnect
@@ -19,35 +19,16 @@ from starlette.concurrency import run_in_threadpool
 from server.gateway import calls
 from server.gateway.calls import Call
 from server.gateway.exchange import DeliveredMessage, NodeExchange
+from server.gateway.identity import Caller
 from server.gateway.refusal import LATER, NOT_YOURS, UNKNOWN, RequestRefused, hostile
 from server.gateway.replies import Reply, ReplyLimits
-from server.gateway.superlink_client import Answer, SuperLinkClient
+from server.gateway.superlink_client import SuperLinkClient, SuperLinkError
 
 log = logging.getLogger(__name__)
 
 _EXCHANGES = 4096
 _STALLED = 600.0  # seconds without an object
 _TRIES = 10  # attempts to hand on a reply that the SuperLink doesn't store
-
-
-class Caller(NamedTuple):
-    """The authenticated node that sent a request."""
-
-    key: str
-    """Public key in OpenSSH's form."""
-    pem: bytes
-    headers: Mapping[str, str]
-    """Headers that authenticate the node to the SuperLink. They sign the time, so they are valid for several calls."""
-    node: int | None
-    """Node id; None if nodes have no keys (without TLS) and the node hasn't registered yet."""
-
-
-class SuperLinkError(Exception):
-    """A refusal by the SuperLink, passed on to the device."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.status)
-        self.answer = answer
 
 
 @dataclass
@@ -126,14 +107,14 @@ class FleetService:
         del message
         return await self._ask(
             calls.HEARTBEAT,
-            _request(calls.HEARTBEAT, exchange, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
+            exchange.request(calls.HEARTBEAT, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
             caller,
         )
 
     async def _pull_messages(self, message: Any, caller: Caller, exchange: NodeExchange) -> Message:
         del message
         async with exchange.lock:
-            response = await self._ask(calls.PULL_MESSAGES, _request(calls.PULL_MESSAGES, exchange), caller)
+            response = await self._ask(calls.PULL_MESSAGES, exchange.request(calls.PULL_MESSAGES), caller)
             earlier = [name for name, delivered in exchange.delivered.items() if not delivered.confirmed]
             for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
                 exchange.record_delivery(head, tree)
@@ -145,13 +126,13 @@ class FleetService:
 
     async def _get_run(self, message: Any, caller: Caller, exchange: NodeExchange) -> Message:
         exchange.check_run(message.run_id, "run")
-        return await self._ask(calls.GET_RUN, _request(calls.GET_RUN, exchange, run_id=message.run_id), caller)
+        return await self._ask(calls.GET_RUN, exchange.request(calls.GET_RUN, run_id=message.run_id), caller)
 
     async def _get_fab(self, message: Any, caller: Caller, exchange: NodeExchange) -> Message:
         exchange.check_run(message.run_id, "app")
         if len(message.hash_str) > 64:
             raise hostile("an invalid hash")
-        request = _request(calls.GET_FAB, exchange, run_id=message.run_id, hash_str=message.hash_str)
+        request = exchange.request(calls.GET_FAB, run_id=message.run_id, hash_str=message.hash_str)
         return await self._ask(calls.GET_FAB, request, caller)
 
     async def _pull_object(self, message: Any, caller: Caller, exchange: NodeExchange) -> Message:
@@ -163,7 +144,7 @@ class FleetService:
         return response
 
     async def _confirm(self, message: Any, caller: Caller, exchange: NodeExchange) -> Message:
-        delivered = exchange.message(message.message_object_id, message.run_id)
+        delivered = exchange.find_message(message.message_object_id, message.run_id)
         async with exchange.lock:
             if not await self._confirm_for(message.message_object_id, delivered, caller, exchange):
                 raise hostile("receipt of a message that hasn't been sent completely", LATER)
@@ -223,9 +204,8 @@ class FleetService:
         """Hand a complete reply on to the SuperLink."""
         reply.attempts += 1
         run = reply.head.metadata.run_id
-        request = _request(
+        request = exchange.request(
             calls.PUSH_MESSAGES,
-            exchange,
             messages_list=[reply.head],
             message_object_trees=[reply.tree],
             clientapp_runtime_list=[reply.runtime],
@@ -237,9 +217,8 @@ class FleetService:
                 content = await run_in_threadpool(reply.content, identifier)
                 stored = await self._ask(
                     calls.PUSH_OBJECT,
-                    _request(
+                    exchange.request(
                         calls.PUSH_OBJECT,
-                        exchange,
                         run_id=run,
                         object_id=identifier,
                         object_content=content,
@@ -263,12 +242,12 @@ class FleetService:
 
     async def _object(self, run: int, identifier: str, caller: Caller, exchange: NodeExchange) -> Any:
         return await self._ask(
-            calls.PULL_OBJECT, _request(calls.PULL_OBJECT, exchange, run_id=run, object_id=identifier), caller
+            calls.PULL_OBJECT, exchange.request(calls.PULL_OBJECT, run_id=run, object_id=identifier), caller
         )
 
     async def _remove(self, run: int, message: str, caller: Caller, exchange: NodeExchange) -> None:
         """Have the SuperLink remove a message's objects, if it has them."""
-        request = _request(calls.CONFIRM, exchange, run_id=run, message_object_id=message)
+        request = exchange.request(calls.CONFIRM, run_id=run, message_object_id=message)
         await self._ask(calls.CONFIRM, request, caller)
 
     async def _ask(self, call: Call, message: Message, caller: Caller) -> Any:
@@ -319,10 +298,3 @@ class FleetService:
                 exchange.drop(reply)
         if total > self.spool_bytes:
             raise RequestRefused(LATER, "the server is busy")
-
-
-def _request(call: Call, exchange: NodeExchange, **fields: Any) -> Message:
-    """Make a request on behalf of the exchange's node."""
-    request: Any = call.request(**fields)
-    request.node.node_id = exchange.node
-    return request

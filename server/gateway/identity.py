@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -57,6 +58,18 @@ class Claim:
     def headers(self) -> dict[str, str]:
         """Return the three headers in Flower's form, regardless of their form in the request."""
         return {KEY: base64.b64encode(pem(self.key)).decode(), TIME: self.time, SIGNATURE: self.signature}
+
+
+class Caller(NamedTuple):
+    """The authenticated node that sent a request."""
+
+    key: str
+    """Public key in OpenSSH's form."""
+    pem: bytes
+    headers: Mapping[str, str]
+    """Headers that authenticate the node to the SuperLink. They sign the time, so they are valid for several calls."""
+    node: int | None
+    """Node id; None if nodes have no keys (without TLS) and the node hasn't registered yet."""
 
 
 def parse_claim(headers: Headers) -> Claim | None:

@@ -28,6 +28,14 @@ class Answer(NamedTuple):
     """Content type of the answer."""
 
 
+class SuperLinkError(Exception):
+    """A refusal by the SuperLink, passed on to the device."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
 @dataclass
 class SuperLinkClient:
     """Client of the SuperLink on behalf of nodes.

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import uvicorn
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -42,7 +41,7 @@ from server.supervisor import run_dirs, server_dir
 from server.supervisor.bundle import assemble, version
 from server.supervisor.run_log import log_to_console, print_log
 from server.supervisor.server_dir import ServerDir
-from server.supervisor.superlink import SuperLinkProcess, largest_adapter
+from server.supervisor.superlink import SuperLinkProcess, largest_adapter, stop_leftovers
 
 _POLL = 1.0  # seconds between two checks of processes
 _DAY = 86_400.0  # seconds
@@ -282,7 +281,7 @@ class ServerSupervisor:
             node_of=self.nodes.node_of,
             largest=lambda: largest_adapter(directory.folder),
             base_routes=base_files.routes(files),
-            verify=_tls_context(secure.authority) if secure else False,
+            verify=ssl.create_default_context(cafile=str(secure.authority)) if secure else False,
             folder=directory.spool(),
             limits=self.config.server.limits,
         )
@@ -296,18 +295,6 @@ def _write_results(folder: Path) -> str:
         why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         return f". Its report could not be written ({why}); write it with anther results {folder}"
     return f". Its report: {done.stdout.strip()}"
-
-
-def stop_leftovers(flower_home: Path) -> None:
-    """Kill processes that a dead SuperLink left running: they would hold the port and the database."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("FLWR_HOME") == str(flower_home):
-                process.kill()
-
-
-def _tls_context(authority: Path) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(authority))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from common.atomic_files import write
 from common.errors import AntherError
 from common.flower import environment
@@ -239,3 +241,11 @@ def largest_adapter(folder: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
         return int((folder / _LARGEST).read_text())
     return _ADAPTER
+
+
+def stop_leftovers(flower_home: Path) -> None:
+    """Kill processes that a dead SuperLink left running: they would hold the port and the database."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == str(flower_home):
+                process.kill()

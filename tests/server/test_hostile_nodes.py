@@ -103,9 +103,9 @@ def collect_replies(passing, gate, honest, others, *, seconds=LIMIT):
         return identifiers
 
     gate.push = push
-    found = outcome(replies)
+    outcomes = outcome(replies)
     assert passing.passed < seconds + 2.0
-    return found
+    return outcomes
 
 
 def promise_reply(device: FakeNode) -> None:
@@ -144,9 +144,9 @@ def stay_silent(device: FakeNode) -> None:
 def test_one_node_costs_others_nothing(link, passing, action, code):
     mallory, *honest = (link.device(name) for name in ("mallory", "ada", "bob"))
     gate = link.grid()
-    found = collect_replies(passing, gate, honest, {mallory: action})
-    assert found.pop(mallory.node, None) == code
-    assert found == {device.node: 0 for device in honest}
+    outcomes = collect_replies(passing, gate, honest, {mallory: action})
+    assert outcomes.pop(mallory.node, None) == code
+    assert outcomes == {device.node: 0 for device in honest}
     assert available(gate, mallory, *honest) == [*([] if code == 4 else ["mallory"]), "ada", "bob"]
 
 
@@ -199,8 +199,8 @@ def test_partial_reply_arrives_when_complete(link):
     send_the_rest = ada.push(reply, objects=1)
     assert list(gate.pull([name], 1.0)) == []
     send_the_rest()
-    ((_, found),) = gate.pull([name], 1.0)
-    assert found.content == content(ada)
+    ((_, reply),) = gate.pull([name], 1.0)
+    assert reply.content == content(ada)
     assert list(gate.pull([name], 1.0, last=True)) == []
 
 
@@ -233,8 +233,8 @@ def test_poisoned_object_id(tmp_path):
     reply = mallory.reply(message, content(mallory))
     poison = ObjectTree(object_id=known, children=[ObjectTree(object_id="f" * 64)])
     mallory.push(reply, tree=ObjectTree(object_id=reply.object_id, children=[poison]))
-    found = gate.send_and_receive(queries(mallory), timeout=LIMIT)
-    assert outcome(found) == {mallory.node: 4}
+    replies = gate.send_and_receive(queries(mallory), timeout=LIMIT)
+    assert outcome(replies) == {mallory.node: 4}
     assert available(gate, mallory) == []
 
 
@@ -293,8 +293,8 @@ def test_unavailable_superlink_blames_no_node(link):
 
 def pull_reply(gate, name):
     for _ in range(10):
-        if found := [reply for _, reply in gate.pull([name], 1.0)]:
-            return found
+        if replies := [reply for _, reply in gate.pull([name], 1.0)]:
+            return replies
     raise AssertionError("nothing came")
 
 
@@ -337,10 +337,10 @@ def test_names_are_registered_names(link):
 def test_node_cannot_choose_a_name_by_leaving(link, caplog):
     """A node leaves after the listing, when it could claim any name, and returns to answer the query."""
     mallory, gate, federated = link.device("mallory"), link.grid(), strategy()
-    found, pushed = gate.get_node_ids, gate.push
+    get_node_ids, pushed = gate.get_node_ids, gate.push
 
     def leaves():
-        nodes = [node for node in found() if node == mallory.node]
+        nodes = [node for node in get_node_ids() if node == mallory.node]
         assert link.state.deactivate_node(mallory.node)
         return nodes
 
@@ -357,7 +357,7 @@ def test_node_cannot_choose_a_name_by_leaving(link, caplog):
 
 
 def test_fedbuff_round_ends_in_time(link, passing):
-    """One promise_reply and never sends, one is silent, one is honest; each round ends with the honest update."""
+    """One promises a reply and never sends it, one is silent, one is honest; each round ends with the honest update."""
     mallory, silent, ada = (link.device(name) for name in ("mallory", "silent", "ada"))
     gate, federated = link.grid(), strategy(aggregation=FedIT())
     gate.names = lambda: {device.node: device.name for device in (mallory, silent, ada)}

@@ -47,25 +47,25 @@ def run(
     *fleet,
     rounds=2,
     state=None,
-    chosen=None,
-    enough=None,
+    federated=None,
+    target_replies=None,
     timeout=100.0,
     size=None,
     concurrency=3,
     shift=rebase_product,
-    order=0,
+    order_seed=0,
     **more,
 ):
     """Run some rounds, and return the state and the fleet; asynchronous with `size`, the updates per round."""
-    grid, lives = timed_grid(folder, *fleet, **more)
+    grid, virtual_fleet = timed_grid(folder, *fleet, **more)
     if state and state.history:
-        lives.resume(state.round)
-    chosen = chosen or strategy()
-    limits = RoundLimits(clock=lives.clock, timeout=timeout, target_replies=enough, seed=order)
-    round_runner = size and FedBuffRunner(grid, chosen, limits, shift=shift, size=size, concurrency=concurrency)
+        virtual_fleet.resume(state.round)
+    federated = federated or strategy()
+    limits = RoundLimits(clock=virtual_fleet.clock, timeout=timeout, target_replies=target_replies, seed=order_seed)
+    round_runner = size and FedBuffRunner(grid, federated, limits, shift=shift, size=size, concurrency=concurrency)
     final = run_rounds(
         grid=grid,
-        strategy=chosen,
+        strategy=federated,
         state=state or fresh_state(),
         rounds=rounds,
         checkpoints=folder / "checkpoints",
@@ -73,17 +73,17 @@ def run(
         limits=limits,
         round_runner=round_runner or None,
         min_devices=0,
-        before_checkpoint=lives.save,
+        before_checkpoint=virtual_fleet.save,
     )
-    return final, lives
+    return final, virtual_fleet
 
 
 def outcome(state):
     return [replace(done, wall_seconds=0.0) for done in state.history], encode(to_tensors(state.adapter))
 
 
-def times(lives):
-    return [round(facts.ended) for facts in lives.log.rounds]
+def times(virtual_fleet):
+    return [round(facts.ended) for facts in virtual_fleet.log.rounds]
 
 
 def speeds(*values):
@@ -92,58 +92,58 @@ def speeds(*values):
 
 def test_round_ends_with_enough_replies(tmp_path):
     fleet = speeds(8.0, 4.0, 1.0, 0.5)
-    waits, lives = run(tmp_path / "all", *fleet, timeout=1e6)
+    waits, virtual_fleet = run(tmp_path / "all", *fleet, timeout=1e6)
     assert [done.train.replied for done in waits.history[1:]] == [4, 4]
-    assert times(lives) == [0, 16, 32]
-    final, lives = run(tmp_path / "enough", *speeds(8.0, 4.0, 1.0, 0.5), rounds=5, enough=2)
+    assert times(virtual_fleet) == [0, 16, 32]
+    final, virtual_fleet = run(tmp_path / "enough", *speeds(8.0, 4.0, 1.0, 0.5), rounds=5, target_replies=2)
     assert [done.train.replied for done in final.history[1:]] == [2] * 5
     assert final.history[1].train.dropped == {"no reply": 2}
-    assert times(lives)[1] == 2
+    assert times(virtual_fleet)[1] == 2
     assert sum(done.train.dropped.get("late", 0) for done in final.history[1:]) > 0
 
 
 def test_names_do_not_order_simultaneous_replies(tmp_path):
     counted = set()
     for seed in range(8):
-        final, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=seed)
+        final, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, target_replies=2, order_seed=seed)
         counted.add(tuple(name for name, facts in sorted(final.devices.items()) if facts.rounds))
     assert len(counted) > 3
-    again, _ = run(tmp_path / "again", *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=7)
+    again, _ = run(tmp_path / "again", *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, target_replies=2, order_seed=7)
     assert outcome(again) == outcome(final)
 
 
 def test_timeout_drops_slow_devices(tmp_path):
-    final, lives = run(tmp_path, *speeds(8.0, 4.0, 0.1), timeout=10.0)
-    assert times(lives) == [0, 10, 20]
+    final, virtual_fleet = run(tmp_path, *speeds(8.0, 4.0, 0.1), timeout=10.0)
+    assert times(virtual_fleet) == [0, 10, 20]
     assert [done.train.dropped for done in final.history[1:]] == [{"no reply": 1}] * 2
-    assert lives.log.rounds[2].lost == {}
+    assert virtual_fleet.log.rounds[2].lost == {}
 
 
 def test_out_of_memory_device_stops_no_run(tmp_path):
     fleet = [virtual_device(name, memory_mib=RUNTIME + 1) for name in "ab"]
-    final, lives = run(tmp_path, *fleet)
+    final, virtual_fleet = run(tmp_path, *fleet)
     assert torch.equal(final.adapter["x"].a, fresh_state().adapter["x"].a)
-    assert [facts.lost for facts in lives.log.rounds] == [{}, {"killed: memory": 2}, {"killed: memory": 2}]
-    assert times(lives) == [0, 100, 200]
+    assert [facts.lost for facts in virtual_fleet.log.rounds] == [{}, {"killed: memory": 2}, {"killed: memory": 2}]
+    assert times(virtual_fleet) == [0, 100, 200]
     for size in (1, 2):
-        final, lives = run(tmp_path / str(size), *fleet, size=size)
+        final, virtual_fleet = run(tmp_path / str(size), *fleet, size=size)
         assert [done.train.replied for done in final.history[1:]] == [0, 0]
-        assert times(lives)[-1] == 200
+        assert times(virtual_fleet)[-1] == 200
 
 
 def test_round_waits_for_devices_until_timeout(tmp_path):
     offline = [virtual_device("a", availability=DailySchedule([], [0.0, 24.0]))]
-    final, lives = run(tmp_path / "never", *offline)
+    final, virtual_fleet = run(tmp_path / "never", *offline)
     assert [done.train.asked for done in final.history[1:]] == [0, 0]
-    assert times(lives) == [0, 100, 200]
+    assert times(virtual_fleet) == [0, 100, 200]
     later = [virtual_device("a", availability=DailySchedule([1.0, 24.0], [0.0, 24.0]))]
     for size in (None, 1):
-        final, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
+        final, virtual_fleet = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
         assert [done.train.replied for done in final.history[1:]] == [1, 1]
-        assert 3600 < lives.log.rounds[1].ended < 3600 + 700
+        assert 3600 < virtual_fleet.log.rounds[1].ended < 3600 + 700
     empty_sample = strategy(selection=Poisson(rate=0.5, coins=lambda _: _NeverIncluded()))
-    final, lives = run(tmp_path / "tails", virtual_device("a"), chosen=empty_sample)
-    assert times(lives) == [0, 0, 0]  # that sample isn't drawn again
+    final, virtual_fleet = run(tmp_path / "tails", virtual_device("a"), federated=empty_sample)
+    assert times(virtual_fleet) == [0, 0, 0]  # that sample isn't drawn again
 
 
 class _NeverIncluded:
@@ -154,10 +154,10 @@ class _NeverIncluded:
 
 
 def test_adapter_is_kept_below_quorum(tmp_path):
-    final, _ = run(tmp_path, *speeds(1.0, 1.0, 0.05), chosen=strategy(quorum=3), rounds=1)
+    final, _ = run(tmp_path, *speeds(1.0, 1.0, 0.05), federated=strategy(quorum=3), rounds=1)
     assert torch.equal(final.adapter["x"].a, fresh_state().adapter["x"].a)
     assert (final.history[1].train.replied, final.history[1].train.diagnostics) == (2, {})
-    final, _ = run(tmp_path / "met", *speeds(1.0, 1.0, 0.5), chosen=strategy(quorum=3), rounds=1)
+    final, _ = run(tmp_path / "met", *speeds(1.0, 1.0, 0.5), federated=strategy(quorum=3), rounds=1)
     assert not torch.equal(final.adapter["x"].a, fresh_state().adapter["x"].a)
 
 
@@ -168,9 +168,11 @@ def test_same_seed_gives_same_run(tmp_path, size):
             virtual_device(name, dropout_per_hour=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
             for name in "abcdef"
         ]
-        chosen = strategy(selection=Sample(size=4, seed=3))
-        state, lives = run(tmp_path / folder, *fleet, rounds=4, chosen=chosen, timeout=3600.0, seed=seed, size=size)
-        return outcome(state), lives.log.rounds
+        federated = strategy(selection=Sample(size=4, seed=3))
+        state, virtual_fleet = run(
+            tmp_path / folder, *fleet, rounds=4, federated=federated, timeout=3600.0, seed=seed, size=size
+        )
+        return outcome(state), virtual_fleet.log.rounds
 
     assert once("first", 1) == once("second", 1)
     assert once("third", 2) != once("fourth", 1)
@@ -183,18 +185,18 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
             for name in "abc"
         ]
 
-    whole, lives = run(tmp_path / "whole", *fleet(), rounds=4, timeout=1e4)
+    whole, virtual_fleet = run(tmp_path / "whole", *fleet(), rounds=4, timeout=1e4)
     run(tmp_path / "parts", *fleet(), rounds=2, timeout=1e4)
     saved = checkpoint.load(tmp_path / "parts" / "checkpoints", sites=SITES)
     resumed, again = run(tmp_path / "parts", *fleet(), rounds=4, state=saved, timeout=1e4)
     assert outcome(resumed) == outcome(whole)
-    assert again.log.rounds == lives.log.rounds
+    assert again.log.rounds == virtual_fleet.log.rounds
 
 
 def test_fedbuff_does_not_wait_for_slow_devices(tmp_path):
-    final, lives = run(tmp_path, *speeds(4.0, 4.0, 0.4), rounds=6, size=2, timeout=1000.0)
+    final, virtual_fleet = run(tmp_path, *speeds(4.0, 4.0, 0.4), rounds=6, size=2, timeout=1000.0)
     assert [done.train.replied for done in final.history[1:]] == [2] * 6
-    assert times(lives)[-1] < 20  # waiting for all would take 120
+    assert times(virtual_fleet)[-1] < 20  # waiting for all would take 120
     rounds = {name: facts.rounds for name, facts in final.devices.items()}
     assert sum(rounds.values()) == 12
     assert rounds["a"] > rounds.get("c", 0)
@@ -215,20 +217,20 @@ def test_declining_device_is_not_asked_again(tmp_path):
 
 
 def test_plan_numbers_are_unique(tmp_path):
-    chosen, numbers = strategy(aggregation=FedIT()), []
-    accept_replies = chosen.accept_replies
+    federated, numbers = strategy(aggregation=FedIT()), []
+    accept_replies = federated.accept_replies
 
     def record(asked, *args, **kwargs):
         numbers.extend((report.device, plan.round) for report, plan in asked.plans.values())
         return accept_replies(asked, *args, **kwargs)
 
-    chosen.accept_replies = record
-    grid, lives = timed_grid(tmp_path, *speeds(1.0, 0.3))
-    limits = RoundLimits(clock=lives.clock, timeout=1000.0)
-    round_runner = FedBuffRunner(grid, chosen, limits, shift=rebase_factors, size=4, concurrency=2)
+    federated.accept_replies = record
+    grid, virtual_fleet = timed_grid(tmp_path, *speeds(1.0, 0.3))
+    limits = RoundLimits(clock=virtual_fleet.clock, timeout=1000.0)
+    round_runner = FedBuffRunner(grid, federated, limits, shift=rebase_factors, size=4, concurrency=2)
     run_rounds(
         grid=grid,
-        strategy=chosen,
+        strategy=federated,
         state=fresh_state(),
         rounds=3,
         checkpoints=tmp_path,
@@ -246,9 +248,9 @@ def test_plan_numbers_are_unique(tmp_path):
 
 
 def test_private_stale_updates_are_aggregated(tmp_path):
-    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    federated, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
     fleet = speeds(1.0, 1.0, 1.0, 0.3)
-    final, _ = run(tmp_path, *fleet, rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
+    final, _ = run(tmp_path, *fleet, rounds=4, size=3, federated=federated, state=fresh, timeout=1000.0)
     diagnostics = [done.train.diagnostics for done in final.history[1:]]
     assert [done.train.replied for done in final.history[1:]] == [3] * 4
     assert "snr" in diagnostics[0]
@@ -259,9 +261,11 @@ def test_private_devices_are_asked_once_per_round(tmp_path):
     """They have paid for a fixed number of rounds; other devices may be asked again."""
 
     def asked(folder, **changes):
-        chosen, fresh = strategy(**changes), fresh_state(private="plan" in changes)
-        final, lives = run(folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, chosen=chosen, state=fresh, timeout=1e4)
-        return {name: facts.asked for name, facts in final.devices.items()}, times(lives)[-1]
+        federated, fresh = strategy(**changes), fresh_state(private="plan" in changes)
+        final, virtual_fleet = run(
+            folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, federated=federated, state=fresh, timeout=1e4
+        )
+        return {name: facts.asked for name, facts in final.devices.items()}, times(virtual_fleet)[-1]
 
     assert asked(tmp_path / "open")[0]["a"] > 4
     of_each, seconds = asked(tmp_path / "private", plan=PRIVATE, accept_simulated=True)
@@ -274,9 +278,9 @@ def test_round_ends_if_all_decline(tmp_path):
         raise RuntimeError
 
     devices = [FakeDevice(name, misbehave=fail) for name in "ab"]
-    final, lives = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
+    final, virtual_fleet = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
     assert [done.train.dropped for done in final.history[1:]] == [{"failed": 2}] * 2
-    assert times(lives)[-1] < 10
+    assert times(virtual_fleet)[-1] < 10
 
 
 @pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
@@ -314,7 +318,14 @@ def test_selection_gets_round_and_own_draw(tmp_path):
     def record(rate, round):
         return rates.setdefault(round, rate / round)
 
-    run(tmp_path, *speeds(1.0, 0.3), rounds=3, size=4, chosen=strategy(selection=watched, decay=record), timeout=1000.0)
+    run(
+        tmp_path,
+        *speeds(1.0, 0.3),
+        rounds=3,
+        size=4,
+        federated=strategy(selection=watched, decay=record),
+        timeout=1000.0,
+    )
     draws = [draw for _, draw in watched.seen]
     assert draws == sorted(draws)
     assert len(set(draws)) > 3
@@ -349,9 +360,9 @@ def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
         )
 
     monkeypatch.setattr("simulations.grid.cohort.handle", moved)
-    chosen = strategy(aggregation=FedIT(), download="int4", optimiser=optimiser)
+    federated = strategy(aggregation=FedIT(), download="int4", optimiser=optimiser)
     final, _ = run(
-        tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, chosen=chosen, size=3, timeout=1000.0, shift=rebase_factors
+        tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, federated=federated, size=3, timeout=1000.0, shift=rebase_factors
     )
     assert [done.train.replied for done in final.history[1:]] == [3] * 5
     before = to_tensors(fresh_state().adapter)
@@ -375,10 +386,10 @@ def count_updates(monkeypatch):
 def test_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
     """A robust rule tolerates a fifth of the devices being malicious, not four fifths of the updates."""
     seen = count_updates(monkeypatch)
-    _, lives = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
+    _, virtual_fleet = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
     assert [sum(each.values()) for each in seen] == [5] * 4
     assert all(each["a"] <= 1 for each in seen)
-    assert times(lives)[-1] <= 4 * WORK + 4
+    assert times(virtual_fleet)[-1] <= 4 * WORK + 4
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 1), (4, 2), (5, 2), (7, 3)])
@@ -400,9 +411,9 @@ def test_remaining_device_fills_the_round(tmp_path, monkeypatch):
     fast = [virtual_device(name, speed=8.0, availability=each) for name, each in zip("abc", hours, strict=True)]
     slow = [virtual_device(name) for name in "def"]
     devices = [*map(FakeDevice, "abc"), *(FakeDevice(name, misbehave=fail) for name in "def")]
-    _, lives = run(tmp_path, *fast, *slow, devices=devices, rounds=1, timeout=1e4, size=6, concurrency=6)
+    _, virtual_fleet = run(tmp_path, *fast, *slow, devices=devices, rounds=1, timeout=1e4, size=6, concurrency=6)
     assert seen == [{"a": 4, "b": 1, "c": 1}]
-    assert times(lives)[-1] < 20
+    assert times(virtual_fleet)[-1] < 20
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
@@ -422,9 +433,9 @@ def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
         return accept_replies(self, *args, **kwargs)
 
     def once(saved):
-        chosen = strategy(plan=PRIVATE, accept_simulated=True)
+        federated = strategy(plan=PRIVATE, accept_simulated=True)
         fleet = speeds(8.0, 4.0, 2.0, 1.0, 0.7)
-        return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, chosen=chosen, state=saved)
+        return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, federated=federated, state=saved)
 
     monkeypatch.setattr(Federated, "sent", record)
     monkeypatch.setattr(Federated, "accept_replies", killed)
@@ -451,10 +462,12 @@ def test_exact_rotates_within_rank_blocks(tmp_path, monkeypatch, size):
 
 def test_private_round_ends_without_devices(tmp_path, monkeypatch):
     seen = count_updates(monkeypatch)
-    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
-    _, lives = run(tmp_path, *speeds(8.0, 4.0, 0.5), rounds=4, size=2, chosen=chosen, state=fresh, timeout=1e5)
+    federated, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    _, virtual_fleet = run(
+        tmp_path, *speeds(8.0, 4.0, 0.5), rounds=4, size=2, federated=federated, state=fresh, timeout=1e5
+    )
     assert all(max(each.values()) == 1 for each in seen)
-    assert times(lives)[-1] < 1e3
+    assert times(virtual_fleet)[-1] < 1e3
 
 
 @pytest.mark.parametrize(
