@@ -29,7 +29,7 @@ from privacy.noise import CPU, NoiseSource
 from protocol import tensor_codec
 from protocol.messages import Personalize, Reply, Request, Train, TrainingPlan
 from tests.helpers.devices import PRIVACY, make_device
-from tests.helpers.reference_trainer import live, random_bases
+from tests.helpers.reference_trainer import nonzero_adapter, random_bases
 from training import jobs
 from training.engine import perform
 from training.jobs import Job, Picture, Result
@@ -112,7 +112,9 @@ def plan(base: Base, **changes: object) -> TrainingPlan:
 
 def adapter(base: Base, seed: int, between: Adapter | None = None) -> Adapter:
     """The adapter that the server sends, with no zero factor; with LoRA-XS bases, cores between them."""
-    found = {name: Factors(*(part.float() for part in pair)) for name, pair in live(base, SENT, seed).items()}
+    found = {
+        name: Factors(*(part.float() for part in pair)) for name, pair in nonzero_adapter(base, SENT, seed).items()
+    }
     if between is None:
         return found
     return {name: Factors(a, left @ (left.T @ found[name].b)) for name, (a, left) in between.items()}

@@ -1,4 +1,4 @@
-"""Jobs to train, and the independent truth: one client at a time, merged weights, torch.optim.AdamW."""
+"""Training jobs, and a reference trainer: one client at a time, merged weights, torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def examples(base: Base, count: int, seed: int, side: int = 8) -> Examples:
     )
 
 
-def live(base: Base, rank: int, seed: int) -> Adapter:
+def nonzero_adapter(base: Base, rank: int, seed: int) -> Adapter:
     """An adapter whose B is not zero, so that every factor has a gradient."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -56,8 +56,8 @@ def random_bases(base: Base, rank: int, seed: int) -> Adapter:
     return {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in base.sites.items()}
 
 
-def some(adapter: Adapter, every: int = 2) -> Adapter:
-    """The same at some of the sites only."""
+def at_some_sites(adapter: Adapter, every: int = 2) -> Adapter:
+    """The adapter at every n-th site only."""
     return {name: adapter[name] for name in list(adapter)[::every]}
 
 
@@ -68,7 +68,7 @@ def job(base: Base, client: str, rank: int = 2, count: int = 5, **changes: objec
         purpose="shared",
         seed=0,
         examples=examples(base, count, derive_seed(client)),
-        start=live(base, rank, 1),
+        start=nonzero_adapter(base, rank, 1),
         steps=4,
         batch_size=3,
         learning_rate=1e-2,
@@ -77,7 +77,7 @@ def job(base: Base, client: str, rank: int = 2, count: int = 5, **changes: objec
 
 
 def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **changes: object) -> TrainJob:
-    """A new job each time: its source of noise is used up by training."""
+    """A private job, new in each call: training uses up its noise source."""
     names = [field.name for field in dataclasses.fields(DPSGD)]
     kinds = {"noise_multiplier": 0.02, "clip": 0.025, "sampling_rate": rate, "draws": 2}  # about half are clipped
     privacy = DPSGD(**kinds | {name: changes.pop(name) for name in names if name in changes})
@@ -88,9 +88,9 @@ def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **change
     return job(base, client, count=count * views, **{"privacy": privacy, "noise": noise, "names": keys} | changes)
 
 
-def least(base: Base, jobs: Sequence[TrainJob]) -> int:
-    """The least memory in which these jobs train: for one of them and one entry at a time."""
-    low, high = 0, PLENTY  # too little, and enough
+def minimum_memory(base: Base, jobs: Sequence[TrainJob]) -> int:
+    """The least memory in which these jobs train, one job and one entry at a time."""
+    low, high = 0, PLENTY  # insufficient, and sufficient
     while high - low > 1:
         middle = (low + high) // 2
         try:
@@ -102,12 +102,12 @@ def least(base: Base, jobs: Sequence[TrainJob]) -> int:
     return high
 
 
-def room(base: Base, jobs: Sequence[TrainJob], entries: int, residents: int | None = None) -> int:
-    """Memory for all jobs, or so many, and so many entries."""
-    jobs = sorted(jobs, key=lambda job: job.privacy is None)  # rows of private ones are larger
+def memory_for(base: Base, jobs: Sequence[TrainJob], entries: int, residents: int | None = None) -> int:
+    """Memory for the given numbers of entries and of resident jobs (default: all)."""
+    jobs = sorted(jobs, key=lambda job: job.privacy is None)  # private jobs have larger rows
     shape = BufferSpec.of(jobs)
     more = (len(jobs) if residents is None else residents) - 1
-    return least(base, jobs) + more * row_bytes(base, shape) + (entries - 1) * entry_bytes(base, shape)
+    return minimum_memory(base, jobs) + more * row_bytes(base, shape) + (entries - 1) * entry_bytes(base, shape)
 
 
 @cache
@@ -117,7 +117,7 @@ def untouched(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 class Reference:
-    """One client, W + B A merged into the weights of an untouched UNet, optimised by torch."""
+    """Train one client with W + B A merged into the weights of an unmodified UNet, by torch's own optimizers."""
 
     def __init__(self, base: Base, job: TrainJob) -> None:
         self.base, self.job = base, job
@@ -137,11 +137,11 @@ class Reference:
             self.parameters = [
                 (job.lora_xs_bases[name].b.T @ job.start[name].b).clone().requires_grad_() for name in names
             ]
-        self.told: list[Tensor] = []  # losses of all entries
-        self.scales: list[float] = []  # of everything that was clipped
+        self.all_losses: list[Tensor] = []  # losses of all entries
+        self.scales: list[float] = []  # clipping factors
 
     def now(self) -> Adapter:
-        """The factors that the parameters stand for."""
+        """The factors that the current parameters represent."""
         if self.job.lora_xs_bases is None:
             return {name: Factors(a, b) for name, (a, b) in self.factors.items()}
         between = {name: self.job.lora_xs_bases[name] for name in self.factors}
@@ -151,7 +151,7 @@ class Reference:
         }
 
     def losses(self, batch: StepBatch) -> Tensor:
-        """Of every entry [n]."""
+        """Loss of every entry [n]."""
         merged = {name: b @ a for name, (a, b) in self.now().items()}
         for name, factors in (self.job.frozen or {}).items():
             merged[name] = merged.get(name, 0.0) + factors.b @ factors.a
@@ -162,7 +162,7 @@ class Reference:
         return (output - wanted).square().flatten(1).mean(1)
 
     def seen(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, t, context, and what the network is to predict."""
+        """Noised latents x_t, timesteps, contexts, and targets."""
         x0, context = self.latents[batch.examples], self.context[batch.examples]
         t = torch.from_numpy((batch.phases * len(self.base.schedule)).astype(int))
         noise = counter_rng.normals(torch.from_numpy(batch.noise_keys), x0[0].numel()).to(x0).view_as(x0)
@@ -170,9 +170,9 @@ class Reference:
         return add_noise(schedule, x0, noise, t), t, context, target(schedule, x0, noise, t)
 
     def objective(self, batch: StepBatch) -> Tensor:
-        """The mean over draws, and that of their partners."""
+        """Mean loss over draws, plus that of their prior partners."""
         losses, own = self.losses(batch), torch.from_numpy(batch.examples) < len(self.job.examples)
-        self.told.append(losses.detach())
+        self.all_losses.append(losses.detach())
         if self.job.prior is None:
             return losses.mean()
         return losses[own].mean() + self.job.prior.weight * losses[~own].mean()
@@ -181,7 +181,7 @@ class Reference:
         return list(torch.autograd.grad(self.objective(batch), self.parameters)) if self.parameters else []
 
     def unit_gradients(self, batch: StepBatch) -> list[list[Tensor]]:
-        """Of each picture by itself."""
+        """Gradients of each picture."""
         privacy = self.job.privacy
         assert privacy
         unit = privacy.draws * (2 if self.job.prior else 1)
@@ -221,14 +221,14 @@ class Reference:
         return [(s + n.view_as(s)) / self.job.batch_size for s, n in zip(sums, flat.split(sizes), strict=True)]
 
     def corrections(self) -> list[Tensor]:
-        """What is added to the gradient of each parameter."""
+        """The correction of the gradient of each parameter."""
         given = self.job.correction
         if given is None:
             return [torch.zeros_like(p) for p in self.parameters]
         if self.job.lora_xs_bases:
             return [self.job.lora_xs_bases[name].b.T @ given[name].b for name in self.factors]
-        trained = {"both": ("a", "b"), "a": ("a",), "b": ("b",)}[self.job.trains]
-        return [getattr(given[name], factor) for name in self.factors for factor in trained]
+        trained_adapter = {"both": ("a", "b"), "a": ("a",), "b": ("b",)}[self.job.trains]
+        return [getattr(given[name], factor) for name in self.factors for factor in trained_adapter]
 
     @property
     def share_clipped(self) -> float:
@@ -248,8 +248,8 @@ class Reference:
         return {name: Factors(a.detach(), b.detach()) for name, (a, b) in self.now().items()}
 
 
-def off(found: TrainedAdapter | Exception, wanted: Adapter, start: Adapter) -> float:
-    """How far the change of a factor is from the wanted one, relative to its norm; the worst of all factors."""
+def relative_change_error(found: TrainedAdapter | Exception, wanted: Adapter, start: Adapter) -> float:
+    """Largest error of the change of a factor, relative to its norm."""
     assert isinstance(found, TrainedAdapter), found
     assert found.adapter.keys() == wanted.keys() == start.keys()
     worst = 0.0
@@ -264,18 +264,18 @@ def off(found: TrainedAdapter | Exception, wanted: Adapter, start: Adapter) -> f
 
 
 def assert_close(found: TrainedAdapter | Exception, wanted: Adapter, start: Adapter, within: float = 1e-3) -> None:
-    """The change of every factor agrees to a share of its norm."""
-    assert off(found, wanted, start) <= within
+    """Assert that the change of every factor agrees up to a relative error."""
+    assert relative_change_error(found, wanted, start) <= within
 
 
-def trained(found: TrainedAdapter | Exception) -> Adapter:
+def trained_adapter(found: TrainedAdapter | Exception) -> Adapter:
     """The adapter of a job that succeeded."""
     assert isinstance(found, TrainedAdapter), found
     return found.adapter
 
 
 def assert_same_bits(one: TrainedAdapter | Exception, other: TrainedAdapter | Exception) -> None:
-    first, second = trained(one), trained(other)
+    first, second = trained_adapter(one), trained_adapter(other)
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name].a, second[name].a)

@@ -40,7 +40,7 @@ from tests.helpers.neighbors import (
     random_picture,
     two_rounds,
 )
-from tests.helpers.reference_trainer import examples, private, room
+from tests.helpers.reference_trainer import examples, memory_for, private
 from training.batches import BatchSampler, StepBatch
 from training.engine import perform
 from training.jobs import Examples, Prior, TrainJob
@@ -154,7 +154,7 @@ def test_sensitivity_with_small_passes(fine: Base, tmp_path: Path, name: str, mo
     entries, mode = PASSES[name]
     more = {"prior": Prior(examples=examples(fine, 2, 5)), "views": 2} if mode.change is all_options else {}
     alike = private(fine, "d", rank=mode.rank, count=len(ALL_PICTURES), draws=mode.draws, **more)
-    trains = room(fine, [alike], entries)
+    trains = memory_for(fine, [alike], entries)
     packs: list[Microbatch] = []
     really = EntryQueue.pop
     monkeypatch.setattr(EntryQueue, "pop", lambda self, size: packs.append(really(self, size)) or packs[-1])

@@ -1,4 +1,4 @@
-"""The tiny base in float64, for what must agree to ten digits."""
+"""The tiny base in float64, for results that have to agree to ten digits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""An entry's gradient doesn't depend on its company: bit for bit, on the real glyph base and under chaotic adapters.
+"""An entry's gradient is independent of the other entries: bit for bit, on the glyph base and under chaotic adapters.
 
-The adapter's attention is near the norm that a device accepts, where the last bits of a forward pass grow to all of its
-gradient: any difference in how a sum was taken shows. It was found by random search (`chaos`).
+The attention of the adapters is near the norm limit of a device, where the last bits of a forward pass are amplified to
+the whole gradient: any difference in the order of a sum becomes visible. They were found by random search
+(`chaotic_adapter`).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ FOUND = (601139390, 4, 99.0, 99.0)
 cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
-def chaos(base: Base, seed: int, rank: int, queries: float, others: float) -> Adapter:
-    """A random adapter whose products have these Frobenius norms at queries and keys, and elsewhere."""
+def chaotic_adapter(base: Base, seed: int, rank: int, queries: float, others: float) -> Adapter:
+    """A random adapter whose products have the given Frobenius norms at queries and keys, and elsewhere."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, factors in init_adapter(base.sites, RANK, seed).items():
         a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
@@ -51,8 +52,8 @@ def chaos(base: Base, seed: int, rank: int, queries: float, others: float) -> Ad
     return found
 
 
-class Joining:
-    """No noise, and these pictures in every batch."""
+class _FixedBatches:
+    """Noise source without noise, whose batches are fixed."""
 
     release = False
 
@@ -80,7 +81,7 @@ def letters(glyphs: Base) -> Examples:
 
 
 def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str = "d", **changes: object) -> TrainJob:
-    """One step of SGD on these pictures of twenty, with the sum as it is: sixteen are assumed."""
+    """One SGD step on some of twenty pictures, whose result is the sum itself; sixteen pictures are assumed."""
     chosen = torch.tensor(places, dtype=torch.long)
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0)
     usual = TrainJob(
@@ -95,13 +96,13 @@ def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str =
         examples=Examples(letters.latents[chosen], letters.context[chosen]),
         optimizer="sgd",
         privacy=privacy,
-        noise=Joining(range(len(places))),
+        noise=_FixedBatches(range(len(places))),
         names=tuple(f"picture {place}" for place in places),
     )
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def entries(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
+def entry_gradients(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
     """Gradients [n, D] of a batch, in passes of one size."""
     rows, queue, found = CohortBuffers(base, BufferSpec.of([job]), 1), EntryQueue(), []
     rows.load({0: job})
@@ -115,36 +116,36 @@ def entries(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
 
 
 def batch_of(places: Sequence[int]) -> StepBatch:
-    """Each picture with streams of its own, wherever it stands."""
+    """A batch with one entry per picture, whose streams depend on the picture only."""
     drawn = np.random.default_rng(3)
     keys, phases, index = drawn.integers(2**60, size=20), drawn.random(20), np.array(places)
     return StepBatch(index, phases[index], keys[index], np.ones(len(index)), 1)
 
 
 @pytest.mark.parametrize("size", [5, 16])
-def test_neither_place_nor_neighbors_change_a_bit(glyphs: Base, letters: Examples, size: int) -> None:
-    """Of a picture alone in its pass, among others at any place, and among copies of itself."""
-    job = plan(chaos(glyphs, *FOUND), letters, range(20))
-    alone = {place: entries(glyphs, job, batch_of([place]), size)[0] for place in range(6)}
+def test_gradient_is_independent_of_position_and_neighbors(glyphs: Base, letters: Examples, size: int) -> None:
+    """For a picture by itself in its pass, among others at any position, and among copies of itself."""
+    job = plan(chaotic_adapter(glyphs, *FOUND), letters, range(20))
+    single = {place: entry_gradients(glyphs, job, batch_of([place]), size)[0] for place in range(6)}
     for order in ([*range(6), 7, 8], [9, 5, 4, 3, 2, 11, 12, 1, 0], [0] * size, [13] * (size - 1) + [2]):
-        for place, gradient in zip(order, entries(glyphs, job, batch_of(order), size), strict=True):
-            assert place not in alone or torch.equal(gradient, alone[place])
+        for place, gradient in zip(order, entry_gradients(glyphs, job, batch_of(order), size), strict=True):
+            assert place not in single or torch.equal(gradient, single[place])
 
 
-def test_a_pass_of_another_size_changes_the_gradient(glyphs: Base, letters: Examples) -> None:
-    """What the size is fixed for: under this adapter the last bits are the whole."""
-    job = plan(chaos(glyphs, *FOUND), letters, range(20))
-    few, many = (entries(glyphs, job, batch_of([3]), size)[0] for size in (2, 16))
+def test_pass_size_changes_the_gradient(glyphs: Base, letters: Examples) -> None:
+    """The reason for the fixed size: under this adapter the last bits dominate."""
+    job = plan(chaotic_adapter(glyphs, *FOUND), letters, range(20))
+    few, many = (entry_gradients(glyphs, job, batch_of([3]), size)[0] for size in (2, 16))
     assert (few - many).norm() > 0.5 * few.norm()
 
 
-def sums(base: Base, jobs: Sequence[TrainJob]) -> list[Tensor]:
-    """Of each job of one step, in the jobs' order: what its noise is to hide [D], in whole steps of the grid."""
+def hidden_sums(base: Base, jobs: Sequence[TrainJob]) -> list[Tensor]:
+    """The sum [D] of each job of one step that its noise would hide, in whole steps of the grid."""
     told: dict[int, Tensor] = {}
     really = SGD.step
 
     def step(self: SGD, rows: Sequence[int], found: Tensor) -> None:
-        steps = (found.double().cpu() * (16 * RESOLUTION / CLIP)).round()  # float32 holds as many digits
+        steps = (found.double().cpu() * (16 * RESOLUTION / CLIP)).round()  # float32 has enough digits
         told.update(dict(zip(rows, steps, strict=True)))
         really(self, rows, found)
 
@@ -155,37 +156,39 @@ def sums(base: Base, jobs: Sequence[TrainJob]) -> list[Tensor]:
     return [told[row] for row in range(len(jobs))]
 
 
-def test_one_picture_more_moves_the_sum_by_its_own_alone(
+def test_added_picture_changes_sum_by_its_own_gradient(
     glyphs: Base, letters: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifteen pictures and sixteen, where kernels change: with passes as large as batches this was 4.6 clips."""
+    """With fifteen and sixteen pictures, where kernels change: if the pass size followed the batch, the change was 4.6
+    clips.
+    """
     monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 16)
-    start = chaos(glyphs, *FOUND)
-    few, many, alone = (sums(glyphs, [plan(start, letters, p)])[0] for p in (range(15), range(16), [15]))
-    assert torch.equal(many - few, alone)
-    assert 0.999 * RESOLUTION < alone.norm() <= RESOLUTION  # the grid takes the rest
+    start = chaotic_adapter(glyphs, *FOUND)
+    few, many, single = (hidden_sums(glyphs, [plan(start, letters, p)])[0] for p in (range(15), range(16), [15]))
+    assert torch.equal(many - few, single)
+    assert 0.999 * RESOLUTION < single.norm() <= RESOLUTION  # truncation removes the rest
 
 
 @pytest.mark.parametrize(("size", "draws"), [(6, 1), (2, 3)], ids=["whole", "in pieces"])
-def test_threads_and_other_clients_change_nothing(
+def test_gradient_is_independent_of_threads_and_clients(
     glyphs: Base, letters: Examples, size: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever shares the passes, in whatever order, side by side or not."""
+    """For any clients in the same passes, in any order, concurrent or not."""
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0, draws=draws)
     monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: size)
 
     def jobs() -> list[TrainJob]:
         pictures = {"a": range(4), "b": [9, 8, 7], "c": range(4, 9), "nobody": []}
-        start = chaos(glyphs, *FOUND)
+        start = chaotic_adapter(glyphs, *FOUND)
         return [plan(start, letters, places, client, privacy=privacy) for client, places in pictures.items()]
 
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    alone = [sums(glyphs, [job])[0] for job in jobs()]
-    assert [bool(total.any()) for total in alone] == [True, True, True, False]
+    single = [hidden_sums(glyphs, [job])[0] for job in jobs()]
+    assert [bool(total.any()) for total in single] == [True, True, True, False]
     with ThreadPoolExecutor(2) as pool:
         for cores, order in ((1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (2, [2, 3, 1, 0])):
             monkeypatch.setattr(parallel_passes, "_cores", lambda cores=cores: cores)
             monkeypatch.setattr(parallel_passes, "_pool", lambda: pool)
-            together = sums(glyphs, [jobs()[place] for place in order])
+            together = hidden_sums(glyphs, [jobs()[place] for place in order])
             for place, total in zip(order, together, strict=True):
-                assert torch.equal(total, alone[place])
+                assert torch.equal(total, single[place])

@@ -1,4 +1,4 @@
-"""What a budget holds: never more than it at once, never less than one job and one entry, and never too few."""
+"""Memory budget: never exceeded, at least one job and one entry, and well used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from models.lora.batched_lora import stack_adapters
 from tests.helpers.reference_trainer import (
     PLENTY,
     assert_close,
+    at_some_sites,
     examples,
     job,
-    least,
-    live,
+    memory_for,
+    minimum_memory,
+    nonzero_adapter,
     private,
-    room,
-    some,
-    trained,
+    trained_adapter,
 )
 from training import cohort, memory, parallel_passes
 from training.batches import BatchSampler
@@ -34,11 +34,11 @@ from training.jobs import EarlyStopping, Prior, TrainedAdapter, TrainJob
 Pick = random.Random
 
 
-def some_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list[float]) -> TrainJob:
+def random_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list[float]) -> TrainJob:
     changes: dict[str, object] = {"frozen": pick.choice(frozen), "steps": pick.choice([0, 1, 1, 2])}
     rank = pick.choice([1, 2, 4, 8, 16])
     if pick.random() < 0.3:
-        changes["start"] = some(live(base, rank, 3), pick.choice([2, 5]))
+        changes["start"] = at_some_sites(nonzero_adapter(base, rank, 3), pick.choice([2, 5]))
     if pick.random() < 0.2:
         changes["prior"] = Prior(examples=examples(base, pick.choice([1, 3]), 5))
     if pick.random() < 0.5:
@@ -47,32 +47,32 @@ def some_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list
     return job(base, client, rank, pick.choice([1, 2, 5]), batch_size=pick.choice([1, 1, 2, 4]), **changes)
 
 
-def some_jobs(base: Base, pick: Pick) -> list[TrainJob]:
-    """Of one shape of examples; sometimes all on one frozen adapter, sometimes with batches that are mostly empty."""
-    many = [None, live(base, pick.choice([1, 3]), 9), live(base, 24, 8)]
+def random_jobs(base: Base, pick: Pick) -> list[TrainJob]:
+    """Jobs with equal shapes of examples; sometimes with a common frozen adapter, sometimes with mostly empty batches."""
+    many = [None, nonzero_adapter(base, pick.choice([1, 3]), 9), nonzero_adapter(base, 24, 8)]
     frozen = pick.choice([many[:1], many[1:2], many[2:], many])
     rates = pick.choice([[0.02, 0.05], [0.1, 0.5, 1.0]])
     count = pick.choice([1, 2, 3, 5, 12])
-    return [some_job(base, f"c{place}", pick, frozen, rates) for place in range(count)]
+    return [random_job(base, f"c{place}", pick, frozen, rates) for place in range(count)]
 
 
-def some_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
-    """From what just works, to what holds everything."""
-    low, high = least(base, jobs), room(base, jobs, int(sum(map(expected_entries, jobs))) + 3)
+def random_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
+    """Between the minimum and enough for everything."""
+    low, high = minimum_memory(base, jobs), memory_for(base, jobs, int(sum(map(expected_entries, jobs))) + 3)
     return low + int((high - low) * pick.choice([0.0, 0.0, 1.0, pick.random(), pick.random() ** 3]))
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
+def single_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one pass at a time, and discard trained adapters, which are the caller's memory."""
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     monkeypatch.setattr(cohort, "TrainedAdapter", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
 
 
 def check_peak(base: Base, seed: int) -> None:
     pick = random.Random(seed)
-    jobs = some_jobs(base, pick)
-    granted = some_memory(base, jobs, pick)
+    jobs = random_jobs(base, pick)
+    granted = random_memory(base, jobs, pick)
     base.cache.pop(cohort._BUFFERS, None)
     found: list[TrainedAdapter | Exception] = []
     peak = memory.peak_bytes(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
@@ -80,20 +80,20 @@ def check_peak(base: Base, seed: int) -> None:
     assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
 
 
-@pytest.mark.usefixtures("alone")
-def test_nothing_takes_more_than_was_granted(base: Base) -> None:
+@pytest.mark.usefixtures("single_threaded")
+def test_peak_memory_is_within_the_budget(base: Base) -> None:
     for seed in range(8):
         check_peak(base, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("alone")
-def test_nothing_takes_more_than_was_granted_in_200_lists(base: Base) -> None:
+@pytest.mark.usefixtures("single_threaded")
+def test_peak_memory_is_within_the_budget_for_200_lists(base: Base) -> None:
     for seed in range(1000, 1200):
         check_peak(base, seed)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_threaded")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -106,35 +106,37 @@ def test_nothing_takes_more_than_was_granted_in_200_lists(base: Base) -> None:
         "many examples",
     ],
 )
-def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
-    """Steps of everybody at once, places of an adapter's own numbers, copies of the frozen, and half units."""
-    frozen, large = live(base, 24, 8), live(base, 16, 1)
+def test_rare_buffers_are_counted(base: Base, kind: str) -> None:
+    """Concurrent steps of all jobs, masks of an adapter's own numbers, copies of frozen adapters, and incomplete units."""
+    frozen, large = nonzero_adapter(base, 24, 8), nonzero_adapter(base, 16, 1)
     makers: dict[str, Callable[[int], TrainJob]] = {
         "low rates": lambda place: private(base, f"{place}", 0.02, rank=16, draws=1, steps=2),
         "some sites": lambda place: private(
             base, f"{place}", 0.02, draws=1, steps=1, start=dict(list(large.items())[1:])
         ),
         "B alone": lambda place: private(base, f"{place}", 0.02, draws=1, steps=1, start=large, trains="b"),
-        "frozen": lambda place: job(base, f"{place}", 1, batch_size=4, steps=1, frozen=live(base, 40, place)),
+        "frozen": lambda place: job(
+            base, f"{place}", 1, batch_size=4, steps=1, frozen=nonzero_adapter(base, 40, place)
+        ),
         "one frozen": lambda place: job(base, f"{place}", 1, batch_size=4, steps=1, frozen=frozen),
         "pieces": lambda place: private(base, f"{place}", 1.0, 1, rank=16, draws=3, steps=1),
         "many examples": lambda place: job(base, f"{place}", 1, 60, batch_size=1, steps=1),
     }
     jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20, "B alone": 20}.get(kind, 4))]
-    for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 16)):
+    for granted in (minimum_memory(base, jobs), memory_for(base, jobs, 2), memory_for(base, jobs, 16)):
         base.cache.pop(cohort._BUFFERS, None)
         peak = memory.peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
 
 
-@pytest.mark.usefixtures("alone")
-def test_looks_stay_within_what_was_granted(base: Base) -> None:
-    """Beside what is looked at."""
+@pytest.mark.usefixtures("single_threaded")
+def test_early_stopping_is_within_the_budget(base: Base) -> None:
+    """In addition to the validation examples themselves."""
     stopping = EarlyStopping(validation=examples(base, 12, 3), every=1, patience=9)
     jobs = [job(base, f"{place}", 16, batch_size=1, steps=1, early_stopping=stopping) for place in range(6)]
     pool = sum(tensor.numel() * 4 for tensor in stopping.validation)
     noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
-    for granted in (least(base, jobs), room(base, jobs, 12)):
+    for granted in (minimum_memory(base, jobs), memory_for(base, jobs, 12)):
         base.cache.pop(cohort._BUFFERS, None)
         peak = memory.peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         beside = capacity(base, jobs, granted).jobs * pool + noise
@@ -142,10 +144,10 @@ def test_looks_stay_within_what_was_granted(base: Base) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_rows_and_entries_make_up_the_budget(base: Base, seed: int) -> None:
+def test_rows_and_entries_use_the_budget(base: Base, seed: int) -> None:
     pick = random.Random(seed)
-    jobs = some_jobs(base, pick)
-    granted = some_memory(base, jobs, pick)
+    jobs = random_jobs(base, pick)
+    granted = random_memory(base, jobs, pick)
     shape, found = BufferSpec.of(jobs), capacity(base, jobs, granted)
     assert 1 <= found.jobs <= len(jobs)
     assert found.entries >= 1
@@ -154,15 +156,15 @@ def test_rows_and_entries_make_up_the_budget(base: Base, seed: int) -> None:
     more = capacity(base, jobs, 2 * granted)
     assert more.jobs >= found.jobs
     assert (more.entries > found.entries) or (more.jobs > found.jobs)
-    plenty = capacity(base, jobs, room(base, jobs, 1 + len(jobs) * (1 + int(max(map(expected_entries, jobs))))))
+    plenty = capacity(base, jobs, memory_for(base, jobs, 1 + len(jobs) * (1 + int(max(map(expected_entries, jobs))))))
     assert plenty.jobs == len(jobs)
     assert plenty.entries >= sum(map(expected_entries, jobs))
 
 
-def test_there_is_always_room_for_an_entry(base: Base) -> None:
-    """Where a client has one entry a step, rows alone could fill any budget."""
+def test_one_entry_always_fits(base: Base) -> None:
+    """With one entry per step and client, rows could otherwise use up any budget."""
     jobs = [private(base, f"{place}", 0.02, rank=16, draws=1, batch_size=1) for place in range(12)]
-    low, high = least(base, jobs), room(base, jobs, 2)
+    low, high = minimum_memory(base, jobs), memory_for(base, jobs, 2)
     for step in range(200):
         found = capacity(base, jobs, low + (high - low) * step // 200)
         assert found.jobs >= 1
@@ -170,28 +172,28 @@ def test_there_is_always_room_for_an_entry(base: Base) -> None:
     assert found.jobs > 4, found
 
 
-def test_too_little_memory_is_told_with_the_key_to_change(base: Base) -> None:
+def test_insufficient_memory_names_the_key(base: Base) -> None:
     jobs = [private(base, "a"), private(base, "b", rank=16)]
-    found = capacity(base, jobs, least(base, jobs))
+    found = capacity(base, jobs, minimum_memory(base, jobs))
     assert (found.jobs, found.entries) == (1, 1)
     with pytest.raises(InsufficientMemoryError, match=r"trainer\.memory_gib=.*one picture of one device takes"):
-        capacity(base, jobs, least(base, jobs) - 1)
+        capacity(base, jobs, minimum_memory(base, jobs) - 1)
     with pytest.raises(AntherError, match=r"trainer\.memory_gib"):
-        train(base, jobs, memory=least(base, jobs) - 1, timesteps=2)
+        train(base, jobs, memory=minimum_memory(base, jobs) - 1, timesteps=2)
 
 
-def test_what_a_budget_does_not_hold_fails_alone(base: Base) -> None:
-    """Pictures too large for it, beside others."""
+def test_oversized_job_does_not_affect_others(base: Base) -> None:
+    """A job whose pictures are too large, among others."""
     small, large = job(base, "small"), job(base, "large", examples=examples(base, 2, 1, side=32))
-    granted = room(base, [small], 4)
-    assert granted < least(base, [large])
+    granted = memory_for(base, [small], 4)
+    assert granted < minimum_memory(base, [large])
     found, failed = train(base, [small, large], memory=granted, timesteps=2)
     assert isinstance(failed, InsufficientMemoryError)
-    assert_close(found, trained(train(base, [small], memory=PLENTY, timesteps=2)[0]), small.start)
+    assert_close(found, trained_adapter(train(base, [small], memory=PLENTY, timesteps=2)[0]), small.start)
 
 
 @pytest.mark.parametrize(("prior", "draws", "rate"), [(False, 1, 0.1), (True, 3, 0.4), (False, 2, 1.0), (True, 1, 0.0)])
-def test_as_many_entries_as_come_are_expected(base: Base, prior: bool, draws: int, rate: float) -> None:
+def test_expected_entries(base: Base, prior: bool, draws: int, rate: float) -> None:
     partners = Prior(examples=examples(base, 2, 5)) if prior else None
     plan = private(base, "a", rate, count=10, draws=draws, prior=partners, views=2, batch_size=max(1, round(10 * rate)))
     batches = BatchSampler(plan)
@@ -201,8 +203,8 @@ def test_as_many_entries_as_come_are_expected(base: Base, prior: bool, draws: in
     assert expected_entries(plain) == BatchSampler(plain).next().size
 
 
-def test_an_entry_costs_what_it_does(base: Base) -> None:
-    """More with a larger rank, a frozen adapter underneath, or a larger picture; a row, with more examples too."""
+def test_entry_bytes_grow_with_the_job(base: Base) -> None:
+    """An entry takes more with a larger rank, a frozen adapter, or a larger picture; a row also with more examples."""
     plain = BufferSpec.of([job(base, "a")])
     larger = [
         BufferSpec.of([job(base, "a", rank=16)]),
@@ -211,13 +213,13 @@ def test_an_entry_costs_what_it_does(base: Base) -> None:
     assert all(entry_bytes(base, shape) > entry_bytes(base, plain) for shape in larger)
     assert all(row_bytes(base, shape) > row_bytes(base, plain) for shape in larger)
     assert row_bytes(base, BufferSpec.of([job(base, "a", count=50)])) > row_bytes(base, plain)
-    assert row_bytes(base, BufferSpec.of([job(base, "a"), job(base, "b", frozen=live(base, 4, 1))])) > row_bytes(
-        base, plain
-    )
+    assert row_bytes(
+        base, BufferSpec.of([job(base, "a"), job(base, "b", frozen=nonzero_adapter(base, 4, 1))])
+    ) > row_bytes(base, plain)
 
 
-def test_shapes_hold_every_job(base: Base) -> None:
-    one, other = live(base, 2, 1), live(base, 4, 2)
+def test_spec_covers_all_jobs(base: Base) -> None:
+    one, other = nonzero_adapter(base, 2, 1), nonzero_adapter(base, 4, 2)
     stopping = EarlyStopping(validation=examples(base, 1, 0), every=1, patience=1)
     jobs = [
         job(base, "a", rank=3, count=4, frozen=one),
@@ -228,15 +230,15 @@ def test_shapes_hold_every_job(base: Base) -> None:
     shape = BufferSpec.of([*jobs, job(base, "c", rank=1, frozen=other, early_stopping=stopping)])
     assert (shape.rank, shape.frozen_rank, shape.common, shape.examples, shape.stopping) == (3, 4, False, 9, True)
     assert BufferSpec.of([job(base, "d", start={})]).rank == 0
-    assert not BufferSpec.of([*jobs, job(base, "e")]).common  # one without any
+    assert not BufferSpec.of([*jobs, job(base, "e")]).common  # one job without a frozen adapter
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_threaded")
 @pytest.mark.parametrize("rank", [0, 1, 32])
-def test_held_out_losses_stay_within_what_was_granted(base: Base, rank: int) -> None:
-    """Beside what is looked at; and one picture at a time takes the least."""
+def test_held_out_losses_are_within_the_budget(base: Base, rank: int) -> None:
+    """In addition to the examples themselves. One picture at a time needs the least memory."""
     pools = [examples(base, 10, seed) for seed in range(3)]
-    adapters = [stack_adapters(base.sites, [live(base, rank, seed) for seed in range(3)])] if rank else []
+    adapters = [stack_adapters(base.sites, [nonzero_adapter(base, rank, seed) for seed in range(3)])] if rank else []
     losses, peaks = [], []
     for granted in (0, 10**6, 10**7):
         peaks.append(
@@ -252,9 +254,9 @@ def test_held_out_losses_stay_within_what_was_granted(base: Base, rank: int) -> 
     assert peaks[0] < peaks[1] < peaks[2]
 
 
-def test_what_fits_tells_nothing_of_private_pictures(base: Base) -> None:
-    """The least memory in which a private job trains, and all that it holds, are those of the pictures assumed."""
+def test_capacity_is_independent_of_private_pictures(base: Base) -> None:
+    """The minimum memory of a private job, and everything that fits, follow from the assumed number of pictures."""
     plans = [[private(base, "a", 0.5, count=count, batch_size=4)] for count in (0, 1, 7, 8)]
-    assert len({least(base, plan) for plan in plans}) == 1
+    assert len({minimum_memory(base, plan) for plan in plans}) == 1
     assert len({capacity(base, plan, PLENTY) for plan in plans}) == 1
-    assert least(base, [job(base, "a", count=8)]) > least(base, [job(base, "a", count=1)])
+    assert minimum_memory(base, [job(base, "a", count=8)]) > minimum_memory(base, [job(base, "a", count=1)])

@@ -1,4 +1,4 @@
-"""FedProx's term, SCAFFOLD's correction and SGD in a cohort, against one client at a time by torch's own optimisers."""
+"""FedProx, SCAFFOLD and SGD in a cohort, compared with one client at a time by torch's own optimizers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.helpers.reference_trainer import (
     Reference,
     assert_close,
     assert_same_bits,
+    at_some_sites,
     job,
-    live,
+    nonzero_adapter,
     private,
     random_bases,
-    some,
-    trained,
+    trained_adapter,
 )
 from training.cohort import train
 from training.jobs import TrainedAdapter, TrainJob
@@ -28,12 +28,12 @@ from training.optimizer import SGD
 DIGITS = 1e-9
 
 
-def scaled(adapter: Adapter, by: float) -> Adapter:
-    return {name: Factors(by * a, by * b) for name, (a, b) in adapter.items()}
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    return {name: Factors(factor * a, factor * b) for name, (a, b) in adapter.items()}
 
 
 def cohort(base: Base) -> list[TrainJob]:
-    pull = scaled(live(base, 2, 21), 1e-3)
+    pull = scaled(nonzero_adapter(base, 2, 21), 1e-3)
     between = random_bases(base, 2, 2)
     inside = {name: Factors(a, left @ torch.ones(2, 2).to(left)) for name, (a, left) in between.items()}
     sgd = {"optimizer": "sgd", "learning_rate": 0.3}
@@ -45,8 +45,8 @@ def cohort(base: Base) -> list[TrainJob]:
         job(
             base,
             "some sites, lower rank",
-            start=some(split_rank(live(base, 2, 1), 1)[0]),
-            correction=some(split_rank(pull, 1)[0]),
+            start=at_some_sites(split_rank(nonzero_adapter(base, 2, 1), 1)[0]),
+            correction=at_some_sites(split_rank(pull, 1)[0]),
             proximal=0.2,
             steps=2,
             **sgd,
@@ -67,30 +67,30 @@ def cohort(base: Base) -> list[TrainJob]:
     ]
 
 
-def test_a_mixed_cohort_equals_the_plain_loop(fine: Base) -> None:
+def test_mixed_cohort_matches_reference(fine: Base) -> None:
     truth = [Reference(fine, plan).train() for plan in cohort(fine)]
     jobs = cohort(fine)
     for found, plan, wanted in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
         assert_close(found, wanted, plan.start, DIGITS)
 
 
-def test_neither_is_as_without(base: Base) -> None:
-    """To the last bit, beside a client that has both; Adam would make a whole step of a rounding error."""
+def test_zero_corrections_change_nothing(base: Base) -> None:
+    """Exactly, next to a client with both; Adam would turn a rounding error into a whole step."""
     alone = train(base, [job(base, "a")], memory=PLENTY, timesteps=2)[0]
-    beside = job(base, "b", proximal=1.0, correction=live(base, 2, 3))
+    beside = job(base, "b", proximal=1.0, correction=nonzero_adapter(base, 2, 3))
     held = train(base, [job(base, "a"), beside], memory=PLENTY, timesteps=2)[0]
-    assert_close(held, trained(alone), job(base, "a").start, 1e-4)
+    assert_close(held, trained_adapter(alone), job(base, "a").start, 1e-4)
     first = dataclasses.replace(job(base, "a"), steps=1)
     plain, prox = (
         train(base, [dataclasses.replace(first, proximal=mu)], memory=PLENTY, timesteps=2)[0] for mu in (0.0, 9.0)
     )
-    assert_same_bits(plain, prox)  # where it starts nothing pulls it back
+    assert_same_bits(plain, prox)  # the term is zero at the start
 
 
-def test_a_strong_pull_keeps_it_near(base: Base) -> None:
+def test_strong_proximal_term_limits_the_change(base: Base) -> None:
     def moved(mu: float) -> float:
         plan = job(base, "a", proximal=mu, optimizer="sgd", learning_rate=0.2, steps=8)
-        found = trained(train(base, [plan], memory=PLENTY, timesteps=2)[0])
+        found = trained_adapter(train(base, [plan], memory=PLENTY, timesteps=2)[0])
         return sum(float((found[name].b - plan.start[name].b).square().sum()) for name in found)
 
     assert moved(4.0) < 0.5 * moved(0.0)
@@ -99,20 +99,20 @@ def test_a_strong_pull_keeps_it_near(base: Base) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"), [({"optimizer": "lion"}, "adamw or sgd"), ({"proximal": -1.0}, "0 or more")]
 )
-def test_what_no_job_may_ask_for(base: Base, changes: dict[str, object], complaint: str) -> None:
+def test_invalid_jobs_are_rejected(base: Base, changes: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         job(base, "a", **changes)
 
 
-def test_a_correction_that_does_not_fit_fails_alone(base: Base) -> None:
-    wrong = job(base, "wrong", correction=live(base, 3, 1))
+def test_misshapen_correction_fails_its_own_job(base: Base) -> None:
+    wrong = job(base, "wrong", correction=nonzero_adapter(base, 3, 1))
     found = train(base, [wrong, job(base, "sound")], memory=PLENTY, timesteps=2)
     assert isinstance(found[0], ValueError)
     assert "correction" in str(found[0])
     assert isinstance(found[1], TrainedAdapter)
 
 
-def test_sgd_rows_are_their_own() -> None:
+def test_sgd_rows_are_independent() -> None:
     rows = torch.arange(6.0).view(3, 2)
     optimizer = SGD(rows)
     optimizer.reset([0, 2], [0.5, 0.25])

@@ -1,4 +1,4 @@
-"""Jobs of every kind together; what one can't do harms no other."""
+"""Jobs of all kinds together; a failing job doesn't affect the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.jobs import EncodeJob, Examples, GeneratedImages, GenerateJob, Pic
 from training.memory import budget
 
 
-def test_a_drawing_that_fails_is_its_own_loss(base: Base) -> None:
+def test_failed_generation_affects_its_own_job(base: Base) -> None:
     start = init_adapter(base.sites, 2, 0)
     broken = {name: Factors(a[:, 1:], b) for name, (a, b) in start.items()}
     picture = Picture(np.zeros((16, 16), np.uint8), "a")
@@ -33,11 +33,11 @@ def test_a_drawing_that_fails_is_its_own_loss(base: Base) -> None:
     assert isinstance(two, GeneratedImages)
     assert isinstance(one, GeneratedImages)
     assert two.pictures.shape == (2, 16, 16)
-    assert np.abs(two.pictures[1].astype(int) - one.pictures[0]).max() <= 1  # B is 0, and each has its own noise
+    assert np.abs(two.pictures[1].astype(int) - one.pictures[0]).max() <= 1  # B is 0, and each image has its own noise
     assert (two.pictures[0] != two.pictures[1]).any()
 
 
-def test_a_picture_that_is_gone_fails_its_own_job(base: Base, tmp_path: Path) -> None:
+def test_missing_picture_fails_its_own_job(base: Base, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30), np.uint8)
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""A job that fails is lost alone, its row goes to who waits, and what it leaves behind harms nobody."""
+"""A failing job affects no other job, its row is reused, and it leaves no state behind."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.helpers.reference_trainer import (
     assert_same_bits,
     examples,
     job,
-    least,
-    live,
+    memory_for,
+    minimum_memory,
+    nonzero_adapter,
     private,
-    room,
-    trained,
+    trained_adapter,
 )
 from training.capacity import capacity, expected_entries
 from training.cohort import train
@@ -36,7 +36,7 @@ from training.jobs import Cancelled, EarlyStopping, Examples, Prior, TrainedAdap
 Make = Callable[[Base], TrainJob]
 
 
-class Broken(SimulatedNoise):
+class _FailingNoise(SimulatedNoise):
     """A noise source that raises at the `after`-th call of one of its methods."""
 
     def __init__(self, method: str, after: int) -> None:
@@ -58,7 +58,7 @@ class Broken(SimulatedNoise):
 
 
 def after(calls: int) -> Callable[[], bool]:
-    """Turns true after so many calls."""
+    """Return a callback that becomes true after some calls."""
     left = [calls]
 
     def asked() -> bool:
@@ -89,21 +89,41 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "infinite data": (lambda base: with_latents(job(base, "bad"), lambda x: x / 0.0), Exception, "not finite"),
     "infinite rate": (lambda base: job(base, "bad", learning_rate=math.inf), Exception, "learning_rate"),
     "NaN at the start": (
-        lambda base: job(base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in live(base, 2, 1).items()}),
+        lambda base: job(
+            base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in nonzero_adapter(base, 2, 1).items()}
+        ),
         Exception,
         "not finite",
     ),
     "NaN at the start, private": (
-        lambda base: private(base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in live(base, 2, 1).items()}),
+        lambda base: private(
+            base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in nonzero_adapter(base, 2, 1).items()}
+        ),
         Exception,
         "not finite",
     ),
-    "no first batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 0)), OSError, "no entropy"),
-    "no third batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 2)), OSError, "no entropy"),
-    "no first noise": (lambda base: private(base, "bad", noise=Broken("rounded_gaussian", 0)), OSError, "no entropy"),
-    "no second noise": (lambda base: private(base, "bad", noise=Broken("rounded_gaussian", 1)), OSError, "no entropy"),
+    "no first batch": (
+        lambda base: private(base, "bad", noise=_FailingNoise("poisson_batch", 0)),
+        OSError,
+        "no entropy",
+    ),
+    "no third batch": (
+        lambda base: private(base, "bad", noise=_FailingNoise("poisson_batch", 2)),
+        OSError,
+        "no entropy",
+    ),
+    "no first noise": (
+        lambda base: private(base, "bad", noise=_FailingNoise("rounded_gaussian", 0)),
+        OSError,
+        "no entropy",
+    ),
+    "no second noise": (
+        lambda base: private(base, "bad", noise=_FailingNoise("rounded_gaussian", 1)),
+        OSError,
+        "no entropy",
+    ),
     "empty, and no noise": (
-        lambda base: private(base, "bad", rate=0.0, noise=Broken("rounded_gaussian", 2)),
+        lambda base: private(base, "bad", rate=0.0, noise=_FailingNoise("rounded_gaussian", 2)),
         OSError,
         "no entropy",
     ),
@@ -118,12 +138,16 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
         "nowhere",
     ),
     "factors that don't match": (
-        lambda base: job(base, "bad", start={n: Factors(f.a, f.b[:, :1]) for n, f in live(base, 2, 1).items()}),
+        lambda base: job(
+            base, "bad", start={n: Factors(f.a, f.b[:, :1]) for n, f in nonzero_adapter(base, 2, 1).items()}
+        ),
         ValueError,
         "fit",
     ),
     "frozen for another base": (
-        lambda base: job(base, "bad", frozen={n: Factors(f.a[:, 1:], f.b) for n, f in live(base, 2, 1).items()}),
+        lambda base: job(
+            base, "bad", frozen={n: Factors(f.a[:, 1:], f.b) for n, f in nonzero_adapter(base, 2, 1).items()}
+        ),
         ValueError,
         "fit",
     ),
@@ -149,28 +173,30 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
 }
 
 
-def good(base: Base) -> list[TrainJob]:
-    frozen = live(base, 2, 9)
+def valid_jobs(base: Base) -> list[TrainJob]:
+    frozen = nonzero_adapter(base, 2, 9)
     return [job(base, "plain", rank=3, steps=2), private(base, "private"), job(base, "last", frozen=frozen, steps=3)]
 
 
 @pytest.fixture(scope="module")
-def truth(fine: Base) -> list[TrainedAdapter | Exception]:
-    return train(fine, good(fine), memory=PLENTY, timesteps=2)
+def reference_results(fine: Base) -> list[TrainedAdapter | Exception]:
+    return train(fine, valid_jobs(fine), memory=PLENTY, timesteps=2)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_lost_alone(fine: Base, truth: list[TrainedAdapter | Exception], fault: str) -> None:
-    """Those who share its passes are to ten digits what they are without it."""
+def test_fault_does_not_affect_others(
+    fine: Base, reference_results: list[TrainedAdapter | Exception], fault: str
+) -> None:
+    """Jobs in the same passes agree to ten digits with a run without the fault."""
     make, kind, message = FAULTS[fault]
-    jobs = good(fine)
+    jobs = valid_jobs(fine)
     jobs.insert(1, make(fine))
-    found = train(fine, jobs, memory=room(fine, jobs, 7), timesteps=2)
+    found = train(fine, jobs, memory=memory_for(fine, jobs, 7), timesteps=2)
     failed = found.pop(1)
     assert isinstance(failed, kind), failed
     assert message in str(failed)
-    for got, wanted, plan in zip(found, truth, good(fine), strict=True):
-        assert_close(got, trained(wanted), plan.start, 1e-10)
+    for got, wanted, plan in zip(found, reference_results, valid_jobs(fine), strict=True):
+        assert_close(got, trained_adapter(wanted), plan.start, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -178,18 +204,20 @@ def test_a_fault_is_lost_alone(fine: Base, truth: list[TrainedAdapter | Exceptio
     [lambda x, c: (x[:, :3], c), lambda x, c: (x, c[..., :15])],
     ids=["channels", "width of the context"],
 )
-def test_what_the_network_cannot_take_is_lost_alone(
-    fine: Base, truth: list[TrainedAdapter | Exception], cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+def test_incompatible_examples_fail_their_own_job(
+    fine: Base,
+    reference_results: list[TrainedAdapter | Exception],
+    cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
     bad = job(fine, "bad", examples=Examples(*cut(*examples(fine, 5, 1))))
-    failed, *found = train(fine, [bad, *good(fine)], memory=PLENTY, timesteps=2)
+    failed, *found = train(fine, [bad, *valid_jobs(fine)], memory=PLENTY, timesteps=2)
     assert isinstance(failed, Exception)
-    for got, wanted, plan in zip(found, truth, good(fine), strict=True):
-        assert_close(got, trained(wanted), plan.start, 1e-10)
+    for got, wanted, plan in zip(found, reference_results, valid_jobs(fine), strict=True):
+        assert_close(got, trained_adapter(wanted), plan.start, 1e-10)
 
 
-def test_rows_go_to_who_waits(fine: Base) -> None:
-    """Nine jobs in memory for two: those that fail leave at any time, and the rest come through."""
+def test_rows_are_reused_after_faults(fine: Base) -> None:
+    """Nine jobs in memory for two: failing ones leave at any time, and the others finish."""
     kinds: list[Make] = [
         lambda base: private(base, "a", count=3, steps=2),
         FAULTS["no first batch"][0],
@@ -202,7 +230,7 @@ def test_rows_go_to_who_waits(fine: Base) -> None:
         lambda base: job(base, "e", steps=0),
     ]
     jobs = [make(fine) for make in kinds]
-    memory = room(fine, jobs, 1 + int(2 * max(map(expected_entries, jobs))), residents=2)
+    memory = memory_for(fine, jobs, 1 + int(2 * max(map(expected_entries, jobs))), residents=2)
     assert capacity(fine, jobs, memory).jobs == 2
     found = train(fine, jobs, memory=memory, timesteps=2)
     assert [isinstance(outcome, Exception) for outcome in found] == [place in (1, 3, 4, 6) for place in range(9)]
@@ -213,24 +241,24 @@ def test_rows_go_to_who_waits(fine: Base) -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5, 7])
-def test_a_job_may_go_amid_a_unit(fine: Base, passes: int) -> None:
-    """Its row goes to the next, which gets nothing of what was still waiting, nor of the unit in pieces."""
+def test_job_may_fail_within_a_unit(fine: Base, passes: int) -> None:
+    """Its row goes to the next job, which gets none of its queued entries and pieces."""
 
     def following() -> list[TrainJob]:
         return [private(fine, "next", draws=4, steps=2, rate=1.0, count=2), job(fine, "last", steps=1)]
 
     gone = private(fine, "gone", draws=4, rate=1.0, cancelled=after(passes - 1))
     jobs = [gone, *following()]
-    memory = least(fine, jobs)
-    assert capacity(fine, jobs, memory)[:2] == (1, 1)  # a draw in each pass
+    memory = minimum_memory(fine, jobs)
+    assert capacity(fine, jobs, memory)[:2] == (1, 1)  # one draw per pass
     cancelled, *found = train(fine, jobs, memory=memory, timesteps=2)
     assert isinstance(cancelled, Cancelled)
     for got, plan in zip(found, following(), strict=True):
         assert_close(got, Reference(fine, plan).train(), plan.start, 1e-10)
 
 
-def test_cancelled_jobs_are_asked_between_passes(base: Base) -> None:
-    """A job of a thousand steps doesn't keep going for somebody who left, and says how far it came."""
+def test_cancellation_is_checked_between_passes(base: Base) -> None:
+    """A cancelled job of a thousand steps ends early and reports its progress."""
     asked: list[int] = []
 
     def gone() -> bool:
@@ -244,37 +272,40 @@ def test_cancelled_jobs_are_asked_between_passes(base: Base) -> None:
 
 
 @pytest.mark.parametrize("entries", [2, 40])
-def test_a_private_picture_that_is_not_finite_counts_as_zero(fine: Base, entries: int) -> None:
-    """And the job isn't told: whether it failed would tell of the picture."""
+def test_non_finite_private_picture_counts_as_zero(fine: Base, entries: int) -> None:
+    """The job doesn't fail: an error would reveal the picture."""
 
     def plan() -> TrainJob:
         return with_latents(private(fine, "a", rate=1.0), one_nan)
 
-    memory = room(fine, [plan()], entries)
+    memory = memory_for(fine, [plan()], entries)
     (found,) = train(fine, [plan()], memory=memory, timesteps=2)
     assert_close(found, Reference(fine, plan()).train(), plan().start, 1e-10)
     everything = with_latents(private(fine, "a"), lambda x: x * math.nan)
     nobody = private(fine, "a", rate=0.0)
     found, noise_alone = train(fine, [everything, nobody], memory=memory, timesteps=2)
-    assert_close(found, trained(noise_alone), plan().start, 1e-10)
+    assert_close(found, trained_adapter(noise_alone), plan().start, 1e-10)
 
 
-def test_nothing_is_left_behind(base: Base, pipeline_folder: Path) -> None:
-    """Buffers are kept between calls, also after faults: the same bits as on a base that has seen nothing."""
+def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
+    """Buffers are kept between calls, also after faults: results equal those on a new base."""
     unseen = Base(pipeline_folder, sites=ATTENTION)
-    wanted = train(unseen, good(unseen), memory=PLENTY, timesteps=2)
+    wanted = train(unseen, valid_jobs(unseen), memory=PLENTY, timesteps=2)
     for faults in (["NaN data", "no second noise", "cancelled amid"], ["NaN at the start, private"] * 3):
         dirty = [FAULTS[fault][0](base) for fault in faults]
         bad = train(
-            base, [dataclasses.replace(plan, frozen=live(base, 2, 7)) for plan in dirty], memory=PLENTY, timesteps=2
+            base,
+            [dataclasses.replace(plan, frozen=nonzero_adapter(base, 2, 7)) for plan in dirty],
+            memory=PLENTY,
+            timesteps=2,
         )
         assert all(isinstance(outcome, Exception) for outcome in bad)
-        for got, want in zip(train(base, good(base), memory=PLENTY, timesteps=2), wanted, strict=True):
+        for got, want in zip(train(base, valid_jobs(base), memory=PLENTY, timesteps=2), wanted, strict=True):
             assert_same_bits(got, want)
 
 
-def test_buffers_are_kept_for_jobs_alike(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not made anew at every round; and another shape, in between, changes no bit."""
+def test_buffers_are_reused_for_similar_jobs(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not allocated in every round; jobs of another shape in between change no bit."""
     from training import buffers, cohort
 
     made: list[buffers.CohortBuffers] = []
@@ -286,14 +317,14 @@ def test_buffers_are_kept_for_jobs_alike(base: Base, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cohort, "CohortBuffers", counting)
 
     def jobs() -> list[TrainJob]:
-        return [plan for plan in good(base) if plan.privacy]
+        return [plan for plan in valid_jobs(base) if plan.privacy]
 
-    memory = room(base, jobs(), 40)
+    memory = memory_for(base, jobs(), 40)
     one = train(base, jobs(), memory=memory, timesteps=2)
     before = len(made)
     two = train(base, jobs(), memory=memory, timesteps=2)
     assert len(made) == before
-    train(base, [job(base, "other", rank=5, frozen=live(base, 3, 2))], memory=memory, timesteps=2)
+    train(base, [job(base, "other", rank=5, frozen=nonzero_adapter(base, 3, 2))], memory=memory, timesteps=2)
     assert len(made) == before + 1
     three = train(base, jobs(), memory=memory, timesteps=2)
     for first, second, third in zip(one, two, three, strict=True):

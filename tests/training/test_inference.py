@@ -1,4 +1,4 @@
-"""The loss of each example is its own: of one at a time, whoever else is there, to the last bit. So is a picture."""
+"""The loss of each example is independent of the others, to the last bit, and so is each generated image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.base.denoiser import Denoise
 from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import SAMPLERS
 from models.lora.batched_lora import BatchedAdapter, stack_adapters
-from tests.helpers.reference_trainer import PLENTY, examples, live
+from tests.helpers.reference_trainer import PLENTY, examples, nonzero_adapter
 from training.engine import perform
 from training.inference import each_loss, generate
 from training.jobs import Cancelled, EncodeJob, Examples, GenerateJob, MeasureEachJob, MeasureJob, Picture
@@ -28,7 +28,7 @@ TIMESTEPS = 3
 
 def measure(base: Base, pool: Examples, *, memory: int = PLENTY) -> torch.Tensor:
     (found,) = each_loss(
-        base, [pool], [stack_adapters(base.sites, [live(base, 2, 1)])], timesteps=TIMESTEPS, memory=memory
+        base, [pool], [stack_adapters(base.sites, [nonzero_adapter(base, 2, 1)])], timesteps=TIMESTEPS, memory=memory
     )
     return found
 
@@ -38,9 +38,9 @@ def without(pool: Examples, place: int) -> Examples:
     return Examples(pool.latents[rest], pool.context[rest])
 
 
-def test_against_one_look_at_a_time(fine: Base) -> None:
+def test_losses_match_single_evaluations(fine: Base) -> None:
     pool = examples(fine, 4, 7)
-    stacks = stack_adapters(fine.sites, [live(fine, 2, 1)])
+    stacks = stack_adapters(fine.sites, [nonzero_adapter(fine, 2, 1)])
     noises = torch.randn(
         TIMESTEPS, *pool.latents.shape[1:], generator=torch.Generator().manual_seed(derive_seed("held-out"))
     )
@@ -56,7 +56,7 @@ def test_against_one_look_at_a_time(fine: Base) -> None:
 
 
 @pytest.mark.parametrize("memory", [1, PLENTY])
-def test_taking_one_away_leaves_the_others_as_they_were_to_the_last_bit(base: Base, memory: int) -> None:
+def test_losses_are_independent_of_other_examples(base: Base, memory: int) -> None:
     pool = examples(base, 5, 7)
     whole = measure(base, pool, memory=memory)
     for place in range(len(pool)):
@@ -65,7 +65,7 @@ def test_taking_one_away_leaves_the_others_as_they_were_to_the_last_bit(base: Ba
 
 
 def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which layers give the same bits in a batch of another size is up to the machine: so none is relied on."""
+    """Whether a layer gives the same bits in a batch of another size depends on the machine, so it is not relied on."""
     use_adapters, passes = base.use_adapters, []
 
     @contextmanager
@@ -79,7 +79,7 @@ def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch)
             yield look
 
     pool = examples(base, 4, 7)
-    measure(base, pool)  # what a pass takes is counted before: that is a pass too
+    measure(base, pool)  # measuring the memory of a pass is a pass too
     monkeypatch.setattr(base, "use_adapters", watched)
     measure(base, pool)
     assert [len(context) for context in passes] == [TIMESTEPS] * 4
@@ -87,14 +87,14 @@ def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(context, own.expand_as(context))
 
 
-def test_the_order_does_not_matter(base: Base) -> None:
+def test_losses_are_independent_of_order(base: Base) -> None:
     pool = examples(base, 5, 7)
     turned = Examples(pool.latents.flip(0), pool.context.flip(0))
     assert torch.equal(measure(base, turned), measure(base, pool).flip(0))
 
 
-def test_jobs_of_each_kind_together(base: Base) -> None:
-    one, other, adapter = examples(base, 2, 7), examples(base, 3, 8), live(base, 2, 1)
+def test_jobs_of_all_kinds_together(base: Base) -> None:
+    one, other, adapter = examples(base, 2, 7), examples(base, 3, 8), nonzero_adapter(base, 2, 1)
     jobs = [
         MeasureEachJob(examples=one, adapter=None),
         MeasureJob(examples=one, adapter=None),
@@ -104,14 +104,14 @@ def test_jobs_of_each_kind_together(base: Base) -> None:
     found = perform(base, jobs, memory=PLENTY, timesteps=TIMESTEPS)
     assert [getattr(result, "shape", None) for result in found] == [(2,), None, (3,), (2,)]
     stacks = stack_adapters(base.sites, [adapter])
-    (alone,) = each_loss(base, [other], [stacks], timesteps=TIMESTEPS, memory=PLENTY)
-    torch.testing.assert_close(found[2], alone)
+    (single,) = each_loss(base, [other], [stacks], timesteps=TIMESTEPS, memory=PLENTY)
+    torch.testing.assert_close(found[2], single)
     assert not torch.equal(found[0], found[3])
 
 
 @pytest.mark.parametrize(("kind", "passes"), [(MeasureJob, 8), (MeasureEachJob, 8), (EncodeJob, 3), (GenerateJob, 1)])
-def test_stops_before_any_pass(base: Base, kind: Any, passes: int) -> None:
-    """Whichever pass it is cancelled at, no further one is run and no other job is harmed."""
+def test_cancellation_before_any_pass(base: Base, kind: Any, passes: int) -> None:
+    """No further pass runs, and no other job is affected."""
     pool = examples(base, 2, 7)
     picture = Picture(np.zeros((16, 16), np.uint8), "a")
     job: Any = {
@@ -131,7 +131,7 @@ def test_stops_before_any_pass(base: Base, kind: Any, passes: int) -> None:
         assert next(asked) == min(last + 1, passes)
 
 
-def test_nobody(base: Base) -> None:
+def test_no_examples(base: Base) -> None:
     assert each_loss(base, [], [], timesteps=2, memory=PLENTY) == []
     empty = examples(base, 0, 1)
     (found,) = each_loss(base, [empty], [], timesteps=2, memory=PLENTY)
@@ -139,16 +139,16 @@ def test_nobody(base: Base) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_drawn_picture_is_its_own(base: Base, sampler: str) -> None:
-    """Of its caption, its seed and its slot, whoever else is drawn and however small the passes."""
-    adapters = [stack_adapters(base.sites, [live(base, 2, 1), live(base, 2, 2)])]
+def test_image_is_independent_of_others(base: Base, sampler: str) -> None:
+    """It depends on its caption, seed and slot only, for any batch and pass size."""
+    adapters = [stack_adapters(base.sites, [nonzero_adapter(base, 2, 1), nonzero_adapter(base, 2, 2)])]
     captions, seeds, slots = ["a 1", "b 2", "a 1", "a 1"], [5, 6, 5, 7], [0, 1, 0, 0]
     settings: dict[str, Any] = {"sampler": sampler, "steps": 3, "guidance": 2.0}
     together = generate(base, captions, seeds, adapters, slots, memory=PLENTY, **settings)
     torch.testing.assert_close(generate(base, captions, seeds, adapters, slots, memory=1, **settings), together)
     torch.testing.assert_close(together[0], together[2])
-    alone = generate(base, captions[1:2], seeds[1:2], adapters, slots[1:2], memory=PLENTY, **settings)
-    torch.testing.assert_close(alone[0], together[1])
+    single = generate(base, captions[1:2], seeds[1:2], adapters, slots[1:2], memory=PLENTY, **settings)
+    torch.testing.assert_close(single[0], together[1])
     other = generate(base, captions[1:2], seeds[1:2], adapters, [0], memory=PLENTY, **settings)
-    assert not torch.allclose(other, alone, atol=1e-3)
+    assert not torch.allclose(other, single, atol=1e-3)
     assert not torch.allclose(together[0], together[3], atol=1e-3)

@@ -1,4 +1,4 @@
-"""Scores of membership against one picture at a time through an untouched network with merged weights."""
+"""Membership scores, compared with one picture at a time through an unmodified network with merged weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.base.base import Base
 from models.lora.adapter import Adapter, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
 from privacy.audit.membership import AttackTrial, roc
-from tests.helpers.reference_trainer import PLENTY, examples, live, trained, untouched
+from tests.helpers.reference_trainer import PLENTY, examples, nonzero_adapter, trained_adapter, untouched
 from training import membership_scores
 from training.cohort import train
 from training.jobs import Examples, TrainJob
@@ -28,8 +28,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Base(folder, sites=ATTENTION, compute="fp64")
 
 
-class OneByOne:
-    """The three attacks as their papers state them, on one picture."""
+class _SingleExampleScores:
+    """The three attacks as defined in their papers, on one picture."""
 
     def __init__(self, base: Base, adapter: Adapter | None) -> None:
         self.base, self.unet = base, untouched(base.folder, base.full_precision)
@@ -70,28 +70,28 @@ class OneByOne:
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_scores_are_those_of_the_papers(model: Base, adapted: bool) -> None:
+def test_scores_match_the_papers(model: Base, adapted: bool) -> None:
     pool = examples(model, 5, 1)
-    adapter = live(model, 2, 1) if adapted else None
+    adapter = nonzero_adapter(model, 2, 1) if adapted else None
     stacks = to_device(stack_adapters(model.sites, [adapter]), model.like)
     found = membership_scores.scores(model, pool, stacks, timesteps=LOOKS, time=TIME, memory=PLENTY)
-    one = OneByOne(model, adapter)
+    one = _SingleExampleScores(model, adapter)
     wanted = [one.scores(place, pool.latents[place], pool.context[place]) for place in range(5)]
     assert np.stack(found, axis=1) == pytest.approx(np.array(wanted), rel=1e-6)
     assert all(values.dtype == np.float64 for values in found)
 
 
-def test_scores_do_not_depend_on_who_shares_a_pass(base: Base) -> None:
+def test_scores_are_independent_of_the_batch(base: Base) -> None:
     pool = examples(base, 7, 2)
-    stacks = to_device(stack_adapters(base.sites, [live(base, 2, 1)]), base.like)
+    stacks = to_device(stack_adapters(base.sites, [nonzero_adapter(base, 2, 1)]), base.like)
     whole = membership_scores.scores(base, pool, stacks, timesteps=2, time=TIME, memory=PLENTY)
     little = membership_scores.scores(base, pool, stacks, timesteps=2, time=TIME, memory=1)
     assert np.stack(little) == pytest.approx(np.stack(whole), rel=1e-4)
     assert np.stack(whole.minus(whole)) == pytest.approx(0.0)
 
 
-def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base) -> None:
-    """The positive control; the pictures are noise, so that nothing else tells members from others."""
+def test_memorizing_adapter_is_detected(base: Base) -> None:
+    """The positive control. Pictures are noise, so that members differ from others in nothing else."""
     pool = examples(base, 24, 3)
     members = np.arange(24) < 12
     job = TrainJob(
@@ -105,13 +105,13 @@ def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base)
         batch_size=6,
         learning_rate=2e-2,
     )
-    adapter = trained(train(base, [job], memory=PLENTY, timesteps=1)[0])
+    adapter = trained_adapter(train(base, [job], memory=PLENTY, timesteps=1)[0])
     stacks = to_device(stack_adapters(base.sites, [adapter]), base.like)
     own = membership_scores.scores(base, pool, stacks, timesteps=6, time=TIME, memory=PLENTY)
-    alone = membership_scores.scores(base, pool, {}, timesteps=6, time=TIME, memory=PLENTY)
+    base_scores = membership_scores.scores(base, pool, {}, timesteps=6, time=TIME, memory=PLENTY)
 
     def auc(scores: np.ndarray) -> float:
         return roc(AttackTrial(scores, members, np.arange(24), np.zeros(24, int))).auc
 
-    assert auc(own.minus(alone).loss) > 0.8
-    assert auc(own.minus(alone).loss) > auc(own.loss)  # how easy a picture is by itself cancels
+    assert auc(own.minus(base_scores).loss) > 0.8
+    assert auc(own.minus(base_scores).loss) > auc(own.loss)  # cancels how easy a picture is by itself

@@ -1,4 +1,4 @@
-"""Memory: counted to the byte on programs that one can add up by hand, and a budget that follows the machine."""
+"""Memory: exact counts for simple programs, and a budget that follows from the machine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OUTSIDE = torch.ones(N)
 def chain() -> None:
     a = torch.ones(N)
     for _ in range(5):
-        a = a + 1  # the old one lives until the new one is there
+        a = a + 1  # the old tensor lives until the new one exists
 
 
-def given_back() -> None:
+def freed() -> None:
     a = torch.ones(N)
     del a
     b = torch.ones(2 * N)
@@ -40,7 +40,7 @@ def views() -> None:
     assert len(kept) == 16
 
 
-def a_view_keeps_all_of_it() -> None:
+def view_keeps_storage() -> None:
     a = torch.ones(N)[:1]
     b = torch.ones(N)
     assert a.shape != b.shape
@@ -54,7 +54,7 @@ def in_place() -> None:
     OUTSIDE.mul_(1)
 
 
-def of_the_outside() -> None:
+def view_of_outside() -> None:
     kept = [OUTSIDE.view(-1), OUTSIDE[2:], OUTSIDE.detach()]
     assert len(kept) == 3
 
@@ -65,7 +65,7 @@ def two_results() -> None:
 
 
 def backward() -> None:
-    """y = exp(exp(x)) keeps both exponentials for the way back, where one gradient follows another."""
+    """y = exp(exp(x)) keeps both exponentials for the backward pass, where one gradient follows another."""
     x = OUTSIDE.clone().requires_grad_()  # 4N
     y = x.exp()  # 8N
     z = y.exp()  # 12N
@@ -79,23 +79,23 @@ PROGRAMS: list[tuple[Callable[[], object], int]] = [
     (lambda: torch.empty(N, dtype=torch.float64), 8 * N),
     (lambda: torch.empty(0), 0),
     (chain, 8 * N),
-    (given_back, 8 * N),
+    (freed, 8 * N),
     (views, 4 * N),
-    (a_view_keeps_all_of_it, 8 * N),
+    (view_keeps_storage, 8 * N),
     (in_place, 4 * N),
-    (of_the_outside, 0),
+    (view_of_outside, 0),
     (two_results, 12 * N),
     (backward, 20 * N),
 ]
 
 
 @pytest.mark.parametrize(("work", "wanted"), PROGRAMS, ids=lambda x: getattr(x, "__name__", None))
-def test_the_most_that_lived_at_once(work: Callable[[], object], wanted: int) -> None:
+def test_peak_bytes(work: Callable[[], object], wanted: int) -> None:
     assert memory.peak_bytes(work) == wanted
-    assert memory.peak_bytes(work) == wanted  # nothing is left from before
+    assert memory.peak_bytes(work) == wanted  # nothing is left of previous measurements
 
 
-def test_what_outlives_the_count_does_no_harm() -> None:
+def test_tensors_may_outlive_the_measurement() -> None:
     kept: list[Tensor] = []
     assert memory.peak_bytes(lambda: kept.append(torch.ones(N))) == 4 * N
     kept.clear()
@@ -104,20 +104,20 @@ def test_what_outlives_the_count_does_no_harm() -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """A machine of so many GiB, and what its container tells."""
+    """A machine with the given memory and container limits."""
 
-    def be(total: float, available: float, **files: str) -> None:
+    def set_memory(total: float, available: float, **files: str) -> None:
         found = SimpleNamespace(total=int(total * GIB), available=int(available * GIB))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
         monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
         for name, text in files.items():
             (tmp_path / f"memory.{name}").write_text(text)
 
-    return be
+    return set_memory
 
 
-def test_the_budget_is_what_was_asked_or_a_share_of_the_total(machine: Callable[..., None]) -> None:
-    machine(16, 1)  # what happens to be free now decides nothing
+def test_budget_is_configured_or_a_fraction(machine: Callable[..., None]) -> None:
+    machine(16, 1)  # free memory is not used
     assert memory.budget(None, CPU) == 16 * GIB * memory.DEFAULT_SHARE["cpu"]
     assert memory.budget(3.5, CPU) == int(3.5 * GIB)
     assert 0 < memory.DEFAULT_SHARE["cpu"] < memory.DEFAULT_SHARE["cuda"] < 1
@@ -130,12 +130,12 @@ def test_the_budget_is_what_was_asked_or_a_share_of_the_total(machine: Callable[
         ({"max": "max\n"}, 16, 10),
         ({"max": f"{4 * GIB}\n"}, 4, 4),
         ({"max": f"{4 * GIB}\n", "current": f"{3 * GIB}\n"}, 4, 1),
-        ({"max": f"{12 * GIB}\n", "current": f"{1 * GIB}\n"}, 12, 10),  # the machine itself has no more
+        ({"max": f"{12 * GIB}\n", "current": f"{1 * GIB}\n"}, 12, 10),  # limited by the machine itself
         ({"max": f"{2**62}\n", "current": f"{3 * GIB}\n"}, 16, 10),
         ({"max": "", "current": ""}, 16, 10),
     ],
 )
-def test_a_container_is_the_machine(machine: Callable[..., None], files: dict[str, str], total: int, free: int) -> None:
+def test_container_limits_are_used(machine: Callable[..., None], files: dict[str, str], total: int, free: int) -> None:
     machine(16, 10, **files)
     assert memory.budget(None, CPU) == total * GIB * memory.DEFAULT_SHARE["cpu"]
     memory.check_free(free * GIB, CPU)
@@ -143,7 +143,7 @@ def test_a_container_is_the_machine(machine: Callable[..., None], files: dict[st
         memory.check_free(free * GIB + 1, CPU)
 
 
-def test_this_machine() -> None:
+def test_current_machine() -> None:
     assert 0 < memory.budget(None, CPU) < psutil.virtual_memory().total
     memory.check_free(1, CPU)
     with pytest.raises(AntherError, match=r"memory_gib=\d"):

@@ -1,4 +1,4 @@
-"""AdamW on rows against torch.optim.AdamW, one for each row."""
+"""AdamW on rows, compared with a torch.optim.AdamW for each row."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ SUBSETS = st.lists(st.lists(st.integers(0, 4), unique=True), max_size=8)
 
 @given(steps=SUBSETS, dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99))
 @settings(deadline=None)
-def test_every_row_is_an_optimiser_of_its_own(steps: list[list[int]], dtype: torch.dtype, seed: int) -> None:
-    """Rows at different steps and rates, in any order, some of them none."""
+def test_rows_match_separate_optimizers(steps: list[list[int]], dtype: torch.dtype, seed: int) -> None:
+    """Rows at different steps and learning rates, in any order, including none."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(5, 7, generator=generator, dtype=dtype)
-    mine = AdamW(start.clone())
-    mine.reset(range(5), RATES)
+    rows_optimizer = AdamW(start.clone())
+    rows_optimizer.reset(range(5), RATES)
     parameters = [row.clone().requires_grad_() for row in start]
-    theirs = [torch.optim.AdamW([p], lr=rate, weight_decay=0.0) for p, rate in zip(parameters, RATES, strict=True)]
+    references = [torch.optim.AdamW([p], lr=rate, weight_decay=0.0) for p, rate in zip(parameters, RATES, strict=True)]
     for rows in steps:
         gradients = torch.randn(len(rows), 7, generator=generator, dtype=dtype) * 10.0 ** torch.arange(-3, 4)
-        mine.step(rows, gradients)
+        rows_optimizer.step(rows, gradients)
         for row, gradient in zip(rows, gradients, strict=True):
             parameters[row].grad = gradient.clone()
-            theirs[row].step()
+            references[row].step()
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
-    for row, parameter in zip(mine.rows, parameters, strict=True):
+    for row, parameter in zip(rows_optimizer.rows, parameters, strict=True):
         torch.testing.assert_close(row, parameter.detach(), **close)
 
 
-def test_a_row_begins_anew() -> None:
-    """Nothing is left of whoever had the row before: neither moments, nor steps, nor rate."""
+def test_reset_clears_the_row() -> None:
+    """Neither moments, nor steps, nor learning rate of the previous job are left."""
     torch.manual_seed(0)
     used, fresh = AdamW(torch.ones(2, 3)), AdamW(torch.ones(2, 3))
     used.reset([0, 1], [0.1, 0.2])
@@ -52,7 +52,7 @@ def test_a_row_begins_anew() -> None:
     assert torch.equal(used.rows[0], kept)
     before = used.rows[0].clone()
     used.step([0], torch.zeros(1, 3))
-    assert not torch.equal(used.rows[0], before)  # the neighbour still has its moments
+    assert not torch.equal(used.rows[0], before)  # the other row still has its moments
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

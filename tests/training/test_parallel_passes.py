@@ -1,4 +1,4 @@
-"""Passes side by side: in order, really at once, and to the same result."""
+"""Parallel passes: ordered, concurrent, and with the same results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.base.base import Base
-from tests.helpers.reference_trainer import PLENTY, assert_close, job, private, room, trained
+from tests.helpers.reference_trainer import PLENTY, assert_close, job, memory_for, private, trained_adapter
 from training import cohort, parallel_passes
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
@@ -27,11 +27,11 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("three_cores")
-def test_passes_run_at_once_and_come_back_in_order() -> None:
-    together = threading.Barrier(3, timeout=60)  # breaks unless three are under way
+def test_passes_are_concurrent_and_ordered() -> None:
+    barrier = threading.Barrier(3, timeout=60)  # breaks unless three passes are concurrent
 
     def work(part: int) -> tuple[int, int]:
-        together.wait()
+        barrier.wait()
         return part, torch.get_num_threads()
 
     before = torch.get_num_threads()
@@ -41,7 +41,7 @@ def test_passes_run_at_once_and_come_back_in_order() -> None:
 
 
 @pytest.mark.usefixtures("three_cores")
-def test_every_core_gets_its_share() -> None:
+def test_pass_size_gives_every_core_its_share() -> None:
     assert parallel_passes.pass_size(CPU, 90, 64) == 30
     assert parallel_passes.pass_size(CPU, 900, 64) == 64
     assert parallel_passes.pass_size(CPU, 1, 64) == 1
@@ -50,21 +50,19 @@ def test_every_core_gets_its_share() -> None:
 
 
 @pytest.mark.parametrize("entries", [4, None])
-def test_many_cores_train_what_one_trains(base: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
-    """With a draw of a picture in each pass too."""
+def test_cores_do_not_change_the_result(base: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
+    """Also with one draw of a picture per pass."""
     jobs = lambda: [job(base, "a", batch_size=5), private(base, "b", draws=3), job(base, "c", rank=3)]  # noqa: E731
-    alone = train(base, jobs(), memory=PLENTY, timesteps=2)
+    single = train(base, jobs(), memory=PLENTY, timesteps=2)
     request.getfixturevalue("three_cores")
-    memory = room(base, jobs(), entries) if entries else PLENTY
-    for found, wanted, plan in zip(train(base, jobs(), memory=memory, timesteps=2), alone, jobs(), strict=True):
-        assert_close(found, trained(wanted), plan.start)
+    memory = memory_for(base, jobs(), entries) if entries else PLENTY
+    for found, wanted, plan in zip(train(base, jobs(), memory=memory, timesteps=2), single, jobs(), strict=True):
+        assert_close(found, trained_adapter(wanted), plan.start)
 
 
 @pytest.mark.parametrize("entries", [1, 3, 40])
-def test_a_pass_may_overwrite_what_the_last_one_found(
-    fine: Base, entries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a CUDA graph does: nobody may hold on to it."""
+def test_passes_may_overwrite_earlier_results(fine: Base, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA graphs do: results must not be kept by reference."""
 
     def jobs() -> list[TrainJob]:
         return [private(fine, "units in pieces", draws=4, steps=2), job(fine, "plain", steps=2)]
@@ -91,13 +89,13 @@ def test_a_pass_may_overwrite_what_the_last_one_found(
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     wanted = train(fine, jobs(), memory=PLENTY, timesteps=2)
     monkeypatch.setattr(cohort, "_buffers", buffers)
-    found = train(fine, jobs(), memory=room(fine, jobs(), entries, residents=1), timesteps=2)
+    found = train(fine, jobs(), memory=memory_for(fine, jobs(), entries, residents=1), timesteps=2)
     fine.cache.clear()
     for got, want, plan in zip(found, wanted, jobs(), strict=True):
-        assert_close(got, trained(want), plan.start, 1e-10)
+        assert_close(got, trained_adapter(want), plan.start, 1e-10)
 
 
-def test_numbers_near_the_smallest_are_zero_within_alone() -> None:
+def test_denormals_are_flushed_only_within_context() -> None:
     tiny = torch.tensor(1e-39)
     with parallel_passes.without_denormals(CPU):
         assert (tiny * 0.5).item() == 0

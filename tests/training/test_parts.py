@@ -1,4 +1,4 @@
-"""Training a part of an adapter, or at some of its sites, against merged weights and torch's AdamW on that alone."""
+"""Partial training (some factors or some sites), compared with merged weights and torch's AdamW on those."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
     assert_close,
+    at_some_sites,
     job,
-    live,
+    memory_for,
+    nonzero_adapter,
     private,
     random_bases,
-    room,
-    some,
-    trained,
+    trained_adapter,
 )
 from training.buffers import BufferSpec, CohortBuffers, row_bytes
 from training.cohort import train
@@ -32,22 +32,29 @@ DIGITS = 1e-10
 PARTS = ["a", "b", "cores"]
 
 
-def inside(given: Adapter, seed: int, base: Base) -> Adapter:
-    """An adapter between these factors whose cores are not zero."""
-    some = live(base, len(next(iter(given.values())).a), seed)
-    return {name: Factors(a, left @ (left.T @ some[name].b)) for name, (a, left) in given.items()}
+def between_bases(bases: Adapter, seed: int, base: Base) -> Adapter:
+    """An adapter between these factors with nonzero cores."""
+    at_some_sites = nonzero_adapter(base, len(next(iter(bases.values())).a), seed)
+    return {name: Factors(a, left @ (left.T @ at_some_sites[name].b)) for name, (a, left) in bases.items()}
 
 
-def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[TrainJob]:
-    """Jobs that train a part: three from one adapter, one of which has smaller factors; one from another."""
+def partial_jobs(base: Base, trains: str, start: Adapter, other: Adapter) -> list[TrainJob]:
+    """Jobs with partial training: three from one adapter, one of them with smaller factors, and one from another."""
     head = {name: Factors(a[:1], b[:, :1]) for name, (a, b) in start.items()}
     return [
         job(base, f"{trains} plain", start=start, trains=trains, steps=2),
-        job(base, f"{trains} small", start=head, trains=trains, frozen=live(base, 2, 9), steps=2),
-        job(base, f"{trains} elsewhere", start=some(other), trains=trains, steps=2),
+        job(base, f"{trains} small", start=head, trains=trains, frozen=nonzero_adapter(base, 2, 9), steps=2),
+        job(base, f"{trains} elsewhere", start=at_some_sites(other), trains=trains, steps=2),
         private(base, f"{trains} private", count=3, start=start, trains=trains, steps=2),
         private(
-            base, f"{trains} by site", start=some(other), trains=trains, per_site=True, count=3, batch_size=4, steps=2
+            base,
+            f"{trains} by site",
+            start=at_some_sites(other),
+            trains=trains,
+            per_site=True,
+            count=3,
+            batch_size=4,
+            steps=2,
         ),
         private(base, f"{trains} nobody", start=start, trains=trains, rate=0.0, steps=1),
     ]
@@ -55,11 +62,19 @@ def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[Tr
 
 def core_jobs(base: Base) -> list[TrainJob]:
     one, other = random_bases(base, 3, 1), random_bases(base, 2, 2)
-    within, beside = inside(one, 5, base), inside(other, 6, base)
-    few = some(other)
+    within, beside = between_bases(one, 5, base), between_bases(other, 6, base)
+    few = at_some_sites(other)
     return [
         job(base, "plain", start=within, lora_xs_bases=one, trains="cores", steps=2),
-        job(base, "another frame", start=beside, lora_xs_bases=other, trains="cores", frozen=live(base, 2, 9), steps=2),
+        job(
+            base,
+            "another frame",
+            start=beside,
+            lora_xs_bases=other,
+            trains="cores",
+            frozen=nonzero_adapter(base, 2, 9),
+            steps=2,
+        ),
         private(base, "private", count=3, start=within, lora_xs_bases=one, trains="cores", steps=2),
         private(
             base,
@@ -76,40 +91,40 @@ def core_jobs(base: Base) -> list[TrainJob]:
 
 
 def cohort(base: Base) -> list[TrainJob]:
-    start, other = live(base, 3, 5), live(base, 2, 6)
-    empty = live(base, 0, 6)
+    start, other = nonzero_adapter(base, 3, 5), nonzero_adapter(base, 2, 6)
+    empty = nonzero_adapter(base, 0, 6)
     return [
-        *starting(base, "a", start, other)[::3],
-        *starting(base, "b", start, other),
+        *partial_jobs(base, "a", start, other)[::3],
+        *partial_jobs(base, "b", start, other),
         *core_jobs(base),
         job(base, "factors", steps=2),
-        job(base, "factors elsewhere", start=some(other), frozen=other, steps=2),
+        job(base, "factors elsewhere", start=at_some_sites(other), frozen=other, steps=2),
         job(base, "no rank", start=empty, trains="b"),
         job(base, "nowhere", start={}, trains="b"),
     ]
 
 
-def test_parts_are_trained_as_if_alone(fine: Base) -> None:
+def test_partial_training_matches_reference(fine: Base) -> None:
     truth = [Reference(fine, plan).train() for plan in cohort(fine)]
     jobs = cohort(fine)
     for found, plan, wanted in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
         assert_close(found, wanted, plan.start, DIGITS)
-    few = cohort(fine)[:3]  # and in turn, with little memory
+    few = cohort(fine)[:3]  # also one after another, with little memory
     for found, plan, wanted in zip(
-        train(fine, few, memory=room(fine, few, 3, 2), timesteps=2), few, truth, strict=False
+        train(fine, few, memory=memory_for(fine, few, 3, 2), timesteps=2), few, truth, strict=False
     ):
         assert_close(found, wanted, plan.start, DIGITS)
 
 
 @pytest.mark.parametrize("trains", PARTS)
-def test_what_is_fixed_stays_and_the_source_of_noise_is_asked_for_the_rest_alone(fine: Base, trains: str) -> None:
+def test_fixed_factors_stay_and_get_no_noise(fine: Base, trains: str) -> None:
     between = random_bases(fine, 2, 3) if trains == "cores" else None
-    start = inside(between, 7, fine) if between else live(fine, 2, 7)
+    start = between_bases(between, 7, fine) if between else nonzero_adapter(fine, 2, 7)
     plan = private(fine, "p", start=start, lora_xs_bases=between, trains=trains, noise_multiplier=5.0)
     assert plan.noise
     drawing = type(plan.noise).rounded_gaussian
     with patch.object(type(plan.noise), "rounded_gaussian", autospec=True, side_effect=drawing) as asked:
-        found = trained(train(fine, [plan], memory=PLENTY, timesteps=2)[0])
+        found = trained_adapter(train(fine, [plan], memory=PLENTY, timesteps=2)[0])
     numbers = sum(part.numel() for part in trained_tensors(start, trains, between).values())
     assert {call.args[1] for call in asked.call_args_list} == {numbers}
     moved = trained_tensors(found, trains, between)
@@ -124,10 +139,10 @@ def test_what_is_fixed_stays_and_the_source_of_noise_is_asked_for_the_rest_alone
 
 
 @pytest.mark.parametrize("trains", ["both", *PARTS])
-def test_no_gradient_is_computed_of_what_is_fixed_or_left_out(fine: Base, trains: str) -> None:
-    """Of the operation that adapters share with their layer: it is asked for nothing else, and at no other site."""
-    between = some(random_bases(fine, 2, 3)) if trains == "cores" else None
-    start = inside(between, 7, fine) if between else some(live(fine, 2, 7))
+def test_no_gradients_of_fixed_factors_and_other_sites(fine: Base, trains: str) -> None:
+    """Observes the operation that applies adapters to a layer: no other gradient is requested, and none at other sites."""
+    between = at_some_sites(random_bases(fine, 2, 3)) if trains == "cores" else None
+    start = between_bases(between, 7, fine) if between else at_some_sites(nonzero_adapter(fine, 2, 7))
     kept: list[tuple[bool, ...]] = []
 
     def watch(grad: Tensor, x: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,13 +162,16 @@ def test_no_gradient_is_computed_of_what_is_fixed_or_left_out(fine: Base, trains
     assert len(kept) % len(start) == 0
 
 
-def test_rows_hold_what_is_trained_and_no_other_site(fine: Base) -> None:
-    start = live(fine, 3, 1)
+def test_rows_hold_trained_factors_only(fine: Base) -> None:
+    start = nonzero_adapter(fine, 3, 1)
     sizes = {name: sum(f.numel() for f in pair) for name, pair in start.items()}
     for plan, wanted in (
         (job(fine, "p", start=start), sum(sizes.values())),
-        (job(fine, "p", start=some(start)), sum(sizes[name] for name in some(start))),
-        (job(fine, "p", start=some(start), trains="b"), sum(start[name].b.numel() for name in some(start))),
+        (job(fine, "p", start=at_some_sites(start)), sum(sizes[name] for name in at_some_sites(start))),
+        (
+            job(fine, "p", start=at_some_sites(start), trains="b"),
+            sum(start[name].b.numel() for name in at_some_sites(start)),
+        ),
     ):
         shape = BufferSpec.of([plan])
         rows = CohortBuffers(fine, shape, 2)
@@ -162,15 +180,15 @@ def test_rows_hold_what_is_trained_and_no_other_site(fine: Base) -> None:
         assert 0 < examples < 20_000
 
 
-def test_a_frame_that_does_not_fit_fails_alone(fine: Base) -> None:
+def test_misshapen_bases_fail_their_own_job(fine: Base) -> None:
     between = random_bases(fine, 2, 3)
-    start = inside(between, 7, fine)
-    for wrong in (random_bases(fine, 3, 3), some(between)):
+    start = between_bases(between, 7, fine)
+    for wrong in (random_bases(fine, 3, 3), at_some_sites(between)):
         jobs = [job(fine, "wrong", start=start, lora_xs_bases=wrong, trains="cores"), job(fine, "sound")]
         found = train(fine, jobs, memory=PLENTY, timesteps=2)
         assert isinstance(found[0], ValueError)
         assert "LoRA-XS bases" in str(found[0])
-        trained(found[1])
+        trained_adapter(found[1])
     with pytest.raises(ValueError, match="trains='cores' only"):
         job(fine, "none", trains="cores")
     with pytest.raises(ValueError, match="trains='cores' only"):

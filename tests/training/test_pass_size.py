@@ -1,4 +1,4 @@
-"""The size of private passes: public, cheap, and within what was granted."""
+"""Fixed pass size of private jobs: public, cheap, and within the budget."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_batches_are_binomial(assumed: int, rate: float) -> None:
     assert chances.sum() == pytest.approx(1, abs=1e-9)
 
 
-def test_the_size_is_a_function_of_the_plan(base: Base) -> None:
-    """Not of how many pictures there are."""
+def test_size_depends_on_the_plan_only(base: Base) -> None:
+    """It is independent of the number of pictures."""
     sizes = {
         fixed_pass_size(CPU, [private(base, "a", 0.5, count=count, batch_size=4)], 64, ENTRY) for count in (0, 1, 5, 8)
     }
@@ -34,7 +34,7 @@ def test_the_size_is_a_function_of_the_plan(base: Base) -> None:
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-def test_sizes_are_whole_units_or_even_shares_of_one(base: Base, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_whole_units_or_even_parts(base: Base, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_passes, "_cores", lambda: cores)
     for draws in (1, 3, 8):
         for most in (1, 2, 5, 30):
@@ -43,8 +43,8 @@ def test_sizes_are_whole_units_or_even_shares_of_one(base: Base, cores: int, mon
             assert size % draws == 0 if draws <= most else size == math.ceil(draws / math.ceil(draws / most))
 
 
-def test_a_batch_that_is_known_needs_nothing_to_fill_up(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody joins: the passes of a step hold just these."""
+def test_full_sampling_needs_no_padding(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every picture joins, the passes of a step hold exactly these."""
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     plan = private(base, "a", 1.0, draws=4, batch_size=20)
     for device, most in ((CPU, 64), (CUDA, 4096)):
@@ -52,7 +52,7 @@ def test_a_batch_that_is_known_needs_nothing_to_fill_up(base: Base, monkeypatch:
         assert math.ceil(80 / size) * size == 80
 
 
-def test_where_a_pass_costs_much_it_holds_more(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expensive_passes_are_larger(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     plan = private(base, "a", 0.2, draws=1, batch_size=4)
     assert fixed_pass_size(CPU, [plan], 64, ENTRY) < fixed_pass_size(CUDA, [plan], 64, ENTRY) <= 20
@@ -60,7 +60,7 @@ def test_where_a_pass_costs_much_it_holds_more(base: Base, monkeypatch: pytest.M
     assert fixed_pass_size(CPU, [plan], 64, ENTRY) < fixed_pass_size(CPU, many, 64, ENTRY)
 
 
-def test_of_a_large_base_every_picture_has_its_pass(base: Base) -> None:
-    """Nothing is filled up then, so that a private step takes what an open one does."""
+def test_large_base_has_one_picture_per_pass(base: Base) -> None:
+    """Without padding, a private step costs as much as a non-private one."""
     plan = private(base, "a", 0.2, draws=1, batch_size=4)
     assert fixed_pass_size(CPU, [plan], 64, 500 * ENTRY) == 1

@@ -1,4 +1,4 @@
-"""A private job's public number of turns: enough but for a probability that is charged, and nearly the least such."""
+"""Public number of turns: sufficient except with a charged probability, and nearly minimal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from models.base.base import Base
 from privacy.accounting import TRUNCATION_DELTA
 from privacy.noise import CPU
-from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, private, room
+from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, memory_for, private
 from training import cohort, parallel_passes
 from training.batches import BatchSampler, StepBatch
 from training.cohort import train
@@ -24,7 +24,7 @@ from training.public_duration import TurnCount, scheduled_turns
 
 
 @pytest.mark.parametrize(("at_once", "units", "pieces"), [(1, 1, 1), (2, 3, 1), (4, 1, 1), (1, 1, 3), (2, 1, 3)])
-def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -> None:
+def test_turns_and_max_pictures_agree(at_once: int, units: int, pieces: int) -> None:
     turns = TurnCount(at_once, units, pieces)
     assert turns(0) == 0
     for count in range(30):
@@ -33,7 +33,7 @@ def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -
             assert turns.max_pictures(turns(count) - 1) < count
 
 
-def test_a_pass_holds_pictures_or_pieces() -> None:
+def test_pass_holds_whole_pictures_or_pieces() -> None:
     with pytest.raises(ValueError, match="a piece of one"):
         TurnCount(1, 2, 2)
 
@@ -54,32 +54,32 @@ def tail(assumed: int, rate: float, steps: int, turns: TurnCount, most: int) -> 
     ("assumed", "rate", "steps"), [(20, 0.2, 10), (5, 0.8, 3), (100, 0.04, 20), (2, 0.5, 40), (1, 0.3, 8)]
 )
 @pytest.mark.parametrize("turns", [TurnCount(), TurnCount(2, 3), TurnCount(2, 1, 3)])
-def test_turns_are_enough_but_for_what_is_charged(assumed: int, rate: float, steps: int, turns: TurnCount) -> None:
+def test_turns_suffice_except_with_charged_probability(assumed: int, rate: float, steps: int, turns: TurnCount) -> None:
     found = scheduled_turns(assumed, rate, steps, turns)
     assert tail(assumed, rate, steps, turns, found) <= steps * TRUNCATION_DELTA
     least = next(k for k in itertools.count() if tail(assumed, rate, steps, turns, k) <= steps * TRUNCATION_DELTA)
     assert found <= max(least + turns(assumed), 1.1 * least)
 
 
-def test_nothing_is_cut_where_everybody_joins() -> None:
+def test_full_sampling_is_never_truncated() -> None:
     assert scheduled_turns(20, 1.0, 7, TurnCount(1, 8)) == 7 * 3
     assert scheduled_turns(20, 0.2, 0) == 0
 
 
-def test_many_steps_need_little_more_than_their_mean() -> None:
-    """What is left over falls with the root of the pictures drawn in all, to one that is drawn at every step."""
+def test_relative_excess_falls_with_steps() -> None:
+    """The excess falls with the square root of the expected number of draws, down to one draw per step."""
     shares = [scheduled_turns(20, 0.2, steps) / ((1 + 19 * 0.2) * steps) for steps in (5, 50, 500, 5000)]
     assert shares == sorted(shares, reverse=True)
     assert 1 < shares[-1] < 1.06
 
 
-def idle(outcome: TrainedAdapter | Exception) -> float:
+def idle_seconds(outcome: TrainedAdapter | Exception) -> float:
     assert isinstance(outcome, TrainedAdapter), outcome
     return outcome.idle
 
 
-class Crowded:
-    """Without noise: in these batches everybody is drawn, and then nobody."""
+class _CrowdedBatches:
+    """Noise source without noise, whose batches first have all pictures, then none."""
 
     release = False
 
@@ -94,13 +94,13 @@ class Crowded:
         return torch.zeros(size, dtype=torch.int64, device=device)
 
 
-def crowded(base: Base, batches: int, **changes: object) -> TrainJob:
-    """Sixteen steps that expect a picture of ten each."""
-    return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=Crowded(batches), **changes)
+def crowded_job(base: Base, batches: int, **changes: object) -> TrainJob:
+    """Sixteen steps that each expect one of ten pictures."""
+    return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=_CrowdedBatches(batches), **changes)
 
 
-def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the order in which pictures stand, once the turns are used up."""
+def test_excess_units_are_dropped(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order of the pictures, once the turns are used up."""
     monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     turns = scheduled_turns(10, 0.1, 16)
@@ -112,16 +112,16 @@ def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.Mo
         kept.append(min(batch.size, turns - sum(kept)))
         return batch.part(slice(kept[-1]))
 
-    (found,) = train(fine, [crowded(fine, 16)], memory=PLENTY, timesteps=2)
+    (found,) = train(fine, [crowded_job(fine, 16)], memory=PLENTY, timesteps=2)
     monkeypatch.setattr(BatchSampler, "next", cut)
-    assert_close(found, Reference(fine, crowded(fine, 16)).train(), crowded(fine, 16).start, 1e-10)
+    assert_close(found, Reference(fine, crowded_job(fine, 16)).train(), crowded_job(fine, 16).start, 1e-10)
     assert sum(kept) == turns
     assert 0 in kept
 
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The turns that were run, one picture each. The clock is moved by them and by nothing else, a second for each."""
+    """Record the turns, with one picture each. Only they advance the clock, by one second each."""
     turns = list[int]()
     really = parallel_passes.run_passes
 
@@ -136,32 +136,32 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return turns
 
 
-def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, turns: list[int]) -> None:
+def test_duration_is_independent_of_the_batches(base: Base, turns: list[int]) -> None:
     planned = scheduled_turns(10, 0.1, 16)
     for batches in (0, 1, 2, 16):
         turns.clear()
-        (found,) = train(base, [crowded(base, batches)], memory=PLENTY, timesteps=2)
-        assert len(turns) + idle(found) == planned
+        (found,) = train(base, [crowded_job(base, batches)], memory=PLENTY, timesteps=2)
+        assert len(turns) + idle_seconds(found) == planned
         assert len(turns) == min(max(10 * batches, cohort.MIN_TIMED_TURNS), planned)
-    several = train(base, [crowded(base, 1), crowded(base, 2)], memory=PLENTY, timesteps=2)
-    assert [idle(found) for found in several] == [0, 0]
+    several = train(base, [crowded_job(base, 1), crowded_job(base, 2)], memory=PLENTY, timesteps=2)
+    assert [idle_seconds(found) for found in several] == [0, 0]
 
 
 def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=Crowded(0))
-    (found,) = train(base, [plan], memory=room(base, [plan], 3), timesteps=2)
-    assert idle(found) > 0
+    plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=_CrowdedBatches(0))
+    (found,) = train(base, [plan], memory=memory_for(base, [plan], 3), timesteps=2)
+    assert idle_seconds(found) > 0
 
 
 @pytest.mark.parametrize("batches", [1, 16])
-def test_numbers_that_overflow_take_the_same_time_and_end_where_they_started(
+def test_overflow_keeps_duration_and_initial_adapter(
     base: Base, batches: int, turns: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error would come as soon as what was drawn is through, and be tried again with other noise."""
-    job = crowded(base, batches, optimizer="sgd", learning_rate=1.0, proximal=1e300)
+    """An error would be raised as soon as the sampled pictures are done, and a retry would draw other noise."""
+    job = crowded_job(base, batches, optimizer="sgd", learning_rate=1.0, proximal=1e300)
     (found,) = train(base, [job], memory=PLENTY, timesteps=2)
-    assert len(turns) + idle(found) == scheduled_turns(10, 0.1, 16)
+    assert len(turns) + idle_seconds(found) == scheduled_turns(10, 0.1, 16)
     assert isinstance(found, TrainedAdapter)
     for name, factors in job.start.items():
         assert all(torch.equal(one, other) for one, other in zip(factors, found.adapter[name], strict=True))

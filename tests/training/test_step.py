@@ -1,4 +1,4 @@
-"""Per-example gradients against peft under Opacus' hooks, and against autograd, one example at a time."""
+"""Per-example gradients, compared with Opacus' hooks on a peft model, and with autograd on one example at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
     assert_close,
+    at_some_sites,
     examples,
     job,
-    live,
+    memory_for,
+    nonzero_adapter,
     private,
-    room,
-    some,
-    trained,
+    trained_adapter,
 )
 from training.batches import BatchSampler, StepBatch
 from training.buffers import BufferSpec, CohortBuffers
@@ -39,7 +39,7 @@ EVERY_KIND = (
 quiet = pytest.mark.filterwarnings("ignore:Full backward hook")
 
 
-class Opacus(Reference):
+class _OpacusReference(Reference):
     """The same client by diffusers' `add_adapter`, with per-example gradients from Opacus' hooks."""
 
     def __init__(self, base: Base, job: TrainJob) -> None:
@@ -60,8 +60,8 @@ class Opacus(Reference):
         assert sum(weight.requires_grad for weight in unet.parameters()) == len(self.parameters)
         self.hooked = GradSampleModule(unet.train())  # its hooks are silent in eval(); there is no dropout
 
-    def by_entry(self, batch: StepBatch) -> list[Tensor]:
-        """Of every parameter [n, …]."""
+    def entry_gradients(self, batch: StepBatch) -> list[Tensor]:
+        """Gradients of every parameter [n, …]."""
         x, t, context, wanted = self.seen(batch)
         output = self.hooked(x, t, encoder_hidden_states=context).sample
         self.hooked.zero_grad()
@@ -69,12 +69,12 @@ class Opacus(Reference):
         return [weight.grad_sample.detach() for weight in self.parameters]  # type: ignore[attr-defined]
 
     def unit_gradients(self, batch: StepBatch) -> list[list[Tensor]]:
-        """Of one draw each."""
-        return [list(entry) for entry in zip(*self.by_entry(batch), strict=True)] if batch.size else []
+        """Gradients of units of one draw."""
+        return [list(entry) for entry in zip(*self.entry_gradients(batch), strict=True)] if batch.size else []
 
 
 def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list[Tensor]:
-    """Gradients of every entry of each client [n, D], from one pass for all of them, interleaved with others."""
+    """Gradients of every entry of each client [n, D], from one pass with interleaved clients."""
     rows, queue = CohortBuffers(base, BufferSpec.of(jobs), len(jobs)), EntryQueue()
     rows.load(dict(enumerate(jobs)))
     for row, batch in enumerate(batches):
@@ -90,12 +90,12 @@ def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list
     return [part[:, mask] for part, mask in zip(parts, kept, strict=True)]
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    """The worst of all examples, relative."""
+def max_relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Maximum relative error over all examples."""
     return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
 
 
-def by_loop(reference: Reference, batch: StepBatch) -> Tensor:
+def loop_gradients(reference: Reference, batch: StepBatch) -> Tensor:
     """Weighted gradients [n, D], one example at a time."""
     rows = []
     for place, weight in enumerate(batch.weights.tolist()):
@@ -107,73 +107,73 @@ def by_loop(reference: Reference, batch: StepBatch) -> Tensor:
 
 @quiet
 @pytest.mark.parametrize("sites", [ATTENTION, EVERY_KIND], ids=["attention", "every kind"])
-def test_gradients_are_those_of_opacus_and_of_a_loop(pipeline_folder: Path, sites: str) -> None:
+def test_gradients_match_opacus_and_a_loop(pipeline_folder: Path, sites: str) -> None:
     base = Base(pipeline_folder, sites=sites)
-    frozen = live(base, 2, 9)
+    frozen = nonzero_adapter(base, 2, 9)
     jobs = [job(base, "a"), job(base, "b", rank=3, batch_size=4), job(base, "frozen underneath", frozen=frozen)]
     batches = [BatchSampler(plan).next() for plan in jobs]
     found = one_pass(base, jobs, batches)
     for plan, batch, mine in zip(jobs, batches, found, strict=True):
-        assert off(mine, by_loop(Reference(base, plan), batch)) < 2e-5
+        assert max_relative_error(mine, loop_gradients(Reference(base, plan), batch)) < 2e-5
     for plan, batch, mine in list(zip(jobs, batches, found, strict=True))[:2]:
-        theirs = torch.cat([part.flatten(1) for part in Opacus(base, plan).by_entry(batch)], dim=1)
-        assert off(mine * batch.size, theirs) < 2e-5
+        theirs = torch.cat([part.flatten(1) for part in _OpacusReference(base, plan).entry_gradients(batch)], dim=1)
+        assert max_relative_error(mine * batch.size, theirs) < 2e-5
 
 
-def test_weights_and_draws_reach_the_gradients(base: Base) -> None:
+def test_weights_scale_gradients(base: Base) -> None:
     prior = Prior(examples=examples(base, 2, 5), weight=0.3)
     for plan in (private(base, "a", draws=3, prior=prior, count=2, rate=1.0), job(base, "b", prior=prior)):
         batch = BatchSampler(plan).next()
         (found,) = one_pass(base, [plan], [batch])
-        assert off(found, by_loop(Reference(base, plan), batch)) < 2e-5
+        assert max_relative_error(found, loop_gradients(Reference(base, plan), batch)) < 2e-5
 
 
 @quiet
-def test_ten_steps_are_ten_of_opacus(base: Base) -> None:
-    """Poisson batches, clip, noise and AdamW, with everything from the peer but the random numbers."""
+def test_ten_steps_match_opacus(base: Base) -> None:
+    """Poisson batches, clipping, noise and AdamW of Opacus, with our random numbers."""
 
     def plan() -> TrainJob:
         return private(base, "a", draws=1, steps=10, clip=0.03, batch_size=3)
 
-    peer = Opacus(base, plan())
+    peer = _OpacusReference(base, plan())
     wanted = peer.train()
     assert 0.1 < peer.share_clipped < 0.9
     jobs = [job(base, "b", rank=3), plan(), private(base, "c")]
-    assert_close(train(base, jobs, memory=room(base, jobs, 5), timesteps=2)[1], wanted, plan().start)
+    assert_close(train(base, jobs, memory=memory_for(base, jobs, 5), timesteps=2)[1], wanted, plan().start)
 
 
 @pytest.mark.parametrize("entries", [3, 40])
-def test_every_kind_of_layer_trains_in_private(pipeline_folder: Path, entries: int) -> None:
-    """Attention, feed-forward, time embedding and convolutions, of stride 1 and 2, and of kernel 3 and 1."""
+def test_all_kinds_of_layers_train_privately(pipeline_folder: Path, entries: int) -> None:
+    """Attention, feed-forward, time embedding and convolutions with stride 1 and 2, and kernel size 3 and 1."""
     base = Base(pipeline_folder, sites=EVERY_KIND, compute="fp64")
     kinds = {(site.kernel, "time" in name, "ff" in name) for name, site in base.sites.items()}
     assert {((3, 3), False, False), ((1, 1), False, False), ((), True, False), ((), False, True)} <= kinds
 
     def jobs() -> list[TrainJob]:
-        frozen = live(base, 1, 9)
+        frozen = nonzero_adapter(base, 1, 9)
         clips = {"clip": 0.3, "steps": 2, "count": 3}
         return [
             private(base, "flat", rank=3, **clips),
-            private(base, "some sites", start=some(live(base, 2, 4), 3), frozen=frozen, **clips),
+            private(base, "some sites", start=at_some_sites(nonzero_adapter(base, 2, 4), 3), frozen=frozen, **clips),
             job(base, "plain", steps=2),
         ]
 
     references = [Reference(base, plan) for plan in jobs()]
-    found = train(base, jobs(), memory=room(base, jobs(), entries), timesteps=2)
+    found = train(base, jobs(), memory=memory_for(base, jobs(), entries), timesteps=2)
     for got, reference in zip(found, references, strict=True):
         assert_close(got, reference.train(), reference.job.start, 1e-10)
     assert any(reference.scales and reference.share_clipped for reference in references)
     assert any(reference.scales and reference.share_clipped < 1 for reference in references)
 
 
-def test_checkpointing_changes_nothing(pipeline_folder: Path) -> None:
-    """And it does run blocks twice."""
+def test_checkpointing_keeps_the_result(pipeline_folder: Path) -> None:
+    """Blocks do run twice."""
 
     def jobs(base: Base) -> list[TrainJob]:
         prior = Prior(examples=examples(base, 2, 5))
-        return [private(base, "a", steps=2, prior=prior), job(base, "b", steps=2, frozen=live(base, 2, 9))]
+        return [private(base, "a", steps=2, prior=prior), job(base, "b", steps=2, frozen=nonzero_adapter(base, 2, 9))]
 
-    found, calls = [], []  # calls of a layer for each pass, of which there may be fewer with checkpointing
+    found, calls = [], []  # calls of a layer in each pass; with checkpointing there may be fewer passes
     for checkpointing in (False, True):
         base = Base(pipeline_folder, sites=ATTENTION, compute="fp64")
         count: Counter[str] = Counter()
@@ -186,24 +186,24 @@ def test_checkpointing_changes_nothing(pipeline_folder: Path) -> None:
         calls.append(count["layer"] / count["pass"])
     assert calls == [1, 2]
     for plan, before, after in zip(jobs(base), *found, strict=True):
-        assert_close(after, trained(before), plan.start, 1e-10)
+        assert_close(after, trained_adapter(before), plan.start, 1e-10)
         assert_close(after, Reference(base, plan).train(), plan.start, 1e-10)
 
 
-def test_half_precision_trains_in_full(base: Base, pipeline_folder: Path) -> None:
-    """bf16 in the network alone: adapters are kept in float32, and go where those of float32 go."""
+def test_half_precision_network_trains_float32_adapters(base: Base, pipeline_folder: Path) -> None:
+    """The network runs in bf16; adapters stay in float32 and agree with float32 training."""
     half = Base(pipeline_folder, sites=ATTENTION, compute="bf16")
     jobs = [job(base, "a", steps=3, learning_rate=1e-3), job(base, "b", rank=3, steps=3, learning_rate=1e-3)]
     found, wanted = (train(each, jobs, memory=PLENTY, timesteps=2) for each in (half, base))
     for plan, low, full in zip(jobs, found, wanted, strict=True):
         moves = []
-        for adapter in (trained(low), trained(full)):
+        for adapter in (trained_adapter(low), trained_adapter(full)):
             factors = [factor for name in plan.start for factor in adapter[name]]
             assert all(factor.dtype == torch.float32 and factor.isfinite().all() for factor in factors)
             starts = [factor for factors in plan.start.values() for factor in factors]
             moves.append(torch.cat([(f - start).flatten() for f, start in zip(factors, starts, strict=True)]))
         assert float(torch.cosine_similarity(*moves, dim=0)) > 0.98
     (private_one,) = train(half, [private(half, "c", draws=3)], memory=PLENTY, timesteps=2)
-    for factor in (factor for factors in trained(private_one).values() for factor in factors):
+    for factor in (factor for factors in trained_adapter(private_one).values() for factor in factors):
         assert factor.dtype == torch.float32
         assert factor.isfinite().all()

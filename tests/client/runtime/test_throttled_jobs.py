@@ -28,7 +28,7 @@ from privacy.ledger.ledger import RESERVED, SEALED
 from privacy.noise import CPU, NoiseSource, SecureNoise, SimulatedNoise
 from protocol.messages import Personalize, Personalized, Reply, Train, Update
 from tests.helpers.devices import make_device, to_bytes, train_request
-from tests.helpers.reference_trainer import PLENTY, assert_same_bits, examples, job, live, private
+from tests.helpers.reference_trainer import PLENTY, assert_same_bits, examples, job, nonzero_adapter, private
 from training import jobs
 from training.cohort import train
 from training.engine import perform
@@ -129,7 +129,7 @@ def test_any_other_job_too(base: Base, tmp_path: Path, purpose: str) -> None:
 
     def plan(**changes: object) -> jobs.TrainJob:
         stopping = EarlyStopping(validation=examples(base, 3, 7), every=2, patience=9)
-        personal = {"purpose": purpose, "frozen": live(base, 2, 9), "early_stopping": stopping}
+        personal = {"purpose": purpose, "frozen": nonzero_adapter(base, 2, 9), "early_stopping": stopping}
         return job(base, "a", steps=8, **(personal if purpose == "personal" else {}), **changes)
 
     asked = [0]

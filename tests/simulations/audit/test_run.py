@@ -35,7 +35,7 @@ from simulations.audit.membership import CONTROL, candidates
 from simulations.audit.verdicts import AuditResults, ClaimResult
 from simulations.fleet.participants import writers
 from tests.helpers.broken_mechanisms import ScaledNoise
-from tests.helpers.reference_trainer import live
+from tests.helpers.reference_trainer import nonzero_adapter
 from tests.privacy.audit.test_membership import trial
 from tests.server.rounds.test_checkpoint import device, round_
 from typefaces.dataset import POOL, TEST
@@ -70,7 +70,7 @@ def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"open": "seed=0", "again": "seed=1", "private": "privacy=example"}
     return [
-        finish(base, folder / name, override, adapter=live(base, 2, seed))
+        finish(base, folder / name, override, adapter=nonzero_adapter(base, 2, seed))
         for seed, (name, override) in enumerate(kinds.items())
     ]
 
@@ -111,10 +111,10 @@ def test_finished_runs_yield_page_and_numbers(
 
 
 def test_last_adapter_can_be_attacked(base: Base, tmp_path: Path) -> None:
-    folder = finish(base, tmp_path / "run", adapter=live(base, 2, 0))
+    folder = finish(base, tmp_path / "run", adapter=nonzero_adapter(base, 2, 0))
     state = checkpoint.load(folder / "checkpoints", sites=base.sites)
     assert state is not None
-    last = state.after(round_(2, 0.9), live(base, 2, 1))
+    last = state.after(round_(2, 0.9), nonzero_adapter(base, 2, 1))
     assert (last.best_adapter is last.adapter) is False
     checkpoint.save(folder / "checkpoints", last)
 
