@@ -25,6 +25,7 @@ from yaml import YAMLError
 from common.errors import REPORTED_ERRORS, AntherError, told
 from common.terminal import use_plain_output
 from conf.explain import explain, known_keys
+from conf.key_help import register_resolver
 from conf.overrides import prepare_overrides
 from conf.renames import BY_APPLICATION, Renames, refuse_renamed
 
@@ -63,6 +64,7 @@ def hydra_application(
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors: Hydra is to raise them as they are
             use_plain_output()
+            register_resolver()
             try:
                 refuse_renamed(sys.argv[1:], renames)
                 sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)

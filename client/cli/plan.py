@@ -1,4 +1,4 @@
-"""Predict how a device can train:  anther device plan base=sd15 device=pi4_2gb
+"""Predict how a device can train:  anther plan base=sd15 device=pi4_2gb
 
 Prints the best plan that fits the device's memory, time and battery, and the options above and below it with their
 limits. Nothing is trained and no weights are needed. `base` is the name of a full-size configuration, a folder, or a
@@ -26,6 +26,7 @@ from client.planning.plan_search import (
 )
 from common.errors import REPORTED_ERRORS, AntherError, told
 from common.units import HOUR, MIB
+from conf.key_help import key_help
 from conf.schemas.planning import PlanConfig, compose_plan, devices
 from models.base import assets
 from models.families.family import ATTENTION
@@ -47,12 +48,12 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # fractions of the side that a base was made fo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 with one line on standard error."""
     parser = argparse.ArgumentParser(
-        prog="anther device plan",
+        prog="anther plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"devices: this, {', '.join(devices())}; all keys: conf/schemas/planning.py",
+        epilog=f"devices: this, {', '.join(devices())}\n\nkeys (key=value), with their defaults:\n\n{key_help(PlanConfig)}",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="base, device, rank, steps, pictures, …")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="base, device, rank, steps, batch_size, …")
     parser.add_argument("--json", action="store_true", help="print the options as JSON")
     options = parser.parse_args(arguments)
     try:

@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status, USAGE with one line on standard error if the owner has to act."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-h", "--help"):
-        print(__doc__, "Keys, their units and limits: conf/schemas/node.py.", sep="\n")
+        from conf.key_help import key_help
+
+        print(__doc__, f"Keys (key=value), with their defaults\n\n{key_help(NodeConfig)}", sep="\n")
         return DONE
     raise_on_sigterm()
     try:

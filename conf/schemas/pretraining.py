@@ -1,4 +1,4 @@
-"""Typed schemas of the two training applications, `typefaces.train_base` and `typefaces.train_judge`."""
+"""Schemas of the pretraining of the glyph base and its judge: `typefaces.train_base`, `typefaces.train_judge`."""
 
 from __future__ import annotations
 
@@ -51,18 +51,20 @@ class StageConfig:
 
 @dataclass
 class PretrainingConfig:
-    """What both applications share."""
+    """Settings of both applications."""
 
     dataset: str | None = None
-    """A data set file; null: the one that comes with the package."""
+    """Data set file; null: the built-in one."""
     output: str = "outputs/pretraining"
+    """Output folder."""
     seed: int = 0
+    """Seed of every random stream."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, or auto: cuda if available."""
     resume: bool = False
     """Continue from the checkpoints in `output`."""
     held_out: float = 0.08
-    """Share of the public designs that is kept from training, to measure on."""
+    """Fraction of the public designs held out from training, for measurements."""
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -84,14 +86,17 @@ class TrainBaseConfig(PretrainingConfig):
     min_snr: float | None = None
     """γ of min-SNR weighting; null: plain v-prediction."""
     caption_dropout: float = 0.1
+    """Probability that a caption is dropped, for classifier-free guidance."""
     variants: int = 4
-    """Latents kept for each glyph: the glyph itself and variants - 1 jittered copies."""
+    """Latents per glyph: the glyph itself and variants - 1 jittered copies."""
     judge: str | None = None
-    """Folder of a judge that measures the samples; null: no legibility is measured."""
+    """Folder of a judge that measures the samples' legibility; null: not measured."""
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
+    """Guidance scales of the measured samples."""
     sampling_steps: int = 10
+    """Denoising steps per sample."""
     samples: int = 1984
-    """Glyphs drawn at each guidance."""
+    """Glyphs drawn at each guidance scale."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,11 +117,11 @@ class TrainJudgeConfig(PretrainingConfig):
 
     judge: StageConfig = field(default_factory=StageConfig)
     style_weight: float = 0.5
-    """Weight of the family loss beside the glyph loss."""
+    """Weight of the family loss, relative to the glyph loss."""
     label_smoothing: float = 0.05
     """Label smoothing of the glyph loss."""
     styles: int = 8
-    """Styles made of each family: itself and styles - 1 that are slanted, widened or bolder throughout."""
+    """Styles per family: itself and styles - 1 that are slanted, widened or bolder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -200,7 +200,7 @@ def test_the_servers_help_explains_its_own_keys():
         text=True,
         check=True,
     ).stdout
-    assert "anther serve [key=value ...]" in found
+    assert "anther serve [group=option ...] [key=value ...]" in found
     for field in fields(ServerConfig):
         if is_dataclass(field.default_factory):
             continue
