@@ -54,7 +54,7 @@ class ServerLedger:
         """Charge for a round.
 
         Returns:
-            The guarantee of the device that has paid most, including the planned cost of `budget.beside`.
+            The guarantee of the device that has paid most, including the planned cost of `budget.other_releases`.
 
         Raises:
             BudgetExhausted: the round would exceed the budget; nothing was written.
@@ -127,14 +127,14 @@ class ServerLedger:
 
 
 def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarantee:
-    """Compose the charges of the device that has paid most, with the evaluations of `budget.beside` that are planned.
+    """Compose the charges of the device that has paid most, with the evaluations of `budget.other_releases` that are planned.
 
     Without secret sampling, a device pays for the rounds in which it was sampled. With secret sampling, every device
     pays for every round: the sampling rate accounts for the chance that it wasn't sampled. `seen` is the ε against an
     observer who sees the sample.
     """
     common: Counter[PoissonGaussian] = Counter()
-    planned = Counter({replace(event, steps=1): event.steps for event in budget.beside})
+    planned = Counter({replace(event, steps=1): event.steps for event in budget.other_releases})
     of_device: dict[str, Counter[PoissonGaussian]] = {}
     for charge in charges:
         if charge.purpose != TRAIN:

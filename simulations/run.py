@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from simulations.fleet.participants import Participant
     from simulations.fleet.virtual_fleet import VirtualFleet
     from simulations.grid.cohort import Grid
-    from strategies.strategy import Federated
+    from strategies.strategy import FederatedStrategy
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _timed_settings(config: SimulationConfig) -> Iterator[str]:
 def federate(
     config: SimulationConfig,
     folder: Path,
-    strategy: Federated,
+    strategy: FederatedStrategy,
     plan: TrainingPlan,
     grid: Grid,
     people: list[Participant],

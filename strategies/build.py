@@ -1,4 +1,4 @@
-"""A run's strategy from its configuration."""
+"""Strategy of a configuration."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from privacy.accounting import noise_multiplier_for
 from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import NoiseSource, noise_source
 from protocol.messages import TrainingPlan
-from strategies.aggregation.build import aggregation, optimiser, replay
+from strategies.aggregation.build import build_aggregation, build_replay_filter, build_server_optimizer
 from strategies.central_dp import CentralDP, ChargeLedger, DeviceBudget
 from strategies.clock import Clock
 from strategies.fedbuff import BUFFER_SIZE
 from strategies.planning.plan import CosineDecay, PlanLimits
 from strategies.planning.site_selection import SiteSelector, base_pass_costs
-from strategies.private_evaluation import evaluation_mechanisms, measuring
+from strategies.private_evaluation import evaluation_mechanisms, evaluation_policy
 from strategies.registry import AGGREGATIONS, Combination, incompatibility, refusal_reason
-from strategies.selection.build import evaluation, selection
+from strategies.selection.build import build_evaluation_selection, build_selection
 from strategies.selection.eligible import Eligibility
-from strategies.strategy import Federated
-from strategies.unused_settings import refuse_ignored
+from strategies.strategy import FederatedStrategy
+from strategies.unused_settings import refuse_unused
 
 
 def build(
@@ -41,44 +41,49 @@ def build(
     ledger: ChargeLedger | None = None,
     clock: Clock | None = None,
     base: Base | None = None,
-) -> Federated:
-    """The strategy that a configuration describes.
+) -> FederatedStrategy:
+    """Make the strategy of a configuration.
 
     Args:
-        accept_simulated: this is a test or a simulation: take private updates made with reproducible noise, and make
-            the server's own so; False in a real federation.
-        ledger: of the server, where privacy per device is to be charged.
-        clock: that the run goes by; None: the wall's.
-        base: of the run, which planning.name=device predicts passes of.
+        config: configuration of the run.
+        plan: plan of a device without limits.
+        sites: sites of the adapter.
+        accept_simulated: for tests and simulations: accept private updates with reproducible noise, and use
+            reproducible noise on the server. Must be False in a real federation.
+        ledger: the server's ledger, required for device-level privacy.
+        clock: clock of the run; None: wall time.
+        base: base of the run, required by planning.name=device to predict costs.
 
-    Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
+    Raises:
+        AntherError: a combination that can't be private (`strategies.registry`), or settings that contradict each
+            other.
     """
     chosen = combination(config)
     if reason := incompatibility(chosen):
         raise AntherError(reason)
     if reason := refusal_reason(chosen):
-        fit = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
-        mend = f"use aggregation={fit}" if fit else "use privacy=none"
-        raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
-    refuse_ignored(config)
-    _check_timing(config)
-    rule = aggregation(config)
-    lora_xs_bases = _lora_xs_bases(config, sites)
+        names = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
+        advice = f"use aggregation={names}" if names else "use privacy=none"
+        raise AntherError(f"privacy={chosen.level}: {reason}; {advice} (docs/privacy.md)")
+    refuse_unused(config)
+    _check_round_loop(config)
+    rule = build_aggregation(config)
+    lora_xs_bases = _load_lora_xs_bases(config, sites)
     if (lora_xs_bases is not None) != (rule.trains(1) == "cores"):
-        mend = (
-            "cores are for aggregation=fedsb" if lora_xs_bases else "aggregation=fedsb needs one, such as glyphs-frame"
+        advice = (
+            "only for aggregation=fedsb" if lora_xs_bases else "aggregation=fedsb requires one, such as glyphs-frame"
         )
-        raise AntherError(f"adapter.lora_xs_bases={config.adapter.lora_xs_bases}: {mend}")
+        raise AntherError(f"adapter.lora_xs_bases={config.adapter.lora_xs_bases}: {advice}")
     if config.compression.download != "fp32" and (lora_xs_bases or plan.scaffold):
         raise AntherError(
-            f"compression.download={config.compression.download}: the factors of adapter.lora_xs_bases and SCAFFOLD's control "
-            "variate travel beside the adapter, whole; use compression.download=fp32"
+            f"compression.download={config.compression.download}: adapter.lora_xs_bases and SCAFFOLD's control variate "
+            "are sent in full precision with the adapter; use compression.download=fp32"
         )
     seed = config.seed if accept_simulated else None
-    # A control variate is of every direction, and under privacy per device a link is part of what is private.
-    cut = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
+    # A control variate covers every direction, and device-level privacy protects the link of a device.
+    reducible = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
     limits = PlanLimits(
-        metered_rank=config.planning.metered_rank if cut else None,
+        metered_rank=config.planning.metered_rank if reducible else None,
         metered_update=config.compression.metered_upload,
         feedback=rule.stable_factors,
         deadline=config.planning.deadline,
@@ -87,123 +92,125 @@ def build(
     )
     if limits.uses_transient_state and config.privacy.of_devices:
         raise AntherError(
-            f"planning.max_battery_fraction={limits.battery_share}: what is left of a battery belongs to a device, and "
-            f"privacy={chosen.level} hides all of one; use planning.max_joules"
+            f"planning.max_battery_fraction={limits.battery_share}: the battery charge of a device is private with "
+            f"privacy={chosen.level}; use planning.max_joules"
         )
     if limits.metered_update is not None and config.privacy.of_devices:
         raise AntherError(
-            f"compression.metered_upload={limits.metered_update}: what link a device is on belongs to it, and "
-            f"privacy={chosen.level} hides all of one; use compression.upload"
+            f"compression.metered_upload={limits.metered_update}: the link of a device is private with "
+            f"privacy={chosen.level}; use compression.upload"
         )
-    level = _device_level(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
-    return Federated(
+    central_dp = (
+        _central_dp(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
+    )
+    return FederatedStrategy(
         plan=plan,
         sites=sites,
         aggregation=rule,
-        selection=selection(config, seed),
-        evaluation=evaluation(config),
-        measuring=measuring(config, simulated=accept_simulated),
-        optimiser=optimiser(config, rule),
+        selection=build_selection(config, seed),
+        evaluation_selection=build_evaluation_selection(config),
+        evaluation_policy=evaluation_policy(config, simulated=accept_simulated),
+        server_optimizer=build_server_optimizer(config, rule),
         download=config.compression.download,
         limits=limits,
         lora_xs_bases=lora_xs_bases,
-        decay=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
+        lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
         accept_simulated=accept_simulated,
-        central_dp=level,
-        replay=replay(config, rule, sites, seed=None if seed is None else derive_seed(seed, "replay")),
+        central_dp=central_dp,
+        replay_filter=build_replay_filter(
+            config, rule, sites, seed=None if seed is None else derive_seed(seed, "replay")
+        ),
         quorum=config.round_loop.quorum,
-        fitting=_fitting(config, base),
-        eligible=_eligibility(config.cohort.eligibility),
+        site_selector=_build_site_selector(config, base),
+        eligibility=_eligibility(config.cohort.eligibility),
         clock=clock,
-        report_age=config.cohort.max_state_age,
+        max_state_age=config.cohort.max_state_age,
         adapted=None if config.adapter.sites is None else tuple(sites),
         timesteps=config.evaluation.timesteps,
     )
 
 
-def _eligibility(conditions: EligibilityConfig) -> Eligibility:
+def _eligibility(settings: EligibilityConfig) -> Eligibility:
     return Eligibility(
-        idle=conditions.idle,
-        battery=conditions.min_battery,
-        cool=conditions.cool,
-        unmetered=conditions.unmetered,
-        memory_gib=conditions.min_memory_gib,
-        pictures=conditions.has_pictures,
+        idle=settings.idle,
+        battery=settings.min_battery,
+        cool=settings.cool,
+        unmetered=settings.unmetered,
+        memory_gib=settings.min_memory_gib,
+        pictures=settings.has_pictures,
     )
 
 
-def _fitting(config: SimulationConfig, base: Base | None) -> SiteSelector | None:
-    """What chooses each device's sites, unless all of them train at all."""
+def _build_site_selector(config: SimulationConfig, base: Base | None) -> SiteSelector | None:
+    """Make the site selector of planning.name=device; None if devices train all sites."""
     if config.planning.name == "full":
         return None
     if base is None:
-        raise ValueError("base: planning.name=device predicts its passes")
+        raise ValueError("base: required by planning.name=device")
     return SiteSelector(
-        costs=base_pass_costs(base, config.adapter.shared.rank), memory=config.fleet.workload.memory_factor
+        costs=base_pass_costs(base, config.adapter.shared.rank), memory_factor=config.fleet.workload.memory_factor
     )
 
 
-def _lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | None:
-    """The factors that stay, if only cores are trained."""
+def _load_lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | None:
+    """Load the fixed factors, if only cores are trained."""
     if config.adapter.lora_xs_bases is None:
         return None
     file = assets.locate(config.adapter.lora_xs_bases)
     return load_bases(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
-def _check_timing(config: SimulationConfig) -> None:
-    """Refuse how rounds are timed if it doesn't go with what they promise."""
+def _check_round_loop(config: SimulationConfig) -> None:
+    """Refuse settings of the round loop that contradict others."""
     loop, cohort, weighting = config.round_loop, config.cohort, config.aggregation.weighting
     if loop.mode == "async" and weighting != "device":
         raise AntherError(
-            f"aggregation.weighting={weighting}: an update of an older adapter comes with that one's directions, which "
-            "are no slices of it; leave it device, or use round_loop.mode=sync"
+            f"aggregation.weighting={weighting}: an update of an older adapter has other directions, which are not slices "
+            "of it; leave it device, or use round_loop.mode=sync"
         )
     if loop.mode == "async" and cohort.overselection > 1:
         raise AntherError(
-            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async nobody's reply is waited for, and none "
-            "too late; leave it 1"
+            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async no reply is too late; leave it 1"
         )
-    most = (
+    key, limit = (
         ("round_loop.buffer_size", loop.buffer_size or BUFFER_SIZE)
         if loop.mode == "async"
         else ("cohort.size", cohort.size)
     )
-    if most[1] is not None and loop.quorum > most[1]:
+    if limit is not None and loop.quorum > limit:
         raise AntherError(
-            f"round_loop.quorum={loop.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "
-            "raise the other"
+            f"round_loop.quorum={loop.quorum}: no round has more replies than {key}={limit}; lower the quorum or raise it"
         )
     if config.privacy.of_devices:
         if cohort.overselection > 1:
             raise AntherError(
-                f"cohort.overselection={cohort.overselection:g}: whose reply counts would follow from its time, and privacy "
-                "per device charges those that are asked; leave it 1"
+                f"cohort.overselection={cohort.overselection:g}: the time of a reply would decide whether it counts, and "
+                "device-level privacy charges every device that is asked; leave it 1"
             )
         if loop.quorum > 1:
             raise AntherError(
-                f"round_loop.quorum={loop.quorum}: what is private per device is released whatever came back: to keep "
-                "the adapter would tell; leave it 1"
+                f"round_loop.quorum={loop.quorum}: with device-level privacy the release does not depend on the replies, "
+                "and keeping the adapter would reveal them; leave it 1"
             )
 
 
 def combination(config: SimulationConfig) -> Combination:
-    """What a configuration chooses on each axis."""
+    """Return the names of the components that a configuration selects."""
     cohort = config.cohort
-    chosen = (
+    selection = (
         config.selection.name if cohort.size is not None else "everyone" if cohort.sampling_rate is None else "poisson"
     )
     return Combination(
         aggregation=config.aggregation.name,
         robust=tuple(config.robust.rules),
-        selection=chosen,
+        selection=selection,
         timing=config.round_loop.mode,
-        optimiser=config.server_optimizer.name,
+        optimizer=config.server_optimizer.name,
         level=config.privacy.level,
     )
 
 
-def _device_level(
+def _central_dp(
     config: SimulationConfig,
     run: str,
     sites: Sites,
@@ -211,43 +218,60 @@ def _device_level(
     seed: int | None,
     ledger: ChargeLedger | None,
 ) -> CentralDP:
-    """The server's clip and noise, σ solved for what one device can be charged for in all."""
+    """Make the server's clip and noise, with σ solved for the largest total charge of one device.
+
+    Args:
+        config: configuration of the run.
+        run: its name.
+        sites: sites of the adapter.
+        lora_xs_bases: fixed factors, if only cores are trained.
+        seed: seed of the noise; None: randomness of the operating system.
+        ledger: the server's ledger.
+    """
     if ledger is None:
-        raise ValueError("ledger: privacy per device is charged for in one")
-    chosen, cohort, devices = config.privacy.device, config.cohort, config.data.count()
-    most = None if cohort.sampling_rate is not None else min(chosen.max_participations or config.rounds, config.rounds)
-    if most is None and chosen.max_participations is not None:
+        raise ValueError("ledger: required for device-level privacy")
+    settings, cohort, devices = config.privacy.device, config.cohort, config.data.count()
+    participations = (
+        None if cohort.sampling_rate is not None else min(settings.max_participations or config.rounds, config.rounds)
+    )
+    if participations is None and settings.max_participations is not None:
         raise AntherError(
-            f"privacy.device.max_participations={chosen.max_participations}: with cohort.sampling_rate every device pays for every "
-            "round; leave it null"
+            f"privacy.device.max_participations={settings.max_participations}: with cohort.sampling_rate every device "
+            "pays for every round; leave it null"
         )
-    asked = devices if cohort.size is None else cohort.size
-    if most is not None and devices * most < asked * config.rounds:
+    size = devices if cohort.size is None else cohort.size
+    if participations is not None and devices * participations < size * config.rounds:
         raise AntherError(
-            f"privacy.device.max_participations={most}: {devices} devices can't fill {config.rounds} rounds of {asked}; "
-            "lower cohort.size or rounds, or raise it"
+            f"privacy.device.max_participations={participations}: {devices} devices are too few for {config.rounds} "
+            f"rounds of {size}; lower cohort.size or rounds, or raise it"
         )
-    beside = evaluation_mechanisms(config)
+    other_releases = evaluation_mechanisms(config)
     budget = DeviceBudget(
-        epsilon=chosen.epsilon or config.privacy.epsilon,
-        delta=chosen.delta or config.privacy.delta,
-        beside=beside,
-        participations=most,
+        epsilon=settings.epsilon or config.privacy.epsilon,
+        delta=settings.delta or config.privacy.delta,
+        other_releases=other_releases,
+        participations=participations,
     )
     rate = 1.0 if cohort.sampling_rate is None else cohort.sampling_rate
     z = noise_multiplier_for(
-        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=most or config.rounds, other_events=beside
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        sampling_rate=rate,
+        steps=participations or config.rounds,
+        other_events=other_releases,
     )
-    expected = asked if cohort.sampling_rate is None else rate * devices
+    expected = size if cohort.sampling_rate is None else rate * devices
     adaptive = None
-    if chosen.target_quantile is not None:
-        adaptive = AdaptiveClip(quantile=chosen.target_quantile, rate=chosen.clip_norm_lr, noise_stddev=expected / 20)
+    if settings.target_quantile is not None:
+        adaptive = AdaptiveClip(
+            quantile=settings.target_quantile, rate=settings.clip_norm_lr, noise_stddev=expected / 20
+        )
     return CentralDP(
         run=run,
         sites=sites,
         mechanism=GaussianMechanism(noise_multiplier=z, expected=expected, adaptive=adaptive),
         sampling_rate=rate,
-        clip=chosen.clip_norm,
+        clip=settings.clip_norm,
         budget=budget,
         noise=_noise("updates", seed),
         ledger=ledger,
@@ -256,5 +280,5 @@ def _device_level(
 
 
 def _noise(purpose: str, seed: int | None) -> Callable[[int], NoiseSource]:
-    """The server's own of every round; without a seed it is the operating system's."""
+    """Make the server's noise source of a round; without a seed, from the operating system."""
     return partial(noise_source, purpose=purpose, client="server", seed=seed)

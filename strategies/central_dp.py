@@ -1,7 +1,7 @@
-"""A linear rule behind clip and noise: privacy per device, on a server that is trusted with single updates.
+"""Device-level privacy: clip and noise the updates on a server that is trusted with each of them.
 
-The rule itself sees one update only, the noised mean of the clipped ones: of a rule that is linear this is the same as
-the noised mean of what it would make of them, and whatever it makes of it is made of something private.
+The rule is applied once, to the noised mean of the clipped updates. For a linear rule this equals noising its output;
+everything after the noise is post-processing.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ log = logging.getLogger(__name__)
 
 
 class BudgetExhausted(AntherError):  # noqa: N818 - the end of a budget is no error
-    """No further round can be paid for: the run ends early, with what it has."""
+    """The budget does not cover another round: the run ends early, with its current adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Charge:
-    """What one round is charged for, before anybody is asked."""
+    """Charge for one round, made before any device is contacted."""
 
     run: str
     round: int
     mechanism: PoissonGaussian
-    """A single step of it; with a sampling rate of 1, of those in `asked` alone."""
+    """One step. With a sampling rate of 1, only the devices in `asked` pay for it."""
     clip: float
     """C, the sensitivity of the sum."""
     expected: float
-    """m, which the noised sum is divided by."""
+    """m, the divisor of the noised sum."""
     adapter: str
     """SHA-256 of the adapter that is sent."""
     asked: tuple[str, ...] | None
-    """Names of the devices that pay, all that were picked, whether or not they could be asked; None for all there are:
-    a sample that amplifies is secret."""
+    """Names of the devices that pay: all selected ones, whether or not they can be contacted. None for every device, if
+    the sample is secret and amplifies."""
     release: bool
-    """False for simulated noise, which is charged all the same."""
+    """False for simulated noise, which is charged too."""
     purpose: str = TRAIN
     unit: str = DEVICE
     relation: str = ADD_OR_REMOVE_ONE
@@ -58,54 +58,62 @@ class Charge:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceBudget:
-    """What all rounds of a run may come to, for any one device."""
+    """Limit for all rounds of a run, for each device."""
 
     epsilon: float
     delta: float
-    beside: tuple[PoissonGaussian, ...] = ()
-    """What else the run is going to release, paid from the same ε by every device."""
+    other_releases: tuple[PoissonGaussian, ...] = ()
+    """Further planned releases of the run, which every device pays from the same ε."""
     participations: int | None = None
-    """Rounds that one device may be asked in; None: the rounds are secret samples, and everybody pays for each."""
+    """Rounds that one device may be selected in; None: rounds are secret samples, and every device pays for each."""
 
 
 class ChargeLedger(Protocol):
-    """Where charges are kept (`server.ledger`)."""
+    """Storage of charges (`server.ledger`)."""
 
     def participations(self) -> Mapping[str, int]:
-        """In how many rounds each device was picked, those that were broken off among them."""
+        """Return the number of rounds that each device was selected in, including aborted ones."""
         ...
 
     def reserve(self, charge: Charge, budget: DeviceBudget) -> Guarantee:
-        """Charge for a round, durably; what the device that paid most has spent, and what `beside` will cost it.
+        """Charge for a round, durably.
 
-        Raises Exhausted, with nothing written, if that is over the budget.
+        Args:
+            charge: charge of the round.
+            budget: limit of the run.
+
+        Returns:
+            The largest ε that a device has spent, including the planned `other_releases`.
+
+        Raises:
+            BudgetExhausted: the charge exceeds the budget; nothing is written.
         """
         ...
 
     def release(self, run: str, round: int) -> None:
-        """Note that a round's result is kept. It changes nothing of what is charged."""
+        """Record that the result of a round is stored. This does not change any charge."""
         ...
 
     def anchor(self) -> Anchor:
-        """Where the ledger stands, to be kept elsewhere."""
+        """Return the current state of the ledger, to be stored elsewhere."""
         ...
 
     def check(self, anchor: Anchor | None) -> None:
-        """Raises AntherError unless the ledger holds all that it held at this anchor, unchanged."""
+        """Raise AntherError unless the ledger still has all events up to this anchor, unchanged."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """The first events of a ledger: their number, and the digest that stands for them."""
+    """Number of the first events of a ledger, and their digest."""
 
     events: int
     head: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Open:
-    """A round that is charged for."""
+class _ChargedRound:
+    """Round that is charged for and not released yet."""
 
     guarantee: Guarantee
     clip: float
@@ -113,15 +121,18 @@ class _Open:
 
 
 class CentralDP:
-    """The server's side of `privacy=device`.
+    """Server side of `privacy=device`.
 
     Args:
-        run: the name that charges are made under.
-        mechanism: the noise and the divisor of a round.
+        run: name under which charges are made.
+        sites: sites of the adapter.
+        mechanism: noise and divisor of a round.
         sampling_rate: q of a selection that amplifies; 1 for every other.
         clip: C of the first round.
-        noise: the source for a round; `SecureNoise` unless the server's own configuration declares a test.
-        frame: where only cores are trained, the factors around them: cores alone are clipped and noised.
+        budget: limit for each device.
+        noise: makes the noise source of a round; `SecureNoise` unless the server's own configuration is in test mode.
+        ledger: storage of charges.
+        lora_xs_bases: if only cores are trained, the fixed factors around them. Only the cores are clipped and noised.
     """
 
     def __init__(
@@ -139,40 +150,42 @@ class CentralDP:
     ) -> None:
         self.mechanism, self.budget, self.ledger = mechanism, budget, ledger
         self.sampling_rate = sampling_rate
-        self.clip = self._first = clip
+        self.clip = self._initial_clip = clip
         self._run, self._sites, self._lora_xs_bases, self._noise = run, sites, lora_xs_bases, noise
-        self._open: _Open | None = None
+        self._charged: _ChargedRound | None = None
 
     def resume(self, last: CentralDPMetrics | None) -> None:
-        """Go on after this round: an adaptive clip continues where it stood."""
-        self.clip = last.next_clip if last else self._first
+        """Continue an adaptive clip after this round."""
+        self.clip = last.next_clip if last else self._initial_clip
 
     def eligible(self, names: Collection[str]) -> set[str]:
-        """Those that may be asked once more.
+        """Return the devices that may be selected once more.
 
-        Under a secret sample everybody is: to leave somebody out would change the rate.
+        With a secret sample these are all devices: leaving one out would change the sampling rate.
 
         Raises:
-            Exhausted: there are devices, and none of them may.
+            BudgetExhausted: there are devices, and none of them is eligible.
         """
-        most = self.budget.participations
-        if most is None:
+        limit = self.budget.participations
+        if limit is None:
             return set(names)
-        had = self.ledger.participations()
-        found = {name for name in names if had.get(name, 0) < most}
-        if names and not found:
-            raise BudgetExhausted(f"every device was asked in {most} rounds, which is what its ε is solved for")
-        return found
+        counts = self.ledger.participations()
+        eligible = {name for name in names if counts.get(name, 0) < limit}
+        if names and not eligible:
+            raise BudgetExhausted(f"every device was selected in {limit} rounds, the number that its ε is solved for")
+        return eligible
 
-    def open(self, round: int, picked: Sequence[str], adapter: bytes) -> None:
+    def charge_round(self, round: int, selected: Sequence[str], adapter: bytes) -> None:
         """Charge for a round, before anything of it leaves the server.
 
         Args:
-            picked: who pays, asked or not: what a device tells of its moment would else decide when it is at its cap,
-                and so who is asked in its place.
+            round: number of the round.
+            selected: devices that pay, contacted or not. Otherwise the transient state of a device would determine when
+                it reaches its limit, and so which device is selected in its place.
+            adapter: payload that is sent.
 
         Raises:
-            Exhausted: the round would exceed the budget.
+            BudgetExhausted: the round would exceed the budget.
         """
         noise = self._noise(round)
         charge = Charge(
@@ -184,22 +197,25 @@ class CentralDP:
             clip=self.clip,
             expected=self.mechanism.expected,
             adapter=hashlib.sha256(adapter).hexdigest(),
-            asked=None if self.budget.participations is None else tuple(picked),
+            asked=None if self.budget.participations is None else tuple(selected),
             release=noise.release,
         )
-        self._open = _Open(guarantee=self.ledger.reserve(charge, self.budget), clip=self.clip, noise=noise)
+        self._charged = _ChargedRound(guarantee=self.ledger.reserve(charge, self.budget), clip=self.clip, noise=noise)
 
     def charge_evaluation(
         self, round: int, adapter: bytes, mechanism: PoissonGaussian, *, clip: float, expected: float
     ) -> bool:
-        """Charge everybody for measuring a round's adapter, before anybody is asked to; False if that is too much.
-
-        Then the round is not measured, and stays what it is.
+        """Charge every device for the evaluation of a round's adapter, before any is contacted.
 
         Args:
-            mechanism: one step of it, on the sum of the devices' gains.
-            clip: bound on one device's gain.
-            expected: what the noised sum is divided by.
+            round: number of the round.
+            adapter: payload that is evaluated.
+            mechanism: one step, on the sum of the devices' gains.
+            clip: bound on the gain of one device.
+            expected: divisor of the noised sum.
+
+        Returns:
+            False if the budget does not cover it. The round is then not evaluated, and otherwise unaffected.
         """
         charge = Charge(
             run=self._run,
@@ -214,51 +230,58 @@ class CentralDP:
         )
         try:
             self.ledger.reserve(charge, self.budget)
-        except BudgetExhausted as over:
-            log.warning("round %d is not measured: %s", round, over)
+        except BudgetExhausted as error:
+            log.warning("round %d is not evaluated: %s", round, error)
             return False
         return True
 
-    def close(
+    def privatize(
         self, rule: Aggregation, current: Adapter, trained: Iterable[Adapter], *, round: int
     ) -> tuple[Aggregated, CentralDPMetrics]:
-        """The next adapter, noised whatever came back, also if nothing did: to keep the old one would tell so.
+        """Compute the next adapter; it is noised even if no device replied, since keeping the old one would reveal
+        that.
 
-        What is clipped is what was decoded, in whichever precision it came. A device may carry what rounding left of
-        one round's change into the next: that is of its own data still, and the clip holds it, so each round's sum
-        moves by C at most whatever it remembers. The coins of a sampled round are fresh, which is all that
-        amplification asks: what it remembers of earlier ones decides what is clipped, never whether it is there.
+        Decoded updates are clipped, in whatever precision they were sent. A device may add the quantization residual of
+        one round to its next change: the residual depends only on its own data, and the clip covers it, so each round's
+        sum moves by at most C whatever a device remembers. The coin flips of a sampled round are fresh, which is all
+        that amplification requires: earlier rounds may determine what is clipped, but not whether the device takes
+        part.
 
-        A site that a device was not asked to train is a change of 0 and dilutes its mean: the divisor is the public
-        constant, at every site, whoever trained it. Which sites those are follows from the plan, which follows from
-        nothing private.
+        A site that a device was not asked to train counts as a change of 0, which dilutes its mean: the divisor is the
+        public constant at every site. The plan determines these sites, and it depends on nothing private.
+
+        Args:
+            rule: linear aggregation rule.
+            current: adapter that the round started from.
+            trained: updates of the devices.
+            round: number of the round.
 
         Raises:
             ValueError: the round was not charged for, or has been released.
         """
-        if self._open is None:
-            raise ValueError("a round is charged for before it is released, and released once")
-        opened, self._open = self._open, None
+        if self._charged is None:
+            raise ValueError("charge_round must be called before a round is released, and each round is released once")
+        charged, self._charged = self._charged, None
         layout = trained_layout(self._sites, rank(current), rule.trains(round), self._lora_xs_bases or current)
-        clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)
-        released = self.mechanism.release(clipped, opened.noise)
+        clipped = clip_and_sum(changes(layout, current, trained), charged.clip, layout.size)
+        released = self.mechanism.release(clipped, charged.noise)
         moved = layout.unpack((layout.pack(current).double() + released.mean).float(), current)
         aggregated = rule.aggregate(current, [(moved, 1.0)], round=round)
-        facts = CentralDPMetrics(
-            guarantee=opened.guarantee,
-            clip=opened.clip,
+        metrics = CentralDPMetrics(
+            guarantee=charged.guarantee,
+            clip=charged.clip,
             next_clip=released.next_clip,
             deviation=released.noise_stddev,
             snr=released.snr,
             dropped=clipped.dropped,
-            release=opened.noise.release,
+            release=charged.noise.release,
         )
-        diagnostics = {"snr": facts.snr, "clip": facts.clip, "noise": facts.deviation}
-        return Aggregated(aggregated.adapter, diagnostics), facts
+        diagnostics = {"snr": metrics.snr, "clip": metrics.clip, "noise": metrics.deviation}
+        return Aggregated(aggregated.adapter, diagnostics), metrics
 
 
 def changes(layout: Layout, current: Adapter, trained: Iterable[Adapter]) -> Iterator[Tensor]:
-    """Each device's change of what is trained [D], float64; directions and sites that it did not train are 0."""
+    """Yield each device's change of the trained tensors `[D]`, float64; 0 for directions and sites it did not train."""
     for adapter in trained:
         start, _ = split_rank(select_sites(current, adapter), rank(adapter))
         yield layout.pack(adapter).double() - layout.pack(start).double()

@@ -1,4 +1,4 @@
-"""Whose time a run goes by: the wall's, or that of a simulated fleet."""
+"""Clock of a run: wall time, or the virtual time of a simulated fleet."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds, and how to let some pass."""
+    """Time in seconds, with a way to wait."""
 
     def now(self) -> float:
-        """Seconds since some fixed moment."""
+        """Return seconds since a fixed point in time."""
         ...
 
     def wait(self, until: float) -> None:
-        """Return at this time, or earlier if something may have happened that is worth a look."""
+        """Return at the given time, or earlier if an event may have happened."""
         ...
 
 
 class WallClock:
-    """The time of this machine, looked at every `poll` seconds."""
+    """Monotonic time of this machine; waits return every `poll` seconds."""
 
     def __init__(self, *, poll: float = 3.0) -> None:
         self._poll = poll

@@ -1,9 +1,10 @@
-"""The adapter as it is sent to devices: whole, or in few bits.
+"""Download encoding: the adapter as sent to devices, in full precision or quantized.
 
-In few bits it is rounded at random (`protocol.quantization`), by coins that follow from the adapter itself: to whomever and
-whenever it is sent, these are the bytes. What devices read of them is what they train from and count their change from;
-the server keeps the adapter as it was. What rounding took it adds to what the round makes of the rest, so that a change
-too small for the grid is not lost: with x̂ = Q(x) and devices' mean change Δ the next adapter is x̂ + Δ + (x − x̂).
+A quantized adapter is rounded stochastically (`protocol.quantization`), with a seed derived from the adapter itself, so
+that every device gets the same bytes at any time. Devices train from the decoded values and measure their change from
+them, while the server keeps the unquantized adapter. The quantization residual is added to the result of the round, so
+that changes smaller than the quantization step are not lost: with x̂ = Q(x) and the devices' mean change Δ, the next
+adapter is x̂ + Δ + (x − x̂).
 """
 
 from __future__ import annotations
@@ -24,39 +25,39 @@ FP32 = "fp32"
 
 
 class Download(NamedTuple):
-    """What travels, what is read of it, and how it is to be read."""
+    """Encoded adapter, its decoded value, and its format."""
 
     data: bytes
     adapter: Adapter
     rounded: QuantizedFormat | None
-    """None: it is whole, as `protocol.tensor_codec` has it."""
+    """None: full precision, as in `protocol.tensor_codec`."""
 
 
-def download(adapter: Adapter, precision: str) -> Download:
-    """The adapter in `fp32`, or in a precision of `protocol.quantization`."""
+def encode_download(adapter: Adapter, precision: str) -> Download:
+    """Encode the adapter in `fp32`, or in a precision of `protocol.quantization`."""
     tensors = to_tensors(adapter)
-    whole = tensor_codec.encode(tensors)
+    full = tensor_codec.encode(tensors)
     if precision == FP32:
-        return Download(whole, adapter, None)
-    coins = torch.Generator().manual_seed(derive_seed(hashlib.sha256(whole).hexdigest(), "download"))
-    data = quantization.encode(tensors, precision, coins)
+        return Download(full, adapter, None)
+    rng = torch.Generator().manual_seed(derive_seed(hashlib.sha256(full).hexdigest(), "download"))
+    data = quantization.encode(tensors, precision, rng)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    read = from_tensors(quantization.decode(data, shapes, precision))
-    return Download(data, read, QuantizedFormat(precision=precision, rank=rank(adapter)))
+    decoded = from_tensors(quantization.decode(data, shapes, precision))
+    return Download(data, decoded, QuantizedFormat(precision=precision, rank=rank(adapter)))
 
 
-def lost(held: Adapter, sent: Adapter) -> dict[str, Tensor]:
-    """x − x̂, of what the server holds and what it sent."""
-    read = to_tensors(sent)
-    return {name: tensor - read[name] for name, tensor in to_tensors(held).items()}
+def quantization_residual(adapter: Adapter, sent: Adapter) -> dict[str, Tensor]:
+    """Compute x − x̂ from the server's adapter and the decoded one."""
+    decoded = to_tensors(sent)
+    return {name: tensor - decoded[name] for name, tensor in to_tensors(adapter).items()}
 
 
-def add_residual(made: Adapter, residual: Mapping[str, Tensor]) -> Adapter:
-    """What a round made, with what rounding took of its start: of directions that are gone nothing comes back."""
-    tensors = to_tensors(made)
-    for name, left in residual.items():
-        there = tuple(slice(min(sizes)) for sizes in zip(left.shape, tensors[name].shape, strict=True))
-        whole = tensors[name].clone()
-        whole[there] += left[there]
-        tensors[name] = whole
+def add_residual(aggregated: Adapter, residual: Mapping[str, Tensor]) -> Adapter:
+    """Add the quantization residual to the result of a round; the part of removed directions is dropped."""
+    tensors = to_tensors(aggregated)
+    for name, part in residual.items():
+        block = tuple(slice(min(sizes)) for sizes in zip(part.shape, tensors[name].shape, strict=True))
+        total = tensors[name].clone()
+        total[block] += part[block]
+        tensors[name] = total
     return from_tensors(tensors)

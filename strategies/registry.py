@@ -1,8 +1,8 @@
-"""What there is on each axis of a strategy, and which combinations are private.
+"""Registries of the components on each axis of a strategy, and which combinations are private.
 
-A piece says itself what one device's influence on it comes to (`sensitivity`). The rules below go by that alone, so
-that a new piece is refused under privacy until it says something, and then appears in docs/privacy.md with its words.
-Secure aggregation and noise that is correlated over rounds have their place here as two more axes.
+Each component declares the influence of one device on it (`sensitivity`). The rules below use only these declarations:
+a new component is refused under privacy until it has one, and then appears in docs/privacy.md with its reason. Secure
+aggregation, and noise that is correlated over rounds, would be two more axes.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
 
 
 class TimingDeclaration(NamedTuple):
-    """What a way to time rounds declares."""
+    """Sensitivity declaration of a round mode."""
 
     prechargeable: bool
-    """Whether who takes part is settled, and charged for, before anybody is asked."""
+    """Whether the participants of a round are known, and charged for, before any device is contacted."""
     reason: str
 
 
 class BuiltIn(NamedTuple):
-    """A piece that is what the round loop does by itself."""
+    """Component that the round loop implements itself."""
 
     sensitivity: TimingDeclaration | PostProcessing
 
@@ -99,7 +99,7 @@ SELECTIONS: dict[str, Any] = {
     "energy_delay": EnergyDelay,
 }
 OPTIMIZERS: dict[str, Any] = {
-    "none": BuiltIn(PostProcessing(reason="what a round released is the next adapter")),
+    "none": BuiltIn(PostProcessing(reason="the release of a round is the next adapter")),
     "fedavgm": FedAvgM,
     "fedadam": FedOpt,
     "fedyogi": FedOpt,
@@ -108,20 +108,23 @@ TIMINGS: dict[str, Any] = {
     "sync": BuiltIn(TimingDeclaration(prechargeable=True, reason="a round ends before the next begins")),
     "async": BuiltIn(
         TimingDeclaration(
-            prechargeable=False, reason="who is in a round, and how often, is known when its last update has come"
+            prechargeable=False,
+            reason="the devices of a round, and their numbers of updates, are known only after its last update",
         )
     ),
 }
 
 
 def lookup(axis: Mapping[str, Any], key: str, name: str) -> Any:
-    """The piece that is registered under a name.
+    """Return the component that is registered under a name.
 
     Args:
-        key: of the configuration that names it.
+        axis: registry.
+        key: configuration key that names the component.
+        name: its name.
 
     Raises:
-        AntherError: none is, so that nothing else runs in its place.
+        AntherError: there is none. Nothing else is used in its place.
     """
     if name not in axis:
         raise AntherError(f"{key}={name}: nothing is registered under this name; known are {', '.join(axis)}")
@@ -129,27 +132,33 @@ def lookup(axis: Mapping[str, Any], key: str, name: str) -> Any:
 
 
 def create(axis: Mapping[str, Any], key: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """A new piece, given those of the settings that it takes.
+    """Create a component with those settings that it accepts.
+
+    Args:
+        axis: registry.
+        key: configuration key that names the component.
+        name: its name.
+        settings: available settings by parameter name.
 
     Raises:
-        AntherError: it is not registered, or takes a setting that there is none of.
+        AntherError: it is not registered, or requires a setting that is not available.
     """
-    piece = lookup(axis, key, name)
-    takes = inspect.signature(piece).parameters.values()
-    if lacking := [one.name for one in takes if one.default is one.empty and one.name not in settings]:
-        raise AntherError(f"{key}={name}: it takes {', '.join(lacking)}, and is given {', '.join(settings)}")
-    return piece(**{one.name: settings[one.name] for one in takes if one.name in settings})
+    component = lookup(axis, key, name)
+    parameters = inspect.signature(component).parameters.values()
+    if missing := [one.name for one in parameters if one.default is one.empty and one.name not in settings]:
+        raise AntherError(f"{key}={name}: it requires {', '.join(missing)}, and is given {', '.join(settings)}")
+    return component(**{one.name: settings[one.name] for one in parameters if one.name in settings})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """One choice on each axis, by name; of robust rules several, or none."""
+    """Names of the components on each axis; any number of robust rules, one of everything else."""
 
     aggregation: str
     robust: tuple[str, ...] = ()
     selection: str
     timing: str = "sync"
-    optimiser: str = "none"
+    optimizer: str = "none"
     level: str
 
 
@@ -159,19 +168,26 @@ AXES: Mapping[str, Mapping[str, Any]] = {
     "selection": SELECTIONS,
     "timing": TIMINGS,
 }
-PLAINEST = Combination(aggregation="fedit", selection="everyone", level=NONE)
-"""Private at every level, so that what is said of one piece beside it is said of that piece."""
+BASELINE = Combination(aggregation="fedit", selection="everyone", level=NONE)
+"""Private at every level, so that a refusal of it with one other component is due to that component."""
 
 
-def combination_with(axis: str, piece: str, *, level: str) -> Combination:
-    """The plainest combination but for one axis, which has this piece."""
-    found: dict[str, Any] = {axis: (piece,) if axis == "robust" else piece}
-    return replace(PLAINEST, level=level, **found)
+def combination_with(axis: str, component: str, *, level: str) -> Combination:
+    """Return the baseline with one component replaced.
+
+    Args:
+        axis: axis of the component.
+        component: its name.
+        level: privacy level.
+    """
+    changes: dict[str, Any] = {axis: (component,) if axis == "robust" else component}
+    return replace(BASELINE, level=level, **changes)
 
 
 def combinations() -> Iterator[Combination]:
-    """Every combination of what is registered, with one robust rule or none; a server optimiser, which refuses nothing
-    that another piece does not, in none of them.
+    """Yield every combination with at most one robust rule.
+
+    Server optimizers are left out: they refuse nothing that another component does not.
     """
     rules = [(), *((name,) for name in ROBUST_RULES)]
     for aggregation, robust, selection, timing, level in itertools.product(
@@ -180,92 +196,93 @@ def combinations() -> Iterator[Combination]:
         yield Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level)
 
 
-def incompatibility(chosen: Combination) -> str | None:
-    """Why a combination does not go together, whatever it promises; None if it does."""
-    for name in chosen.robust:
-        if reason := robust_conflict(chosen.aggregation, name):
+def incompatibility(combination: Combination) -> str | None:
+    """Return why a combination can't run at any privacy level; None if it can."""
+    for name in combination.robust:
+        if reason := robust_conflict(combination.aggregation, name):
             return f"robust.rules: {reason}"
-    reason = _unfit_for_async(chosen) if chosen.timing == "async" else None
+    reason = _async_conflict(combination) if combination.timing == "async" else None
     return reason and f"round_loop.mode=async: {reason}"
 
 
 def robust_conflict(aggregation: str, rule: str) -> str | None:
-    """Why a robust rule protects nothing before an aggregation; None if it does."""
+    """Return why a robust rule has no effect with an aggregation; None if it has."""
     if aggregation == "fedsa":
         return (
-            f"{rule} compares products, and with aggregation=fedsa every device keeps its own B: there is none to judge; "
-            "leave it out, or use aggregation=fedit"
+            f"{rule} compares products, and with aggregation=fedsa every device keeps its own B, so there is none; "
+            "remove it, or use aggregation=fedit"
         )
     if aggregation == "hetlora" and rule in ("norm_bound", "geometric_median"):
         return (
-            f"{rule} holds down what is large, and hetlora weighs devices by the norm of their product, which undoes "
+            f"{rule} reduces large products, and hetlora weights devices by the norm of their product, which undoes "
             "it; use krum, or aggregation=exact"
         )
     return None
 
 
-def _unfit_for_async(chosen: Combination) -> str | None:
-    """Why rounds of these may not overlap."""
-    if chosen.aggregation not in REBASES:
-        fit = " or ".join(f"aggregation={name}" for name in REBASES)
-        return f"{chosen.aggregation} can't take an update of an older adapter; use {fit}"
-    if chosen.selection == "poisson":
-        return "a coin for each device and round needs rounds that don't overlap; leave cohort.sampling_rate null"
+def _async_conflict(combination: Combination) -> str | None:
+    """Return why rounds of a combination can't overlap; None if they can."""
+    if combination.aggregation not in REBASES:
+        alternatives = " or ".join(f"aggregation={name}" for name in REBASES)
+        return f"{combination.aggregation} can't use an update of an older adapter; use {alternatives}"
+    if combination.selection == "poisson":
+        return "Poisson sampling requires rounds that don't overlap; leave cohort.sampling_rate null"
     return None
 
 
-def refusal_reason(chosen: Combination) -> str | None:
-    """Why a combination does not go together, or can't be private at its level, in a line; None if it runs.
+def refusal_reason(combination: Combination) -> str | None:
+    """Return in one line why a combination can't run, or can't be private at its level; None if it can.
 
-    Raises AntherError for a name that is not registered.
+    Raises:
+        AntherError: a name is not registered.
     """
     for key, axis, names in (
-        ("aggregation.name", AGGREGATIONS, (chosen.aggregation,)),
-        ("robust.rules", ROBUST_RULES, chosen.robust),
-        ("selection", SELECTIONS, (chosen.selection,)),
-        ("round_loop.mode", TIMINGS, (chosen.timing,)),
-        ("server_optimizer.name", OPTIMIZERS, (chosen.optimiser,)),
+        ("aggregation.name", AGGREGATIONS, (combination.aggregation,)),
+        ("robust.rules", ROBUST_RULES, combination.robust),
+        ("selection", SELECTIONS, (combination.selection,)),
+        ("round_loop.mode", TIMINGS, (combination.timing,)),
+        ("server_optimizer.name", OPTIMIZERS, (combination.optimizer,)),
     ):
         for name in names:
             lookup(axis, key, name)
-    if reason := incompatibility(chosen):
+    if reason := incompatibility(combination):
         return reason
-    linearity = _declared(AGGREGATIONS, chosen.aggregation, Linearity)
-    filtering = {name: _declared(ROBUST_RULES, name, Filtering) for name in chosen.robust}
-    sampling = _declared(SELECTIONS, chosen.selection, Sampling)
-    timing = _declared(TIMINGS, chosen.timing, TimingDeclaration)
-    optimiser = _declared(OPTIMIZERS, chosen.optimiser, PostProcessing)
-    if chosen.level == NONE:
+    linearity = _declaration(AGGREGATIONS, combination.aggregation, Linearity)
+    filtering = {name: _declaration(ROBUST_RULES, name, Filtering) for name in combination.robust}
+    sampling = _declaration(SELECTIONS, combination.selection, Sampling)
+    timing = _declaration(TIMINGS, combination.timing, TimingDeclaration)
+    optimizer = _declaration(OPTIMIZERS, combination.optimizer, PostProcessing)
+    if combination.level == NONE:
         return None
-    silent = "declares no sensitivity, so nobody knows what one device, or one picture, does to it"
+    undeclared = "declares no sensitivity, so the influence of one device or one picture on it is unknown"
     if linearity is None:
-        return f"aggregation {chosen.aggregation} {silent}"
+        return f"aggregation {combination.aggregation} {undeclared}"
     for name, declared in filtering.items():
         if declared is None:
-            return f"robust rule {name} {silent}"
+            return f"robust rule {name} {undeclared}"
     if sampling is None:
-        return f"selection {chosen.selection} {silent}"
+        return f"selection {combination.selection} {undeclared}"
     if timing is None:
-        return f"timing {chosen.timing} {silent}"
-    if optimiser is None:
-        return f"optimiser {chosen.optimiser} {silent}"
+        return f"timing {combination.timing} {undeclared}"
+    if optimizer is None:
+        return f"optimizer {combination.optimizer} {undeclared}"
     if not sampling.data_independent:
-        return f"selection {chosen.selection} looks at what is private: {sampling.reason}"
-    if chosen.level == EXAMPLE:
-        return None  # what is made of updates that are private already is private too
+        return f"selection {combination.selection} depends on private data: {sampling.reason}"
+    if combination.level == EXAMPLE:
+        return None  # functions of private updates are private
     if sampling.uses_transient_state:
-        return f"selection {chosen.selection} looks at what belongs to a device: {sampling.reason}"
+        return f"selection {combination.selection} depends on the state of a device: {sampling.reason}"
     if not linearity.linear:
-        return f"aggregation {chosen.aggregation} is not linear in the updates: {linearity.reason}"
+        return f"aggregation {combination.aggregation} is not linear in the updates: {linearity.reason}"
     for name, declared in filtering.items():
         if not declared.bounded:
-            return f"robust rule {name} inside the bound: {declared.reason}"
+            return f"robust rule {name} breaks the sensitivity bound: {declared.reason}"
     if not timing.prechargeable:
-        return f"timing {chosen.timing} can't be charged ahead: {timing.reason}"
+        return f"timing {combination.timing} can't be charged in advance: {timing.reason}"
     return None
 
 
-def _declared(axis: Mapping[str, Any], name: str, kind: type) -> Any:
-    """What a piece says of itself; None if it says nothing, or something that isn't of its axis."""
-    found = getattr(axis[name], "sensitivity", None)
-    return found if isinstance(found, kind) else None
+def _declaration(axis: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return the declaration of a component; None if it has none of the kind of its axis."""
+    declared = getattr(axis[name], "sensitivity", None)
+    return declared if isinstance(declared, kind) else None

@@ -1,13 +1,14 @@
-"""Server optimisers: a round's mean is a step in a direction, and not yet the next adapter.
+"""Server optimizers: take a step in the direction of a round's mean.
 
-FedAvgM (Hsu, Qi & Brown, 2019, arXiv:1909.06335, §3.1) and FedAdam and FedYogi (Reddi et al., 2021, arXiv:2003.00295,
-algorithm 2). The pseudo-gradient of a round is Δ_t = aggregated − x_t, for each number of what is trained: the factors,
-or the cores of a plan that trains those. A sum of such changes over rounds means something where a direction of the
-adapter stays the same direction from round to round: with a mean of factors it does, and after `exact`, which turns its
-factors towards the last round's before Δ_t is taken. What is fresh or turned in each round has no Δ.
+FedAvgM (Hsu, Qi & Brown, 2019, arXiv:1909.06335, §3.1), FedAdam and FedYogi (Reddi et al., 2021, arXiv:2003.00295,
+algorithm 2). The pseudo-gradient of a round is Δ_t = aggregated − x_t, for each number that is trained: the factors, or
+the cores if the plan trains cores. A sum of these changes over rounds is meaningful only if a direction of the adapter
+stays the same direction from round to round. This holds for a mean of factors, and for `exact`, which rotates its
+factors towards those of the previous round before Δ_t is computed. Rules that create or rotate factors in every round
+have no Δ.
 
-An optimiser sees what a round released and what it remembers of earlier releases, and no single update: whatever the
-round promises about a picture or a device, it promises of the step too.
+An optimizer sees the release of a round and its state from earlier releases, and no single update. The privacy
+guarantee of the round therefore holds for the step too.
 """
 
 from __future__ import annotations
@@ -19,144 +20,150 @@ import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
-"""What is trained of an adapter, by the names that it travels under."""
+"""Trained tensors of an adapter, by their protocol names."""
 
 StrategyState = Mapping[str, Tensors]
-"""The moments, by name, of every tensor: float32, a part of the run's state."""
+"""Float32 tensors that a strategy keeps between rounds, by part (e.g. a moment) and name. Stored in checkpoints."""
 
-_MEAN, _SQUARE = "mean", "square"
+_MEAN, _SQUARE = "mean", "square"  # parts of the strategy state; stored, don't change
 
 
-class Step(NamedTuple):
-    """The next x, and what is to be remembered of it."""
+class OptimizerStep(NamedTuple):
+    """Next x, and the state after the step."""
 
     tensors: dict[str, Tensor]
-    memory: StrategyState
+    state: StrategyState
 
 
 class ServerOptimizer(Protocol):
-    """A pure rule: the same round after the same memory gives the same step."""
+    """Pure update rule: the same round and state give the same step."""
 
     sensitivity: PostProcessing
 
-    def step(self, current: Tensors, aggregated: Tensors, memory: StrategyState) -> Step:
-        """From the adapter of a round, and what the round made of it.
+    def step(self, current: Tensors, aggregated: Tensors, state: StrategyState) -> OptimizerStep:
+        """Compute the next adapter.
 
-        A tensor that the round left as it was, to the last bit, was trained by nobody: it stays, and its moments with
-        it. Directions that are new begin with B = 0 and moments of 0; those that are gone take theirs along.
+        A tensor that is bitwise unchanged by the round was not trained: it and its moments stay unchanged. New
+        directions start with B = 0 and zero moments; the moments of removed directions are dropped.
+
+        Args:
+            current: tensors that the round started from.
+            aggregated: tensors after aggregation, possibly of another rank.
+            state: strategy state after the previous round.
         """
         ...
 
 
 class PostProcessing(NamedTuple):
-    """What an optimiser declares of itself; under privacy one that declares nothing is refused."""
+    """Sensitivity declaration of an optimizer. An optimizer without one is refused under privacy."""
 
     reason: str
 
 
-_AFTER = PostProcessing(reason="a step is made of what rounds released and of nothing else")
+_RELEASES_ONLY = PostProcessing(reason="a step is a function of released aggregates only")
 
 
 class FedAvgM:
-    """m_t = β m_{t−1} + Δ_t and x_{t+1} = x_t + η m_t; with η = 1 and β = 0 the mean itself, to the last bit.
+    """m_t = β m_{t−1} + Δ_t and x_{t+1} = x_t + η m_t; with η = 1 and β = 0 exactly the mean (bitwise).
 
     Args:
-        rate: η.
+        lr: η.
         momentum: β.
     """
 
-    sensitivity = _AFTER
+    sensitivity = _RELEASES_ONLY
 
-    def __init__(self, *, rate: float, momentum: float) -> None:
-        _check(rate, momentum)
-        self._rate, self._momentum = rate, momentum
+    def __init__(self, *, lr: float, momentum: float) -> None:
+        _check(lr, momentum)
+        self._lr, self._momentum = lr, momentum
 
-    def step(self, current: Tensors, aggregated: Tensors, memory: StrategyState) -> Step:
-        """As `ServerOptimizer.step`."""
-        found, means = dict(aggregated), dict(memory.get(_MEAN, {}))
+    def step(self, current: Tensors, aggregated: Tensors, state: StrategyState) -> OptimizerStep:
+        """See `ServerOptimizer.step`."""
+        tensors, means = dict(aggregated), dict(state.get(_MEAN, {}))
         for name, after in aggregated.items():
-            before = _fitted(name, current[name], after)
+            before = _at_rank_of(name, current[name], after)
             if (change := after.double() - before).any():
                 mean = self._momentum * _moment(means.get(name), after) + change
-                means[name] = kept(mean)
-                # x + η m, written so that nothing is lost where η m = Δ.
-                found[name] = (after.double() + (self._rate * mean - change)).float()
-        return Step(found, {_MEAN: means})
+                means[name] = as_stored(mean)
+                # x + η m, in a form without rounding error if η m = Δ.
+                tensors[name] = (after.double() + (self._lr * mean - change)).float()
+        return OptimizerStep(tensors, {_MEAN: means})
 
 
 class FedOpt:
     """FedAdam and FedYogi: m_t = β₁ m_{t−1} + (1 − β₁) Δ_t and x_{t+1} = x_t + η m_t / (√v_t + τ), with v_{−1} = τ².
 
-    Of FedAdam v_t = β₂ v_{t−1} + (1 − β₂) Δ_t²; of FedYogi v_t = v_{t−1} − (1 − β₂) Δ_t² sign(v_{t−1} − Δ_t²), which
-    forgets a large change less quickly. Neither corrects the moments' bias, as in the paper.
+    FedAdam: v_t = β₂ v_{t−1} + (1 − β₂) Δ_t². FedYogi: v_t = v_{t−1} − (1 − β₂) Δ_t² sign(v_{t−1} − Δ_t²), which
+    forgets a large change more slowly. As in the paper, there is no bias correction of the moments.
 
     Args:
-        rate: η.
+        lr: η.
         momentum: β₁.
-        second: β₂.
-        tau: τ, the smallest change that still counts as one.
-        yogi: whose v_t.
+        beta2: β₂.
+        tau: τ, the scale below which changes count little.
+        yogi: use v_t of FedYogi.
     """
 
-    sensitivity = _AFTER
+    sensitivity = _RELEASES_ONLY
 
-    def __init__(self, *, rate: float, momentum: float, second: float, tau: float, yogi: bool) -> None:
-        _check(rate, momentum)
-        if not 0 <= second < 1:
-            raise ValueError(f"{second=}: must be 0 or more, and under 1")
+    def __init__(self, *, lr: float, momentum: float, beta2: float, tau: float, yogi: bool) -> None:
+        _check(lr, momentum)
+        if not 0 <= beta2 < 1:
+            raise ValueError(f"{beta2=}: must be 0 or more, and under 1")
         if not tau > 0:
             raise ValueError(f"{tau=}: must be over 0")
-        self._rate, self._momentum, self._second, self._tau, self._yogi = rate, momentum, second, tau, yogi
+        self._lr, self._momentum, self._beta2, self._tau, self._yogi = lr, momentum, beta2, tau, yogi
 
-    def step(self, current: Tensors, aggregated: Tensors, memory: StrategyState) -> Step:
-        """As `ServerOptimizer.step`."""
-        found = dict(aggregated)
-        means, squares = dict(memory.get(_MEAN, {})), dict(memory.get(_SQUARE, {}))
+    def step(self, current: Tensors, aggregated: Tensors, state: StrategyState) -> OptimizerStep:
+        """See `ServerOptimizer.step`."""
+        tensors = dict(aggregated)
+        means, squares = dict(state.get(_MEAN, {})), dict(state.get(_SQUARE, {}))
         for name, after in aggregated.items():
-            before = _fitted(name, current[name], after)
+            before = _at_rank_of(name, current[name], after)
             if (change := after.double() - before).any():
                 mean = self._momentum * _moment(means.get(name), after) + (1 - self._momentum) * change
                 square = self._squared(_moment(squares.get(name), after, self._tau**2), change.square())
-                means[name], squares[name] = kept(mean), kept(square)
-                found[name] = (before + self._rate * mean / (square.sqrt() + self._tau)).float()
-        return Step(found, {_MEAN: means, _SQUARE: squares})
+                means[name], squares[name] = as_stored(mean), as_stored(square)
+                tensors[name] = (before + self._lr * mean / (square.sqrt() + self._tau)).float()
+        return OptimizerStep(tensors, {_MEAN: means, _SQUARE: squares})
 
     def _squared(self, v: Tensor, square: Tensor) -> Tensor:
-        """v_t, of v_{t−1} and Δ_t²."""
+        """Compute v_t from v_{t−1} and Δ_t²."""
         if self._yogi:
-            return v - (1 - self._second) * square * (v - square).sign()
-        return self._second * v + (1 - self._second) * square
+            return v - (1 - self._beta2) * square * (v - square).sign()
+        return self._beta2 * v + (1 - self._beta2) * square
 
 
-def _check(rate: float, momentum: float) -> None:
-    if not rate > 0:
-        raise ValueError(f"{rate=}: must be over 0")
+def _check(lr: float, momentum: float) -> None:
+    if not lr > 0:
+        raise ValueError(f"{lr=}: must be over 0")
     if not 0 <= momentum < 1:
         raise ValueError(f"{momentum=}: must be 0 or more, and under 1")
 
 
-def _fitted(name: str, before: Tensor, after: Tensor) -> Tensor:
-    """Where a tensor stood, at the rank of what came of it: a new direction is that of its A from the start, and had
-    B = 0 until now.
+def _at_rank_of(name: str, before: Tensor, after: Tensor) -> Tensor:
+    """Resize a tensor to the rank that it has after the round, float64.
+
+    A new direction counts as one whose A has always been that of `after`, with B = 0.
     """
     return _overlaid(before, after.double() if name.endswith(".lora_A") else torch.zeros_like(after).double())
 
 
-def _moment(kept: Tensor | None, like: Tensor, fresh: float = 0.0) -> Tensor:
-    """A moment at the rank of what it is of, float64; `fresh` where there was none."""
-    empty = torch.full_like(like, fresh, dtype=torch.float64)
-    return empty if kept is None else _overlaid(kept, empty)
+def _moment(stored: Tensor | None, like: Tensor, initial: float = 0.0) -> Tensor:
+    """Resize a stored moment to the shape of `like`, float64, filled with `initial`."""
+    empty = torch.full_like(like, initial, dtype=torch.float64)
+    return empty if stored is None else _overlaid(stored, empty)
 
 
 def _overlaid(part: Tensor, whole: Tensor) -> Tensor:
-    """`whole` with `part` in its place as far as both go: ranks grow, and shrink, at the end."""
-    there = tuple(slice(min(sizes)) for sizes in zip(part.shape, whole.shape, strict=True))
-    found = whole.clone()
-    found[there] = part[there].double()
-    return found
+    """Copy the common leading block of `part` into a copy of `whole`: ranks grow and shrink at the end."""
+    block = tuple(slice(min(sizes)) for sizes in zip(part.shape, whole.shape, strict=True))
+    result = whole.clone()
+    result[block] = part[block].double()
+    return result
 
 
-def kept(moment: Tensor) -> Tensor:
-    """Float32 without subnormal numbers, as a checkpoint gives it back: a run goes on with the same, killed or not."""
-    found = moment.float()
-    return found.masked_fill_(found.abs() < torch.finfo(torch.float32).tiny, 0.0)
+def as_stored(moment: Tensor) -> Tensor:
+    """Convert to float32 without subnormal numbers, as a checkpoint stores it, so that a resumed run is identical."""
+    stored = moment.float()
+    return stored.masked_fill_(stored.abs() < torch.finfo(torch.float32).tiny, 0.0)

@@ -1,4 +1,4 @@
-"""What a strategy's parts do not promise or do together."""
+"""Consistency of the parts of a strategy."""
 
 from __future__ import annotations
 
@@ -16,61 +16,66 @@ from strategies.selection.poisson import Poisson
 from strategies.server_optimizers import ServerOptimizer
 
 
-def check(
+def check_combination(
     *,
     plan: TrainingPlan,
     aggregation: Aggregation,
     selection: Selection,
     limits: PlanLimits,
-    measuring: EvaluationPolicy,
-    optimiser: ServerOptimizer | None,
+    evaluation_policy: EvaluationPolicy,
+    server_optimizer: ServerOptimizer | None,
     download: str,
     lora_xs_bases: Adapter | None,
     central_dp: CentralDP | None,
-    replay: ReplayFilter | None,
+    replay_filter: ReplayFilter | None,
     quorum: int,
-    fitting: SiteSelector | None,
+    site_selector: SiteSelector | None,
 ) -> None:
-    """ValueError for the parts of a `strategies.strategy.Federated` that contradict each other.
+    """Check the arguments of `strategies.strategy.FederatedStrategy`, which documents them.
 
-    Whoever configures a run is told before, in terms of its keys (`strategies.build`); this is the last check.
+    This is the last check. A configured run is checked earlier, with messages that name its keys (`strategies.build`).
+
+    Raises:
+        ValueError: arguments contradict each other.
     """
     if central_dp and quorum > 1:
-        raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")
-    if central_dp and replay:
-        raise ValueError(f"replay inside the bound: {replay.sensitivity.reason}")
-    if replay and aggregation.trains(1) == "split":
-        raise ValueError("replay compares products, and with this aggregation no device sends one")
+        raise ValueError("quorum: with device-level privacy a release does not depend on the replies; leave it 1")
+    if central_dp and replay_filter:
+        raise ValueError(f"replay_filter under device-level privacy: {replay_filter.sensitivity.reason}")
+    if replay_filter and aggregation.trains(1) == "split":
+        raise ValueError("replay_filter compares products, and with this aggregation no device sends one")
     if (aggregation.trains(1) == "cores") != (lora_xs_bases is not None):
-        raise ValueError("an aggregation of cores needs their frame, and no other does")
+        raise ValueError("lora_xs_bases: required for an aggregation of cores, and only for it")
     if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
-        raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
+        raise ValueError("keep: must be over 0 and at most 1, and less than 1 only with feedback")
     if plan.feedback and not aggregation.stable_factors:
-        raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
+        raise ValueError("feedback requires an aggregation with stable factors")
     if plan.scaffold and (
         central_dp or plan.optimiser != "sgd" or not (aggregation.sensitivity.linear and aggregation.stable_factors)
     ):
-        raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
-    if plan.scaffold and (plan.sites is not None or fitting or limits.metered_rank is not None):
-        raise ValueError("scaffold: every device trains every site and direction")
+        raise ValueError("scaffold requires plain SGD and a mean of factors, without device-level privacy")
+    if plan.scaffold and (plan.sites is not None or site_selector or limits.metered_rank is not None):
+        raise ValueError("scaffold: every device must train every site and direction")
     if download != FP32 and (lora_xs_bases or plan.scaffold):
-        raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
-    if optimiser and aggregation.sensitivity.turned:
-        raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")
+        raise ValueError("download: lora_xs_bases and scaffold require fp32")
+    if server_optimizer and aggregation.sensitivity.rotation_reason:
+        raise ValueError(
+            f"server_optimizer requires directions that persist: {aggregation.sensitivity.rotation_reason}"
+        )
     if central_dp and not aggregation.sensitivity.linear:
         raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
-    drawn = selection.rate if isinstance(selection, Poisson) else 1.0
-    if central_dp and central_dp.sampling_rate != drawn:
-        raise ValueError(f"accounted with a sampling rate of {central_dp.sampling_rate}, selected with {drawn}")
+    rate = selection.rate if isinstance(selection, Poisson) else 1.0
+    if central_dp and central_dp.sampling_rate != rate:
+        raise ValueError(f"accounted with a sampling rate of {central_dp.sampling_rate}, selected with {rate}")
     if limits.metered_rank is not None and not aggregation.mixed_ranks:
-        raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
+        raise ValueError("limits.metered_rank: this aggregation requires equal ranks; leave it None")
     if central_dp and (selection.sensitivity.uses_transient_state or limits.uses_transient_state):
-        raise ValueError("what a device tells of its moment decides, and is part of what is private")
+        raise ValueError("selection or limits use transient device state, which device-level privacy protects")
     if central_dp and (limits.metered_rank is not None or limits.metered_update is not None):
-        raise ValueError("limits: what link a device is on is part of what is private; leave metered_… None")
+        raise ValueError("limits: the link of a device is private under device-level privacy; leave metered_… None")
     if limits.metered_update is not None and limits.feedback and not aggregation.stable_factors:
-        raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
-    if measuring.every and plan.privacy and not measuring.local_noise:
-        raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
-    if measuring.every and central_dp and not measuring.central_noise:
-        raise ValueError("measuring: a run that is private per device keeps no measure without noise")
+        raise ValueError("feedback requires an aggregation with stable factors")
+    if evaluation_policy.interval and plan.privacy and not evaluation_policy.local_noise:
+        raise ValueError("evaluation_policy: with example-level privacy, devices report no metric without noise")
+    if evaluation_policy.interval and central_dp and not evaluation_policy.central_noise:
+        raise ValueError("evaluation_policy: with device-level privacy, no metric is stored without noise")

@@ -181,7 +181,7 @@ def test_planted_violation_is_found(path: str, source: str) -> None:
     [
         ("client/app.py", "import flwr.app"),
         ("simulations/run.py", "from typefaces import judge"),
-        ("server/rounds/loop.py", "from strategies.strategy import Federated"),
+        ("server/rounds/loop.py", "from strategies.strategy import FederatedStrategy"),
         ("typefaces/judge.py", "from models.base.base import Base"),
         ("bench/gain.py", "import bench.common"),
         ("bench/gain.py", "from simulations.grid.cohort import CohortGrid"),

@@ -33,7 +33,7 @@ from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning.knapsack import SiteSet
 from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
-from strategies.planning.site_selection import RUNTIME, SiteSelector, fitted
+from strategies.planning.site_selection import RUNTIME, SiteSelector, best_plan
 
 T = TypeVar("T")
 REPORT = DeviceReport(
@@ -119,18 +119,18 @@ def main() -> None:
     costs, costs_seconds = time_cpu(lambda: pass_costs(base(), *sizes, rank=args.rank))
     sites = base().sites
     adapter: Adapter = init_adapter(sites, args.rank, seed=0)
-    fitting = SiteSelector(costs=costs)
-    site_sets, choices_seconds = time_cpu(lambda: fitting.choices(adapter))
+    selector = SiteSelector(costs=costs)
+    site_sets, choices_seconds = time_cpu(lambda: selector.site_sets(adapter))
     plan = TrainingPlan(run="r", round=1, base="b", rank=args.rank, steps=20, batch_size=1, learning_rate=1e-3)
     rows = []
     for budget in args.budgets:
         report = replace(REPORT, memory_gib=budget * MIB / GIB)
-        best = fitted(report, plan, PlanLimits(), fitting, site_sets, sites=sites, download=0)
+        best = best_plan(report, plan, PlanLimits(), selector, site_sets, sites=sites, download=0)
         trained = best and (best[0].sites or tuple(sites))
         choice = next((one for one in site_sets if set(one.sites) == set(trained or ())), None)
         exact = footprint(base(), *sizes, rank=args.rank, sites=trained) if trained else None
         rows.append(result_row(budget, choice, costs, exact))
-    planner = Planner(sites=sites, limits=PlanLimits(deadline=150.0), fitting=fitting)
+    planner = Planner(sites=sites, limits=PlanLimits(deadline=150.0), site_selector=selector)
     _, plans_seconds = time_cpu(lambda: planner.plans(make_fleet(args.devices), plan, adapter=adapter, download=10**6))
     seconds = {"costs, once a run": costs_seconds, "sets, once a round": choices_seconds, "a round": plans_seconds}
     title = f"{args.base} in {args.weights}, {args.resolution}², rank {args.rank}, checkpoints {args.checkpointing}"

@@ -162,9 +162,9 @@ AUDIT_MUTANTS = (
     Mutant(
         "strict epsilon of one round less",
         "strategies/strategy.py",
-        "strict=self._explained(server_round, measured",
-        "strict=self._explained(server_round - 1, measured",
-        "tests/strategies/round/test_ledger_coverage.py::test_a_device_that_tells_more_sets_no_guarantee",
+        "strict=self._explained(server_round, evaluated",
+        "strict=self._explained(server_round - 1, evaluated",
+        "tests/strategies/round/test_ledger_coverage.py::test_excessive_report_sets_no_guarantee",
     ),
     Mutant(
         "strict epsilon per device missing",

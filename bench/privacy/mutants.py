@@ -414,20 +414,20 @@ DEVICE_MUTANTS = (
     Mutant(
         "number of replies as divisor",
         "strategies/central_dp.py",
-        "clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)\n"
-        "        released = self.mechanism.release(clipped, opened.noise)",
+        "clipped = clip_and_sum(changes(layout, current, trained), charged.clip, layout.size)\n"
+        "        released = self.mechanism.release(clipped, charged.noise)",
         "trained = list(trained)\n"
-        "        clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)\n"
+        "        clipped = clip_and_sum(changes(layout, current, trained), charged.clip, layout.size)\n"
         "        released = GaussianMechanism(noise_multiplier=self.mechanism.noise_multiplier, "
-        "expected=max(1.0, float(len(trained)))).release(clipped, opened.noise)",
-        "tests/strategies/test_central_dp.py::test_who_drops_out_contributes_zero_and_the_divisor_stays",
+        "expected=max(1.0, float(len(trained)))).release(clipped, charged.noise)",
+        "tests/strategies/test_central_dp.py::test_dropouts_contribute_zero_and_the_divisor_stays",
     ),
     Mutant(
         "weights by work",
         "strategies/strategy.py",
         "trained = (adapter for adapter, _ in updates)",
         "trained = (adapter for adapter, _ in updates for _ in range(rank(adapter)))",
-        "tests/strategies/test_central_dp.py::test_the_release_is_that_of_a_loop",
+        "tests/strategies/test_central_dp.py::test_release_matches_a_reference_loop",
     ),
     Mutant(
         "weights by order of arrival",
@@ -439,16 +439,16 @@ DEVICE_MUTANTS = (
     Mutant(
         "sample of fixed size accounted as Poisson",
         "strategies/selection/poisson.py",
-        "self._coins(draw).poisson_batch(len(names), self.rate).tolist()",
-        "sorted(self._coins(draw).rounded_gaussian(len(names), 1e9).argsort()[: int(self.rate * len(names))].tolist())",
-        "tests/strategies/test_poisson.py::test_each_by_itself_with_its_rate",
+        "self._rng(draw).poisson_batch(len(names), self.rate).tolist()",
+        "sorted(self._rng(draw).rounded_gaussian(len(names), 1e9).argsort()[: int(self.rate * len(names))].tolist())",
+        "tests/strategies/test_poisson.py::test_devices_are_selected_independently",
     ),
     Mutant(
         "amplification by a sample that is not secret",
         "strategies/build.py",
         "rate = 1.0 if cohort.sampling_rate is None else cohort.sampling_rate",
-        "rate = asked / devices if cohort.sampling_rate is None else cohort.sampling_rate",
-        "tests/strategies/test_build.py::test_without_a_secret_sample_every_participation_is_paid_for_in_full",
+        "rate = size / devices if cohort.sampling_rate is None else cohort.sampling_rate",
+        "tests/strategies/test_build.py::test_participations_are_charged_without_amplification",
     ),
     Mutant(
         "aborted round refunded",
@@ -460,23 +460,23 @@ DEVICE_MUTANTS = (
     Mutant(
         "charged after requests are sent",
         "strategies/strategy.py",
-        "            self.central_dp.open(server_round",
-        "            plans or self.central_dp.open(server_round",
-        "tests/strategies/test_central_dp.py::test_the_charge_is_on_the_disk_before_a_message_leaves",
+        "            self.central_dp.charge_round(server_round",
+        "            plans or self.central_dp.charge_round(server_round",
+        "tests/strategies/test_central_dp.py::test_charge_is_stored_before_a_message_is_sent",
     ),
     Mutant(
         "round released twice",
         "strategies/central_dp.py",
-        "opened, self._open = self._open, None",
-        "opened = self._open",
-        "tests/strategies/test_central_dp.py::test_a_round_is_released_once_and_only_if_it_was_charged_for",
+        "charged, self._charged = self._charged, None",
+        "charged = self._charged",
+        "tests/strategies/test_central_dp.py::test_charged_round_is_released_once",
     ),
     Mutant(
         "participations not capped",
         "strategies/central_dp.py",
-        "if had.get(name, 0) < most}",
-        "if had.get(name, 0) >= 0}",
-        "tests/strategies/test_central_dp.py::test_devices_at_their_cap_are_not_asked",
+        "if counts.get(name, 0) < limit}",
+        "if counts.get(name, 0) >= 0}",
+        "tests/strategies/test_central_dp.py::test_devices_at_their_limit_are_not_asked",
     ),
     Mutant(
         "clip count without noise",
@@ -502,8 +502,8 @@ DEVICE_MUTANTS = (
     Mutant(
         "diagnostic before noise",
         "strategies/central_dp.py",
-        '"noise": facts.deviation}',
-        '"noise": facts.deviation, "moved": float(clipped.total.steps.abs().max())}',
+        '"noise": metrics.deviation}',
+        '"noise": metrics.deviation, "moved": float(clipped.total.steps.abs().max())}',
         f"{_LATTICE}::test_server_outputs_depend_on_noised_integers_only",
     ),
     Mutant(
@@ -525,13 +525,13 @@ DEVICE_MUTANTS = (
         "strategies/build.py",
         "seed = config.seed if accept_simulated else None",
         "seed = config.seed",
-        "tests/strategies/test_build.py::test_only_a_test_has_noise_that_can_be_repeated",
+        "tests/strategies/test_build.py::test_reproducible_noise_requires_a_test",
     ),
     Mutant(
         "device gains with another round's noise",
         "strategies/private_evaluation.py",
-        "count=hidden.devices,\n                noise=hidden.noise(round),",
-        "count=hidden.devices,\n                noise=hidden.noise(round + 1),",
-        "tests/strategies/test_private_evaluation.py::test_gains_that_the_server_noises",
+        "count=central.devices,\n                noise=central.noise(round),",
+        "count=central.devices,\n                noise=central.noise(round + 1),",
+        "tests/strategies/test_private_evaluation.py::test_gains_with_central_noise",
     ),
 )

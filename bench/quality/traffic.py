@@ -40,7 +40,7 @@ from models.lora.adapter import Sites, adapter_shapes, from_tensors
 from models.lora.trainable import trained_shapes
 from protocol import quantization, tensor_codec
 from strategies.aggregation.fedsb import FedSB
-from strategies.download import download
+from strategies.download import encode_download
 from strategies.registry import AGGREGATIONS
 
 BYTES = ("bytes_up", "bytes_down")
@@ -133,7 +133,9 @@ def update_sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
 def downloads(sites: Sites, rank: int) -> dict[str, int]:
     """Return the bytes of the adapter that is sent down, by precision."""
     adapter = from_tensors(_random_tensors(adapter_shapes(sites, rank)))
-    return {precision: len(download(adapter, precision).data) for precision in ("fp32", *quantization.PRECISIONS)}
+    return {
+        precision: len(encode_download(adapter, precision).data) for precision in ("fp32", *quantization.PRECISIONS)
+    }
 
 
 def size_table(base: str, rank: int, sizes_of: Mapping[str, Mapping[str, int]]) -> Table:

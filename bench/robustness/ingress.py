@@ -31,11 +31,11 @@ from protocol import messages, records
 from protocol.tensor_codec import encode, max_payload
 from server.grid.validating_grid import ValidatingGrid
 from simulations.grid.cohort import InProcessGrid, set_message_id
-from strategies.aggregation import Aggregated, Linearity, Updates, always
+from strategies.aggregation import Aggregated, Linearity, Updates, in_every_round
 from strategies.planning.plan import PlanLimits
 from strategies.private_evaluation import EvaluationPolicy
 from strategies.selection.everyone import Everyone
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 from training.jobs import Picture
 
 ACCEPTED = "accepted"
@@ -132,7 +132,7 @@ class _RecordingRule:
     mixed_ranks = True
     stable_factors = False
     sensitivity = Linearity(linear=False, reason="it reads only one update")
-    trains = staticmethod(always("both"))
+    trains = staticmethod(in_every_round("both"))
 
     def __init__(self) -> None:
         self.update: Adapter | None = None
@@ -155,7 +155,9 @@ class _Server:
     def ingresses(self) -> dict[str, Ingress]:
         """Return an entry point for each type of reply."""
         origin: dict[str, object] = {"device": REPORT.device}
-        replies: list[tuple[messages.Reply, dict[str, object], Callable[[Federated], Callable[[], dict[str, int]]]]] = [
+        replies: list[
+            tuple[messages.Reply, dict[str, object], Callable[[FederatedStrategy], Callable[[], dict[str, int]]]]
+        ] = [
             (
                 messages.Update(
                     device=REPORT.device,
@@ -192,19 +194,19 @@ class _Server:
         self,
         reply: messages.Reply,
         exact: dict[str, object],
-        phase: Callable[[Federated], Callable[[], dict[str, int]]],
+        phase: Callable[[FederatedStrategy], Callable[[], dict[str, int]]],
     ) -> Ingress:
         expected = _expected(reply, self._sites, self._plan.rank, exact)
 
         def prepare_attack(attack: MessageAttack) -> PendingAttack:
             self._line.deliver = None
-            strategy = Federated(
+            strategy = FederatedStrategy(
                 plan=self._plan,
                 sites=self._sites,
                 aggregation=self._rule,
                 selection=Everyone(),
                 limits=PlanLimits(),
-                measuring=EvaluationPolicy(local_noise=MEASURING),
+                evaluation_policy=EvaluationPolicy(local_noise=MEASURING),
             )
             receive = phase(strategy)
             self._line.deliver, self._line.content, self._rule.update = attack.prepare(self._request), None, None
@@ -233,7 +235,7 @@ class _Server:
         )
         return [] if same else ["the aggregated adapter is not the sent one with subnormal numbers as 0"]
 
-    def _train(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+    def _train(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
         requests = list(strategy.configure_train(ROUND, self._arrays, ConfigRecord(), self._gate))
 
         def receive() -> dict[str, int]:
@@ -242,7 +244,7 @@ class _Server:
 
         return receive
 
-    def _evaluate(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+    def _evaluate(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
         requests = list(strategy.configure_evaluate(ROUND, self._arrays, ConfigRecord(), self._gate))
 
         def receive() -> dict[str, int]:
@@ -251,11 +253,11 @@ class _Server:
 
         return receive
 
-    def _personalize(self, strategy: Federated) -> Callable[[], dict[str, int]]:
-        requests = list(strategy.configure_personalise(_personalize(self._adapter, self._plan.rank), self._gate))
-        return lambda: strategy.aggregate_personalise(self._gate.send_and_receive(requests)).dropped
+    def _personalize(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
+        requests = list(strategy.configure_personalize(_personalize(self._adapter, self._plan.rank), self._gate))
+        return lambda: strategy.aggregate_personalize(self._gate.send_and_receive(requests)).dropped
 
-    def _query(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+    def _query(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
         return lambda: {} if strategy.query(self._gate) else {"refused": 1}
 
 

@@ -31,7 +31,7 @@ from server.report.snippet import loading_snippet
 from server.rounds import checkpoint
 from server.rounds.state import RunState
 from server.supervisor import run_dirs
-from strategies.download import download
+from strategies.download import encode_download
 
 DONE, USAGE = 0, 2
 SECRET = (
@@ -91,7 +91,9 @@ def write_results(
         arguments: arguments of the run's server.
         test: whether devices used reproducible noise, so that nothing is a release.
     """
-    shared = download(state.best_adapter, config.compression.download).adapter  # the version that devices received
+    shared = encode_download(
+        state.best_adapter, config.compression.download
+    ).adapter  # the version that devices received
     adapter_files.write(folder / "adapters", "shared", shared, base, "shared")
     summary = {
         "rounds": state.round,

@@ -22,7 +22,7 @@ from server.rounds.sync import RoundLimits
 from strategies.clock import WallClock
 from strategies.fedbuff import PLANS_PER_ROUND, Rebase, plan_number, staleness_weight
 from strategies.round.updates import RoundRequest, RoundUpdates
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,14 @@ class FedBuffRunner:
     """
 
     def __init__(
-        self, grid: Grid, strategy: Federated, limits: RoundLimits, *, shift: Rebase, size: int, concurrency: int
+        self,
+        grid: Grid,
+        strategy: FederatedStrategy,
+        limits: RoundLimits,
+        *,
+        shift: Rebase,
+        size: int,
+        concurrency: int,
     ) -> None:
         self._grid, self._strategy, self._limits = grid, strategy, limits
         self._clock = limits.clock or WallClock()
@@ -81,8 +88,8 @@ class FedBuffRunner:
             while True:
                 for flight, replies in self._arrived(until, number):
                     ended.append(flight)
-                    shift = partial(self._rebased, current, flight, number)
-                    rejected = self._strategy.accept_replies(flight.request, replies, updates, shift=shift)
+                    rebase = partial(self._rebased, current, flight, number)
+                    rejected = self._strategy.accept_replies(flight.request, replies, updates, rebase=rebase)
                     dropped.update(rejected)
                     if rejected:
                         self._done.add(flight.node)
@@ -98,7 +105,7 @@ class FedBuffRunner:
                 self._clock.wait(until)
             if late := self._stragglers.count(round=number):
                 dropped["late"] = late
-            return self._strategy.close(number, current, [flight.request for flight in ended], updates, dropped)
+            return self._strategy.finish_round(number, current, [flight.request for flight in ended], updates, dropped)
 
     def _arrived(self, until: float, number: int) -> Iterator[tuple[_InFlight, list[Message]]]:
         """Yield requests with the reply that arrived, and expired requests without one."""
@@ -114,7 +121,9 @@ class FedBuffRunner:
                 yield self._in_flight.pop(name), []
 
     def _rebased(self, current: Adapter, flight: _InFlight, number: int, trained: Adapter) -> Adapter:
-        if flight.round == number and not flight.request.lost:  # the device started from the server's current adapter
+        if (
+            flight.round == number and not flight.request.residual
+        ):  # the device started from the server's current adapter
             return trained
         return self._rebase(current, flight.request.adapter, trained, staleness_weight(number - flight.round))
 
@@ -153,7 +162,7 @@ class FedBuffRunner:
         draw = plan_number(number, self._next_plan)
         plan = plan_number(number, 0) if strategy.private else draw
         messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan, draw=draw))
-        request = strategy.sent()
+        request = strategy.take_request()
         if not messages:
             return False
         self._next_plan += 1

@@ -20,14 +20,14 @@ from server.rounds.state import Round, RunState
 from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
 from strategies.clock import Clock
 from strategies.fedbuff import BUFFER_SIZE, CONCURRENCY, REBASES
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 
 
 def federate(
     config: SimulationConfig,
     *,
     grid: Grid,
-    strategy: Federated,
+    strategy: FederatedStrategy,
     plan: TrainingPlan,
     saved: RunState | None,
     checkpoints: Path,
@@ -96,7 +96,7 @@ def federate(
     return state
 
 
-def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, limits: RoundLimits) -> RoundRunner:
+def round_runner(config: SimulationConfig, grid: Grid, strategy: FederatedStrategy, limits: RoundLimits) -> RoundRunner:
     """Make the round runner of a configuration.
 
     Args:

@@ -26,7 +26,7 @@ from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
 from strategies.central_dp import BudgetExhausted
 from strategies.clock import WallClock
 from strategies.round.metrics import PersonalizationMetrics, ValidationMetrics
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def run_rounds(
     *,
     grid: Grid,
-    strategy: Federated,
+    strategy: FederatedStrategy,
     state: RunState,
     rounds: int,
     checkpoints: Path,
@@ -75,8 +75,8 @@ def run_rounds(
             no successful round for `patience` hours, or the server's ledger is not the one of this state.
     """
     strategy.summary()
-    strategy.remember(state.devices, (done.train for done in state.history))
-    strategy.memory = state.memory
+    strategy.restore_history(state.devices, (done.train for done in state.history))
+    strategy.state = state.memory
     ledger = strategy.central_dp.ledger if strategy.central_dp else None
     if ledger:
         ledger.check(state.ledger)
@@ -110,7 +110,7 @@ def run_rounds(
 def personalize(
     *,
     grid: Grid,
-    strategy: Federated,
+    strategy: FederatedStrategy,
     request: Personalize,
     devices: Collection[str] | None = None,
     timeout: float,
@@ -124,15 +124,15 @@ def personalize(
         devices: names of the devices; None: all.
         timeout: seconds to wait for their replies.
     """
-    return strategy.aggregate_personalise(
-        grid.send_and_receive(strategy.configure_personalise(request, grid, devices), timeout=timeout)
+    return strategy.aggregate_personalize(
+        grid.send_and_receive(strategy.configure_personalize(request, grid, devices), timeout=timeout)
     )
 
 
 def _one_round(
     number: int,
     grid: Grid,
-    strategy: Federated,
+    strategy: FederatedStrategy,
     state: RunState,
     round_runner: RoundRunner,
     timeout: float,
@@ -161,4 +161,4 @@ def _one_round(
     adapter = from_tensors(decode(adapter_from_record(arrays), adapter_shapes(strategy.sites, -1)))
     done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
     anchor = strategy.central_dp.ledger.anchor() if strategy.central_dp else None
-    return state.after(done, adapter, anchor, strategy.memory)
+    return state.after(done, adapter, anchor, strategy.state)

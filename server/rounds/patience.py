@@ -13,7 +13,7 @@ from common.units import HOUR
 from protocol.messages import DeviceReport
 from strategies.clock import Clock
 from strategies.round.metrics import TrainMetrics
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _SHORT, _LONG = 30.0, 600.0  # seconds before a round is retried, at first and a
 
 
 def wait_for_devices(
-    grid: Grid, strategy: Federated, min_devices: int, clock: Clock, timeout: float, *, wait_forever: bool
+    grid: Grid, strategy: FederatedStrategy, min_devices: int, clock: Clock, timeout: float, *, wait_forever: bool
 ) -> None:
     """Wait until enough devices are connected that hold the run's base and have pictures.
 

@@ -116,7 +116,7 @@ def _add_training(before: Mapping[str, DeviceMetrics], train: TrainMetrics | Non
         return before
     return {
         **before,
-        **{name: before[name].then(metrics) if name in before else metrics for name, metrics in train.devices.items()},
+        **{name: before[name].merge(metrics) if name in before else metrics for name, metrics in train.devices.items()},
     }
 
 
@@ -125,5 +125,7 @@ def _add_evaluation(before: Mapping[str, DeviceMetrics], validation: ValidationM
     idle = zero_metrics()
     return {
         **before,
-        **{name: before.get(name, idle).then(replace(idle, epsilon=spent)) for name, spent in validation.spent.items()},
+        **{
+            name: before.get(name, idle).merge(replace(idle, epsilon=spent)) for name, spent in validation.spent.items()
+        },
     }

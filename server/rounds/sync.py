@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from common.seeding import derive_seed
 from server.rounds.collect import StragglerTracker, collect
 from strategies.clock import Clock, WallClock
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class RoundLimits:
 
 
 class RoundRunner(Protocol):
-    """Train for one round; metrics are in `Federated.trained` afterwards."""
+    """Train for one round; metrics are in `FederatedStrategy.trained` afterwards."""
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Return the adapter after the round; None to keep the previous one."""
@@ -43,7 +43,7 @@ class SyncRunner:
     A reply that arrives after its round is discarded, and counted as `late` in the round in which it arrived.
     """
 
-    def __init__(self, grid: Grid, strategy: Federated, limits: RoundLimits) -> None:
+    def __init__(self, grid: Grid, strategy: FederatedStrategy, limits: RoundLimits) -> None:
         self._grid, self._strategy, self._limits = grid, strategy, limits
         self._stragglers = StragglerTracker(grid)
 
@@ -75,7 +75,7 @@ class SyncRunner:
 
 
 def request_training(
-    strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, limits: RoundLimits
+    strategy: FederatedStrategy, grid: Grid, number: int, arrays: ArrayRecord, limits: RoundLimits
 ) -> list[Message]:
     """Select devices and return their messages.
 

@@ -100,10 +100,10 @@ def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> Can
             ledger=ServerLedger(FileStorage(Path(folder))),
         )
         for number in range(cohort.claim.steps):
-            level.open(number, ["canaries"], b"the same")
+            level.charge_round(number, ["canaries"], b"the same")
             clip = level.clip
             updates = (_update(side, int(client), clip) for client in present)
-            aggregated, facts = level.close(rule, _adapter(side, torch.zeros(side * side)), updates, round=number)
+            aggregated, facts = level.privatize(rule, _adapter(side, torch.zeros(side * side)), updates, round=number)
             sums.append(_difference(cohort, aggregated.adapter) * cohort.expected / clip)
             if adaptive:
                 noised = _QUANTILE - np.log(facts.next_clip / clip) / adaptive.rate  # b̃

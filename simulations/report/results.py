@@ -27,7 +27,7 @@ from simulations.fleet.participants import Participant
 from simulations.report.display import Display
 from simulations.report.page import build_report
 from simulations.run_dir import config_hash
-from strategies.download import download
+from strategies.download import encode_download
 from typefaces import judge
 
 PERSONAL = "personal"  # folder of the personal adapters
@@ -70,7 +70,7 @@ def finish(
     if config.evaluation.baseline_local:
         display.phase("training local baselines, to compare")
         local = evaluation.train_local(config, base, evaluated, pools, perform)
-    shared = download(state.best_adapter, config.compression.download).adapter  # as devices have it
+    shared = encode_download(state.best_adapter, config.compression.download).adapter  # as devices have it
     adapters = evaluation.arms(evaluated, local, shared, base)
     export_adapters(folder / "adapters", base, evaluated, shared)
     display.phase("measuring held-out pictures")

@@ -1,4 +1,4 @@
-"""How the adapters of one round become the next shared adapter."""
+"""Aggregation rules: pure functions from the updates of one round to the next shared adapter."""
 
 from __future__ import annotations
 
@@ -8,33 +8,35 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from models.lora.adapter import Adapter, Factors
 
 Updates = Sequence[tuple[Adapter, float]]
-"""Each device's trained factors, at the sites that it trained, and its weight > 0."""
+"""Trained factors of each device, at the sites that it trained, and its weight > 0."""
 
 SiteUpdates = Sequence[tuple[Factors, float]]
-"""Of one site: the factors of each device that trained it, and its weight p_k / Σ p among those."""
+"""Updates at one site: the factors of each device that trained it, and its weight p_k / Σ p among those devices."""
 
 
 class Aggregated(NamedTuple):
-    """The next shared adapter, and numbers about how it was made."""
+    """Next shared adapter, with diagnostics by name."""
 
     adapter: Adapter
     diagnostics: dict[str, float]
 
 
 class Linearity(NamedTuple):
-    """What a rule declares of itself; under privacy one that declares nothing is refused."""
+    """Sensitivity declaration of an aggregation rule. A rule without one is refused under privacy."""
 
     linear: bool
-    """Whether the next adapter follows from the mean of the devices' changes, factor by factor, and from the adapter
-    that was sent, which is public: then clipping each and noising their sum once bounds what a device can do, and all
-    that is made of it is post-processing. Whatever is made of updates that are private already needs no such bound."""
+    """Whether the next adapter is a function of the mean change of the devices, factor by factor, and of the adapter
+    that was sent, which is public. Then clipping each change and noising their sum once bounds the influence of a
+    device, and everything derived from that sum is post-processing. Updates that are already private need no such
+    bound."""
     reason: str
-    turned: str | None = None
-    """Why a direction of its factors is not the one that it was in the round before; None: it is."""
+    rotation_reason: str | None = None
+    """Why a direction of the factors differs from the direction of the same index in the previous round; None if it is
+    the same direction."""
 
 
 class Aggregation(Protocol):
-    """A pure rule: the same updates in the same order give the same adapter."""
+    """Pure aggregation rule: the same updates in the same order give the same adapter."""
 
     sensitivity: Linearity
 
@@ -42,48 +44,59 @@ class Aggregation(Protocol):
     """Whether devices may train fewer directions than the shared adapter has."""
 
     stable_factors: bool
-    """Whether what is trained means the same in the next round: then what rounding left of one change may go into the
-    next one."""
+    """Whether the trained tensors keep their meaning in the next round, so that the quantization residual of one change
+    may be added to the next one."""
 
     def trains(self, round: int, /) -> str:
-        """What devices train in a round (`models.lora.trainable.PARTS`)."""
+        """Return which part of the adapter devices train in a round (`models.lora.trainable.PARTS`)."""
         ...
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        """The adapter after a round that started from `current`; at least one update.
+        """Compute the adapter after a round.
 
-        A site is a matter of the devices that trained it; one that nobody trained stays as it is.
+        Each site is aggregated over the devices that trained it. A site that no device trained stays unchanged.
+
+        Args:
+            current: adapter that the round started from.
+            updates: at least one update.
+            round: number of the round, 1 or more.
         """
         ...
 
 
 @runtime_checkable
 class RankAware(Protocol):
-    """A rule that keeps the first directions apart from the next, at the ranks that devices train."""
+    """Rule that keeps the directions of different device ranks apart (a rotation never mixes them)."""
 
     def with_ranks(self, ranks: Collection[int]) -> Aggregation:
-        """The same rule, which goes by these ranks: updates of older adapters don't show theirs, nor does one that is
-        made of all of them."""
+        """Return the same rule with the given device ranks.
+
+        They are passed explicitly because rebased updates of older adapters, and one update that combines all devices,
+        don't show the ranks that devices trained.
+        """
         ...
 
 
-def shares(updates: Updates, site: str) -> SiteUpdates:
-    """Those who trained a site, one direction or more: who did not does not dilute its mean. None if nobody did."""
-    each = ((adapter.get(site), weight) for adapter, weight in updates)
-    there = [(factors, weight) for factors, weight in each if factors is not None and len(factors.a)]
-    total = sum(weight for _, weight in there)
-    return [(factors, weight / total) for factors, weight in there]
+def site_updates(updates: Updates, site: str) -> SiteUpdates:
+    """Collect the updates of the devices that trained at least one direction of a site, with normalized weights.
+
+    Devices that did not train the site do not dilute its mean. Empty if no device trained it.
+    """
+    factors_and_weights = ((adapter.get(site), weight) for adapter, weight in updates)
+    trained = [(factors, weight) for factors, weight in factors_and_weights if factors is not None and len(factors.a)]
+    total = sum(weight for _, weight in trained)
+    return [(factors, weight / total) for factors, weight in trained]
 
 
-def always(trains: str) -> Callable[[int], str]:
-    """Of a rule under which devices train the same in every round."""
-    return lambda _: trains
+def in_every_round(part: str) -> Callable[[int], str]:
+    """Make the `trains` method of a rule under which devices train the same part in every round."""
+    return lambda _: part
 
 
-def check(updates: Updates) -> None:
-    """ValueError without an update, or for a weight that is not over 0."""
+def check_updates(updates: Updates) -> None:
+    """Raise ValueError if there is no update, or a weight is not positive."""
     if not updates:
-        raise ValueError("nothing to aggregate: keep the old adapter when no device replied")
+        raise ValueError("no updates to aggregate: keep the current adapter if no device replied")
     weights = [weight for _, weight in updates]
     if not all(weight > 0 for weight in weights):
         raise ValueError(f"{weights=}: must be over 0")

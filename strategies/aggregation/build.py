@@ -1,4 +1,4 @@
-"""The rule of aggregation and the server's optimiser that a configuration names."""
+"""Aggregation rule and server optimizer of a configuration."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.server_optimizers import FedAvgM, FedOpt, ServerOptimizer
 
 
-def aggregation(config: SimulationConfig) -> Aggregation:
-    """The rule that `aggregation.name` names, behind those of `robust.rules` that judge a whole round.
+def build_aggregation(config: SimulationConfig) -> Aggregation:
+    """Make the rule of `aggregation.name`, with the rules of `robust.rules` that compare all updates of a round.
 
-    Raises AntherError for a setting that it has not.
+    Raises:
+        AntherError: settings contradict each other.
     """
-    rule, chosen, robust = _aggregation(config), config.aggregation, config.robust
+    rule, settings, robust = _build_rule(config), config.aggregation, config.robust
     if robust.norm_bound is not None and "norm_bound" not in robust.rules:
         raise AntherError(
-            f"robust.norm_bound={robust.norm_bound:g}: nothing holds a change to it; add norm_bound to robust.rules, or "
-            "leave it null"
+            f"robust.norm_bound={robust.norm_bound:g} requires norm_bound in robust.rules; add it, or set it to null"
         )
-    if reason := next((said for name in robust.rules if (said := robust_conflict(chosen.name, name))), None):
+    conflicts = (robust_conflict(settings.name, name) for name in robust.rules)
+    if reason := next((reason for reason in conflicts if reason), None):
         raise AntherError(f"robust.rules: {reason}")
     if not set(robust.rules) - {"replay"}:
         return rule
     for name in robust.rules:
         lookup(ROBUST_RULES, "robust.rules", name)
     outliers = 0.2 if robust.outlier_fraction is None else robust.outlier_fraction
-    judging: dict[str, RobustRule] = {
+    reweighting: dict[str, RobustRule] = {
         "norm_bound": NormBound(bound=robust.norm_bound, factor=robust.norm_factor or 1.0),
         "krum": MultiKrum(outliers=outliers),
         "foolsgold": FoolsGold(),
@@ -48,106 +49,114 @@ def aggregation(config: SimulationConfig) -> Aggregation:
         "geometric_median": GeometricMedian(),
     }
     entrywise = {"median": Median(), "trimmed_mean": TrimmedMean(outliers=outliers)}
-    if unmade := [name for name in robust.rules if name not in {"replay", *judging, *entrywise}]:
+    if unknown := [name for name in robust.rules if name not in {"replay", *reweighting, *entrywise}]:
         raise AntherError(
-            f"robust.rules={unmade[0]}: it is registered, and strategies/aggregation/build.py doesn't make it"
+            f"robust.rules={unknown[0]}: registered, but strategies/aggregation/build.py does not create it"
         )
     last = robust.rules[-1]
     parts = {rule.trains(number) for number in (1, 2)} - {"both"}
     if last in entrywise and (parts or config.compression.keep_fraction < 1):
-        given = f"aggregation={chosen.name}" if parts else "compression.keep_fraction"
+        setting = f"aggregation={settings.name}" if parts else "compression.keep_fraction"
         raise AntherError(
-            f"robust.rules: {last} turns the factors, {given} needs them as they are; use geometric_median"
+            f"robust.rules: {last} rotates the factors, and {setting} requires stable factors; use geometric_median"
         )
-    if last in entrywise and chosen.weighting != "device":
+    if last in entrywise and settings.weighting != "device":
         raise AntherError(
-            f"aggregation.weighting={chosen.weighting}: {last} makes one update of all, which has no slices of different "
-            "devices; leave it device"
+            f"aggregation.weighting={settings.weighting}: {last} combines all updates into one, which has no slices of "
+            "different devices; use aggregation.weighting=device"
         )
-    whole = chosen.name in ("exact", "flora")
+    any_rank = settings.name in ("exact", "flora")
     return RobustAggregation(
         rule,
-        rules=[judging[name] for name in robust.rules if name in judging],
+        rules=[reweighting[name] for name in robust.rules if name in reweighting],
         entrywise=entrywise.get(last),
-        rank=chosen.max_rank if whole else config.adapter.shared.rank,
+        rank=settings.max_rank if any_rank else config.adapter.shared.rank,
         seed=derive_seed(config.seed, "robust"),
     )
 
 
-def replay(config: SimulationConfig, rule: Aggregation, sites: Sites, *, seed: int | None) -> ReplayFilter | None:
-    """What refuses replays, if `robust.rules` names it.
+def build_replay_filter(
+    config: SimulationConfig, rule: Aggregation, sites: Sites, *, seed: int | None
+) -> ReplayFilter | None:
+    """Make the replay filter if `robust.rules` names it.
 
     Args:
-        seed: of the probes; None in a real federation, where nobody is to know it.
+        config: configuration of the run.
+        rule: aggregation of the run.
+        sites: sites of the adapter.
+        seed: seed of the probes; None in a real federation, where it must be secret.
 
-    Raises AntherError for an aggregation of which no product is sent.
+    Raises:
+        AntherError: an aggregation under which no device sends a product.
     """
     if "replay" not in config.robust.rules:
         return None
     if rule.trains(1) == "split":
         raise AntherError(
             f"robust.rules: replay compares products, and with aggregation={config.aggregation.name} every device "
-            "keeps its own B; leave it out, or use aggregation=fedit"
+            "keeps its own B; remove it, or use aggregation=fedit"
         )
     return ReplayFilter(sites, seed=seed)
 
 
-def _aggregation(config: SimulationConfig) -> Aggregation:
-    """The rule that `aggregation.name` names."""
-    chosen, rank, seed = config.aggregation, config.adapter.shared.rank, derive_seed(config.seed, "aggregation")
-    name = chosen.name
-    settings = {"rank": rank, "seed": seed}
+def _build_rule(config: SimulationConfig) -> Aggregation:
+    """Make the rule of `aggregation.name`."""
+    settings, rank, seed = config.aggregation, config.adapter.shared.rank, derive_seed(config.seed, "aggregation")
+    name = settings.name
+    arguments = {"rank": rank, "seed": seed}
     if name == "exact":
-        own = {
-            "max_rank": chosen.max_rank,
-            "energy": chosen.energy_fraction,
-            "by_slice": chosen.weighting == "rank_slice",
+        exact = {
+            "max_rank": settings.max_rank,
+            "energy": settings.energy_fraction,
+            "by_slice": settings.weighting == "rank_slice",
         }
-        return cast(Aggregation, create(AGGREGATIONS, "aggregation.name", name, {**settings, **own}))
-    if chosen.weighting != "device":
+        return cast(Aggregation, create(AGGREGATIONS, "aggregation.name", name, {**arguments, **exact}))
+    if settings.weighting != "device":
+        raise AntherError(f"aggregation.weighting={settings.weighting} requires aggregation=exact, not {name}")
+    if settings.max_rank not in (None, rank):
         raise AntherError(
-            f"aggregation.weighting={chosen.weighting}: {name} weighs whole devices; use aggregation=exact"
+            f"aggregation.max_rank={settings.max_rank}: {name} uses adapter.shared.rank={rank}; use aggregation=exact"
         )
-    if chosen.max_rank not in (None, rank):
+    if settings.energy_fraction is not None:
         raise AntherError(
-            f"aggregation.max_rank={chosen.max_rank}: {name} goes by adapter.shared.rank={rank}; use aggregation=exact"
+            f"aggregation.energy_fraction={settings.energy_fraction}: {name} uses adapter.shared.rank; use "
+            "aggregation=exact"
         )
-    if chosen.energy_fraction is not None:
-        raise AntherError(
-            f"aggregation.energy_fraction={chosen.energy_fraction}: {name} goes by adapter.shared.rank; use aggregation=exact"
-        )
-    return cast(Aggregation, create(AGGREGATIONS, "aggregation.name", name, settings))
+    return cast(Aggregation, create(AGGREGATIONS, "aggregation.name", name, arguments))
 
 
-def optimiser(config: SimulationConfig, rule: Aggregation) -> ServerOptimizer | None:
-    """The server's, as `server_optimizer.name` names it; None if the rule's mean is the next adapter.
+def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> ServerOptimizer | None:
+    """Make the optimizer of `server_optimizer.name`; None if the rule's mean is the next adapter.
 
-    Raises AntherError for a rule whose factors are new each round, and for a rate of no step.
+    Raises:
+        AntherError: a rule whose factors change their meaning between rounds, or a learning rate without an optimizer.
     """
-    chosen = config.server_optimizer
-    if chosen.name == "none":
-        if chosen.lr is not None:
+    settings = config.server_optimizer
+    if settings.name == "none":
+        if settings.lr is not None:
             raise AntherError(
-                f"server_optimizer.lr={chosen.lr:g}: without an optimizer the mean is the next adapter; "
-                "choose server_optimizer.name=fedavgm, fedadam or fedyogi, or leave it null"
+                f"server_optimizer.lr={settings.lr:g}: without an optimizer the mean is the next adapter; use "
+                "server_optimizer.name=fedavgm, fedadam or fedyogi, or set it to null"
             )
         return None
-    if turned := rule.sensitivity.turned:
+    if reason := rule.sensitivity.rotation_reason:
         raise AntherError(
-            f"server_optimizer.name={chosen.name}: a change of factors adds up over rounds only where they stay the "
-            f"same, and of {config.aggregation.name} {turned}; use aggregation=exact or aggregation=fedit, without median or "
-            "trimmed_mean, or leave it none"
+            f"server_optimizer.name={settings.name}: changes of factors can be summed over rounds only if directions "
+            f"persist, and with {config.aggregation.name} {reason}; use aggregation=exact or aggregation=fedit, without "
+            "median or trimmed_mean, or server_optimizer.name=none"
         )
-    momentum = 0.9 if chosen.momentum is None else chosen.momentum
-    lookup(OPTIMIZERS, "server_optimizer.name", chosen.name)
-    if chosen.name == "fedavgm":
-        return FedAvgM(rate=chosen.lr or 1.0, momentum=momentum)
-    if chosen.name not in ("fedadam", "fedyogi"):
-        raise AntherError(f"server_optimizer.name={chosen.name}: it is registered, and nothing here makes it")
+    momentum = 0.9 if settings.momentum is None else settings.momentum
+    lookup(OPTIMIZERS, "server_optimizer.name", settings.name)
+    if settings.name == "fedavgm":
+        return FedAvgM(lr=settings.lr or 1.0, momentum=momentum)
+    if settings.name not in ("fedadam", "fedyogi"):
+        raise AntherError(
+            f"server_optimizer.name={settings.name}: registered, but strategies/aggregation/build.py does not create it"
+        )
     return FedOpt(
-        rate=chosen.lr or 0.003,
+        lr=settings.lr or 0.003,
         momentum=momentum,
-        second=0.99 if chosen.beta2 is None else chosen.beta2,
-        tau=chosen.tau or 1e-3,
-        yogi=chosen.name == "fedyogi",
+        beta2=0.99 if settings.beta2 is None else settings.beta2,
+        tau=settings.tau or 1e-3,
+        yogi=settings.name == "fedyogi",
     )

@@ -1,7 +1,7 @@
-"""The true mean of the adapters' products, in factored form: no out × in matrix is ever made.
+"""Exact mean of the adapters' products in factored form, without any out × in matrix.
 
-The factors of all devices (stacked, as in FLoRA, arXiv:2409.05976) are compressed to the best adapter of a given rank,
-and turned towards the last round's factors. Devices are taken in one at a time.
+The factors of all devices are stacked, as in FLoRA (arXiv:2409.05976), compressed to the best adapter of a given rank
+and rotated towards the factors of the previous round. Devices are added one at a time.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from torch import Tensor
 from common.errors import AntherError
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Linearity, Updates, always, check
+from strategies.aggregation import Aggregated, Linearity, Updates, check_updates, in_every_round
 from strategies.aggregation.factored import LowRankProduct, ProductSum, pad
 from strategies.aggregation.slices import SliceMean, rank_weights
 
 
-class Mean:
-    """Σ p_k ΔW_k / Σ p_k of every site over the devices that trained it, in memory that doesn't grow with their number.
+class ProductMean:
+    """Σ p_k ΔW_k / Σ p_k of each site over the devices that trained it.
 
-    Device k trained the first r_k directions of the current factors (A_g, B_g) and left the others as they were, so
-    ΔW_k = B_k A_k + B_g[:, r_k:] A_g[r_k:].
+    Memory does not grow with the number of devices. Device k trained the first r_k directions of the current factors
+    (A_g, B_g) and left the others unchanged, so ΔW_k = B_k A_k + B_g[:, r_k:] A_g[r_k:].
 
     Args:
-        max_rank: the most directions that are going to be asked for; None: all.
-        seed: of the random vectors that sums are compressed with.
+        current: adapter that the round started from.
+        max_rank: largest rank that `best` is called with; None: no limit.
+        seed: seed of the random vectors that compress the sums.
     """
 
     def __init__(self, current: Adapter, *, max_rank: int | None, seed: int) -> None:
         self.current = current
-        self.ranks: set[int] = set()  # that devices trained, anywhere
+        self.ranks: set[int] = set()  # ranks that devices trained at any site
         self._weights: dict[str, dict[int, float]] = {site: {} for site in current}  # Σ p_k by r_k
         self._sums = {
             site: ProductSum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
@@ -42,8 +43,8 @@ class Mean:
         }
 
     def add(self, adapter: Adapter, weight: float) -> None:
-        """One more device. ValueError for a weight that is not over 0."""
-        check([(adapter, weight)])
+        """Add the update of one device. Raises ValueError for a weight that is not positive."""
+        check_updates([(adapter, weight)])
         for site, (a, b) in adapter.items():
             if size := a.shape[0]:
                 self._sums[site].add(a, b, weight)
@@ -52,34 +53,47 @@ class Mean:
                 self.ranks.add(size)
 
     def best(self, site: str, *, max_rank: int | None, energy: float | None) -> LowRankProduct | None:
-        """The best approximation of a site's mean, which nothing can be added to then; None if nobody trained it."""
+        """Compute the best low-rank approximation of the mean at a site; call it once, after the last `add`.
+
+        Args:
+            site: name of the site.
+            max_rank: largest rank of the result; None: no limit.
+            energy: fraction of Σ σ² to keep; None: all.
+
+        Returns:
+            The approximation, or None if no device trained the site.
+        """
         weights, (a, b) = self._weights[site], self.current[site]
         if not weights:
             return None
         for size, weight in weights.items():
             self._sums[site].add(a[size:], b[:, size:], weight)
-        found = self._sums[site].best(max_rank=max_rank, energy=energy)
-        return found._replace(b=found.b / sum(weights.values()))
+        best = self._sums[site].best(max_rank=max_rank, energy=energy)
+        return best._replace(b=best.b / sum(weights.values()))
 
 
 class Exact:
-    """Mean of products, truncated to `max_rank` and to what `energy` needs (None: every direction that is there).
+    """Mean of products, truncated to `max_rank` and to the directions that `energy` needs.
 
-    The factors come out with A's rows orthonormal and all scale in B. Rows of a fresh A, N(0, 1/in), have norm ≈ 1 too,
-    so a learning rate means the same in every round; with √σ on both sides A would shrink by the size of the update
-    and the next round would hardly move.
+    The rows of A in the result are orthonormal and B carries all the scale. Rows of a fresh A ~ N(0, 1/in) also have
+    norm ≈ 1, so a learning rate has the same effect in every round. With √σ on both sides, A would shrink with the size
+    of the update and the next round would hardly move.
 
     Args:
-        by_slice: weigh every slice of rank by itself (`strategies.aggregation.slices`).
+        rank: smallest rank of the result; it is padded to it.
+        max_rank: largest rank of the result; None: no limit.
+        energy: fraction of Σ σ² to keep; None: all.
+        by_slice: weight each slice of rank separately (`strategies.aggregation.slices`).
+        seed: seed of the random vectors that compress sums and fill unused directions.
     """
 
     mixed_ranks = True
     stable_factors = False
-    trains = staticmethod(always("both"))
+    trains = staticmethod(in_every_round("both"))
     sensitivity = Linearity(
         linear=False,
-        reason="a product of two factors isn't linear in them, and the singular vectors that are kept, and how many, "
-        "follow from the updates: no clip of one bounds what it does to the mean",
+        reason="a product of two factors is not linear in them, and the updates determine which and how many singular "
+        "vectors are kept: clipping one update does not bound its effect on the mean",
     )
 
     def __init__(
@@ -92,37 +106,37 @@ class Exact:
         self._ranks: Collection[int] = ()
 
     def with_ranks(self, ranks: Collection[int]) -> Exact:
-        """As of `RankAware`."""
-        found = copy(self)
-        found._ranks = ranks
-        return found
+        """See `RankAware.with_ranks`."""
+        rule = copy(self)
+        rule._ranks = ranks
+        return rule
 
-    def start(self, current: Adapter) -> Mean:
-        """A round without a device yet."""
-        return Mean(current, max_rank=self._max_rank, seed=derive_seed(self._seed, "compression"))
+    def start(self, current: Adapter) -> ProductMean:
+        """Create the empty mean of a round."""
+        return ProductMean(current, max_rank=self._max_rank, seed=derive_seed(self._seed, "compression"))
 
-    def finish(self, mean: Mean | SliceMean, *, round: int) -> Aggregated:
-        """The mean product at one rank for all sites.
+    def finish(self, mean: ProductMean | SliceMean, *, round: int) -> Aggregated:
+        """Compute the adapter of a mean, with one rank at all sites.
 
-        Diagnostics, means over the sites that were trained: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative
-        distance from the mean; `rank`, of the result; `live`, its most directions with a B that is not zero.
+        Diagnostics: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative distance from the mean, both averaged over
+        the trained sites; `rank` of the result; `live`, the largest number of directions with a nonzero B at any site.
         """
-        found: dict[str, Factors] = {}
+        factors_of: dict[str, Factors] = {}
         energies, live = [], 0
         for site, current in mean.current.items():
             best = mean.best(site, max_rank=self._max_rank, energy=self._energy)
             if best is None:
-                found[site] = current
+                factors_of[site] = current
                 continue
-            found[site] = Factors(*align(best.a, best.b, current.a.double(), sorted(self._ranks or mean.ranks)))
+            factors_of[site] = Factors(*align(best.a, best.b, current.a.double(), sorted(self._ranks or mean.ranks)))
             energies.append(best.energy)
             live = max(live, len(best.a))
-        size = max(self._rank, *(len(factors.a) for factors in found.values()))
+        size = max(self._rank, *(len(factors.a) for factors in factors_of.values()))
         adapter = {
             site: pad(factors, size, derive_seed(self._seed, round, site, "dead directions"))
-            for site, factors in found.items()
+            for site, factors in factors_of.items()
         }
-        # What was cut is orthogonal to what was kept.
+        # The truncated part is orthogonal to the kept one.
         residuals = [max(0.0, 1.0 - energy) ** 0.5 for energy in energies]
         trained = max(1, len(energies))
         diagnostics = {
@@ -134,9 +148,9 @@ class Exact:
         return Aggregated(adapter, diagnostics)
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        """All of a round at once, as `start`, `Mean.add` and `finish` make it of one device after another."""
-        check(updates)
-        mean: Mean | SliceMean = self.start(current)
+        """Aggregate all updates of a round: `start`, then `add` for each device, then `finish`."""
+        check_updates(updates)
+        mean: ProductMean | SliceMean = self.start(current)
         if self._by_slice:
             seed = derive_seed(self._seed, "compression")
             mean = SliceMean(current, rank_weights(updates), max_rank=self._max_rank, seed=seed)
@@ -146,11 +160,20 @@ class Exact:
 
 
 def align(a: Tensor, b: Tensor, towards: Tensor, blocks: list[int]) -> tuple[Tensor, Tensor]:
-    """Rotate the directions so that A is as near as it can be to the last round's A; the product stays.
+    """Rotate the directions of B A so that A is as close as possible to the A of the previous round.
 
-    Orthogonal Procrustes: min ‖Q A − A'‖_F over rotations Q is U Vᵀ of the SVD of A' Aᵀ (Schönemann, 1966).
-    Directions rotate only among those before the first of `blocks`, between two of them, or after the last, which are
-    the ranks that devices train: whoever trains the first r still holds the r strongest.
+    Orthogonal Procrustes: the rotation Q that minimizes ‖Q A − A'‖_F is U Vᵀ of the SVD of A' Aᵀ (Schönemann, 1966).
+    Directions rotate only within a block: before the first of `blocks`, between two of them, or after the last. A
+    device that trains the first r directions therefore keeps the r strongest.
+
+    Args:
+        a: A `[r, in]`.
+        b: B `[out, r]`.
+        towards: A' `[r', in]`, the A of the previous round.
+        blocks: ranks that devices train, ascending.
+
+    Returns:
+        Rotated A and B, with the same product.
     """
     edges = [0, *(edge for edge in blocks if edge < a.shape[0]), a.shape[0]]
     rows, columns = [], []

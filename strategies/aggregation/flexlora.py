@@ -1,7 +1,7 @@
-"""FlexLoRA: the mean of whole products, given back to each device at its own rank (Bai et al., 2024, arXiv:2402.11505).
+"""FlexLoRA: the mean of full products, sent to each device at its own rank (Bai et al., 2024, arXiv:2402.11505).
 
-Devices train the first r_k directions of the singular value decomposition of the mean. There the mean is formed as a
-matrix; here by its factors, with the same result.
+Devices train the first r_k directions of the singular value decomposition of the mean. The paper forms the mean as a
+matrix; here it is computed in factored form, with the same result.
 """
 
 from __future__ import annotations
@@ -12,39 +12,47 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Linearity, SiteUpdates, Updates, always, check, shares
+from strategies.aggregation import (
+    Aggregated,
+    Linearity,
+    SiteUpdates,
+    Updates,
+    check_updates,
+    in_every_round,
+    site_updates,
+)
 from strategies.aggregation.factored import ProductSum, mean_residual, pad
 
 NOT_LINEAR = Linearity(
     linear=False,
-    reason="a product of two factors isn't linear in them, and the singular vectors that are kept follow from the "
-    "updates: no clip of one bounds what it does to them",
-    turned="the singular vectors of each round's mean are others than the last round's",
+    reason="a product of two factors is not linear in them, and the updates determine which singular vectors are kept: "
+    "clipping one update does not bound its effect",
+    rotation_reason="the singular vectors of each round's mean differ from those of the previous round",
 )
 
 
 class FlexLoRA:
-    """Σ p_k B_k A_k truncated to `rank`, with A's rows orthonormal and all scale in B.
+    """Σ p_k B_k A_k truncated to `rank`; the rows of A are orthonormal and B carries all the scale.
 
-    In the paper a device holds nothing beyond its own rank, so that nothing of it enters the mean: directions that few
-    train fade. Here they stay frozen beside what it trains, and fade all the same.
+    A device in the paper holds nothing beyond its own rank, which therefore adds nothing to the mean: directions that
+    few devices train fade. Here these directions stay frozen beside the trained ones, and fade in the same way.
     """
 
     mixed_ranks = True
     stable_factors = False
-    trains = staticmethod(always("both"))
+    trains = staticmethod(in_every_round("both"))
     sensitivity = NOT_LINEAR
 
     def __init__(self, *, rank: int, seed: int) -> None:
         self._rank, self._seed = rank, seed
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        """The best adapter of `rank` for the mean; diagnostics as those of `truncated_sum`."""
+        """Compute the best adapter of `rank` for the mean; diagnostics as in `truncated_sum`."""
 
-        def whole(before: Factors, there: SiteUpdates) -> Sequence[tuple[Tensor, Tensor]]:  # noqa: ARG001
-            return [(factors.a, p * factors.b) for factors, p in there]
+        def products(before: Factors, trained: SiteUpdates) -> Sequence[tuple[Tensor, Tensor]]:  # noqa: ARG001
+            return [(factors.a, p * factors.b) for factors, p in trained]
 
-        return truncated_sum(current, updates, whole, rank=self._rank, seed=derive_seed(self._seed, round))
+        return truncated_sum(current, updates, products, rank=self._rank, seed=derive_seed(self._seed, round))
 
 
 def truncated_sum(
@@ -55,27 +63,30 @@ def truncated_sum(
     rank: int,
     seed: int,
 ) -> Aggregated:
-    """At each site the best factors of `rank` of the sum of these terms.
+    """Compute the best factors of `rank` for a sum of terms at each site.
 
-    Diagnostics, means over the sites that were trained: `energy`, what truncation keeps of the sum, and `residual`, the
-    relative distance of the result from the true mean of what devices made of the adapter.
+    Diagnostics, averaged over the trained sites: `energy`, the fraction of the sum that truncation keeps, and
+    `residual`, the relative distance of the result from the exact mean of the devices' products.
 
     Args:
-        terms: factors A [r, in] and B [out, r] of each, from the site's current factors and its shares.
-        seed: of random vectors, and of A in directions that the sum has not.
+        current: adapter that the round started from.
+        updates: at least one update.
+        terms: makes the factors A `[r, in]` and B `[out, r]` of each term from the site's current factors and updates.
+        rank: rank of the result.
+        seed: seed of the random vectors, and of A in directions that the sum does not have.
     """
-    check(updates)
-    found, energies, residuals = dict(current), [], []
+    check_updates(updates)
+    adapter, energies, residuals = dict(current), [], []
     for site, before in current.items():
-        if not (there := shares(updates, site)):
+        if not (trained := site_updates(updates, site)):
             continue
         total = ProductSum(inputs=before.a.shape[1], outputs=len(before.b), max_rank=rank, seed=derive_seed(seed, site))
-        for a, b in terms(before, there):
+        for a, b in terms(before, trained):
             total.add(a, b)
         best = total.best(max_rank=rank)
-        found[site] = pad(Factors(best.a, best.b), rank, derive_seed(seed, site, "dead directions"))
+        adapter[site] = pad(Factors(best.a, best.b), rank, derive_seed(seed, site, "dead directions"))
         energies.append(best.energy)
-        residuals.append(mean_residual(found[site], before, there))
-    trained = max(1, len(residuals))
-    energy = sum(energies) / trained if energies else 1.0
-    return Aggregated(found, {"rank": float(rank), "energy": energy, "residual": sum(residuals) / trained})
+        residuals.append(mean_residual(adapter[site], before, trained))
+    count = max(1, len(residuals))
+    energy = sum(energies) / count if energies else 1.0
+    return Aggregated(adapter, {"rank": float(rank), "energy": energy, "residual": sum(residuals) / count})

@@ -1,4 +1,7 @@
-"""The mean of one factor where the other is everybody's: the products' own mean, Σ p_k B_k A = (Σ p_k B_k) A."""
+"""Mean of one factor if the other one is common to all devices.
+
+It equals the mean of the products: Σ p_k B_k A = (Σ p_k B_k) A.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,38 @@ import torch
 from torch import Tensor
 
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import SiteUpdates, Updates, check, shares
+from strategies.aggregation import SiteUpdates, Updates, check_updates, site_updates
 
 
 def factor_mean(factor: str, current: Adapter, updates: Updates) -> Adapter:
-    """The mean of A (`a`) or of B (`b`) at each site over the devices that trained it, beside the current other one.
+    """Average one factor at each site over the devices that trained it, and keep the other one.
 
-    Exact for ranks that differ: device k trained the first r_k directions of the current adapter and left the others as
-    they were, so those of others count with what they were. Float32, from sums in float64.
+    Exact for different ranks too: device k trained the first r_k directions of the current adapter and left the others
+    unchanged, so these count with their current values. Sums are float64, the result is float32.
+
+    Args:
+        factor: `a` or `b`.
+        current: adapter that the round started from.
+        updates: at least one update.
     """
-    check(updates)
-    found = dict(current)
+    check_updates(updates)
+    adapter = dict(current)
     for site, before in current.items():
-        if there := shares(updates, site):
-            found[site] = (
-                Factors(_mean(before.a, there, 0), before.b)
+        if trained := site_updates(updates, site):
+            adapter[site] = (
+                Factors(_mean(before.a, trained, 0), before.b)
                 if factor == "a"
-                else Factors(before.a, _mean(before.b, there, 1))
+                else Factors(before.a, _mean(before.b, trained, 1))
             )
-    return found
+    return adapter
 
 
-def _mean(before: Tensor, there: SiteUpdates, which: int) -> Tensor:
-    """Σ p_k of one factor, with the directions that a device did not train as they were."""
+def _mean(before: Tensor, updates: SiteUpdates, index: int) -> Tensor:
+    """Compute the weighted sum of the factor at `index`; untrained directions count with their current values."""
     total = torch.zeros_like(before, dtype=torch.float64)
-    for factors, p in there:
-        whole = before.double()
-        own = factors[which].double()
-        whole[: own.shape[0], : own.shape[1]] = own
-        total += p * whole
+    for factors, p in updates:
+        completed = before.double()
+        trained = factors[index].double()
+        completed[: trained.shape[0], : trained.shape[1]] = trained
+        total += p * completed
     return total.to(before.dtype)

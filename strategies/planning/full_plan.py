@@ -1,4 +1,4 @@
-"""The plan of a device without limits, from a run's configuration."""
+"""Plan of a device without limits, from the configuration of a run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
-from strategies.aggregation.build import aggregation
+from strategies.aggregation.build import build_aggregation
 from strategies.private_evaluation import evaluation_mechanisms
 
 
 def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingPlan:
-    """What a device without limits is asked to do each round; σ is solved for all rounds and measurements together.
+    """Make the plan of a device without limits, with σ solved for all rounds and evaluations together.
 
-    q and the divisor of the noised sum are public constants: the pictures that an owner is expected to give, not those
-    that were counted.
+    q and the divisor of the noised sum are public constants: they assume the number of pictures that an owner is
+    expected to provide, not the actual one.
+
+    Args:
+        config: configuration of the run.
+        run: name of the run.
+        base: hash of its base.
+
+    Raises:
+        AntherError: settings contradict each other.
     """
     shared, privacy = config.adapter.shared, None
     if config.privacy.of_examples:
@@ -34,15 +42,14 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
             draws=config.privacy.noise_multiplicity,
             delta=config.privacy.delta,
         )
-    compression, rule = config.compression, aggregation(config)
+    compression, rule = config.compression, build_aggregation(config)
     if compression.keep_fraction < 1 and not rule.stable_factors:
         raise AntherError(
-            f"compression.keep_fraction={compression.keep_fraction}: what is held back fits no later round, since "
-            f"{config.aggregation.name} turns or "
-            "changes the factors; use aggregation=fedit, or leave it 1"
+            f"compression.keep_fraction={compression.keep_fraction}: the residual can't be used in a later round, since "
+            f"{config.aggregation.name} rotates or replaces the factors; use aggregation=fedit, or leave it 1"
         )
     scaffold = config.drift_correction == "scaffold"
-    if scaffold and (reason := _uncorrected(config, rule)):
+    if scaffold and (reason := _scaffold_conflict(config, rule)):
         raise AntherError(f"drift_correction=scaffold: {reason}")
     return TrainingPlan(
         run=run,
@@ -62,15 +69,16 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
     )
 
 
-def _uncorrected(config: SimulationConfig, rule: Aggregation) -> str | None:
-    """Why SCAFFOLD's control variates would mean nothing, and how to mend it; None if they go with all the rest."""
+def _scaffold_conflict(config: SimulationConfig, rule: Aggregation) -> str | None:
+    """Return why SCAFFOLD can't be combined with other settings, and what to change; None if it can."""
     name = config.aggregation.name
     if not rule.stable_factors:
         return (
-            f"a control variate fits no later round, since {name} turns or changes the factors; use aggregation=fedit"
+            f"a control variate can't be used in a later round, since {name} rotates or replaces the factors; use "
+            "aggregation=fedit"
         )
     if not rule.sensitivity.linear:
-        return f"the server's control variate is a plain mean, and {name} is none; use aggregation=fedit"
+        return f"the server's control variate is a plain mean, and {name} is not; use aggregation=fedit"
     if config.adapter.shared.optimizer != "sgd":
         return (
             "only with plain SGD are a device's steps a sum of gradients; set adapter.shared.optimizer=sgd, and a "
@@ -78,18 +86,19 @@ def _uncorrected(config: SimulationConfig, rule: Aggregation) -> str | None:
         )
     if config.privacy.of_devices:
         return (
-            f"with privacy={config.privacy.level} the server's control variate would be made of updates before they "
+            f"with privacy={config.privacy.level} the server's control variate would depend on updates before they "
             "are noised; use privacy=example or none"
         )
     if config.robust.rules:
         return (
-            "every update enters the server's control variate, also one that robust.rules leaves out, and from "
-            "there all devices; leave one of them out"
+            "every update enters the server's control variate, and through it all devices, even an update that "
+            "robust.rules removes; use only one of both"
         )
     if config.planning.name == "device":
-        return "a control variate is of every site that was sent; use planning.name=full"
+        return "a control variate covers every site that was sent; use planning.name=full"
     if config.round_loop.mode == "async":
         return (
-            "a control variate belongs to one round's adapter, and with round_loop.mode=async rounds overlap; use sync"
+            "a control variate belongs to the adapter of one round, and with round_loop.mode=async rounds overlap; use "
+            "sync"
         )
     return None

@@ -1,9 +1,9 @@
-"""Which sets of sites are worth training at: a knapsack by memory and time (after Fed-pilot, arXiv:2410.10200).
+"""Sets of sites worth training: a knapsack over memory and time (after Fed-pilot, arXiv:2410.10200).
 
-A set's memory and time follow from the first of its sites that a pass comes to, and from each site by itself
-(`models.footprint.site_costs`). So sets are built from the last site forwards, as a knapsack's partial solutions are, and a set that
-another one beats in memory, time and gain at once is left out (Nemhauser & Ullmann, 1969). All devices share one list;
-each takes the best that it can hold, so that more memory is never worse.
+Memory and time of a set follow from the first of its sites in the order of a forward pass, and from each site
+separately (`models.footprint.site_costs`). Sets are therefore built from the last site forwards, like partial solutions
+of a knapsack, and a set that another one dominates in memory, time and gain is dropped (Nemhauser & Ullmann, 1969). All
+devices share one list, and each takes the best set that fits, so that more memory is never worse.
 """
 
 from __future__ import annotations
@@ -14,66 +14,68 @@ from typing import NamedTuple
 
 from models.footprint.site_costs import PassCosts
 
-MOST = 128
-"""Partial sets that are kept. Up to seven sites nothing is lost; of more, gains that lie close stand for each other."""
+MAX_PARTIAL_SETS = 128
+"""Partial sets that are kept. Up to seven sites nothing is lost; with more, sets of similar gain are thinned out."""
 
 
 class SiteSet(NamedTuple):
-    """A set of sites, and what it comes to."""
+    """Set of sites, with its costs and gain."""
 
     bytes: int
-    """The most that a pass holds."""
+    """Peak memory of a pass."""
     work: float
-    """Time of a pass, as a share of one at every site."""
+    """Time of a pass, as a fraction of a pass that trains every site."""
     gain: float
-    """Share of what training at every site is worth."""
+    """Gain, as a fraction of that of training every site."""
     sites: tuple[str, ...]
 
 
-class _Part(NamedTuple):
-    """Some sites without what comes before them."""
+class _PartialSet(NamedTuple):
+    """Some sites, without the costs of the layers before them."""
 
     bytes: int
     work: float
     gain: float
     first: str | None = None
-    rest: _Part | None = None
+    rest: _PartialSet | None = None
 
     def names(self) -> Iterator[str]:
-        part: _Part | None = self
+        part: _PartialSet | None = self
         while part is not None and part.first is not None:
             yield part.first
             part = part.rest
 
 
-def choices(costs: PassCosts, gains: Mapping[str, float], *, most: int = MOST) -> list[SiteSet]:
-    """Sets of sites, one of all among them, and each site by itself unless another set beats it.
+def site_sets(costs: PassCosts, gains: Mapping[str, float], *, max_partial: int = MAX_PARTIAL_SETS) -> list[SiteSet]:
+    """List sets of sites, including the set of all, and each single site unless another set dominates it.
 
     Args:
-        gains: of each site, 0 or more; those of all together are 1.
-        most: partial sets that are kept. With 2^(number of sites) of them the list holds the best set for any limits.
+        costs: costs of each site.
+        gains: gain of each site, 0 or more, with the sum 1.
+        max_partial: number of partial sets that are kept. With 2^(number of sites), the list has the best set for any
+            limits.
     """
-    found: list[SiteSet] = []
-    parts = [_Part(0, 0.0, 0.0)]
+    sets: list[SiteSet] = []
+    partial_sets = [_PartialSet(0, 0.0, 0.0)]
     for site in reversed(costs.sites):
-        longer = [
-            _Part(
+        extended = [
+            _PartialSet(
                 part.bytes + site.site_bytes, part.work + site.site_work, part.gain + gains[site.name], site.name, part
             )
-            for part in parts
+            for part in partial_sets
         ]
-        found += [
+        sets += [
             SiteSet(site.peak_bytes + part.bytes, site.work + part.work, part.gain, tuple(part.names()))
-            for part in longer
+            for part in extended
         ]
-        parts = _thinned(_unbeaten([*parts, *longer]), most)
-    return found
+        partial_sets = _thin(_pareto_front([*partial_sets, *extended]), max_partial)
+    return sets
 
 
-def _unbeaten(parts: list[_Part]) -> list[_Part]:
-    """Those that no other has as much gain as, in as few bytes and as little work; by falling gain."""
-    kept: list[_Part] = []
-    stairs: list[tuple[int, float]] = []  # of all kept so far: bytes rise, work falls
+def _pareto_front(parts: list[_PartialSet]) -> list[_PartialSet]:
+    """Drop sets that another one matches in gain with no more bytes and work; sort by descending gain."""
+    front: list[_PartialSet] = []
+    stairs: list[tuple[int, float]] = []  # of all sets so far: bytes ascending, work descending
     for part in sorted(parts, key=lambda part: (-part.gain, part.bytes, part.work)):
         at = bisect_left(stairs, (part.bytes, float("inf")))
         if at and stairs[at - 1][1] <= part.work:
@@ -82,12 +84,12 @@ def _unbeaten(parts: list[_Part]) -> list[_Part]:
         while end < len(stairs) and stairs[end][1] >= part.work:
             end += 1
         stairs[at:end] = [(part.bytes, part.work)]
-        kept.append(part)
-    return kept
+        front.append(part)
+    return front
 
 
-def _thinned(parts: list[_Part], most: int) -> list[_Part]:
-    """At most so many of them, from the first to the last in equal steps."""
-    if len(parts) <= most:
+def _thin(parts: list[_PartialSet], limit: int) -> list[_PartialSet]:
+    """Keep at most `limit` sets, equally spaced from the first to the last."""
+    if len(parts) <= limit:
         return parts
-    return [parts[round(place * (len(parts) - 1) / (most - 1))] for place in range(most)]
+    return [parts[round(index * (len(parts) - 1) / (limit - 1))] for index in range(limit)]

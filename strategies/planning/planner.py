@@ -1,4 +1,4 @@
-"""A plan for each device that can be asked, and what it should cost."""
+"""Planner: a plan for each device, with its predicted cost."""
 
 from __future__ import annotations
 
@@ -9,53 +9,60 @@ from models.lora.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning.knapsack import SiteSet
 from strategies.planning.plan import PlanLimits, affordable_steps, restricted_plan, seconds_per_step, transfer_seconds
-from strategies.planning.site_selection import SiteSelector, fitted
+from strategies.planning.site_selection import SiteSelector, best_plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """What a device would be asked to do."""
+class PlannedDevice:
+    """Plan of a device, and its predicted cost."""
 
     plan: TrainingPlan
     seconds: float
-    """That it should take, with its transfers."""
+    """Including transfers."""
     joules: float
-    """That its training should take."""
+    """Energy of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans within limits.
+    """Make plans within limits.
 
     Args:
-        sites: of the adapter.
-        mixed_ranks: whether a device may train a lower rank than the full plan's; if not, who can't is left out.
-        fitting: chooses the sites that a device trains at; None: all of them, in one step at least.
+        sites: sites of the adapter.
+        limits: limits of the run.
+        mixed_ranks: whether a device may train a lower rank than that of the full plan; if not, it is left out.
+        site_selector: selects the sites that a device trains; None: all of them, for at least one step.
     """
 
     sites: Sites
     limits: PlanLimits
     mixed_ranks: bool = True
-    fitting: SiteSelector | None = None
+    site_selector: SiteSelector | None = None
 
     def plans(
         self, reports: Iterable[DeviceReport], full: TrainingPlan, *, adapter: Adapter, download: int
-    ) -> dict[str, Planned]:
-        """Of each device by its name, but for those that can do nothing of this; never more than `full`.
+    ) -> dict[str, PlannedDevice]:
+        """Plan for each device, never more than `full`; devices without a feasible plan are left out.
 
-        Devices that tell the same of themselves have one plan, which is made once.
+        Devices with equal reports share one plan, which is computed once.
 
         Args:
-            adapter: that is sent, in so many bytes.
+            reports: reports of the devices.
+            full: plan of a device without limits.
+            adapter: adapter that is sent.
+            download: its bytes.
+
+        Returns:
+            Plans by device name.
         """
-        choices: dict[tuple[str, ...] | None, list[SiteSet]] = {}
-        known: dict[DeviceReport, Planned | None] = {}
+        site_sets: dict[tuple[str, ...] | None, list[SiteSet]] = {}
+        by_report: dict[DeviceReport, PlannedDevice | None] = {}
         plans = {}
         for report in reports:
-            kind = replace(report, device="")
-            if kind not in known:
-                known[kind] = self._plan(kind, full, adapter, choices, download)
-            if (planned := known[kind]) is not None:
+            anonymous = replace(report, device="")
+            if anonymous not in by_report:
+                by_report[anonymous] = self._plan(anonymous, full, adapter, site_sets, download)
+            if (planned := by_report[anonymous]) is not None:
                 plans[report.device] = planned
         return plans
 
@@ -64,30 +71,53 @@ class Planner:
         report: DeviceReport,
         full: TrainingPlan,
         adapter: Adapter,
-        choices: dict[tuple[str, ...] | None, list[SiteSet]],
+        site_sets: dict[tuple[str, ...] | None, list[SiteSet]],
         download: int,
-    ) -> Planned | None:
-        """Args:
-        choices: of the devices that train at these sites; those that are missing are put in.
+    ) -> PlannedDevice | None:
+        """Plan for one device.
+
+        Args:
+            report: report of the device, without its name.
+            full: plan of a device without limits.
+            adapter: adapter that is sent.
+            site_sets: cache of site sets by the sites that a device can train; missing entries are added.
+            download: bytes of the adapter.
         """
-        most = restricted_plan(report, full, self.limits, sites=self.sites, mixed_ranks=self.mixed_ranks)
-        if most is None:
+        restricted = restricted_plan(report, full, self.limits, sites=self.sites, mixed_ranks=self.mixed_ranks)
+        if restricted is None:
             return None
-        if self.fitting is None:
-            return self.whole(report, most, download=download)
-        if most.sites not in choices:
-            choices[most.sites] = self.fitting.choices(adapter, most.sites)
-        best = fitted(report, most, self.limits, self.fitting, choices[most.sites], sites=self.sites, download=download)
-        return None if best is None else self._planned(report, *best, download)
+        if self.site_selector is None:
+            return self.at_every_site(report, restricted, download=download)
+        if restricted.sites not in site_sets:
+            site_sets[restricted.sites] = self.site_selector.site_sets(adapter, restricted.sites)
+        best = best_plan(
+            report,
+            restricted,
+            self.limits,
+            self.site_selector,
+            site_sets[restricted.sites],
+            sites=self.sites,
+            download=download,
+        )
+        return None if best is None else self._with_cost(report, *best, download)
 
-    def whole(self, report: DeviceReport, most: TrainingPlan, *, download: int) -> Planned:
-        """At every site that there is and at least one step, whether or not the device can do it."""
-        sent = transfer_seconds(report, most, sites=self.sites, download=download)
-        steps = affordable_steps(report, self.limits, transfer_seconds=sent, step=seconds_per_step(report, most))
-        return self._planned(report, replace(most, steps=max(1, min(most.steps, steps))), 1.0, download)
+    def at_every_site(self, report: DeviceReport, full: TrainingPlan, *, download: int) -> PlannedDevice:
+        """Plan every site of `full` and at least one step, whether or not this is feasible for the device."""
+        transfers = transfer_seconds(report, full, sites=self.sites, download=download)
+        steps = affordable_steps(
+            report, self.limits, transfer_seconds=transfers, seconds_per_step=seconds_per_step(report, full)
+        )
+        return self._with_cost(report, replace(full, steps=max(1, min(full.steps, steps))), 1.0, download)
 
-    def _planned(self, report: DeviceReport, plan: TrainingPlan, work: float, download: int) -> Planned:
-        """What a plan should cost whose steps take this share of those at every site."""
+    def _with_cost(self, report: DeviceReport, plan: TrainingPlan, work: float, download: int) -> PlannedDevice:
+        """Predict the cost of a plan.
+
+        Args:
+            report: report of the device.
+            plan: its plan.
+            work: time of a step, as a fraction of a step that trains every site.
+            download: bytes of the adapter.
+        """
         training = plan.steps * seconds_per_step(report, plan) * work
-        sent = transfer_seconds(report, plan, sites=self.sites, download=download)
-        return Planned(plan=plan, seconds=sent + training, joules=training * report.watts)
+        transfers = transfer_seconds(report, plan, sites=self.sites, download=download)
+        return PlannedDevice(plan=plan, seconds=transfers + training, joules=training * report.watts)

@@ -1,4 +1,4 @@
-"""Plans that fit a device: the sites that it trains at, and how many steps, by its memory, its time and its power."""
+"""Site selection: the sites and steps that fit a device's memory, time and power."""
 
 from __future__ import annotations
 
@@ -14,96 +14,112 @@ from models.footprint.footprint import MARGIN, example_shapes
 from models.footprint.site_costs import PassCosts, pass_costs
 from models.lora.adapter import Adapter, Factors, Sites
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.knapsack import SiteSet, choices
+from strategies.planning.knapsack import SiteSet, site_sets
 from strategies.planning.plan import PlanLimits, affordable_steps, seconds_per_step, transfer_seconds
 
 RUNTIME = 390 << 20
-"""Bytes of a process before there is a network, as profiles of conf/device have them."""
-EVEN = 0.5
-"""Share of all gain that is dealt evenly: a site that nobody has trained yet has no product to go by."""
+"""Bytes of a process before it loads a network, as in the profiles of conf/device."""
+UNIFORM_FRACTION = 0.5
+"""Fraction of the total gain that is distributed uniformly: a site without training so far has no product norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteSelector:
-    """What it costs to train at sites of the run's base.
+    """Costs of training at sites of the run's base.
 
     Args:
-        costs: with a rank that no plan exceeds.
-        memory: how many times its memory a pass takes, of a base that stands for a larger one.
-        runtime_bytes: of a process before there is a network.
+        costs: costs at a rank that no plan exceeds.
+        memory_factor: factor of a pass's memory, for a base that stands for a larger one.
+        runtime_bytes: bytes of a process before it loads a network.
     """
 
     costs: PassCosts
-    memory: float = 1.0
+    memory_factor: float = 1.0
     runtime_bytes: int = RUNTIME
 
-    def choices(self, adapter: Adapter, among: Collection[str] | None = None) -> list[SiteSet]:
-        """The sets of sites that a round's plans are made of, by what this adapter gains at each.
+    def site_sets(self, adapter: Adapter, trainable: Collection[str] | None = None) -> list[SiteSet]:
+        """List the sets of sites for the plans of a round, by the gains of this adapter.
 
         Args:
-            among: sites that may be trained; None: all.
+            adapter: adapter that is sent.
+            trainable: names of the sites that may be trained; None: all.
         """
-        sites = tuple(site for site in self.costs.sites if among is None or site.name in among)
-        return choices(PassCosts(sites=sites), gains(adapter))
+        sites = tuple(site for site in self.costs.sites if trainable is None or site.name in trainable)
+        return site_sets(PassCosts(sites=sites), site_gains(adapter))
 
-    def fits(self, choice: SiteSet, report: DeviceReport) -> bool:
-        """Whether a device can hold what training at these sites takes."""
-        return MARGIN * (self.runtime_bytes + self.memory * choice.bytes) <= report.memory_gib * GIB
+    def fits(self, candidate: SiteSet, report: DeviceReport) -> bool:
+        """Whether training at these sites fits the memory of a device."""
+        return MARGIN * (self.runtime_bytes + self.memory_factor * candidate.bytes) <= report.memory_gib * GIB
 
 
-def gains(adapter: Adapter) -> dict[str, float]:
-    """What training at each site is worth, as a share of all: half of it even, half by the norm of its product BA.
+def site_gains(adapter: Adapter) -> dict[str, float]:
+    """Estimate the gain of training at each site, with the sum 1: half uniform, half by the norm of its product BA.
 
-    The adapter is what every device was sent: public, or released with noise.
+    The adapter is what every device was sent, which is public or released with noise.
     """
     norms = {name: product_norm(factors) for name, factors in adapter.items()}
-    total, even = sum(norms.values()), 1 / len(norms)
+    total, uniform = sum(norms.values()), 1 / len(norms)
     if total == 0:
-        return dict.fromkeys(norms, even)
-    return {name: EVEN * even + (1 - EVEN) * norm / total for name, norm in norms.items()}
+        return dict.fromkeys(norms, uniform)
+    return {name: UNIFORM_FRACTION * uniform + (1 - UNIFORM_FRACTION) * norm / total for name, norm in norms.items()}
 
 
 def product_norm(factors: Factors) -> float:
-    """‖BA‖ = √tr((BᵀB)(AAᵀ)), without the product."""
+    """Compute ‖BA‖ = √tr((BᵀB)(AAᵀ)) without the product."""
     a, b = (factor.double() for factor in factors)
     return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
 def base_pass_costs(base: Base, rank: int) -> PassCosts:
-    """Of a base that is there, at the resolution that it trains in."""
+    """Compute the costs of a loaded base at its training resolution."""
     return pass_costs(base, *example_shapes(find_base(str(base.folder)), base.resolution), rank=rank)
 
 
-def fitted(
+def best_plan(
     report: DeviceReport,
     full: TrainingPlan,
     limits: PlanLimits,
-    fitting: SiteSelector,
-    found: Sequence[SiteSet],
+    selector: SiteSelector,
+    candidates: Sequence[SiteSet],
     *,
     sites: Sites,
     download: int,
 ) -> tuple[TrainingPlan, float] | None:
-    """The plan of most gain in all its steps that the device and the limits can hold; None: not even one step.
+    """Find the feasible plan with the largest total gain of its steps.
 
-    Of two alike it is the one with more gain a step, then the shorter and the smaller. With it, how long its steps
-    take, as a share of those at every site.
+    Ties are broken by gain per step, then by less work, then by less memory.
+
+    Args:
+        report: report of the device.
+        full: plan of a device without limits.
+        limits: limits of the run.
+        selector: costs of sites.
+        candidates: sets of sites to select from.
+        sites: sites of the adapter.
+        download: bytes of the adapter.
+
+    Returns:
+        The plan, and the time of its steps as a fraction of steps that train every site. None if not even one step is
+        feasible.
     """
     step = seconds_per_step(report, full)
-    sent = partial(transfer_seconds, report, sites=sites)
-    up = {name: sent(replace(full, sites=(name,)), download=0) for name in sites}  # of thousands of sets: once
-    down = sent(replace(full, sites=()), download=download)
+    transfers = partial(transfer_seconds, report, sites=sites)
+    up = {name: transfers(replace(full, sites=(name,)), download=0) for name in sites}  # once for thousands of sets
+    down = transfers(replace(full, sites=()), download=download)
     best: tuple[tuple[float, ...], SiteSet, int] | None = None
-    for choice in found:
-        if (best and choice.gain * full.steps < best[0][0]) or not fitting.fits(choice, report):
+    for candidate in candidates:
+        if (best and candidate.gain * full.steps < best[0][0]) or not selector.fits(candidate, report):
             continue
-        seconds = down + sum(up[name] for name in choice.sites)
-        steps = min(full.steps, affordable_steps(report, limits, transfer_seconds=seconds, step=step * choice.work))
-        worth = (choice.gain * steps, choice.gain, -choice.work, -float(choice.bytes))
-        if steps and (best is None or worth > best[0]):
-            best = worth, choice, steps
+        seconds = down + sum(up[name] for name in candidate.sites)
+        steps = min(
+            full.steps,
+            affordable_steps(report, limits, transfer_seconds=seconds, seconds_per_step=step * candidate.work),
+        )
+        value = (candidate.gain * steps, candidate.gain, -candidate.work, -float(candidate.bytes))
+        if steps and (best is None or value > best[0]):
+            best = value, candidate, steps
     if best is None:
         return None
-    _, choice, steps = best
-    chosen = choice.sites if len(choice.sites) < len(sites) else None
-    return replace(full, sites=chosen, steps=steps), choice.work
+    _, selected, steps = best
+    names = selected.sites if len(selected.sites) < len(sites) else None
+    return replace(full, sites=names, steps=steps), selected.work

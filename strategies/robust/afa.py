@@ -1,7 +1,7 @@
-"""AFA: who points elsewhere than the others is left out (Muñoz-González et al., 2019, arXiv:1909.05125, algorithm 1).
+"""AFA: remove updates that point in another direction (Muñoz-González et al., 2019, arXiv:1909.05125, algorithm 1).
 
-Where people differ as much as their pictures, their changes are nearly orthogonal, and distances tell nothing: it is
-the little that changes have in common that a flipped or a stale one lacks.
+If the data of people differ, their changes are nearly orthogonal and distances carry no information. Flipped and stale
+changes lack the small component that honest changes have in common.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from torch import Tensor
 
 from strategies.robust import Filtering, UpdateGeometry
 
-_SIGMA = 1.4826  # of a normal distribution, over its median absolute deviation
-_EVEN = 1e-9  # a spread of cosines below it is rounding
+_SIGMA = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+_EVEN = 1e-9  # a smaller spread of cosines is rounding error
 
 
 class AFA:
-    """Who is further than ξ σ from the median similarity, on the side that the mean lies on; again with ξ + Δξ.
+    """Remove devices more than ξ σ from the median similarity, on the side of the mean; repeat with ξ + Δξ.
 
-    Two things differ from the paper. Similarity is Σ p_j cos(C_k, C_j) / Σ p_j over the others that trained a site in
-    common, not the cosine with an aggregate that C_k is itself a part of, and the larger it is the more so. And σ is by
-    the median of the deviations: a fifth of all, on one side, widens a standard deviation until they are within two.
+    Two differences from the paper: similarity is Σ p_j cos(C_k, C_j) / Σ p_j over the other devices with a common site,
+    and not the cosine with an aggregate that includes C_k, where a large C_k counts more. And σ is estimated from the
+    median absolute deviation: outliers of one fifth, on one side, widen the standard deviation until they are within 2
+    σ.
 
     Args:
         xi: ξ of the first pass.
@@ -27,7 +28,8 @@ class AFA:
     """
 
     sensitivity = Filtering(
-        bounded=False, reason="who points where the others do counts: one device decides whether the others do"
+        bounded=False,
+        reason="updates with the direction of the others are kept: one device affects whether others are",
     )
 
     def __init__(self, *, xi: float = 2.0, step: float = 0.5) -> None:
@@ -38,25 +40,36 @@ class AFA:
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         cosines, common = changes.cosines(), changes.common()
         weights, xi = changes.weights.clone(), self._xi
-        while len(there := weights.nonzero()[:, 0]) > 2:
-            pairs = there[:, None], there
-            similar = similarity(cosines[pairs], weights[there] * common[pairs])
-            apart = outlying(similar, xi)
-            if not apart.any():
+        while len(active := weights.nonzero()[:, 0]) > 2:
+            pairs = active[:, None], active
+            similarities = similarity(cosines[pairs], weights[active] * common[pairs])
+            removed = outliers(similarities, xi)
+            if not removed.any():
                 break
-            weights[there[apart]] = 0.0
+            weights[active[removed]] = 0.0
             xi += self._step
         return changes._replace(weights=weights)
 
 
 def similarity(cosines: Tensor, weights: Tensor) -> Tensor:
-    """Mean of each one's cosines [K, K] with the others, [K], by weights [K, K]; NaN where it has none."""
+    """Average the cosines of each device with the others by weight; NaN without others.
+
+    Args:
+        cosines: `[K, K]`.
+        weights: weight of the column's device for the row's device, `[K, K]`.
+
+    Returns:
+        `[K]`.
+    """
     others = weights.clone().fill_diagonal_(0.0)
     return (cosines * others).sum(1) / others.sum(1)
 
 
-def outlying(values: Tensor, xi: float) -> Tensor:
-    """Which of K values are beyond ξ σ on the heavier side of their median, bool [K]; never half, and no NaN."""
-    middle = values.nanquantile(0.5)
-    sigma = (_SIGMA * (values - middle).abs().nanquantile(0.5)).clamp(min=_EVEN)
-    return values < middle - xi * sigma if values.nanmean() < middle else values > middle + xi * sigma
+def outliers(values: Tensor, xi: float) -> Tensor:
+    """Find values `[K]` more than ξ σ beyond their median, on the side of the mean; bool `[K]`.
+
+    Never half of the values or more, and no NaN.
+    """
+    median = values.nanquantile(0.5)
+    sigma = (_SIGMA * (values - median).abs().nanquantile(0.5)).clamp(min=_EVEN)
+    return values < median - xi * sigma if values.nanmean() < median else values > median + xi * sigma

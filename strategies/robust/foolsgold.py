@@ -1,7 +1,7 @@
-"""FoolsGold: those who send the same are one (Fung et al., 2018, arXiv:1808.04866, algorithm 1, of one round).
+"""FoolsGold: reduce the weight of similar updates (Fung et al., 2018, arXiv:1808.04866, algorithm 1, for one round).
 
-People differ, so that their changes do; who colludes towards one aim is known by sending nearly one change. No distance
-tells: to each other colluders are the nearest of all.
+People differ, and so do their changes; colluding attackers with one aim send nearly the same change. Distances can't
+detect them: colluders are each other's nearest neighbors.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from strategies.robust import Filtering, UpdateGeometry
 
 
 class FoolsGold:
-    """Weights by 1 − v_k, v_k the largest cosine of C_k and another's, sharpened by a logit; κ = 1 as in the paper.
+    """Weight devices by 1 − v_k, with v_k the largest cosine of C_k and another change, and a logit; κ = 1 as in the
+    paper.
 
-    Pardoned is who is like somebody that is more like others: cos_ij · v_i / v_j counts if v_j > v_i. The paper sums up
-    changes over the rounds: ours are of factors that turn, and of devices that come and go.
+    A device is pardoned for similarity to a device with larger v: cos_ij counts as cos_ij · v_i / v_j if v_j > v_i. The
+    paper sums the changes over rounds. Here it isn't possible, since factors rotate and devices join and leave.
     """
 
     sensitivity = Filtering(
-        bounded=False, reason="who resembles others loses weight: one device decides whether another counts"
+        bounded=False, reason="similar updates lose weight: one device affects whether another one counts"
     )
 
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         squares = changes.squares.sum(0)
-        there = ((changes.weights > 0) & (squares > 0)).nonzero()[:, 0]  # who changed nothing resembles nobody
+        moved = ((changes.weights > 0) & (squares > 0)).nonzero()[:, 0]  # a zero change is similar to none
         weights = changes.weights.clone()
-        weights[there] *= originality(changes.among(there).cosines())
+        weights[moved] *= originality(changes.subset(moved).cosines())
         return changes._replace(weights=weights) if weights.any() else changes
 
 
 def originality(cosines: Tensor) -> Tensor:
-    """α_k in [0, 1] of cosines [K, K]: 1 for the most original."""
+    """Compute the weights α_k in [0, 1] from the cosines `[K, K]`; 1 for the least similar device."""
     if not len(cosines):
         return cosines.new_zeros(0)
     others = cosines.clone().fill_diagonal_(0.0).clamp(0.0, 1.0)
-    most = others.amax(dim=1)
-    pardon = (most[:, None] / most.clamp(min=1e-12)).clamp(max=1.0)  # of i, compared with j
+    largest = others.amax(dim=1)
+    pardon = (largest[:, None] / largest.clamp(min=1e-12)).clamp(max=1.0)  # of i, compared with j
     alike = (others * pardon).amax(dim=1)
     alpha = 1 - alike
     if not alpha.any():

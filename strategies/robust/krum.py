@@ -1,4 +1,4 @@
-"""Multi-Krum: those nearest to their nearest (Blanchard et al., 2017, arXiv:1703.02757, §4)."""
+"""Multi-Krum: keep the updates closest to their neighbors (Blanchard et al., 2017, arXiv:1703.02757, §4)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from strategies.robust import Filtering, UpdateGeometry
 
 
 class MultiKrum:
-    """Of n devices the n − f with the smallest s(i) = Σ ‖C_i − C_j‖² over the n − f − 2 others that are nearest to i.
+    """Keep the n − f of n devices with the smallest s(i) = Σ ‖C_i − C_j‖² over the n − f − 2 nearest other devices.
 
-    f is the share of n that is expected to be Byzantine, as far as n ≥ 2 f + 3; nobody is left out of fewer than five.
+    f is the expected number of Byzantine devices, limited by n ≥ 2 f + 3; with fewer than five devices, all are kept.
+
+    Args:
+        outliers: expected fraction of Byzantine devices.
     """
 
     sensitivity = Filtering(
-        bounded=False, reason="who is near to others counts: one device decides whether the others do"
+        bounded=False, reason="updates near to others are kept: one device affects whether others are"
     )
 
     def __init__(self, *, outliers: float) -> None:
@@ -23,19 +26,19 @@ class MultiKrum:
         self._outliers = outliers
 
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
-        there = changes.there
-        n = len(there)
+        active = changes.active
+        n = len(active)
         f = min(count(self._outliers, n), (n - 3) // 2)
         if f < 1:
             return changes
-        apart = changes.among(there).distances().square()
-        apart = apart.where(~apart.isnan(), apart.nanmedian())  # who shares no site says nothing for or against
-        others = apart.fill_diagonal_(torch.inf).sort(dim=1).values
-        scores = others[:, : n - f - 2].sum(1)
-        left_out = there[scores.argsort(stable=True)[n - f :]]
-        return changes._replace(weights=changes.weights.index_fill(0, left_out, 0.0))
+        distances = changes.subset(active).distances().square()
+        distances = distances.where(~distances.isnan(), distances.nanmedian())  # no common site: neutral
+        nearest = distances.fill_diagonal_(torch.inf).sort(dim=1).values
+        scores = nearest[:, : n - f - 2].sum(1)
+        removed = active[scores.argsort(stable=True)[n - f :]]
+        return changes._replace(weights=changes.weights.index_fill(0, removed, 0.0))
 
 
-def count(share: float, n: int) -> int:
-    """How many of n a share is at most: 4 of 20 are a fifth, whatever floating point makes of it."""
-    return int(share * n + 1e-9)
+def count(fraction: float, n: int) -> int:
+    """Compute ⌊fraction · n⌋ without floating point error: 4 of 20 are a fifth."""
+    return int(fraction * n + 1e-9)

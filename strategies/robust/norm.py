@@ -1,4 +1,4 @@
-"""A bound on how far one device may move the product (Sun et al., 2019, arXiv:1911.07963, §4)."""
+"""Bound on the norm of each change of the product (Sun et al., 2019, arXiv:1911.07963, §4)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from strategies.robust import Filtering, UpdateGeometry
 
 
 class NormBound:
-    """C_k · min(1, M / ‖C_k‖_F): at most M, or `factor` times the median of the norms, the lower one of two.
+    """C_k · min(1, M / ‖C_k‖_F), where M is fixed or `factor` times the median norm (the lower of two medians).
 
     Args:
-        bound: M; None: by the median, which needs no knowledge of how far devices move, and honest ones set while they
-            are more than half.
+        bound: M; None: use the median, which needs no knowledge of typical norms. Honest devices determine it while
+            they are more than half.
+        factor: multiple of the median.
     """
 
     sensitivity = Filtering(
         bounded=False,
-        reason="the bound may be the median of everybody's norms; privacy=device has a clip of its own, which is fixed "
-        "or noised",
+        reason="the bound may be the median of all norms; privacy=device has its own clip, which is fixed or noised",
     )
 
     def __init__(self, *, bound: float | None = None, factor: float = 1.0) -> None:
@@ -27,7 +27,7 @@ class NormBound:
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         if self._bound is None:
             norms = changes.norms()
-            bound = self._factor * float(norms[changes.there].nanmedian())
+            bound = self._factor * float(norms[changes.active].nanmedian())
         else:
             norms = changes.squares.sum(0).clamp(min=0).sqrt()
             bound = self._bound

@@ -1,10 +1,10 @@
-"""Replays: who sends nearly what was sent in an earlier round has trained nothing since.
+"""Replay filter: reject an update that nearly equals one sent in an earlier round.
 
-Compared are products B A, for factors can be turned, and by probes alone: uᵀ B A v for random signs u and v, which no
-device knows. E (uᵀ P v)² = ‖P‖²_F, so that the probes of two products tell how far apart those are, and no update has
-to be kept to be known again. Near is what is nearer than half of the way from the adapter that was sent: honest updates
-of development writers are 1.1 of it apart and more, replays that int4 has rounded 0.2. An attacker who adds as much
-noise as that, or puts an old change on a new adapter, sends another product, and other rules have to find it.
+It compares products B A, since factors can be rotated, and only by probes: uᵀ B A v for random signs u and v that no
+device knows. E (uᵀ P v)² = ‖P‖²_F, so the probes of two products give their distance, and no update has to be stored.
+An update is a replay if its distance from an earlier one is less than half of its distance from the adapter that was
+sent. Honest updates of development writers have a ratio of 1.1 and more, replays quantized to int4 0.2. An attacker who
+adds that much noise, or applies an old change to a new adapter, sends another product, and other rules have to find it.
 """
 
 from __future__ import annotations
@@ -19,87 +19,102 @@ from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
 from strategies.robust import Filtering
 from strategies.round.validation import ReplyRejectedError
-from strategies.server_optimizers import StrategyState, Tensors, kept
+from strategies.server_optimizers import StrategyState, Tensors, as_stored
 
-NEAR = 0.5
-PROBES = 512  # of an adapter, about: two at a site at least
-LEAST = 64  # at the sites that two updates have in common: of fewer nothing is said
-HELD = 2**22  # numbers: 16 MiB of each checkpoint, the last 6,553 updates of Stable Diffusion 1.5's attentions
+THRESHOLD = 0.5
+PROBES = 512  # approximate number per adapter, at least two per site
+MIN_PROBES = 64  # at the sites that two updates have in common; with fewer they are not compared
+CAPACITY = 2**22  # numbers: 16 MiB of each checkpoint, the last 6,553 updates of Stable Diffusion 1.5's attentions
 
-_PART, _SEED, _SKETCHES = "replay", "seed", "sketches"  # of the server's memory
-_BITS, _WORDS = 16, 4  # a seed in numbers that float32 holds exactly
+_PART, _SEED, _SKETCHES = "replay", "seed", "sketches"  # keys of the strategy state; stored, don't change
+_BITS, _WORDS = 16, 4  # a seed as numbers that float32 represents exactly
 
 Probes = Sequence[tuple[Tensor, Tensor]]
-"""Signs u [n, out] and v [n, in] for each site, float64."""
+"""Signs u `[n, out]` and v `[n, in]` for each site, float64."""
 Sketches = list[tuple[str, Tensor]]
-"""Of what came in a round that isn't over, let in or not, by device."""
+"""Device name and sketch of each update, accepted or not, of a round that isn't finished."""
 
 
 class ReplayFilter:
-    """Refuses what is nearly one of the last updates, whichever device sent that, let in or not.
+    """Reject an update that nearly equals one of the last updates of any device, accepted or not.
 
-    Their sketches [K, sites, 1 + n] are a part of the server's memory, oldest first, and so is the seed: whoever goes
-    on with a run knows them again.
+    Their sketches `[K, sites, 1 + n]`, oldest first, and the seed are part of the strategy state, so that a resumed run
+    recognizes them.
 
     Args:
-        seed: of the probes; None: of the operating system. Who knows it moves where no probe looks.
-        near: share of the way that a device went.
-        held: numbers that are remembered, at most.
+        sites: sites of the adapter.
+        seed: seed of the probes; None: from the operating system. An attacker who knows it can change an update in
+            directions that no probe measures.
+        threshold: largest distance of a replay, as a fraction of the distance from the adapter that was sent.
+        capacity: largest number of stored numbers.
     """
 
     sensitivity = Filtering(
-        bounded=False, reason="what anybody sent before is left out: one device decides whether another's counts"
+        bounded=False,
+        reason="updates that any device sent before are rejected: one device affects whether another one counts",
     )
 
-    def __init__(self, sites: Sites, *, seed: int | None = None, near: float = NEAR, held: int = HELD) -> None:
-        if not 0 < near < 1:
-            raise ValueError(f"{near=}: must be over 0 and under 1")
-        self._sites, self._near = sites, near
+    def __init__(
+        self, sites: Sites, *, seed: int | None = None, threshold: float = THRESHOLD, capacity: int = CAPACITY
+    ) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"{threshold=}: must be over 0 and under 1")
+        self._sites, self._threshold = sites, threshold
         self._seed = secrets.randbits(_BITS * _WORDS - 1) if seed is None else seed
         self._count = max(2, -(-PROBES // max(1, len(sites))))
-        self._most = max(1, held // max(1, len(sites) * (1 + self._count)))
-        self._drawn: tuple[int, Probes] | None = None
+        self._max_sketches = max(1, capacity // max(1, len(sites) * (1 + self._count)))
+        self._cached_probes: tuple[int, Probes] | None = None
 
-    def check(self, current: Adapter, device: str, trained: Adapter, memory: StrategyState, since: Sketches) -> None:
-        """RefusedError for an update that is a replay; either way it is added to what came since the last round.
+    def check(
+        self, current: Adapter, device: str, trained: Adapter, state: StrategyState, round_sketches: Sketches
+    ) -> None:
+        """Reject an update that is a replay, and append its sketch to `round_sketches` in either case.
 
-        Of that the device's own are held against it and no others: the order in which replies come would decide.
+        Of `round_sketches`, the update is compared only with those of the same device: otherwise the order of arrival
+        would decide.
 
         Args:
-            current: that the device was sent.
+            current: adapter that was sent to the device.
+            device: name of the device.
+            trained: its update.
+            state: strategy state after the previous round.
+            round_sketches: sketches of this round so far.
+
+        Raises:
+            ReplyRejectedError: the update is a replay.
         """
-        before = memory.get(_PART, {})
-        probes = self._probes(before)
+        stored = state.get(_PART, {})
+        probes = self._probes(stored)
         start, _ = split_rank(select_sites(current, trained), rank(trained))
-        found = sketch(trained, self._sites, probes)
-        went = (found - sketch(start, self._sites, probes))[:, 1:].square().sum(1)
-        found = kept(found)
-        seen = [before[_SKETCHES]] if _SKETCHES in before else []
-        seen += [one[None] for name, one in since if name == device]
-        since.append((device, found))
-        if seen and (relative_distances(found, torch.cat(seen), went) < self._near).any():
-            raise ReplyRejectedError("replayed", f"{device}: nearly what was sent in an earlier round")
+        new = sketch(trained, self._sites, probes)
+        change = (new - sketch(start, self._sites, probes))[:, 1:].square().sum(1)
+        new = as_stored(new)
+        earlier = [stored[_SKETCHES]] if _SKETCHES in stored else []
+        earlier += [one[None] for name, one in round_sketches if name == device]
+        round_sketches.append((device, new))
+        if earlier and (relative_distances(new, torch.cat(earlier), change) < self._threshold).any():
+            raise ReplyRejectedError("replayed", f"{device}: nearly equals an update of an earlier round")
 
-    def remember(self, memory: StrategyState, since: Sketches) -> StrategyState:
-        """The memory after a round in which these came."""
-        before = memory.get(_PART, {})
-        rows = [before[_SKETCHES]] if _SKETCHES in before else []
-        rows += [one[None] for _, one in sorted(since, key=lambda named: named[0])]
-        seen = {_SKETCHES: torch.cat(rows)[-self._most :]} if rows else {}
-        return {**memory, _PART: {_SEED: _words(self._seed_in(before)), **seen}}
+    def remember(self, state: StrategyState, round_sketches: Sketches) -> StrategyState:
+        """Return the strategy state after a round with these sketches."""
+        stored = state.get(_PART, {})
+        rows = [stored[_SKETCHES]] if _SKETCHES in stored else []
+        rows += [one[None] for _, one in sorted(round_sketches, key=lambda named: named[0])]
+        latest = {_SKETCHES: torch.cat(rows)[-self._max_sketches :]} if rows else {}
+        return {**state, _PART: {_SEED: _seed_to_words(self._stored_seed(stored)), **latest}}
 
-    def _seed_in(self, before: Tensors) -> int:
-        return _number(before[_SEED]) if _SEED in before else self._seed
+    def _stored_seed(self, stored: Tensors) -> int:
+        return _words_to_seed(stored[_SEED]) if _SEED in stored else self._seed
 
-    def _probes(self, before: Tensors) -> Probes:
-        seed = self._seed_in(before)
-        if self._drawn is None or self._drawn[0] != seed:
-            self._drawn = seed, draw(self._sites, self._count, seed)
-        return self._drawn[1]
+    def _probes(self, stored: Tensors) -> Probes:
+        seed = self._stored_seed(stored)
+        if self._cached_probes is None or self._cached_probes[0] != seed:
+            self._cached_probes = seed, draw_probes(self._sites, self._count, seed)
+        return self._cached_probes[1]
 
 
-def draw(sites: Sites, count: int, seed: int) -> Probes:
-    """So many for each site."""
+def draw_probes(sites: Sites, count: int, seed: int) -> Probes:
+    """Draw `count` probes for each site."""
 
     def signs(size: int, *key: str) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(seed, *key))
@@ -109,35 +124,49 @@ def draw(sites: Sites, count: int, seed: int) -> Probes:
 
 
 def sketch(adapter: Adapter, sites: Sites, probes: Probes) -> Tensor:
-    """Whether each site was trained, and uᵀ B A v there, float64 [sites, 1 + n]; zeros where it was not."""
-    found = torch.zeros(len(sites), 1 + (len(probes[0][0]) if probes else 0), dtype=torch.float64)
-    for row, name, (u, v) in zip(found, sites, probes, strict=True):
+    """Compute uᵀ B A v for each probe.
+
+    Args:
+        adapter: trained factors.
+        sites: all sites.
+        probes: n probes for each site.
+
+    Returns:
+        Float64 `[sites, 1 + n]`: 1 and the values of the probes; zeros for an untrained site.
+    """
+    rows = torch.zeros(len(sites), 1 + (len(probes[0][0]) if probes else 0), dtype=torch.float64)
+    for row, name, (u, v) in zip(rows, sites, probes, strict=True):
         if name in adapter and len(adapter[name].a):
             a, b = adapter[name]
             row[0], row[1:] = 1.0, ((u @ b.double()) * (v @ a.double().T)).sum(1)
-    return found
+    return rows
 
 
-def relative_distances(one: Tensor, seen: Tensor, went: Tensor) -> Tensor:
-    """‖P − P_k‖ / ‖P − P_start‖ for each of K that were seen [K], over the sites that both trained.
+def relative_distances(new: Tensor, earlier: Tensor, change: Tensor) -> Tensor:
+    """Compute ‖P − P_k‖ / ‖P − P_start‖ over the sites that both updates trained.
 
-    Infinite where those have fewer than `LEAST` probes, or nothing moved: who stays where the server stands repeats
-    what that sent, and is for other rules.
+    Infinite if these sites have fewer than `MIN_PROBES` probes, or nothing changed: an unchanged adapter repeats what
+    the server sent, and is left to other rules.
 
     Args:
-        went: ‖P − P_start‖² at each site, by the same probes [sites].
+        new: sketch of P `[sites, 1 + n]`.
+        earlier: sketches of P_k `[K, sites, 1 + n]`.
+        change: ‖P − P_start‖² at each site, by the same probes `[sites]`.
+
+    Returns:
+        `[K]`.
     """
-    common = (seen[..., 0] * one[:, 0]).double()
-    apart = ((seen[..., 1:] - one[:, 1:]).square().sum(-1) * common).sum(-1)
-    moved = (went * common).sum(-1)
-    known = (common.sum(-1) * (one.shape[1] - 1) >= LEAST) & (moved > 0)
-    return (apart / moved).sqrt().where(known, torch.inf)
+    common = (earlier[..., 0] * new[:, 0]).double()
+    distances = ((earlier[..., 1:] - new[:, 1:]).square().sum(-1) * common).sum(-1)
+    moved = (change * common).sum(-1)
+    comparable = (common.sum(-1) * (new.shape[1] - 1) >= MIN_PROBES) & (moved > 0)
+    return (distances / moved).sqrt().where(comparable, torch.inf)
 
 
-def _words(seed: int) -> Tensor:
-    """A seed as a checkpoint keeps it."""
-    return torch.tensor([float(seed >> _BITS * place & 2**_BITS - 1) for place in range(_WORDS)])
+def _seed_to_words(seed: int) -> Tensor:
+    """Split a seed into the float32 words that a checkpoint stores."""
+    return torch.tensor([float(seed >> _BITS * index & 2**_BITS - 1) for index in range(_WORDS)])
 
 
-def _number(words: Tensor) -> int:
-    return sum(int(word) << _BITS * place for place, word in enumerate(words.tolist()))
+def _words_to_seed(words: Tensor) -> int:
+    return sum(int(word) << _BITS * index for index, word in enumerate(words.tolist()))

@@ -1,4 +1,4 @@
-"""An aggregation behind robust rules."""
+"""Aggregation with robust rules applied before it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from copy import copy
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Aggregation, Linearity, RankAware, Updates, check
+from strategies.aggregation import Aggregated, Aggregation, Linearity, RankAware, Updates, check_updates
 from strategies.robust import EntrywiseRule, RobustRules, UpdateGeometry
 from strategies.robust.gram import changes
-from strategies.robust.trimmed import combined
+from strategies.robust.trimmed import combine_updates
 
 
 class RobustAggregation:
-    """Rules judge the changes of a round, one after the other; the aggregation gets what they leave.
+    """Apply robust rules to the changes of a round, one after the other, and aggregate the result.
 
-    A change that counts with the share s only is made of two updates: the device's with s of its weight, and one that
-    changed nothing with the rest. Of a mean of products, as `exact` is, that is the mean with s · C_k; of a mean of
-    factors, as `fedit` is, that with each factor s of its way. The bound then is on what a device adds to the mean of
-    products, and no rule sees what means of factors make of factors that were turned: use `exact` against whoever may
-    turn them.
+    A change with scale s is passed on as two updates: the device's update with the fraction s of its weight, and an
+    unchanged adapter with the rest. For a mean of products, such as `exact`, this equals the mean with s · C_k; for a
+    mean of factors, such as `fedit`, each factor moves by the fraction s. The bound then applies to the contribution of
+    a device to the mean of products, and no rule detects what a mean of factors makes of rotated factors: use `exact`
+    against attackers that may rotate them.
 
     Args:
-        rules: in their order.
-        entrywise: makes one update of what they leave, for the aggregation to bring into its own form.
-        rank: of that one, at most; None: all that it has.
-        seed: of the random vectors that it is compressed with.
+        aggregation: rule that is applied last.
+        rules: robust rules in their order.
+        entrywise: combines the remaining updates into one, which the aggregation converts into its own form; None:
+            each update is aggregated.
+        rank: largest rank of the combined update; None: no limit.
+        seed: seed of the random vectors that compress the combined update.
 
-    Raises ValueError for an aggregation whose devices keep their B.
+    Raises:
+        ValueError: an aggregation whose devices keep their B.
     """
 
     def __init__(
@@ -41,65 +44,71 @@ class RobustAggregation:
         seed: int,
     ) -> None:
         if aggregation.trains(1) == "split":
-            raise ValueError("rules judge products, and with this aggregation no device sends one")
+            raise ValueError("robust rules compare products, and with this aggregation no device sends one")
         self.mixed_ranks = aggregation.mixed_ranks
-        self.sensitivity = aggregation.sensitivity if entrywise is None else _TURNED
+        self.sensitivity = aggregation.sensitivity if entrywise is None else _ROTATED
         self.stable_factors = aggregation.stable_factors and entrywise is None
         self.trains = aggregation.trains
         self._aggregation, self._rules, self._entrywise = aggregation, rules, entrywise
         self._rank, self._seed = rank, seed
 
     def with_ranks(self, ranks: Collection[int]) -> RobustAggregation:
-        """As of `strategies.aggregation.RankAware`, if the rule behind it is."""
-        found = copy(self)
+        """See `strategies.aggregation.RankAware.with_ranks`; has no effect unless the aggregation is rank-aware."""
+        robust = copy(self)
         if isinstance(self._aggregation, RankAware):
-            found._aggregation = self._aggregation.with_ranks(ranks)
-        return found
+            robust._aggregation = self._aggregation.with_ranks(ranks)
+        return robust
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        """What the aggregation makes of it.
+        """Apply the rules and aggregate.
 
-        Further diagnostics: `left_out`, devices without any weight; `held`, those whose change was scaled down.
+        Additional diagnostics: `left_out`, devices with zero weight; `held`, devices whose change was scaled down.
         """
-        check(updates)
+        check_updates(updates)
         judged = changes(current, updates)
         for rule in self._rules:
             judged = rule.reweight(judged)
-        left = judged.there.tolist()
+        active = judged.active.tolist()
         if self._entrywise is None:
-            remaining = counting(current, updates, judged)
+            remaining = scaled_updates(current, updates, judged)
         else:
-            scaled = [(updates[place][0], float(judged.scales[place])) for place in left]
+            scaled = [(updates[index][0], float(judged.scales[index])) for index in active]
             seed = derive_seed(self._seed, round, "robust")
-            remaining = [(combined(self._entrywise, current, scaled, rank=self._rank, seed=seed), 1.0)]
-        found = self._aggregation.aggregate(current, remaining, round=round)
-        held = int((judged.scales[left] < 1).sum())
-        return found._replace(
-            diagnostics=found.diagnostics | {"left_out": float(len(updates) - len(left)), "held": float(held)}
+            remaining = [(combine_updates(self._entrywise, current, scaled, rank=self._rank, seed=seed), 1.0)]
+        aggregated = self._aggregation.aggregate(current, remaining, round=round)
+        held = int((judged.scales[active] < 1).sum())
+        return aggregated._replace(
+            diagnostics=aggregated.diagnostics | {"left_out": float(len(updates) - len(active)), "held": float(held)}
         )
 
 
-_TURNED = Linearity(
+_ROTATED = Linearity(
     linear=False,
-    reason="a robust rule that goes by entries of the product turns the factors",
-    turned="a robust rule that goes by entries of the product turns them",
+    reason="a robust rule on entries of the product rotates the factors",
+    rotation_reason="a robust rule on entries of the product rotates them",
 )
 
 
-def counting(current: Adapter, updates: Updates, judged: UpdateGeometry) -> Updates:
-    """The updates as far as they count, and what did not change in place of the rest of each."""
-    found = []
-    for place in judged.there.tolist():
-        adapter, (weight, scale) = updates[place][0], (float(judged.weights[place]), float(judged.scales[place]))
+def scaled_updates(current: Adapter, updates: Updates, judged: UpdateGeometry) -> Updates:
+    """Split each remaining update into its scaled part and an unchanged adapter with the rest of its weight.
+
+    Args:
+        current: adapter that the round started from.
+        updates: all updates.
+        judged: weights and scales that the rules assigned.
+    """
+    scaled = []
+    for index in judged.active.tolist():
+        adapter, (weight, scale) = updates[index][0], (float(judged.weights[index]), float(judged.scales[index]))
         if scale > 0:
-            found.append((adapter, weight * scale))
+            scaled.append((adapter, weight * scale))
         if scale < 1:
-            found.append((_unchanged(current, adapter), weight * (1 - scale)))
-    return found
+            scaled.append((_unchanged(current, adapter), weight * (1 - scale)))
+    return scaled
 
 
 def _unchanged(current: Adapter, adapter: Adapter) -> Adapter:
-    """What a device would have sent had training moved nothing."""
+    """Return the update that a device would have sent if training had changed nothing."""
     return {
         site: Factors(current[site].a[: len(factors.a)], current[site].b[:, : len(factors.a)])
         for site, factors in adapter.items()

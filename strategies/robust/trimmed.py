@@ -1,6 +1,6 @@
 """Trimmed mean and median of each entry of the product (Yin et al., 2018, arXiv:1803.01498, definitions 1 and 2).
 
-They have no factors: the result is made in blocks of rows, and compressed as they come.
+The results have no factors: they are computed in blocks of rows and compressed block by block.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from strategies.aggregation.factored import ProductSum, pad
 from strategies.robust import EntrywiseRule, Filtering
 from strategies.robust.krum import count
 
-_ENTRIES = 2**22  # of all devices together that are looked at at once
-_ROWS = 256  # of a site, at most: each is a direction of the sum until it is compressed
+_ENTRIES = 2**22  # entries of all devices together in one block
+_ROWS = 256  # largest number of rows in a block: each one is a direction of the sum until it is compressed
 
 
 class TrimmedMean:
-    """The mean of each entry without so many of the largest and so many of the smallest values.
+    """Mean of each entry without the largest and smallest values.
 
-    Every device counts alike, whatever its weight. While no more than the share are outliers, each entry lies between
-    the least and the most of the others'.
+    Every device counts equally, whatever its weight. While outliers are no more than the fraction, each entry lies
+    within the range of the other devices' values.
 
     Args:
-        outliers: share of the devices that is left out at each end; one or two values stay at least.
+        outliers: fraction of the devices that is removed at each end; at least one or two values remain.
     """
 
     sensitivity = Filtering(
-        bounded=False, reason="which value of an entry counts follows from the others': no clip of one bounds it"
+        bounded=False,
+        reason="the other values of an entry determine which value counts: clipping one does not bound its effect",
     )
 
     def __init__(self, *, outliers: float) -> None:
@@ -46,49 +47,55 @@ class TrimmedMean:
 
 
 class Median(TrimmedMean):
-    """What is in the middle, or the mean of the two that are."""
+    """Median of each entry, or the mean of the two middle values."""
 
     def __init__(self) -> None:
         super().__init__(outliers=0.5)
 
 
-def combined(
+def combine_updates(
     rule: EntrywiseRule, current: Adapter, devices: Sequence[tuple[Adapter, float]], *, rank: int | None, seed: int
 ) -> Adapter:
-    """The one adapter whose product at each site is the current one and what the rule makes of the changes.
+    """Compute the adapter whose product at each site is the current one plus the combined change.
 
-    Takes the room of 2²² entries in float64, 32 MiB, a few times over, and of the factors of a `ProductSum`; of one row, if
-    all devices' have more entries.
+    Memory: a few times 2²² float64 entries (32 MiB), or one row of all devices if that is more, and the factors of a
+    `ProductSum`.
 
     Args:
-        devices: each one's adapter, and how much of its change counts.
-        rank: the most directions that the result has at a site, though no fewer than the current one; None: all.
-        seed: of the vectors that it is compressed with, and of A in directions that it has not.
+        rule: combines the changes entry by entry.
+        current: adapter that the round started from.
+        devices: adapter of each device, and the scale of its change.
+        rank: largest rank of the result at a site, but no smaller than the current one; None: no limit.
+        seed: seed of the random vectors for compression, and of A in unused directions.
     """
-    found = {}
+    combined = {}
     for name, site in current.items():
-        there = [(adapter[name], s) for adapter, s in devices if name in adapter and len(adapter[name].a)]
-        if there:
-            found[name] = _at(rule, site, there, rank and max(rank, len(site.a)), derive_seed(seed, name))
-    return found
+        trained = [(adapter[name], s) for adapter, s in devices if name in adapter and len(adapter[name].a)]
+        if trained:
+            combined[name] = _combine_site(
+                rule, site, trained, rank and max(rank, len(site.a)), derive_seed(seed, name)
+            )
+    return combined
 
 
-def _at(rule: EntrywiseRule, site: Factors, there: list[tuple[Factors, float]], rank: int | None, seed: int) -> Factors:
+def _combine_site(
+    rule: EntrywiseRule, site: Factors, trained: list[tuple[Factors, float]], rank: int | None, seed: int
+) -> Factors:
     inputs, outputs = site.a.shape[1], len(site.b)
     total = ProductSum(inputs=inputs, outputs=outputs, max_rank=rank, seed=seed)
     total.add(site.a, site.b)
-    step = max(1, min(_ROWS, _ENTRIES // (len(there) * inputs)))
+    step = max(1, min(_ROWS, _ENTRIES // (len(trained) * inputs)))
     for first in range(0, outputs, step):
         rows = slice(first, min(first + step, outputs))
-        changes = torch.stack([s * _change(site, factors, rows) for factors, s in there])
-        places = torch.zeros(outputs, rows.stop - first)
-        places[rows] = torch.eye(rows.stop - first)
-        total.add(rule.combine(changes), places)
+        changes = torch.stack([s * _change(site, factors, rows) for factors, s in trained])
+        unit_columns = torch.zeros(outputs, rows.stop - first)
+        unit_columns[rows] = torch.eye(rows.stop - first)
+        total.add(rule.combine(changes), unit_columns)
     best = total.best(max_rank=rank)
     return pad(Factors(best.a, best.b), max(len(best.a), len(site.a)), derive_seed(seed, "dead directions"))
 
 
 def _change(site: Factors, factors: Factors, rows: slice) -> Tensor:
-    """Some rows of B A − B_g[:, :r] A_g[:r], float64 [rows, in]."""
+    """Compute some rows of B A − B_g[:, :r] A_g[:r], float64 `[rows, in]`."""
     r = len(factors.a)
     return factors.b[rows].double() @ factors.a.double() - site.b[rows, :r].double() @ site.a[:r].double()

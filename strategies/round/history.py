@@ -1,4 +1,4 @@
-"""What a run knows of its devices from the rounds that are over."""
+"""Server's record of the devices of a run, from all finished rounds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 from strategies.round.metrics import DeviceMetrics, TrainMetrics, largest
 
 
-class History:
-    """All rounds so far.
+class TrainingHistory:
+    """Totals over all rounds so far.
 
     Attributes:
-        devices: what they took together, by the device's name.
-        losses: that each of them ended with, where one was told.
-        spent: the largest ε per picture that a device told of in any of them.
+        devices: totals of each device, by name.
+        losses: training loss of each round that has one.
+        spent: largest ε per picture that any device reported.
     """
 
     def __init__(self) -> None:
@@ -22,23 +22,23 @@ class History:
         self.losses: list[float] = []
         self.spent: float | None = None
 
-    def remember(self, devices: Mapping[str, DeviceMetrics], rounds: Iterable[TrainMetrics | None]) -> None:
-        """What a run that goes on knew: of its devices, and of its rounds."""
-        for name, facts in devices.items():
-            before = self.devices.get(name, facts)
-            self.devices[name] = replace(facts, events=max(before.events, facts.events))
-        self.losses = [facts.loss for facts in rounds if facts and facts.loss is not None]
-        self.spent = largest(facts.epsilon for facts in self.devices.values())
+    def restore(self, devices: Mapping[str, DeviceMetrics], rounds: Iterable[TrainMetrics | None]) -> None:
+        """Restore the devices and rounds of a resumed run."""
+        for name, metrics in devices.items():
+            before = self.devices.get(name, metrics)
+            self.devices[name] = replace(metrics, events=max(before.events, metrics.events))
+        self.losses = [metrics.loss for metrics in rounds if metrics and metrics.loss is not None]
+        self.spent = largest(metrics.epsilon for metrics in self.devices.values())
 
-    def add_round(self, facts: TrainMetrics) -> None:
-        """One more round."""
-        self.spent = facts.epsilon
-        for name, one in facts.devices.items():
+    def add_round(self, metrics: TrainMetrics) -> None:
+        """Add one round."""
+        self.spent = metrics.epsilon
+        for name, one in metrics.devices.items():
             before = self.devices.get(name)
-            self.devices[name] = before.then(one) if before else one
-        if facts.loss is not None:
-            self.losses.append(facts.loss)
+            self.devices[name] = before.merge(one) if before else one
+        if metrics.loss is not None:
+            self.losses.append(metrics.loss)
 
     def events(self, name: str) -> int:
-        """Entries in a device's ledger, the most that it told of and its rounds can have written."""
+        """Return the largest reported number of ledger entries that the device's rounds can have written."""
         return self.devices[name].events if name in self.devices else 0

@@ -1,4 +1,4 @@
-"""How much of what a device tells of its ledger a run's own plans explain."""
+"""Upper bound on the part of a device's reported ε that the plans of this run explain."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from privacy.accounting import PoissonGaussian, epsilon
 from protocol.messages import EvaluationPrivacy, TrainingPlan
 
 
-def explained(
-    plan: TrainingPlan, *, rounds: int, measuring: EvaluationPrivacy | None, measured: int, delta: float | None = None
+def explained_epsilon(
+    plan: TrainingPlan,
+    *,
+    rounds: int,
+    evaluation: EvaluationPrivacy | None,
+    evaluations: int,
+    delta: float | None = None,
 ) -> float | None:
-    """ε per picture of a device that trained in all of these rounds, and measured so often; None without DP.
+    """Compute ε per picture of a device that took part in all of these rounds and evaluations; None without DP.
 
-    A ledger is of every federation that its device is in, and nobody can look into it: a device may tell any number.
-    What is promised of this run must not be its to set, nor does what it did elsewhere belong there. No honest one has
-    spent more here than whoever took part in everything, since each answers for a round only once, so that the lesser
-    of the two bounds what this run has learned of its pictures, however it came to its number.
+    A device's ledger covers every federation of the device and can't be inspected, so the reported number may be false.
+    A device must not determine the guarantee of this run, and its participation elsewhere does not belong there. No
+    honest device has spent more in this run than one that took part in everything, since each answers a round only
+    once. The smaller of the two values therefore bounds what this run has learned about its pictures, even if the
+    reported one is false.
 
     Args:
-        delta: None for the plan's.
+        plan: plan of a round.
+        rounds: number of training rounds.
+        evaluation: noise of an evaluation; None without it.
+        evaluations: number of evaluations.
+        delta: δ of the result; None: that of the plan.
     """
     events: Sequence[PoissonGaussian] = ()
     if plan.privacy is None:
@@ -32,12 +42,12 @@ def explained(
                 steps=plan.steps * rounds,
             ),
         )
-    if measuring and measured:
-        noise = measuring.noise_multiplier
-        events = (*events, PoissonGaussian(noise_multiplier=noise, sampling_rate=1.0, steps=measured))
+    if evaluation and evaluations:
+        noise = evaluation.noise_multiplier
+        events = (*events, PoissonGaussian(noise_multiplier=noise, sampling_rate=1.0, steps=evaluations))
     return epsilon(events, delta or plan.privacy.delta).value
 
 
-def clipped(told: float | None, most: float | None) -> float | None:
-    """The lesser of the two, where there are both."""
-    return told if told is None or most is None else min(told, most)
+def cap_epsilon(reported: float | None, limit: float | None) -> float | None:
+    """Return the smaller of both values, or the reported one if either is None."""
+    return reported if reported is None or limit is None else min(reported, limit)

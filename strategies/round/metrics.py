@@ -1,4 +1,4 @@
-"""What one round came to, as numbers to report."""
+"""Metrics of one round."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from privacy.accounting import Guarantee
 from protocol.messages import ExamplePrivacy, TrainingPlan, Update
 from strategies.round.plausibility import trimmed_mean
 
-EVENTS = 6
-"""Of one round in a device's ledger at most: reserved, sealed and sent, for training and for measuring."""
+MAX_EVENTS_PER_ROUND = 6
+"""Ledger entries of a device in one round: reserved, sealed and sent, for training and for evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceMetrics:
-    """What one round took of one device, or several."""
+    """Totals of one device over one or more rounds. Field names are stored in checkpoints."""
 
     rank: int
+    """Largest rank that it trained."""
     steps: int
     bytes_down: int
     bytes_up: int
     seconds: float
     joules: float
     epsilon: float | None
-    """What its ledger has composed to so far, as far as this run's plans explain it; None without DP."""
+    """ε of its ledger so far, at most what the plans of this run explain; None without DP."""
     events: int = 0
-    """The most that it has told of in its ledger, and that its rounds here can have written."""
+    """Largest reported number of ledger entries that its rounds in this run can have written."""
     rounds: int = 0
-    """Updates of it that were used."""
+    """Accepted updates."""
     asked: int = 0
-    """Times that it was asked to train, whether or not it replied; with privacy per device, that it was picked."""
+    """Training requests, answered or not; under device-level privacy, rounds that it was selected for."""
     last: int = 0
-    """The last round of these; 0 before any."""
+    """Latest of these rounds; 0 before any."""
     loss: float | None = None
-    """Mean training loss that it told last; None under privacy, where none is kept."""
+    """Latest reported mean training loss; None under privacy, where it is not stored."""
 
-    def then(self, later: DeviceMetrics) -> DeviceMetrics:
-        """What both took together."""
-        # A count that grows as it likes would be echoed to whoever has the name next, which refuses what it can't hold.
-        # That of a device in other runs too grows faster: its echo then lags, and an echo permits nothing.
+    def merge(self, later: DeviceMetrics) -> DeviceMetrics:
+        """Add the metrics of later rounds."""
+        # The count is echoed to the next device that uses the name, which refuses an impossible one: growth is bounded.
+        # A ledger that other runs write to grows faster; its echo then lags, and an echo permits nothing.
         rounds = max(1, later.last - self.last)
-        events = min(later.events, self.events + EVENTS * rounds) if self.events else later.events
+        events = min(later.events, self.events + MAX_EVENTS_PER_ROUND * rounds) if self.events else later.events
         return replace(
             later,
             rank=max(self.rank, later.rank),
@@ -62,104 +63,106 @@ class DeviceMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class CentralDPMetrics:
-    """What the server's clip and noise came to in one round: its settings, and functions of what it released."""
+    """Settings of the server's clip and noise in one round, and functions of the release."""
 
     guarantee: Guarantee
-    """Per device, of all rounds so far and of all that the run is going to measure."""
+    """Per device, for all rounds so far and all planned evaluations."""
     clip: float
-    """C that this round's updates were held to."""
+    """C, the clip of this round's updates."""
     next_clip: float
     deviation: float
     """Standard deviation of the noise on each number of the mean update."""
     snr: float
-    """Signal to noise of the mean update, estimated from it (`privacy.snr`)."""
+    """Signal-to-noise ratio of the mean update, estimated from it (`privacy.snr`)."""
     dropped: int
-    """Updates that were not finite, and counted as zero."""
+    """Non-finite updates, which count as zero."""
     release: bool
     """False for simulated noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMetrics:
-    """One round of training, as the server saw it."""
+    """One round of training, as seen by the server. Field names are stored in checkpoints."""
 
     asked: int
     replied: int
-    """Replies that went into the aggregate."""
+    """Updates that were aggregated."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Replies that did not, by reason; `no reply` counts those that never came."""
+    """Rejected replies by reason; `no reply` counts missing ones."""
     bytes_down: int
     bytes_up: int
-    """Adapter payloads of the accepted replies; JSON and Flower's own framing come on top."""
+    """Adapter payloads of the accepted replies, without JSON and Flower's framing."""
     seconds: float
-    """Of the slowest device."""
+    """Time of the slowest device."""
     joules: float
-    """Of all devices together."""
+    """Sum over all devices."""
     loss: float | None
-    """Mean training loss over devices that tell it; under DP none does."""
+    """Mean training loss over the devices that report it; under DP none does."""
     epsilon: float | None
-    """The largest that a device's ledger has composed to so far, per picture, as far as this run's plans explain it;
-    None without DP."""
+    """Largest ε per picture of a device's ledger so far, limited to what the plans of this run explain; None without
+    DP."""
     told: float | None = None
-    """The largest that one told in this round, which may be of other runs, or a lie: nothing goes by it."""
+    """Largest ε that a device reported in this round. It may include other runs or be false, and is not used."""
     guarantees: tuple[Guarantee, ...] = ()
-    """What is promised so far: per picture, per device, or both at once, which don't add."""
+    """Guarantees so far: per picture, per device, or both at once. They hold separately and must not be added."""
     central: CentralDPMetrics | None = None
-    """Of the server's clip and noise; None without them."""
+    """Metrics of the server's clip and noise; None without central DP."""
     diagnostics: dict[str, float] = field(default_factory=dict)
-    """From the aggregation; empty when the old adapter was kept."""
+    """Diagnostics of the aggregation; empty if the adapter was kept."""
     devices: dict[str, DeviceMetrics] = field(default_factory=dict)
-    """Of every device that was asked or picked, or whose reply came in; empty in a run's history, which keeps sums."""
+    """Metrics of all devices that were asked, selected, or replied; empty in a run's history, which stores totals."""
 
 
 def device_epsilon(train: TrainMetrics | None) -> float | None:
-    """ε per device so far; None where none is promised."""
+    """Return ε per device so far; None without device-level privacy."""
     return train.central.guarantee.value if train and train.central else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationMetrics:
-    """How one adapter does on the devices' own pictures: losses, or under privacy a noised gain alone."""
+    """Quality of an adapter on the devices' own pictures: losses, or under privacy only a noised gain."""
 
     base: float | None
-    """Trimmed mean over devices of the base's loss; None if no device told one."""
+    """Trimmed mean over devices of the base's loss; None if no device reported one."""
     shared: float | None
     """Trimmed mean over the same devices of the adapter's loss."""
     improved: float | None = None
-    """Trimmed mean over the same devices of the share of the base's loss that the adapter takes off it. Rounds are
-    compared by it: which devices are there changes the losses far more than a round does."""
+    """Trimmed mean over the same devices of the relative reduction of the base's loss. Rounds are compared by it, since
+    the losses vary far more with the set of devices than between rounds."""
     gain: float | None = None
-    """Mean of what the adapter takes off the base's loss, clipped and noised; None unless it was asked for so."""
+    """Mean reduction of the base's loss, clipped and noised; None without a private evaluation."""
     gain_error: float | None = None
-    """Standard error of the gain by its noise alone."""
+    """Standard error of the gain due to its noise."""
     devices: dict[str, float] = field(default_factory=dict)
     """The adapter's loss on each device, or its noised gain; empty in a run's history."""
     epsilon: float | None = None
-    """The largest that a device's ledger has composed to, per picture, with this measurement."""
+    """Largest ε per picture of a device's ledger, including this evaluation."""
     spent: dict[str, float] = field(default_factory=dict)
-    """The same of each device; empty in a run's history."""
+    """ε per picture of each device's ledger; empty in a run's history."""
     dropped: dict[str, int] = field(default_factory=dict)
+    """Rejected replies by reason."""
 
     @property
     def score(self) -> float | None:
-        """By which rounds are compared; None where nobody told losses."""
+        """Value by which rounds are compared; None if no device reported losses."""
         if self.improved is not None or not self.base or self.shared is None:
             return self.improved
-        return (self.base - self.shared) / self.base  # of a checkpoint from before there was one
+        return (self.base - self.shared) / self.base  # a checkpoint without `improved`
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalizationMetrics:
-    """What it cost the devices to personalise."""
+    """Cost of a personalization."""
 
     asked: int
     devices: tuple[str, ...]
-    """Those that have a personal adapter now."""
+    """Devices with a personal adapter."""
     dropped: dict[str, int] = field(default_factory=dict)
+    """Rejected replies by reason."""
     seconds: float
-    """Of the slowest device."""
+    """Time of the slowest device."""
     joules: float
-    """Of all devices together."""
+    """Sum over all devices."""
 
 
 def train_metrics(
@@ -178,21 +181,26 @@ def train_metrics(
     central: CentralDPMetrics | None,
     diagnostics: Mapping[str, float],
 ) -> TrainMetrics:
-    """The facts of a round in which these updates were let in.
+    """Compute the metrics of a round from its accepted updates.
 
     Args:
-        plans: of every device that was asked, by its name and the plan's round.
-        passed: devices that count as asked, and were not (`strategies.round.updates.Asked`).
-        bytes_down: of all of them together.
-        bytes_up: of every update that was let in, by the same, which needn't be kept for that.
-        dropped: replies that were not let in, by reason.
-        private: of examples on each device.
-        spent: the largest ε per picture of any round before.
-        told: the largest that one told of in this, explained or not.
-        strict: ε per picture at δ = `STRICT`, at most; None if the plan's δ is no larger.
+        updates: accepted updates.
+        round: number of the round.
+        plans: plans of the devices that were asked, by device name and the plan's round.
+        not_contacted: devices that count as asked (see `strategies.round.updates.RoundRequest`).
+        bytes_down: bytes sent to all devices together.
+        bytes_up: payload size of each accepted update, by device name and the plan's round. The payload itself may be
+            gone.
+        dropped: rejected replies by reason.
+        private: example-level privacy of the plan.
+        spent: largest ε per picture of any earlier round.
+        told: largest ε reported in this round, explained or not.
+        strict: upper bound of ε per picture at δ = `STRICT`; None if the plan's δ is no larger.
+        central: metrics of the server's clip and noise.
+        diagnostics: diagnostics of the aggregation.
     """
     spent = largest([spent, *(update.epsilon for update in updates)])
-    of_images = (Guarantee(spent, private.delta, strict=strict),) if private and spent is not None else ()
+    per_image = (Guarantee(spent, private.delta, strict=strict),) if private and spent is not None else ()
     losses = [update.loss for update in updates if update.loss is not None and not (private or central)]
     return TrainMetrics(
         asked=len(plans),
@@ -205,22 +213,22 @@ def train_metrics(
         loss=trimmed_mean(losses),
         epsilon=spent,
         told=told,
-        guarantees=of_images + ((central.guarantee,) if central else ()),
+        guarantees=per_image + ((central.guarantee,) if central else ()),
         central=central,
         diagnostics=dict(diagnostics),
-        devices=_devices(
+        devices=_device_metrics(
             updates,
             plans,
             not_contacted,
             round,
             bytes_down=bytes_down // max(1, len(plans)),
             bytes_up=bytes_up,
-            told=not (private or central),
+            keep_losses=not (private or central),
         ),
     )
 
 
-def _devices(
+def _device_metrics(
     updates: Sequence[Update],
     plans: Mapping[tuple[str, int], TrainingPlan],
     not_contacted: Collection[str],
@@ -228,20 +236,25 @@ def _devices(
     *,
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
-    told: bool,
+    keep_losses: bool,
 ) -> dict[str, DeviceMetrics]:
-    """Of every device that was asked or counts as such; it may have been so more than once.
+    """Compute the metrics of each device that was asked or counts as such, possibly more than once.
 
     Args:
-        bytes_down: to each.
-        told: whether their losses are kept.
+        updates: accepted updates.
+        plans: see `train_metrics`.
+        not_contacted: see `train_metrics`.
+        round: number of the round.
+        bytes_down: bytes sent to each device.
+        bytes_up: see `train_metrics`.
+        keep_losses: whether to store the devices' losses.
     """
-    found: dict[str, DeviceMetrics] = {}
+    metrics: dict[str, DeviceMetrics] = {}
     for name in [*(name for name, _ in plans), *not_contacted]:
         asked = zero_metrics(asked=1, last=round)
-        found[name] = found[name].then(asked) if name in found else asked
+        metrics[name] = metrics[name].merge(asked) if name in metrics else asked
     for update in updates:
-        facts = DeviceMetrics(
+        one = DeviceMetrics(
             rank=update.rank,
             steps=plans[update.device, update.round].steps,
             bytes_down=bytes_down,
@@ -251,23 +264,23 @@ def _devices(
             epsilon=update.epsilon,
             events=update.events,
             rounds=1,
-            loss=update.loss if told else None,
+            loss=update.loss if keep_losses else None,
         )
-        found[update.device] = found[update.device].then(facts)
-    return found
+        metrics[update.device] = metrics[update.device].merge(one)
+    return metrics
 
 
-def zero_metrics(**facts: Any) -> DeviceMetrics:
-    """Of a device that nothing was taken of, but for what is given."""
-    idle: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
-    return DeviceMetrics(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
+def zero_metrics(**values: Any) -> DeviceMetrics:
+    """Make device metrics that are zero except for the given values."""
+    zeros: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
+    return DeviceMetrics(**zeros | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | values)
 
 
 def largest(values: Iterable[float | None]) -> float | None:
-    """The largest of what was told; None where nothing was."""
+    """Return the largest value that isn't None; None if there is none."""
     return max((value for value in values if value is not None), default=None)
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """Compute the mean; None for no values."""
     return sum(values) / len(values) if values else None

@@ -1,12 +1,12 @@
-"""The updates of a round, on disk: what a round takes in memory doesn't grow with the devices that reply.
+"""Updates of a round on disk, so that memory does not grow with the number of devices that reply.
 
-Each is written as it is let in, whole and in float32, and read as views of the file, mapped into memory: a rule that
-takes in one after another holds one, and one that goes through all of them again and again pages them in. The system
-may take such pages back at any time, since they are as the file has them; what a rule makes of them is its own to
-bound (of ours: a site at a time, and with `exact` and `fedit` no more for more devices).
+Each update is written when it is accepted, as float32, and read as views of the memory-mapped file. A rule that adds
+one update after another holds one at a time; a rule that iterates over all of them repeatedly pages them in. The
+operating system may evict these pages at any time, since the file has their contents. Memory for derived values is up
+to the rule (here: one site at a time, and constant in the number of devices for `exact` and `fedit`).
 
-The file has no name and goes with the round. It lies where TMPDIR says, or in /tmp: 4 bytes a number, so 6.4 MB for
-a device with rank 8 at the attention of SD-1.5. A /tmp that is in memory is no disk.
+The file has no name and is deleted with the round. It is created in TMPDIR, or in /tmp: 4 bytes per number, so 6.4 MB
+for a device with rank 8 at the attention layers of SD-1.5. A /tmp that is mounted in memory does not save any.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from strategies.round.validation import ReplyRejectedError
 _NUMBER = 4  # bytes
 
 UpdateKey = tuple[str, int]
-"""Of an update: the device's name, and the round of the plan that it followed."""
+"""Device name, and round of the plan that it trained."""
 
 
-class _Place(NamedTuple):
-    """Where a site's factors begin in the file, and their sides."""
+class _StoredSite(NamedTuple):
+    """Position of a site's factors in the file, and their shapes."""
 
     start: int
     rank: int
@@ -41,23 +41,23 @@ class _Place(NamedTuple):
     outputs: int
 
 
-class _Read(Mapping[str, Factors]):
-    """An update, of whose sites each is read when it is asked for: a rule that goes by sites reads no others."""
+class _StoredUpdate(Mapping[str, Factors]):
+    """Update whose sites are read on access, so that a rule that needs one site reads no others."""
 
-    def __init__(self, held: mmap.mmap, places: Mapping[str, _Place]) -> None:
-        self._map, self._places = held, places
+    def __init__(self, file: mmap.mmap, sites: Mapping[str, _StoredSite]) -> None:
+        self._map, self._sites = file, sites
 
     def __getitem__(self, site: str) -> Factors:
-        place = self._places[site]
-        size = place.rank * place.inputs
-        a = self._view(place.start, (place.rank, place.inputs))
-        return Factors(a, self._view(place.start + _NUMBER * size, (place.outputs, place.rank)))
+        stored = self._sites[site]
+        size = stored.rank * stored.inputs
+        a = self._view(stored.start, (stored.rank, stored.inputs))
+        return Factors(a, self._view(stored.start + _NUMBER * size, (stored.outputs, stored.rank)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._sites)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._sites)
 
     def _view(self, start: int, shape: tuple[int, int]) -> Tensor:
         count = shape[0] * shape[1]
@@ -67,32 +67,33 @@ class _Read(Mapping[str, Factors]):
 
 
 class UpdateSpool(Sequence[tuple[Adapter, float]]):
-    """Updates of equal weight in the order of their keys, whichever order they came in.
+    """Updates of weight 1, sorted by key whatever their order of arrival.
 
     Floating point sums depend on the order, and replies arrive in any.
 
     Args:
-        room: bytes that are held on the disk from the start: then no update takes another's place there.
+        reserved_bytes: disk space to reserve, so that no update can use up the space of another one.
 
     Attributes:
-        keys: of all updates, in order.
+        keys: keys of all updates, sorted.
 
-    AntherError if they aren't free.
+    Raises:
+        AntherError: this disk space isn't available.
     """
 
-    def __init__(self, room: int = 0) -> None:
-        self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed at exit
-        self._end = self._file.write(bytes(_NUMBER))  # nothing at all can't be mapped
+    def __init__(self, reserved_bytes: int = 0) -> None:
+        self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed by close()
+        self._end = self._file.write(bytes(_NUMBER))  # an empty file can't be mapped
         self.keys: list[UpdateKey] = []
         try:
-            if room and hasattr(os, "posix_fallocate"):  # macOS has none
-                os.posix_fallocate(self._file.fileno(), 0, self._end + room)
+            if reserved_bytes and hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(self._file.fileno(), 0, self._end + reserved_bytes)
         except OSError as error:
             raise AntherError(
-                f"{tempfile.gettempdir()}: {error.strerror}: a round's updates may take {(room >> 20) + 1} MiB there; "
-                "make room, or name another folder in TMPDIR"
+                f"{tempfile.gettempdir()}: {error.strerror}: the updates of a round may need "
+                f"{(reserved_bytes >> 20) + 1} MiB; free disk space, or set TMPDIR to another folder"
             ) from None
-        self._places: dict[UpdateKey, dict[str, _Place]] = {}
+        self._sites: dict[UpdateKey, dict[str, _StoredSite]] = {}
         self._map: mmap.mmap | None = None
 
     def __enter__(self) -> UpdateSpool:
@@ -102,52 +103,52 @@ class UpdateSpool(Sequence[tuple[Adapter, float]]):
         self.close()
 
     def close(self) -> None:
-        """Views that were read stay, and the room of the file until they go."""
+        """Close the file. Views that were read stay valid, and keep its disk space allocated."""
         self._file.close()
 
     def add(self, key: UpdateKey, adapter: Adapter) -> None:
-        """One more, before any is read.
+        """Add an update.
 
         Raises:
-            RefusedError: the disk is full.
-            ValueError: updates are read already, or this one is there.
+            ReplyRejectedError: the disk is full.
+            ValueError: updates have been read already, or the key exists.
         """
-        if self._map is not None or key in self._places:
-            raise ValueError(f"{key[0]}: an update comes once, and before any is read")
-        places, end = {}, self._end
+        if self._map is not None or key in self._sites:
+            raise ValueError(f"{key[0]}: add each update once, and before any is read")
+        sites, end = {}, self._end
         try:
             self._file.seek(end)
             for site, (a, b) in adapter.items():
-                places[site] = _Place(end, len(a), a.shape[1], len(b))
+                sites[site] = _StoredSite(end, len(a), a.shape[1], len(b))
                 end += self._file.write(_bytes(a)) + self._file.write(_bytes(b))
             self._file.flush()
         except OSError as error:
             raise ReplyRejectedError(
                 "no room", f"{key[0]}: the server can't store its update: {error.strerror}"
             ) from None
-        self._places[key], self._end = places, end
+        self._sites[key], self._end = sites, end
         insort(self.keys, key)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._sites)
 
     @overload
-    def __getitem__(self, place: int) -> tuple[Adapter, float]: ...
+    def __getitem__(self, index: int) -> tuple[Adapter, float]: ...
     @overload
-    def __getitem__(self, place: slice) -> list[tuple[Adapter, float]]: ...
-    def __getitem__(self, place: int | slice) -> tuple[Adapter, float] | list[tuple[Adapter, float]]:
-        if isinstance(place, slice):
-            return [self._update(key) for key in self.keys[place]]
-        return self._update(self.keys[place])
+    def __getitem__(self, index: slice) -> list[tuple[Adapter, float]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Adapter, float] | list[tuple[Adapter, float]]:
+        if isinstance(index, slice):
+            return [self._update(key) for key in self.keys[index]]
+        return self._update(self.keys[index])
 
     def _update(self, key: UpdateKey) -> tuple[Adapter, float]:
         if self._map is None:
             self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
-        return _Read(self._map, self._places[key]), 1.0
+        return _StoredUpdate(self._map, self._sites[key]), 1.0
 
 
-def size(sites: Sites, rank: int) -> int:
-    """Bytes of an update of this rank at these sites."""
+def update_bytes(sites: Sites, rank: int) -> int:
+    """Compute the bytes of an update of this rank at these sites."""
     return _NUMBER * sum(map(prod, adapter_shapes(sites, rank).values()))
 
 

@@ -1,4 +1,4 @@
-"""What a round asked for, and the good updates that have come of it."""
+"""Requests of a training round, and the accepted updates."""
 
 from __future__ import annotations
 
@@ -16,32 +16,38 @@ from strategies.scaffold import ControlUpdate
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRequest:
-    """What was sent for training, to hold the replies against."""
+    """Training requests that were sent, to validate the replies against."""
 
     adapter: Adapter
+    """As decoded by the devices."""
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
+    """By node."""
     not_contacted: tuple[str, ...] = ()
-    """Names of the devices that were picked and could not be asked: with privacy per device they count as asked."""
+    """Names of the selected devices that could not be contacted. Under device-level privacy they count as asked."""
     bytes_down: int
     control_update: ControlUpdate | None
-    """Of devices that correct for it."""
-    lost: Mapping[str, Tensor]
-    """What rounding took of the adapter on its way, for the next one."""
+    """None without SCAFFOLD."""
+    residual: Mapping[str, Tensor]
+    """Quantization residual of the adapter that was sent, to be added to the next one."""
     sent_at: float | None = None
-    """When it was sent, on the strategy's clock; None where devices' seconds are not those of that clock."""
+    """Time of sending on the strategy's clock; None if devices' seconds are not those of that clock."""
 
 
 class RoundUpdates:
-    """The good updates of a round, one after another: what they tell here, their factors on disk.
+    """Accepted updates of a round: metadata in memory, factors on disk.
 
     Args:
-        room: bytes there that are held for them.
+        reserved_bytes: disk space to reserve for the factors.
 
-    `sketches` is for whoever looks for replays, and `told` the largest ε that a device's ledger told of.
+    Attributes:
+        adapters: factors of the updates.
+        bytes_up: payload size of each update.
+        sketches: sketches for the replay filter.
+        told: largest ε that a device's ledger reported.
     """
 
-    def __init__(self, room: int = 0) -> None:
-        self.adapters = UpdateSpool(room)
+    def __init__(self, reserved_bytes: int = 0) -> None:
+        self.adapters = UpdateSpool(reserved_bytes)
         self.bytes_up: dict[UpdateKey, int] = {}
         self.sketches: Sketches = []
         self.told: float | None = None
@@ -54,7 +60,7 @@ class RoundUpdates:
         self.adapters.close()
 
     def add(self, update: Update, adapter: Adapter) -> None:
-        """One more. RefusedError if there is no room for it."""
+        """Add an update. Raises ReplyRejectedError if the disk is full."""
         key = update.device, update.round
         self.adapters.add(key, adapter)
         self.bytes_up[key], self._updates[key] = len(update.adapter), replace(update, adapter=b"")
@@ -64,5 +70,5 @@ class RoundUpdates:
 
     @property
     def updates(self) -> list[Update]:
-        """Without their factors, in the order of those."""
+        """Updates without factors, in the order of `adapters`."""
         return [self._updates[key] for key in self.adapters.keys]

@@ -1,7 +1,7 @@
-"""What is let in of what devices send: each reply is held against what was asked, and what fails is counted.
+"""Validate replies: each is checked against its request; rejected replies are counted by reason.
 
-Stock strategies abort the run on one bad reply and turn one NaN into a model of NaN. Here a bad one is dropped and
-counted by its reason, and the round goes on with the others.
+Stock strategies abort the run on one malformed reply, and one NaN update makes the model NaN. Here a bad reply is
+rejected and counted, and the round continues with the others.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from strategies.private_evaluation import EvaluationPolicy
 
 log = logging.getLogger(__name__)
 
-LEAST, MOST = 1e-6, 1e12
-"""Numbers that a device tells of itself lie between: sums of them stay finite."""
+MIN_REPORTED, MAX_REPORTED = 1e-6, 1e12
+"""Range of numbers that a device may report about itself; it keeps their sums finite."""
 
-_REASONS = {  # of error codes: message, reply or node unavailable are Flower's
+_REASONS = {  # by error code of Flower: message, reply or node unavailable
     3: "unreachable",
     4: "unreachable",
     5: "unreachable",
@@ -40,7 +40,12 @@ T = TypeVar("T")
 
 
 class ReplyRejectedError(AntherError):
-    """A reply that is not used, with the reason that it is counted under."""
+    """A reply is rejected.
+
+    Args:
+        reason: key that it is counted under; part of the results, don't change.
+        detail: message for the log.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -48,70 +53,92 @@ class ReplyRejectedError(AntherError):
 
 
 ReceivedReply = tuple[int, Callable[[], Any] | ReplyRejectedError]
-"""The node that a message is from, and what reads the reply in it; or what is counted for an error in its place, which
-the SuperLink sends for a node that is away, from its own."""
+"""Source node, and a function that decodes its reply; or the rejection for an error message, which the SuperLink sends
+from its own node for a node that is unavailable."""
 
 
 def validate_replies(
-    kind: str, heard: Iterable[ReceivedReply], asked: Mapping[int, R], check: Callable[[R, Any], T]
+    kind: str, received: Iterable[ReceivedReply], requests: Mapping[int, R], check: Callable[[R, Any], T]
 ) -> tuple[dict[int, T], dict[str, int]]:
-    """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked."""
-    found: dict[int, T] = {}
+    """Decode and check replies, at most one for each node that was asked.
+
+    Args:
+        kind: message type, for the log.
+        received: replies in the order of arrival.
+        requests: request of each node.
+        check: checks a decoded reply against its request, and returns the accepted value.
+
+    Returns:
+        Accepted values by node, and the number of rejected replies by reason.
+    """
+    accepted: dict[int, T] = {}
     dropped: Counter[str] = Counter()
     count = 0
-    for node, read in heard:
+    for node, decode in received:
         count += 1
         try:
-            if isinstance(read, ReplyRejectedError):
-                raise read
-            if node not in asked or node in found:
-                raise ReplyRejectedError("not asked", "a reply that nobody asked for, or a second one")
-            found[node] = check(asked[node], read())
-        except Exception as wrong:  # whatever a device sends, the server lives
-            reason = wrong.reason if isinstance(wrong, ReplyRejectedError) else "malformed"
-            dropped["codec" if isinstance(wrong, CodecError) else reason] += 1
-            log.warning("%s: reply of node %d dropped: %s", kind, node, wrong)
-    if count < len(asked):
-        dropped["no reply"] = len(asked) - count
-    return found, dict(sorted(dropped.items()))
+            if isinstance(decode, ReplyRejectedError):
+                raise decode
+            if node not in requests or node in accepted:
+                raise ReplyRejectedError("not asked", "an unrequested reply, or a second one")
+            accepted[node] = check(requests[node], decode())
+        except Exception as error:  # no reply of a device may end the run
+            reason = error.reason if isinstance(error, ReplyRejectedError) else "malformed"
+            dropped["codec" if isinstance(error, CodecError) else reason] += 1
+            log.warning("%s: reply of node %d rejected: %s", kind, node, error)
+    if count < len(requests):
+        dropped["no reply"] = len(requests) - count
+    return accepted, dict(sorted(dropped.items()))
 
 
 def error_rejection(code: int, reason: str | None) -> ReplyRejectedError:
-    """What an error reply is counted under: a device that says no is no broken one."""
+    """Make the rejection of an error message; a device that refuses a request is distinguished from a failed one."""
     counted = "refused" if (reason or "").startswith(records.REFUSED) else _REASONS.get(code, "failed")
     return ReplyRejectedError(counted, f"error {code}: {_last_line(reason)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyValidator:
-    """What a reply must be to be used; RefusedError or CodecError for another.
+    """Checks of replies; they raise ReplyRejectedError or CodecError for an invalid one.
 
     Args:
-        frame: as for `Federated`, and so are `accept_simulated` and `measuring`.
+        sites: sites of the adapter.
+        lora_xs_bases: see `FederatedStrategy`.
+        accept_simulated: see `FederatedStrategy`.
+        evaluation_policy: see `FederatedStrategy`.
     """
 
     sites: Sites
     lora_xs_bases: Adapter | None
     accept_simulated: bool
-    measuring: EvaluationPolicy
+    evaluation_policy: EvaluationPolicy
 
     def trained_shapes(self, plan: TrainingPlan) -> dict[str, tuple[int, ...]]:
-        """What comes back of this plan: what it trains, at its sites."""
-        chosen = self.sites if plan.sites is None else {name: self.sites[name] for name in plan.sites}
-        return trained_shapes(chosen, plan.rank, plan.trains)
+        """Return the shapes of the tensors that a plan trains."""
+        sites = self.sites if plan.sites is None else {name: self.sites[name] for name in plan.sites}
+        return trained_shapes(sites, plan.rank, plan.trains)
 
-    def largest(self, plan: TrainingPlan) -> int:
-        """Bytes of the longest payload that comes back of this plan."""
+    def max_payload(self, plan: TrainingPlan) -> int:
+        """Return the largest valid payload of a plan's update, in bytes."""
         expected = self.trained_shapes(plan)
         if plan.update == "fp32":
             return tensor_codec.max_payload(expected)
         return quantization.max_payload(expected, plan.update, keep=plan.keep)
 
     def update(
-        self, current: Adapter, asked: tuple[DeviceReport, TrainingPlan], reply: Update
+        self, current: Adapter, request: tuple[DeviceReport, TrainingPlan], reply: Update
     ) -> tuple[Update, Adapter]:
-        """The update and its factors, if it is what the plan asked for of a device that was sent `current`."""
-        report, plan = asked
+        """Check and decode an update.
+
+        Args:
+            current: adapter that was sent to the device.
+            request: report of the device and the plan that it was sent.
+            reply: its reply.
+
+        Returns:
+            The update, and its factors.
+        """
+        report, plan = request
         _check_origin(report, reply.device)
         if (reply.run, reply.round) != (plan.run, plan.round):
             raise ReplyRejectedError("stale", f"{reply.device}: update of run {reply.run[:50]}, round {reply.round}")
@@ -120,22 +147,22 @@ class ReplyValidator:
         if plan.privacy:
             self._check_noise(reply)
         _check_cost(reply)
-        if not 0 <= reply.events < MOST:
-            raise ReplyRejectedError("malformed", f"{reply.device}: events of its ledger must be 0 to {MOST:g}")
-        if reply.loss is not None and not 0 <= reply.loss < MOST:
-            raise ReplyRejectedError("malformed", f"{reply.device}: loss must be 0 to {MOST:g}")
+        if not 0 <= reply.events < MAX_REPORTED:
+            raise ReplyRejectedError("malformed", f"{reply.device}: ledger events must be 0 to {MAX_REPORTED:g}")
+        if reply.loss is not None and not 0 <= reply.loss < MAX_REPORTED:
+            raise ReplyRejectedError("malformed", f"{reply.device}: loss must be 0 to {MAX_REPORTED:g}")
         sites = self.sites if plan.sites is None else plan.sites
         start = split_rank(select_sites(current, sites), plan.rank)[0]
         lora_xs_bases = split_rank(self.lora_xs_bases, plan.rank)[0] if self.lora_xs_bases else None
-        found = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, lora_xs_bases))
-        adapter = from_trained_tensors(found, plan.trains, start, lora_xs_bases)
-        # Whatever the precision, a change that was decoded is finite, and with it the sum that is bounded here.
-        if over := norm_violation(adapter):
-            raise ReplyRejectedError("norm", f"{reply.device}: {over}")
+        trained = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, lora_xs_bases))
+        adapter = from_trained_tensors(trained, plan.trains, start, lora_xs_bases)
+        # A decoded change is finite in every precision, and so is the sum that is bounded here.
+        if violation := norm_violation(adapter):
+            raise ReplyRejectedError("norm", f"{reply.device}: {violation}")
         return reply, adapter
 
     def _trained(self, data: bytes, plan: TrainingPlan, start: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What was trained from `start`, in whichever precision the plan had it come back."""
+        """Decode the trained tensors in the precision of the plan; quantized updates are changes of `start`."""
         expected = self.trained_shapes(plan)
         if plan.update == "fp32":
             return tensor_codec.decode(data, expected)
@@ -143,20 +170,27 @@ class ReplyValidator:
         return {name: start[name] + moved for name, moved in change.items()}
 
     def evaluation(self, round: int, report: DeviceReport, reply: Evaluation) -> Evaluation:
-        """The measurement of this round, if it tells what was asked for and no more."""
+        """Check that an evaluation is of this round and has exactly the requested values.
+
+        Args:
+            round: number of the round.
+            report: report of the device.
+            reply: its reply.
+        """
         _check_origin(report, reply.device)
         if reply.round != round:
             raise ReplyRejectedError("stale", f"{reply.device}: evaluated round {reply.round}, not {round}")
-        if not self.measuring.accepts(reply):
-            raise ReplyRejectedError("malformed", f"{reply.device}: tells other measures than it was asked for")
+        if not self.evaluation_policy.accepts(reply):
+            raise ReplyRejectedError("malformed", f"{reply.device}: its metrics are not the requested ones")
         if reply.gain is not None:
             self._check_noise(reply)
         numbers = [value for value in (reply.base, reply.shared, reply.epsilon) if value is not None]
-        if not (all(0 <= value < MOST for value in numbers) and abs(reply.gain or 0.0) < MOST):
-            raise ReplyRejectedError("malformed", f"{reply.device}: losses must be 0 to {MOST:g}")
+        if not (all(0 <= value < MAX_REPORTED for value in numbers) and abs(reply.gain or 0.0) < MAX_REPORTED):
+            raise ReplyRejectedError("malformed", f"{reply.device}: losses must be 0 to {MAX_REPORTED:g}")
         return reply
 
-    def personalised(self, report: DeviceReport, reply: Personalized) -> Personalized:
+    def personalized(self, report: DeviceReport, reply: Personalized) -> Personalized:
+        """Check the reply to a personalization request."""
         _check_origin(report, reply.device)
         _check_cost(reply)
         return reply
@@ -170,15 +204,15 @@ class ReplyValidator:
 
 def _check_origin(report: DeviceReport, device: str) -> None:
     if device != report.device:
-        raise ReplyRejectedError("impostor", f"node of {report.device} signs as {device[:100]!r}")
+        raise ReplyRejectedError("impostor", f"node of {report.device} replies as {device[:100]!r}")
 
 
 def _check_cost(reply: Update | Personalized) -> None:
-    if not (0 <= reply.seconds < MOST and 0 <= reply.joules < MOST):
-        raise ReplyRejectedError("malformed", f"{reply.device}: seconds and joules must be 0 to {MOST:g}")
+    if not (0 <= reply.seconds < MAX_REPORTED and 0 <= reply.joules < MAX_REPORTED):
+        raise ReplyRejectedError("malformed", f"{reply.device}: seconds and joules must be 0 to {MAX_REPORTED:g}")
 
 
 def _last_line(text: str | None) -> str:
-    """Of a traceback, the line that says what happened, in characters that a terminal doesn't obey."""
+    """Return the last line of a traceback, without characters that control a terminal."""
     line = ((text or "")[-10_000:].strip().splitlines() or ["no reason given"])[-1][:300]
     return "".join(character if character.isprintable() else "?" for character in line)

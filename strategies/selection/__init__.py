@@ -1,4 +1,4 @@
-"""Which of the known devices are asked in a round."""
+"""Selection of the devices that are asked in a round."""
 
 from __future__ import annotations
 
@@ -11,57 +11,58 @@ from strategies.round.metrics import DeviceMetrics
 
 
 class Sampling(NamedTuple):
-    """What a selection declares of itself; under privacy one that declares nothing is refused."""
+    """Sensitivity declaration of a selection. A selection without one is refused under privacy."""
 
     data_independent: bool
-    """Whether who is asked says nothing of anybody's pictures: it follows from names, chance and kinds of device."""
+    """Whether the selection is independent of the devices' pictures: it depends on names, chance and device type."""
     amplifies: bool
-    """Whether every device joins by itself with a fixed probability, in secret, and nobody is added for those who
-    can't: then its promise is better than the noise alone gives it (Abadi et al., 2016, arXiv:1607.00133)."""
+    """Whether every device takes part independently with a fixed probability, in secret, and no device is added for one
+    that can't. Then the guarantee is better than that of the noise (Abadi et al., 2016, arXiv:1607.00133)."""
     reason: str
     uses_transient_state: bool = False
-    """Whether it goes by what a device tells of its moment, such as its battery: that may be old when it is looked at,
-    and where all of one device is the unit it belongs to it."""
+    """Whether selection uses transient device state (e.g. battery level). The state may be stale, and under
+    device-level privacy it is private."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceCandidate:
-    """A device that could be asked in this round, and what asking it would come to."""
+    """Device that could be asked in this round, and its predicted cost."""
 
     report: DeviceReport
     plan: TrainingPlan
-    """What it would be asked to do."""
+    """Plan that it would get."""
     seconds: float
-    """That this should take it, its transfers included."""
+    """Predicted time, including transfers."""
     joules: float
-    """That training should take it."""
+    """Predicted energy of training."""
     ready: bool = True
-    """Whether it is asked if it is picked. One that isn't is picked from only with privacy per device."""
-    facts: DeviceMetrics | None = None
-    """What the server remembers of all rounds before; None: it was never asked."""
+    """Whether it is asked if it is selected. Devices that aren't are candidates only under device-level privacy."""
+    metrics: DeviceMetrics | None = None
+    """Its metrics of all earlier rounds; None if it was never asked."""
 
     @property
     def asked(self) -> int:
-        """Rounds that it was asked in, or picked for."""
-        return self.facts.asked if self.facts else 0
+        """Rounds that it was asked in or selected for."""
+        return self.metrics.asked if self.metrics else 0
 
     @property
     def last(self) -> int:
-        """The last of them; 0 before any."""
-        return self.facts.last if self.facts else 0
+        """Latest of these rounds; 0 before any."""
+        return self.metrics.last if self.metrics else 0
 
     @property
     def loss(self) -> float | None:
-        """That it told last; None before, and under privacy."""
-        return self.facts.loss if self.facts else None
+        """Latest reported loss; None before any, and under privacy."""
+        return self.metrics.loss if self.metrics else None
 
 
 class DeviceCandidates(dict[str, DeviceCandidate]):
     """Candidates by name.
 
-    Attributes:
-        losses: the mean loss that devices told in each round before this one; under privacy there are none.
-        round: that they may be asked in.
+    Args:
+        devices: candidates by name.
+        losses: mean loss that devices reported in each earlier round; empty under privacy.
+        round: number of the round that they may be asked in.
     """
 
     def __init__(self, devices: Mapping[str, DeviceCandidate], losses: Iterable[float] = (), *, round: int) -> None:
@@ -70,33 +71,34 @@ class DeviceCandidates(dict[str, DeviceCandidate]):
 
 
 class Selection(Protocol):
-    """A rule on devices by name, so that it does not depend on how Flower numbers its nodes.
+    """Selection of devices by name, so that it does not depend on Flower's node ids.
 
-    It keeps nothing from one round to the next: a run that is resumed goes by what its checkpoint holds.
+    It has no state between rounds: everything that a resumed run needs is in its checkpoint.
     """
 
     sensitivity: Sampling
 
     def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
-        """The devices to ask, by name, sorted.
+        """Return the names of the selected devices, sorted.
 
         Args:
-            draw: names its coins; an asynchronous round has several draws, each with a number of its own.
+            devices: candidates by name.
+            draw: number of the random stream. An asynchronous round has several draws, each with its own number.
         """
         ...
 
 
 class NameSelection(Protocol):
-    """A rule on names alone, which serves wherever a `Selection` does."""
+    """Selection that needs only names, and can be used as a `Selection`."""
 
     sensitivity: Sampling
 
     def select(self, devices: Collection[str], *, draw: int) -> list[str]:
-        """The devices to ask, by name, sorted."""
+        """Return the names of the selected devices, sorted."""
         ...
 
 
 def check_size(size: int) -> None:
-    """ValueError for a number of devices that nobody can be asked with."""
+    """Raise ValueError for a number of devices below 1."""
     if size < 1:
         raise ValueError(f"{size=}: must be 1 or more")

@@ -1,4 +1,4 @@
-"""Who trains and who measures, as a configuration has it."""
+"""Selections of a configuration: the devices that train, and those that evaluate."""
 
 from __future__ import annotations
 
@@ -23,28 +23,32 @@ from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
 
-def selection(config: SimulationConfig, seed: int | None) -> Selection:
-    """Who is asked to train: everyone, `cohort.size` of them by `selection`, or each by the probability `cohort.sampling_rate`.
+def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
+    """Make the selection for training.
+
+    It selects each device with probability `cohort.sampling_rate`, or `cohort.size` devices by `selection`, or all.
 
     Args:
-        seed: of the coins that this probability is tossed with; None: nobody can repeat them.
+        config: configuration of the run.
+        seed: seed of Poisson sampling; None: randomness of the operating system, which can't be reproduced.
 
-    Raises AntherError for a selection without what it goes by.
+    Raises:
+        AntherError: a setting that the selection needs is missing.
     """
     if config.selection.name != "random" and config.cohort.size is None:
-        raise AntherError(f"selection={config.selection.name}: chooses the devices of a cohort.size; give its size")
+        raise AntherError(f"selection={config.selection.name} requires cohort.size")
     if config.cohort.sampling_rate is not None:
         return Poisson(
             rate=config.cohort.sampling_rate,
-            coins=partial(noise_source, purpose="selection", client="server", seed=seed),
+            rng=partial(noise_source, purpose="selection", client="server", seed=seed),
         )
-    chosen, deadline = config.selection, config.planning.deadline
+    settings, deadline = config.selection, config.planning.deadline
     if config.cohort.size is None:
         return Everyone()
-    size, oort = math.ceil(config.cohort.size * config.cohort.overselection), _oort_settings(chosen.oort)
-    more = chosen.candidate_factor or 2.0
-    weight = 0.25 if chosen.utility_weight is None else chosen.utility_weight
-    match chosen.name:
+    size, oort = math.ceil(config.cohort.size * config.cohort.overselection), _oort_settings(settings.oort)
+    factor = settings.candidate_factor or 2.0
+    weight = 0.25 if settings.utility_weight is None else settings.utility_weight
+    match settings.name:
         case "round_robin":
             return RoundRobin(size=size)
         case "oort":
@@ -53,36 +57,38 @@ def selection(config: SimulationConfig, seed: int | None) -> Selection:
             return Energy(size=size, seed=config.seed, weight=weight, settings=oort)
         case "deadline":
             if deadline is None:
-                raise AntherError("selection=deadline: there is none; give planning.deadline")
-            return Deadline(size=size, seconds=deadline, more=more, seed=config.seed)
+                raise AntherError("selection=deadline requires planning.deadline")
+            return Deadline(size=size, seconds=deadline, candidate_factor=factor, seed=config.seed)
         case "power_of_choice":
-            return PowerOfChoice(size=size, more=more, seed=config.seed)
+            return PowerOfChoice(size=size, candidate_factor=factor, seed=config.seed)
         case "energy_delay":
-            return EnergyDelay(size=size, more=more, seed=config.seed)
+            return EnergyDelay(size=size, candidate_factor=factor, seed=config.seed)
         case "random":
             return Sample(size=size, seed=config.seed)
-    raise AntherError(f"selection={chosen.name}: nothing here makes it; known are {', '.join(SELECTIONS)}")
+    raise AntherError(
+        f"selection={settings.name}: strategies/selection/build.py does not create it; known are {', '.join(SELECTIONS)}"
+    )
 
 
 def _oort_settings(oort: OortConfig) -> OortSettings:
     return OortSettings(
         alpha=oort.alpha,
         exploration=oort.exploration,
-        decay=oort.exploration_decay,
-        least=oort.min_exploration,
+        exploration_decay=oort.exploration_decay,
+        min_exploration=oort.min_exploration,
         cutoff=oort.cutoff,
-        clip=oort.clip_quantile,
-        preferred=oort.duration_quantile,
-        window=oort.pacer_window,
-        step=oort.pacer_step,
-        most=oort.max_selections,
+        clip_quantile=oort.clip_quantile,
+        duration_quantile=oort.duration_quantile,
+        pacer_window=oort.pacer_window,
+        pacer_step=oort.pacer_step,
+        max_selections=oort.max_selections,
     )
 
 
-def evaluation(config: SimulationConfig) -> NameSelection:
-    """Who measures: as many as `cohort.eval_size`, else as `cohort.size`; all if neither is given.
+def build_evaluation_selection(config: SimulationConfig) -> NameSelection:
+    """Make the selection for evaluation: `cohort.eval_size` devices, else `cohort.size`, else all.
 
-    The same every round. Under privacy others every round, since each measurement is charged to whoever makes it.
+    The devices are the same in every round. Under privacy they change, since each evaluation is charged to its device.
     """
     size = config.cohort.size if config.cohort.eval_size is None else config.cohort.eval_size
     if size is None or config.privacy.level != NONE:

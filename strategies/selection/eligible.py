@@ -1,5 +1,8 @@
-"""Who may be asked at all: after production federated learning, idle, charging and on an unmetered link (Bonawitz et
-al., 2019, arXiv:1902.01046, §2)."""
+"""Eligibility of devices for training: idle, charging and on an unmetered link, as in production federated learning.
+
+References:
+    Bonawitz et al., "Towards Federated Learning at Scale: System Design", 2019, arXiv:1902.01046, §2.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,31 @@ from protocol.messages import DeviceReport
 
 @dataclass(frozen=True, kw_only=True)
 class Eligibility:
-    """What must hold of a device; by default nothing."""
+    """Requirements for a device; none by default."""
 
     idle: bool = False
-    """Nobody uses it."""
+    """Not in use."""
     battery: float | None = None
-    """Share of a full battery that it must have, or charge; None: it may be empty."""
+    """Minimum battery charge as a fraction, unless it is charging; None: any."""
     cool: bool = False
+    """Not hot."""
     unmetered: bool = False
+    """Not on a metered link."""
     pictures: bool = False
-    """It has some to train on."""
+    """Has pictures to train on."""
     memory_gib: float | None = None
-    """That it has at least; None: any."""
+    """Minimum memory; None: any."""
 
     @property
     def uses_transient_state(self) -> bool:
-        """Whether anything is asked for that may have changed since a device told of it."""
+        """Whether a requirement concerns state that may have changed since a device reported it."""
         return self != Eligibility(memory_gib=self.memory_gib)
 
     def __call__(self, report: DeviceReport) -> bool:
-        return next(self.against(report), None) is None
+        return next(self.unmet(report), None) is None
 
-    def against(self, report: DeviceReport) -> Iterator[str]:
-        """What of it does not hold, in a word each."""
+    def unmet(self, report: DeviceReport) -> Iterator[str]:
+        """Yield a word for each requirement that the device does not meet."""
         if self.idle and report.busy:
             yield "busy"
         low = self.battery is not None and report.battery is not None and report.battery < self.battery

@@ -1,7 +1,7 @@
-"""Ask the devices that a round leaves most power: EAFL (Arouj & Abdelmoniem, 2022, arXiv:2208.04505).
+"""EAFL: select the devices with the most remaining battery after a round (Arouj & Abdelmoniem, 2022, arXiv:2208.04505).
 
-Oort, where the reward of a device is f · utility + (1 − f) · power, and power is what would be left of its battery
-after the round. A device that charges, or has none, has all of it.
+Oort, where the reward of a device is f · utility + (1 − f) · power. Power is the battery charge that would remain after
+the round, and 1 for a device that is charging or has no battery.
 """
 
 from __future__ import annotations
@@ -14,37 +14,40 @@ from strategies.selection.oort import Oort, OortSettings
 
 
 class Energy:
-    """`size` devices.
+    """Select `size` devices.
 
     Args:
-        weight: f, of utility beside power; the paper's code has 0.25.
+        size: number of devices.
+        seed: seed of the run.
+        weight: f, the weight of utility; 0.25 in the paper's code.
+        settings: settings of Oort.
     """
 
     sensitivity = Sampling(
         data_independent=True,
         amplifies=False,
-        reason="by what is left of batteries, speed, and when each was asked; under privacy no loss is told",
+        reason="by battery charge, speed, and when each was asked; under privacy no loss is reported",
         uses_transient_state=True,
     )
 
     def __init__(self, *, size: int, seed: int, weight: float, settings: OortSettings) -> None:
         if not 0 <= weight <= 1:
             raise ValueError(f"{weight=}: must be 0 to 1")
-        self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(rewarded, weight=weight))
+        self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(reward, weight=weight))
 
     def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
         return self._oort.select(devices, draw=draw)
 
 
-def rewarded(utility: float, one: DeviceCandidate, *, weight: float) -> float:
-    """f · utility + (1 − f) · power."""
-    return weight * utility + (1 - weight) * power(one)
+def reward(utility: float, candidate: DeviceCandidate, *, weight: float) -> float:
+    """Compute f · utility + (1 − f) · power."""
+    return weight * utility + (1 - weight) * remaining_charge(candidate)
 
 
-def power(one: DeviceCandidate) -> float:
-    """What the round leaves of a full battery, 0 to 1; of one whose size nobody told, what is there now."""
-    report = one.report
+def remaining_charge(candidate: DeviceCandidate) -> float:
+    """Predict the battery charge after the round, 0 to 1; the current charge if its capacity is unknown."""
+    report = candidate.report
     if report.battery is None or report.charging:
         return 1.0
-    used = one.joules / (HOUR * report.battery_wh) if report.battery_wh else 0.0
+    used = candidate.joules / (HOUR * report.battery_wh) if report.battery_wh else 0.0
     return max(0.0, report.battery - used)

@@ -1,35 +1,42 @@
-"""Ask those that train most for the time and the energy that it takes them.
+"""Select the devices that train most for their time and energy.
 
-Both are known before a device was ever asked, from its report and its plan, so that nothing has to be explored first.
-The merit of a device is what it trains, squared, over the product of its seconds and its joules: an energy-delay
-product, as for circuits (Gonzalez & Horowitz, 1996), whose square in the numerator makes merits of plans of different
-length comparable.
+Both are predicted from report and plan before a device is ever asked, so no exploration is needed. The merit of a
+device is the square of its training examples over the product of its seconds and joules: an energy-delay product, as
+for circuits (Gonzalez & Horowitz, 1996). The square in the numerator makes plans of different lengths comparable.
 """
 
 from __future__ import annotations
 
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
-from strategies.selection.power_of_choice import best_of_sample, check_more
+from strategies.selection.power_of_choice import best_of_sample, check_candidate_factor
 
 
 class EnergyDelay:
-    """`size` devices of `more` times as many drawn at random."""
+    """Select `size` devices of `candidate_factor` · `size` drawn at random.
+
+    Args:
+        size: number of devices.
+        candidate_factor: drawn devices per selected one.
+        seed: seed of the run.
+    """
 
     sensitivity = Sampling(
         data_independent=True,
         amplifies=False,
-        reason="by speed, power and link, which are of the kind of device, among a random sample",
+        reason="by speed, power and link, which belong to the device type, within a random sample",
     )
 
-    def __init__(self, *, size: int, more: float, seed: int) -> None:
-        check_more(more, size)
-        self._size, self._more, self._seed = size, more, seed
+    def __init__(self, *, size: int, candidate_factor: float, seed: int) -> None:
+        check_candidate_factor(candidate_factor, size)
+        self._size, self._candidate_factor, self._seed = size, candidate_factor, seed
 
     def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
-        return best_of_sample(devices, merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
+        return best_of_sample(
+            devices, merit, size=self._size, candidate_factor=self._candidate_factor, seed=self._seed, draw=draw
+        )
 
 
-def merit(one: DeviceCandidate) -> float:
-    """Examples² per second and joule; of what takes nothing without bound."""
-    took = one.seconds * one.joules
-    return (one.plan.steps * one.plan.batch_size) ** 2 / took if took else float("inf")
+def merit(candidate: DeviceCandidate) -> float:
+    """Compute examples² per second and joule; infinite for a plan without cost."""
+    cost = candidate.seconds * candidate.joules
+    return (candidate.plan.steps * candidate.plan.batch_size) ** 2 / cost if cost else float("inf")

@@ -1,4 +1,4 @@
-"""Ask every device that is there."""
+"""Select every connected device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from strategies.selection import Sampling
 
 
 class Everyone:
-    """All devices, every round."""
+    """Select all devices in every round."""
 
-    sensitivity = Sampling(data_independent=True, amplifies=False, reason="everybody knows who takes part")
+    sensitivity = Sampling(data_independent=True, amplifies=False, reason="participation is public")
 
     def select(self, devices: Collection[str], *, draw: int) -> list[str]:  # noqa: ARG002
         return sorted(devices)

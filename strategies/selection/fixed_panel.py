@@ -1,4 +1,4 @@
-"""Ask the same devices every round: what they measure of one adapter can then be compared with the next."""
+"""Select the same devices in every round, so that evaluations of consecutive adapters are comparable."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from strategies.selection import Sampling
 
 
 class FixedPanel:
-    """`size` devices, or all if there are fewer; one that is away is stood in for, and nobody else changes place.
+    """Select `size` devices, or all if there are fewer; only an absent device is replaced.
 
-    Of a fresh sample each round, the mean says more of who was asked than of the adapter.
+    With a new sample each round, the mean would vary more with the sample than with the adapter.
+
+    Args:
+        size: number of devices.
+        seed: seed of the run.
     """
 
-    sensitivity = Sampling(
-        data_independent=True, amplifies=False, reason="of fixed size, from a seed that is no secret"
-    )
+    sensitivity = Sampling(data_independent=True, amplifies=False, reason="fixed size, from a public seed")
 
     def __init__(self, *, size: int, seed: int) -> None:
         if size < 1:

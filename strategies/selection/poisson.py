@@ -1,8 +1,9 @@
-"""Ask each device with a fixed probability, by itself: the only selection whose secrecy improves a promise.
+"""Poisson sampling: select each device independently with a fixed probability.
 
-What the proof needs, and where it would break: the rate never changes; a coin is tossed for every device alike,
-whatever the others' showed; nobody is asked in place of one that is away or refuses, which contributes zero; the coins
-come from the operating system and are shown to nobody; and a round that is run again is charged again.
+The only selection whose secrecy improves the privacy guarantee. The proof requires: the rate never changes; a coin is
+flipped for every device, independently of the others; no device replaces one that is absent or refuses, which
+contributes zero; the randomness comes from the operating system and is never revealed; and a repeated round is charged
+again.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from strategies.selection import Sampling
 
 
 class Poisson:
-    """Each device with the probability `rate`, anew each round; possibly none.
+    """Select each device with probability `rate`, independently in each round; possibly none.
 
     Args:
-        coins: the source for a round, `SecureNoise` on a real server.
+        rate: probability.
+        rng: makes the randomness of a round; `SecureNoise` on a real server.
     """
 
-    sensitivity = Sampling(data_independent=True, amplifies=True, reason="a secret coin for each device")
+    sensitivity = Sampling(data_independent=True, amplifies=True, reason="a secret coin flip for each device")
 
-    def __init__(self, *, rate: float, coins: Callable[[int], NoiseSource]) -> None:
+    def __init__(self, *, rate: float, rng: Callable[[int], NoiseSource]) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"{rate=}: must lie between 0 and 1")
-        self.rate, self._coins = rate, coins
+        self.rate, self._rng = rate, rng
 
     def select(self, devices: Collection[str], *, draw: int) -> list[str]:
         names = sorted(devices)
-        return [names[place] for place in self._coins(draw).poisson_batch(len(names), self.rate).tolist()]
+        return [names[index] for index in self._rng(draw).poisson_batch(len(names), self.rate).tolist()]

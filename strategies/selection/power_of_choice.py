@@ -1,7 +1,7 @@
-"""Draw more candidates than are wanted, at random, and ask the best of them.
+"""Draw more candidates than needed at random, and select the best of them.
 
-So the best of all are not asked every time: `more` = 1 is a random sample, and the more are drawn the further a
-selection leans towards them.
+The best of all devices are therefore not selected every time: `candidate_factor` = 1 is a random sample, and larger
+values increase the preference.
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ def best_of_sample(
     merit: Callable[[DeviceCandidate], object],
     *,
     size: int,
-    more: float,
+    candidate_factor: float,
     seed: int,
     draw: int,
 ) -> list[str]:
-    """The `size` of best merit among ⌈more · size⌉ devices drawn without replacement; names break ties."""
+    """Select the best among ⌈candidate_factor · size⌉ devices that are drawn without replacement.
+
+    Args:
+        devices: candidates by name.
+        merit: value by which they are ranked, largest first; names break ties.
+        size: number of devices to select.
+        candidate_factor: drawn devices per selected one.
+        seed: seed of the run.
+        draw: number of the random stream.
+
+    Returns:
+        Names, sorted.
+    """
     names = sorted(devices)
-    drawn = random.Random(derive_seed(seed, draw, "choice")).sample(names, min(len(names), -int(-more * size // 1)))
+    rng = random.Random(derive_seed(seed, draw, "choice"))
+    drawn = rng.sample(names, min(len(names), -int(-candidate_factor * size // 1)))
     return sorted(sorted(sorted(drawn), key=lambda name: merit(devices[name]), reverse=True)[:size])  # type: ignore[arg-type,return-value]
 
 
-def check_more(more: float, size: int) -> None:
-    """ValueError for a draw of fewer than are wanted."""
+def check_candidate_factor(candidate_factor: float, size: int) -> None:
+    """Raise ValueError if fewer devices would be drawn than selected."""
     check_size(size)
-    if not 1 <= more < float("inf"):
-        raise ValueError(f"{more=}: must be 1 or more")
+    if not 1 <= candidate_factor < float("inf"):
+        raise ValueError(f"{candidate_factor=}: must be 1 or more")

@@ -1,4 +1,4 @@
-"""Ask in turn: whoever was asked least often, and of these whoever was asked longest ago."""
+"""Round robin: select the devices that were asked least often, and among these those asked longest ago."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from strategies.selection import DeviceCandidates, Sampling, check_size
 
 
 class RoundRobin:
-    """`size` devices; names break ties. Of devices that are always there none is asked twice before all were once."""
+    """Select `size` devices; names break ties. If all are always present, none is asked twice before all were once.
+
+    Args:
+        size: number of devices.
+    """
 
     sensitivity = Sampling(
-        data_independent=True, amplifies=False, reason="by how often, and when, each was asked, over whoever is there"
+        data_independent=True,
+        amplifies=False,
+        reason="by how often and when each was asked, among connected devices",
     )
 
     def __init__(self, *, size: int) -> None:
@@ -17,5 +23,5 @@ class RoundRobin:
         self._size = size
 
     def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:  # noqa: ARG002
-        turns = sorted(devices, key=lambda name: (devices[name].asked, devices[name].last, name))
-        return sorted(turns[: self._size])
+        queue = sorted(devices, key=lambda name: (devices[name].asked, devices[name].last, name))
+        return sorted(queue[: self._size])

@@ -1,6 +1,7 @@
-"""Ask a random sample of fixed size.
+"""Select a random sample of fixed size.
 
-Not an amplification of privacy: the sample is reproducible from the seed, and is accounted as if everyone were asked.
+It does not amplify privacy: the sample is reproducible from the seed, and is accounted for as if every device were
+asked.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from strategies.selection import Sampling
 
 
 class Sample:
-    """`size` devices without replacement, or all if there are fewer; the same for one seed, draw and set of names.
+    """Select `size` devices without replacement, or all if there are fewer; a function of seed, draw and names.
 
     Args:
-        purpose: names the random stream: who is asked for one thing says nothing of who is asked for another.
+        size: number of devices.
+        seed: seed of the run.
+        purpose: name of the random stream, so that samples for different purposes are independent.
     """
 
     sensitivity = Sampling(
-        data_independent=True,
-        amplifies=False,
-        reason="of fixed size, from a seed that is no secret, over whoever is there",
+        data_independent=True, amplifies=False, reason="fixed size, from a public seed, among connected devices"
     )
 
     def __init__(self, *, size: int, seed: int, purpose: str = "selection") -> None:
@@ -32,5 +33,5 @@ class Sample:
 
     def select(self, devices: Collection[str], *, draw: int) -> list[str]:
         names = sorted(devices)
-        coins = random.Random(derive_seed(self._seed, draw, self._purpose))
-        return sorted(coins.sample(names, min(self._size, len(names))))
+        rng = random.Random(derive_seed(self._seed, draw, self._purpose))
+        return sorted(rng.sample(names, min(self._size, len(names))))

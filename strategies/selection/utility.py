@@ -1,4 +1,4 @@
-"""Oort's utility of a device (Lai et al., OSDI 2021, §4): what its loss promises, by how long it takes."""
+"""Utility of a device in Oort: the value of its loss, reduced by its training time (Lai et al., OSDI 2021, §4)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterable, Sequence
 from strategies.selection import DeviceCandidate
 
 
-def statistical_utility(one: DeviceCandidate) -> float | None:
-    """U = |B| √(Σ loss² / |B|), eq. 1; None where no loss was told.
+def statistical_utility(candidate: DeviceCandidate) -> float | None:
+    """Compute U = |B| √(Σ loss² / |B|) (eq. 1); None without a reported loss.
 
-    Of the examples B that it would train on, with the mean of their losses in the place of the root of their mean
-    square: devices tell no more, and it is never larger.
+    B are the examples that the device would train on. The mean of their losses replaces the root of their mean square,
+    since devices report nothing else; it is never larger.
     """
-    return None if one.loss is None else one.plan.steps * one.plan.batch_size * one.loss
+    return None if candidate.loss is None else candidate.plan.steps * candidate.plan.batch_size * candidate.loss
 
 
 def unit_range(values: Sequence[float], clip: float) -> list[float]:
-    """The values, cut at their quantile `clip` and moved to lie from 0 to 1; equal ones are 0."""
+    """Clip values at their quantile `clip`, and scale them to the range 0 to 1; equal values give 0."""
     if not values:
         return []
     ordered = sorted(values)
@@ -28,16 +28,22 @@ def unit_range(values: Sequence[float], clip: float) -> list[float]:
 
 
 def staleness_bonus(round: int, last: int) -> float:
-    """√(0.1 ln R / L) of a device that was asked last in round L, algorithm 1: it grows with the rounds since."""
+    """Compute √(0.1 ln R / L) for a device that was last asked in round L (algorithm 1); it grows with the round R."""
     return math.sqrt(0.1 * math.log(round) / last)
 
 
 def system_utility(seconds: float, preferred: float, alpha: float) -> float:
-    """(T / t)^α for a device that takes t, longer than the preferred T, and 1 for any other: eq. 1."""
+    """Compute (T / t)^α for a time t longer than the preferred T, and 1 otherwise (eq. 1).
+
+    Args:
+        seconds: t.
+        preferred: T.
+        alpha: α.
+    """
     return (preferred / seconds) ** alpha if seconds > preferred else 1.0
 
 
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value that this share of all lies below; infinite for a share of 1."""
+def quantile(values: Iterable[float], fraction: float) -> float:
+    """Return the value that this fraction of all values lies below; infinite for a fraction of 1."""
     ordered = sorted(values)
-    return math.inf if share >= 1 or not ordered else ordered[int(len(ordered) * share)]
+    return math.inf if fraction >= 1 or not ordered else ordered[int(len(ordered) * fraction)]

@@ -1,4 +1,4 @@
-"""Candidates with as little said of them as a test needs."""
+"""Candidates with default values for everything that a test does not set."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def candidate(
         plan=replace(PLAN, steps=steps, batch_size=1),
         seconds=seconds,
         joules=joules,
-        facts=zero_metrics(asked=asked, last=last, loss=loss) if asked else None,
+        metrics=zero_metrics(asked=asked, last=last, loss=loss) if asked else None,
     )
 
 
-def candidates(*, round: int = 1, **found: dict[str, Any]) -> DeviceCandidates:
-    return DeviceCandidates({name: candidate(name, **facts) for name, facts in found.items()}, round=round)
+def candidates(*, round: int = 1, **settings: dict[str, Any]) -> DeviceCandidates:
+    return DeviceCandidates({name: candidate(name, **metrics) for name, metrics in settings.items()}, round=round)
 
 
 def asked_in(
     devices: DeviceCandidates, names: list[str], round: int, losses: dict[str, float] | None = None
 ) -> DeviceCandidates:
-    """The same after a round that these were asked in."""
+    """Return the candidates after a round in which these were asked."""
     after = dict(devices)
     for name in names:
-        facts = zero_metrics(asked=1, last=round, loss=(losses or {}).get(name))
-        before = after[name].facts
-        after[name] = replace(after[name], facts=before.then(facts) if before else facts)
+        metrics = zero_metrics(asked=1, last=round, loss=(losses or {}).get(name))
+        before = after[name].metrics
+        after[name] = replace(after[name], metrics=before.merge(metrics) if before else metrics)
     return DeviceCandidates(after, devices.losses, round=round + 1)

@@ -1,4 +1,4 @@
-"""A strategy with privacy per device over the fake fleet, without the time that it takes to solve for σ."""
+"""Strategies with device-level privacy for the fake fleet, without the time to solve for σ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.ledger import ServerLedger
 from strategies.aggregation.fedit import FedIT
 from strategies.central_dp import CentralDP, DeviceBudget
 from strategies.selection.poisson import Poisson
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import PLAN, SITES, strategy
 
 Z, CLIP, EXPECTED = 1.5, 0.2, 4.0
@@ -38,11 +38,11 @@ def central_dp(folder: Path, **changes: Any) -> CentralDP:
     return CentralDP(**settings | changes)
 
 
-def private(folder: Path, *, level: dict[str, Any] | None = None, **changes: Any) -> Federated:
-    """FedIT behind clip and noise."""
+def private(folder: Path, *, level: dict[str, Any] | None = None, **changes: Any) -> FederatedStrategy:
+    """Make a strategy with FedIT and central DP."""
     settings = {"aggregation": FedIT(), "accept_simulated": True} | changes
     return strategy(central_dp=central_dp(folder, **level or {}), **settings)
 
 
 def poisson(rate: float) -> Poisson:
-    return Poisson(rate=rate, coins=partial(simulated, "selection"))
+    return Poisson(rate=rate, rng=partial(simulated, "selection"))

@@ -1,4 +1,4 @@
-"""Devices without a base: they answer at once, and can be told to misbehave. For tests of everything above them."""
+"""Fake devices without a base, which reply immediately and can misbehave, for tests of the server side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.rounds.state import RunState
 from strategies.aggregation.exact import Exact
 from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 
 SITES = {"x": Site(6, 5), "y": Site(4, 7)}
 PLAN = TrainingPlan(run="run", round=0, base="base", rank=3, steps=2, batch_size=4, learning_rate=0.1)
@@ -38,7 +38,7 @@ REPORT = DeviceReport(
 
 
 def bases_file(folder: Path) -> Path:
-    """A frame for these sites."""
+    """Write fixed factors of LoRA-XS for these sites, and return the file."""
 
     def columns(size: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(size, PLAN.rank, generator=generator)).Q.contiguous()
@@ -47,27 +47,27 @@ def bases_file(folder: Path) -> Path:
     lora_xs_bases = {
         name: Factors(columns(site.inputs).T.contiguous(), columns(site.outputs)) for name, site in SITES.items()
     }
-    found = to_tensors_with_bases(zero_adapter(lora_xs_bases), lora_xs_bases)
-    save_file({name: part for name, part in found.items() if "lora_B" not in name}, folder / "frame.safetensors")
+    tensors = to_tensors_with_bases(zero_adapter(lora_xs_bases), lora_xs_bases)
+    save_file({name: part for name, part in tensors.items() if "lora_B" not in name}, folder / "frame.safetensors")
     return folder / "frame.safetensors"
 
 
 @dataclass
 class FakeDevice:
-    """Its update moves the sent factors by noise of its name and round; its loss falls with the rounds."""
+    """Device whose update adds noise seeded by its name and round; its loss decreases with the rounds."""
 
     name: str
     report: Any = None
     misbehave: Callable[[Any], Any] | None = None
-    heard: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.report = self.report or replace(REPORT, device=self.name)
 
 
 def handle(request: Any, device: FakeDevice) -> Generator[Any, Any, Any]:
-    """Stands in for `client.rounds.handler.handle`: one job for each request but a query."""
-    device.heard.append(type(request).__name__)
+    """Replace `client.rounds.handler.handle`: one job for each request except queries."""
+    device.requests.append(type(request).__name__)
     if isinstance(request, messages.Query):
         return device.report
     yield (device.name, type(request).__name__)
@@ -131,7 +131,7 @@ def _reply(request: Any, device: FakeDevice) -> Any:
     raise AssertionError(request)
 
 
-def strategy(**changes: Any) -> Federated:
+def strategy(**changes: Any) -> FederatedStrategy:
     settings: dict[str, Any] = {
         "plan": PLAN,
         "sites": SITES,
@@ -139,7 +139,7 @@ def strategy(**changes: Any) -> Federated:
         "selection": Everyone(),
         "limits": PlanLimits(),
     }
-    return Federated(**settings | changes)
+    return FederatedStrategy(**settings | changes)
 
 
 def fresh_state(*, private: bool = False) -> RunState:

@@ -362,8 +362,8 @@ def test_fedbuff_round_ends_in_time(link, passing):
     gate, federated = link.grid(), strategy(aggregation=FedIT())
     gate.names = lambda: {device.node: device.name for device in (mallory, silent, ada)}
     for device in (mallory, silent, ada):
-        federated._roster.update_report(device.node, replace(REPORT, device=device.name), now=0.0)
-    federated.query = lambda _: {n: r for n, r in federated._roster.reports.items() if n in gate.get_node_ids()}
+        federated._devices.update_report(device.node, replace(REPORT, device=device.name), now=0.0)
+    federated.query = lambda _: {n: r for n, r in federated._devices.reports.items() if n in gate.get_node_ids()}
     limits = RoundLimits(clock=WallClock(), timeout=LIMIT)
     round_runner = FedBuffRunner(gate, federated, limits, shift=REBASES["fedit"], size=3, concurrency=3)
     pushed, arrays = gate.push, records.adapter_to_record(encode(to_tensors(init_adapter(SITES, PLAN.rank, seed=0))))

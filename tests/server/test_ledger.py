@@ -76,7 +76,7 @@ def test_secret_sample_stores_no_names(ledger, tmp_path):
 
 def test_epsilon_against_observer_of_the_sample(ledger):
     """For a device that was asked in every round: without sampling, and with evaluation."""
-    budget = replace(BUDGET, participations=None, beside=(MEASURED,))
+    budget = replace(BUDGET, participations=None, other_releases=(MEASURED,))
     for number in range(3):
         spent = ledger.reserve(charge(number, None, SECRET), budget)
     assert spent.value == guarantee(replace(SECRET, steps=3), MEASURED).value
@@ -134,12 +134,12 @@ def test_spent_guarantee_matches_reference(asked, measured):
     charges += [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(measured)]
     most = max((sum(name in names for names in asked) for name in "abcd"), default=0)
     expected = guarantee(MEASURED, *[ROUND] * most)
-    assert spent_guarantee(charges, replace(BUDGET, beside=(MEASURED,))) == expected
+    assert spent_guarantee(charges, replace(BUDGET, other_releases=(MEASURED,))) == expected
 
 
 def test_unplanned_evaluations_are_charged():
     again = [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(5)]
-    spent = spent_guarantee(again, replace(BUDGET, beside=(MEASURED,)))
+    spent = spent_guarantee(again, replace(BUDGET, other_releases=(MEASURED,)))
     assert spent == guarantee(replace(MEASURED, steps=5))
 
 

@@ -22,7 +22,7 @@ from simulations.grid.cohort import CohortGrid
 from strategies.build import build
 from strategies.planning.full_plan import training_plan
 from strategies.registry import AGGREGATIONS
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import REPORT, SITES, FakeDevice, bases_file, handle, perform
 
 NAMES = "abcd"
@@ -75,7 +75,7 @@ def spoil(change: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
     return lambda reply: change(reply) if isinstance(reply, Update) and reply.round in in_rounds else reply
 
 
-def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[Federated, RunState]:
+def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[FederatedStrategy, RunState]:
     option = f"adapter.lora_xs_bases={bases_file(folder)}" if name == "fedsb" else ""
     config = composed(
         f"aggregation={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {overrides}"
@@ -87,7 +87,7 @@ def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[Federat
 
 
 def run(
-    federated: Federated, state: RunState, devices: list[FakeDevice], folder: Path, on_round: Any = None
+    federated: FederatedStrategy, state: RunState, devices: list[FakeDevice], folder: Path, on_round: Any = None
 ) -> RunState:
     return run_rounds(
         grid=CohortGrid(devices, perform),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""From configuration to strategy."""
+"""Strategies built from configurations."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.noise import SecureNoise, SimulatedNoise
 from privacy.storage import FileStorage
 from server.ledger import ServerLedger
-from strategies.aggregation.build import aggregation, optimiser
+from strategies.aggregation.build import build_aggregation, build_server_optimizer
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -20,7 +20,7 @@ from strategies.planning.full_plan import training_plan
 from strategies.registry import AGGREGATIONS, ROBUST_RULES, refusal_reason
 from strategies.robust.krum import MultiKrum
 from strategies.robust.robust_aggregation import RobustAggregation
-from strategies.selection.build import selection
+from strategies.selection.build import build_selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligibility
 from strategies.selection.energy import Energy
@@ -35,74 +35,79 @@ from strategies.server_optimizers import FedAvgM, FedOpt
 from tests.helpers.fleet import SITES, bases_file
 
 
-def test_the_aggregation_is_the_one_named():
-    assert isinstance(aggregation(compose("aggregation=exact")), Exact)
-    assert isinstance(aggregation(compose("aggregation=fedit")), FedIT)
-    assert isinstance(aggregation(compose("aggregation=fedit aggregation.max_rank=8 adapter.shared.rank=8")), FedIT)
+def test_aggregation_by_name():
+    assert isinstance(build_aggregation(compose("aggregation=exact")), Exact)
+    assert isinstance(build_aggregation(compose("aggregation=fedit")), FedIT)
+    assert isinstance(
+        build_aggregation(compose("aggregation=fedit aggregation.max_rank=8 adapter.shared.rank=8")), FedIT
+    )
 
 
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
-def test_every_shipped_strategy_builds(strategy, tmp_path):
+def test_every_aggregation_builds(strategy, tmp_path):
     option = f"adapter.lora_xs_bases={bases_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
     config = compose(f"aggregation={strategy} cohort.size=2 {option}")
     build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False).summary()
-    assert type(aggregation(config)) is AGGREGATIONS[strategy]
+    assert type(build_aggregation(config)) is AGGREGATIONS[strategy]
 
 
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
-def test_a_cap_below_the_rank_is_refused(strategy):
+def test_max_rank_below_the_rank_is_refused(strategy):
     with pytest.raises(AntherError, match=r"aggregation\.max_rank=2: .*adapter\.shared\.rank=8"):
-        aggregation(compose(f"aggregation={strategy} aggregation.max_rank=2 adapter.shared.rank=8"))
+        build_aggregation(compose(f"aggregation={strategy} aggregation.max_rank=2 adapter.shared.rank=8"))
 
 
 @pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys() - {"exact"}))
-def test_a_share_of_energy_is_for_the_rule_that_has_one(strategy):
+def test_energy_fraction_requires_exact(strategy):
     with pytest.raises(AntherError, match=r"aggregation\.energy_fraction=0\.9: .*use aggregation=exact"):
-        aggregation(compose(f"aggregation={strategy} aggregation.energy_fraction=0.9"))
+        build_aggregation(compose(f"aggregation={strategy} aggregation.energy_fraction=0.9"))
 
 
-def test_slices_of_rank_are_weighed_by_the_rule_that_has_them():
-    assert aggregation(compose("aggregation=exact aggregation.weighting=rank_slice"))._by_slice
-    assert not aggregation(compose("aggregation=exact"))._by_slice
-    with pytest.raises(AntherError, match=r"aggregation\.weighting=rank_slice: hetlora weighs .*use aggregation=exact"):
-        aggregation(compose("aggregation=hetlora aggregation.weighting=rank_slice"))
+def test_rank_slices_require_exact():
+    assert build_aggregation(compose("aggregation=exact aggregation.weighting=rank_slice"))._by_slice
+    assert not build_aggregation(compose("aggregation=exact"))._by_slice
+    with pytest.raises(AntherError, match=r"aggregation\.weighting=rank_slice requires aggregation=exact, not hetlora"):
+        build_aggregation(compose("aggregation=hetlora aggregation.weighting=rank_slice"))
 
 
 @pytest.mark.parametrize(("name", "kind", "rate"), [("fedavgm", FedAvgM, 1.0), ("fedyogi", FedOpt, 0.003)])
-def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
+def test_server_optimizer_by_name(name, kind, rate):
     config = compose(f"aggregation=exact server_optimizer.name={name}")
-    found = optimiser(config, aggregation(config))
-    assert type(found) is kind
-    assert found._rate == rate
+    optimizer = build_server_optimizer(config, build_aggregation(config))
+    assert type(optimizer) is kind
+    assert optimizer._lr == rate
     with pytest.raises(
         AntherError, match=rf"server_optimizer\.name={name}: .*use aggregation=exact or aggregation=fedit"
     ):
-        optimiser(config, FLoRA(rank=8, seed=0))
+        build_server_optimizer(config, FLoRA(rank=8, seed=0))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "complaint"),
+    ("overrides", "message"),
     [
-        ("aggregation=exact adapter.shared.optimizer=sgd", "exact turns or changes the factors; use aggregation=fedit"),
-        ("aggregation=fedsvd adapter.shared.optimizer=sgd", "fedsvd turns or changes the factors"),
-        ("aggregation=rolora adapter.shared.optimizer=sgd", "rolora turns or changes the factors"),
-        ("aggregation=hetlora adapter.shared.optimizer=sgd", "a plain mean, and hetlora is none"),
+        (
+            "aggregation=exact adapter.shared.optimizer=sgd",
+            "exact rotates or replaces the factors; use aggregation=fedit",
+        ),
+        ("aggregation=fedsvd adapter.shared.optimizer=sgd", "fedsvd rotates or replaces the factors"),
+        ("aggregation=rolora adapter.shared.optimizer=sgd", "rolora rotates or replaces the factors"),
+        ("aggregation=hetlora adapter.shared.optimizer=sgd", "a plain mean, and hetlora is not"),
         ("aggregation=fedit", r"set adapter\.shared\.optimizer=sgd"),
         ("aggregation=fedit adapter.shared.optimizer=sgd privacy=device", "use privacy=example or none"),
         (
             "aggregation=fedit adapter.shared.optimizer=sgd robust.rules=[norm_bound]",
-            "one that robust.rules leaves out",
+            "an update that robust.rules removes",
         ),
         ("aggregation=fedit adapter.shared.optimizer=sgd round_loop.mode=async", "rounds overlap; use sync"),
         ("aggregation=fedit adapter.shared.optimizer=sgd planning.name=device", r"use planning\.name=full"),
     ],
 )
-def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
-    with pytest.raises(AntherError, match=rf"drift_correction=scaffold: .*{complaint}"):
+def test_scaffold_conflicts_are_refused(overrides, message):
+    with pytest.raises(AntherError, match=rf"drift_correction=scaffold: .*{message}"):
         training_plan(compose(f"drift_correction=scaffold {overrides}"), run="r", base="b")
 
 
-def test_a_plan_says_how_devices_take_their_steps():
+def test_plan_has_the_optimizer_settings():
     plan = training_plan(
         compose("aggregation=fedit drift_correction=scaffold adapter.shared={optimizer:sgd,proximal_mu:0.5}"),
         run="r",
@@ -111,36 +116,36 @@ def test_a_plan_says_how_devices_take_their_steps():
     assert (plan.scaffold, plan.optimiser, plan.proximal) == (True, "sgd", 0.5)
 
 
-def test_a_control_variate_is_sent_whole():
+def test_scaffold_requires_full_precision_downloads():
     shared = "aggregation=fedit drift_correction=scaffold adapter.shared.optimizer=sgd"
     config = compose(f"{shared} compression.download=int8")
     with pytest.raises(AntherError, match=r"compression\.download=int8: .*use compression\.download=fp32"):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
-def test_a_robust_rule_that_goes_by_entries_leaves_no_direction_as_it_was():
+def test_entrywise_rules_exclude_server_optimizers():
     config = compose("aggregation=fedit server_optimizer.name=fedavgm robust.rules=[krum]")
-    assert isinstance(optimiser(config, aggregation(config)), FedAvgM)
+    assert isinstance(build_server_optimizer(config, build_aggregation(config)), FedAvgM)
     config = compose("aggregation=fedit server_optimizer.name=fedavgm robust.rules=[krum,median]")
     with pytest.raises(AntherError, match=r"server_optimizer\.name=fedavgm: .*without median or trimmed_mean"):
-        optimiser(config, aggregation(config))
+        build_server_optimizer(config, build_aggregation(config))
 
 
-def test_no_optimiser_unless_one_is_named():
-    assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
-    with pytest.raises(AntherError, match=r"server_optimizer\.lr=0\.1: without an optimizer .* or leave it null"):
-        optimiser(compose("server_optimizer.lr=0.1"), FLoRA(rank=8, seed=0))
+def test_no_server_optimizer_by_default():
+    assert build_server_optimizer(compose(""), FLoRA(rank=8, seed=0)) is None
+    with pytest.raises(AntherError, match=r"server_optimizer\.lr=0\.1: without an optimizer .* or set it to null"):
+        build_server_optimizer(compose("server_optimizer.lr=0.1"), FLoRA(rank=8, seed=0))
 
 
 @pytest.mark.parametrize("robust", ["", "robust.rules=[krum]"])
-def test_a_bound_that_nothing_holds_is_refused(robust):
-    with pytest.raises(AntherError, match=r"robust\.norm_bound=2: .*add norm_bound to robust\.rules"):
-        aggregation(compose(f"robust.norm_bound=2 {robust}"))
-    assert aggregation(compose("robust.norm_bound=2 robust.rules=[norm_bound]"))
+def test_norm_bound_requires_its_rule(robust):
+    with pytest.raises(AntherError, match=r"robust\.norm_bound=2 requires norm_bound in robust\.rules"):
+        build_aggregation(compose(f"robust.norm_bound=2 {robust}"))
+    assert build_aggregation(compose("robust.norm_bound=2 robust.rules=[norm_bound]"))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "trained", "measured"),
+    ("overrides", "trained", "evaluated"),
     [
         ("", 20, 20),
         ("cohort.size=5", 5, 5),
@@ -148,23 +153,26 @@ def test_a_bound_that_nothing_holds_is_refused(robust):
         ("cohort.eval_size=7", 20, 7),
     ],
 )
-def test_how_many_are_asked(overrides, trained, measured):
+def test_numbers_of_selected_devices(overrides, trained, evaluated):
     config = compose(overrides)
-    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
+    federated = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
     names = [str(number) for number in range(20)]
     for number in (1, 2):
-        asked = [selection.select(names, draw=number) for selection in (found._selection, found._evaluation)]
-        assert [len(chosen) for chosen in asked] == [trained, measured]
-    if trained == measured == 5:
-        assert asked[0] != asked[1]  # who trains says nothing of who measures
+        selected = [
+            selection.select(names, draw=number)
+            for selection in (federated._selection, federated._evaluation_selection)
+        ]
+        assert [len(names) for names in selected] == [trained, evaluated]
+    if trained == evaluated == 5:
+        assert selected[0] != selected[1]  # the samples are independent
 
 
-def test_a_plan_without_privacy():
+def test_plan_without_privacy():
     plan = training_plan(compose("privacy=none adapter.shared.steps=7"), run="r", base="b")
     assert (plan.run, plan.base, plan.steps, plan.privacy) == ("r", "b", 7, None)
 
 
-def test_noise_is_solved_for_all_rounds_together():
+def test_noise_is_solved_for_all_rounds():
     config = compose("privacy=example privacy.epsilon=4 rounds=5 adapter.shared.steps=3 data.train=16")
     private = training_plan(config, run="r", base="b").privacy
     assert private.sampling_rate == config.adapter.shared.batch_size / 16
@@ -172,13 +180,13 @@ def test_noise_is_solved_for_all_rounds_together():
     assert 0.99 * 4 <= epsilon([event], private.delta).value <= 4
 
 
-def test_more_asked_than_there_is_means_everything():
+def test_sampling_rate_is_at_most_one():
     config = compose("privacy=example adapter.shared.batch_size=8 data.train=5")
     assert training_plan(config, run="r", base="b").privacy.sampling_rate == 1.0
 
 
 def private(overrides, folder, *, accept_simulated=True):
-    """The strategy of these settings, with a ledger."""
+    """Make the strategy of these settings, with a ledger."""
     config = compose(overrides)
     plan = training_plan(config, run="r", base="b")
     return build(config, plan, SITES, accept_simulated=accept_simulated, ledger=ServerLedger(FileStorage(folder)))
@@ -188,12 +196,12 @@ def private(overrides, folder, *, accept_simulated=True):
     ("target", "sigma"),
     [pytest.param(1, 2.06, marks=pytest.mark.slow), pytest.param(4, 0.91, marks=pytest.mark.slow), (8, 0.66)],
 )
-def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
-    """A hundred devices, ten a round, fifty rounds, δ = 1e-3. The slow ones: pytest -m slow tests/strategies."""
-    asked = (
+def test_noise_of_a_secret_sample(tmp_path, target, sigma):
+    """100 devices, 10 per round, 50 rounds, δ = 1e-3. For the slow cases: pytest -m slow tests/strategies."""
+    selected = (
         f"aggregation=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 cohort.sampling_rate=0.1"
     )
-    level = private(asked, tmp_path).central_dp
+    level = private(selected, tmp_path).central_dp
     assert level.mechanism.noise_multiplier == pytest.approx(sigma, rel=0.05)
     assert level.mechanism.expected == pytest.approx(10)
     assert (level.sampling_rate, level.budget.participations) == (0.1, None)
@@ -208,110 +216,113 @@ def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
         ("rounds=5 cohort.size=5 privacy.device.max_participations=10", 5, 5),
     ],
 )
-def test_without_a_secret_sample_every_participation_is_paid_for_in_full(tmp_path, overrides, steps, expected):
-    """Anchors for ε = 8 and δ = 1e-3: 5 participations 1.07, 10 of them 1.52."""
+def test_participations_are_charged_without_amplification(tmp_path, overrides, steps, expected):
+    """Reference values for ε = 8 and δ = 1e-3: σ = 1.07 for 5 participations, 1.52 for 10."""
     level = private(f"aggregation=fedit privacy=device {overrides}", tmp_path).central_dp
     assert level.mechanism.noise_multiplier == pytest.approx({5: 1.07, 10: 1.52}[steps], rel=0.05)
     assert (level.mechanism.expected, level.sampling_rate, level.budget.participations) == (expected, 1.0, steps)
 
 
-MEASURED = "rounds=4 private_eval.interval=2 private_eval.noise_multiplier=2"
-MEASUREMENTS = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2)
+EVALUATED = "rounds=4 private_eval.interval=2 private_eval.noise_multiplier=2"
+EVALUATIONS = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2)
 
 
-def test_what_is_measured_among_devices_is_paid_for_beside(tmp_path):
-    level = private(f"aggregation=fedit privacy=device {MEASURED}", tmp_path).central_dp
-    assert level.budget.beside == (MEASUREMENTS,)
+def test_central_evaluation_is_part_of_the_budget(tmp_path):
+    level = private(f"aggregation=fedit privacy=device {EVALUATED}", tmp_path).central_dp
+    assert level.budget.other_releases == (EVALUATIONS,)
     training = PoissonGaussian(noise_multiplier=level.mechanism.noise_multiplier, sampling_rate=1.0, steps=4)
-    assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3, DEVICE).value <= 8
+    assert 0.99 * 8 <= epsilon([training, EVALUATIONS], 1e-3, DEVICE).value <= 8
 
 
-def test_what_is_measured_among_pictures_is_paid_for_beside():
-    config = compose(f"privacy=example {MEASURED}")
+def test_local_evaluation_is_part_of_the_budget():
+    config = compose(f"privacy=example {EVALUATED}")
     plan, steps = training_plan(config, run="r", base="b").privacy, 4 * config.adapter.shared.steps
     training = PoissonGaussian(noise_multiplier=plan.noise_multiplier, sampling_rate=plan.sampling_rate, steps=steps)
-    assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3).value <= 8
+    assert 0.99 * 8 <= epsilon([training, EVALUATIONS], 1e-3).value <= 8
 
 
-def test_each_level_has_its_own_epsilon_and_delta(tmp_path):
-    chosen = "privacy.epsilon=4 privacy.delta=1e-3 privacy.device.epsilon=6 privacy.device.delta=1e-4"
-    budget = private(f"aggregation=fedit privacy=device {chosen}", tmp_path).central_dp.budget
+def test_device_level_has_its_own_epsilon_and_delta(tmp_path):
+    settings = "privacy.epsilon=4 privacy.delta=1e-3 privacy.device.epsilon=6 privacy.device.delta=1e-4"
+    budget = private(f"aggregation=fedit privacy=device {settings}", tmp_path).central_dp.budget
     assert (budget.epsilon, budget.delta) == (6, 1e-4)
 
 
-def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
+def test_reproducible_noise_requires_a_test(tmp_path):
     overrides = "aggregation=fedit privacy=device cohort.sampling_rate=0.5"
     for accept_simulated, kind in ((True, SimulatedNoise), (False, SecureNoise)):
         federated = private(overrides, tmp_path, accept_simulated=accept_simulated)
         assert isinstance(federated.central_dp._noise(1), kind)
         assert isinstance(federated._selection, Poisson)
-        assert isinstance(federated._selection._coins(1), kind)
+        assert isinstance(federated._selection._rng(1), kind)
     noise = private(overrides, tmp_path).central_dp._noise
     assert noise(1).rounded_gaussian(3, 1e9).tolist() == noise(1).rounded_gaussian(3, 1e9).tolist()
     assert noise(1).rounded_gaussian(3, 1e9).tolist() != noise(2).rounded_gaussian(3, 1e9).tolist()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ("aggregation=exact", r"exact is not linear in the updates: .*docs/privacy\.md"),
         (
             "aggregation=fedit cohort.sampling_rate=0.5 privacy.device.max_participations=2",
             r"participations=2: with cohort\.sampling_rate .*null",
         ),
-        ("aggregation=fedit privacy.device.max_participations=2 rounds=4", r"2: 20 devices can't fill 4 rounds of 20"),
+        (
+            "aggregation=fedit privacy.device.max_participations=2 rounds=4",
+            r"2: 20 devices are too few for 4 rounds of 20",
+        ),
         ("aggregation=fedit privacy.device.target_quantile=0.5 cohort.size=4", r"quantile=0\.5: too few devices"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_in_a_line(tmp_path, overrides, said):
-    with pytest.raises(AntherError, match=said) as caught:
+def test_conflicts_are_refused_in_one_line(tmp_path, overrides, message):
+    with pytest.raises(AntherError, match=message) as caught:
         private(f"privacy=device {overrides}", tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_secret_sample_and_a_fixed_one():
+def test_sampling_rate_and_size_exclude_each_other():
     with pytest.raises(AntherError, match=r"cohort\.sampling_rate=0\.5 cohort\.size=2: choose one"):
         compose("cohort.sampling_rate=0.5 cohort.size=2")
 
 
-def test_nothing_is_private_per_device_without_a_ledger():
+def test_device_level_requires_a_ledger():
     config = compose("aggregation=fedit privacy=device")
     with pytest.raises(ValueError, match="ledger"):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
-def test_a_plan_says_in_which_precision_updates_come_back():
+def test_plan_has_the_update_precision():
     def plan(overrides):
-        found = training_plan(compose(overrides), run="r", base="b")
-        return found.update, found.keep, found.feedback
+        training = training_plan(compose(overrides), run="r", base="b")
+        return training.update, training.keep, training.feedback
 
     assert plan("") == ("fp32", 1.0, False)
     assert plan("aggregation=fedit") == ("fp32", 1.0, False)
-    assert plan("aggregation=exact compression.upload=int8") == ("int8", 1.0, False)  # directions turn
+    assert plan("aggregation=exact compression.upload=int8") == ("int8", 1.0, False)  # directions rotate
     assert plan("aggregation=fedit compression.upload=fp16") == ("fp16", 1.0, True)
     assert plan("aggregation=fedit compression.upload=int4 compression.keep_fraction=0.5") == ("int4", 0.5, True)
     with pytest.raises(AntherError, match=r"compression\.keep_fraction=0\.5: .*; use aggregation=fedit"):
         plan("aggregation=exact compression.upload=int4 compression.keep_fraction=0.5")
 
 
-def test_a_frame_is_for_cores_and_cores_need_one(tmp_path):
-    for text, words in (
-        (f"aggregation=fedit adapter.lora_xs_bases={bases_file(tmp_path)}", "cores are for aggregation=fedsb"),
-        ("aggregation=fedsb adapter.lora_xs_bases=null", "aggregation=fedsb needs one"),
+def test_lora_xs_bases_are_for_fedsb(tmp_path):
+    for text, message in (
+        (f"aggregation=fedit adapter.lora_xs_bases={bases_file(tmp_path)}", "only for aggregation=fedsb"),
+        ("aggregation=fedsb adapter.lora_xs_bases=null", "aggregation=fedsb requires one"),
     ):
         config = compose(f"{text} adapter.shared.rank=3")
-        with pytest.raises(AntherError, match=words):
+        with pytest.raises(AntherError, match=message):
             build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
 @pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys()))
-def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
+def test_keep_fraction_requires_stable_factors(strategy):
     config = compose(f"aggregation={strategy} compression.upload=int4 compression.keep_fraction=0.5")
     if AGGREGATIONS[strategy].stable_factors:
         assert training_plan(config, run="r", base="b").feedback
     else:
         with pytest.raises(
-            AntherError, match=r"compression\.keep_fraction=0\.5: what is held back fits no later round"
+            AntherError, match=r"compression\.keep_fraction=0\.5: the residual can't be used in a later round"
         ):
             training_plan(config, run="r", base="b")
 
@@ -330,68 +341,68 @@ def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
         ("cohort.size=2 selection=energy_delay", EnergyDelay),
     ],
 )
-def test_the_selection_is_the_one_named(overrides, kind):
-    assert type(selection(compose(overrides), seed=0)) is kind
+def test_selection_by_name(overrides, kind):
+    assert type(build_selection(compose(overrides), seed=0)) is kind
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        ("selection=oort", r"selection=oort: .*cohort\.size"),
-        ("selection=eafl cohort.sampling_rate=0.5", r"selection=eafl: .*cohort\.size"),
-        ("selection=deadline cohort.size=2", r"give planning\.deadline"),
-        ("privacy=example selection=power_of_choice cohort.size=2", "losses that devices told"),
-        ("privacy=device aggregation=fedit selection=eafl cohort.size=2", "left of batteries"),
+        ("selection=oort", r"selection=oort requires cohort\.size"),
+        ("selection=eafl cohort.sampling_rate=0.5", r"selection=eafl requires cohort\.size"),
+        ("selection=deadline cohort.size=2", r"requires planning\.deadline"),
+        ("privacy=example selection=power_of_choice cohort.size=2", "by reported losses only"),
+        ("privacy=device aggregation=fedit selection=eafl cohort.size=2", "by battery charge"),
         (
             "privacy=device aggregation=fedit planning.max_battery_fraction=0.1",
-            r"privacy=device hides all .*; use planning\.max_joules",
+            r"private with privacy=device; use planning\.max_joules",
         ),
     ],
 )
-def test_a_selection_without_what_it_goes_by_is_refused(tmp_path, overrides, said):
-    with pytest.raises(AntherError, match=said) as caught:
+def test_selection_conflicts_are_refused(tmp_path, overrides, message):
+    with pytest.raises(AntherError, match=message) as caught:
         private(overrides, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_limits_and_eligibility_are_what_the_configuration_says():
-    chosen = (
+def test_limits_and_eligibility():
+    settings = (
         "cohort.eligibility.min_battery=0.4 cohort.eligibility.idle=true cohort.max_state_age=30 planning.max_joules=7"
     )
-    config = compose(f"{chosen} planning.max_battery_fraction=0.1 planning.deadline=9")
-    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
-    assert found._eligible == Eligibility(idle=True, battery=0.4)
-    assert found._report_age == 30
-    limits = found._planner.limits
+    config = compose(f"{settings} planning.max_battery_fraction=0.1 planning.deadline=9")
+    federated = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
+    assert federated._eligibility == Eligibility(idle=True, battery=0.4)
+    assert federated._max_state_age == 30
+    limits = federated._planner.limits
     assert (limits.joules, limits.battery_share, limits.deadline) == (7, 0.1, 9)
-    assert found._planner.fitting is None
+    assert federated._planner.site_selector is None
 
 
-def test_sites_are_fitted_by_what_passes_of_the_base_cost(tmp_path):
+def test_site_selector_uses_costs_of_the_base(tmp_path):
     config = compose("planning.name=device adapter.shared.rank=4")
     plan = training_plan(config, run="r", base="b")
     with pytest.raises(ValueError, match=r"planning\.name=device"):
         build(config, plan, SITES, accept_simulated=False)
     base = load(str(save_pipeline(tmp_path)), sites=ATTENTION)
-    found = build(config, plan, base.sites, accept_simulated=False, base=base)._planner.fitting.costs
-    assert {site.name for site in found.sites} == set(base.sites)
-    assert found.work(list(base.sites)) == pytest.approx(1.0)
+    costs = build(config, plan, base.sites, accept_simulated=False, base=base)._planner.site_selector.costs
+    assert {site.name for site in costs.sites} == set(base.sites)
+    assert costs.work(list(base.sites)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
     ("strategy", "rules"),
     [("fedsa", sorted(ROBUST_RULES)), ("hetlora", ["geometric_median", "norm_bound"])],
 )
-def test_a_rule_that_would_protect_nothing_is_refused(strategy, rules):
-    """Of a B that stays on devices there is no product; what hetlora weighs by its norm nobody holds down."""
+def test_ineffective_robust_rules_are_refused(strategy, rules):
+    """FedSA-LoRA has no product at the server, and HetLoRA's weights undo a norm bound."""
     for rule in rules:
         config = compose(f"aggregation={strategy} 'robust.rules=[{rule}]'")
-        with pytest.raises(AntherError, match=rf"robust\.rules: {rule} .*; (leave it out, or )?use "):
+        with pytest.raises(AntherError, match=rf"robust\.rules: {rule} .*; (remove it, or )?use "):
             build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
         assert refusal_reason(combination(config)) is not None
-    assert isinstance(aggregation(compose("aggregation=hetlora 'robust.rules=[krum]'")), RobustAggregation)
+    assert isinstance(build_aggregation(compose("aggregation=hetlora 'robust.rules=[krum]'")), RobustAggregation)
 
 
-def test_the_last_check_says_so_too():
+def test_robust_aggregation_requires_products():
     with pytest.raises(ValueError, match="no device sends one"):
         RobustAggregation(FedSA(), rules=[MultiKrum(outliers=0.2)], entrywise=None, rank=None, seed=0)

@@ -1,4 +1,4 @@
-"""Privacy per device over the fake fleet: what is released, what it is charged for, and what would break it."""
+"""Device-level privacy with the fake fleet: releases, charges, and refused combinations."""
 
 import os
 import resource
@@ -56,20 +56,20 @@ def train(federated, devices, *, server_round=1):
 
 
 def flat(adapter):
-    """[D], site by site, A before B: the order that noise is added in."""
+    """Flatten to `[D]`, site by site, A before B: the order in which noise is added."""
     return np.concatenate([part.double().numpy().ravel() for site in SITES for part in adapter[site]])
 
 
 def trained(device):
-    """The factors that a fake device sends in round 1."""
+    """Return the factors that a fake device sends in round 1."""
     sent = {}
 
-    def look(reply):
+    def record(reply):
         if hasattr(reply, "adapter"):
             sent["adapter"] = from_tensors(decode(reply.adapter, adapter_shapes(SITES, -1)))
         return reply
 
-    train(strategy(), [replace(device, misbehave=look)])
+    train(strategy(), [replace(device, misbehave=record)])
     return sent["adapter"]
 
 
@@ -78,7 +78,7 @@ def raises(_reply):
 
 
 def moved(factor):
-    """Misbehaviour: send the adapter moved by a constant."""
+    """Make a misbehavior that sends the adapter moved by a constant."""
 
     def misbehave(reply):
         return replace(reply, adapter=encode({name: part + factor for name, part in to_tensors(START).items()}))
@@ -91,7 +91,7 @@ def unmoved(reply):
 
 
 def expected_release(devices):
-    """The loop of McMahan et al., with the normal numbers that the server will draw."""
+    """Compute the release by the loop of McMahan et al., with the server's random numbers."""
     total = np.zeros(flat(START).size)
     for device in devices:
         update = flat(trained(device)) - flat(START)
@@ -100,44 +100,44 @@ def expected_release(devices):
     return flat(START) + (total + noise) / EXPECTED
 
 
-def test_the_release_is_that_of_a_loop(tmp_path):
+def test_release_matches_a_reference_loop(tmp_path):
     devices = [FakeDevice("a"), FakeDevice("b")]
-    found = train(private(tmp_path), devices)
-    assert flat(found) == pytest.approx(expected_release(devices), abs=1e-6)
+    released = train(private(tmp_path), devices)
+    assert flat(released) == pytest.approx(expected_release(devices), abs=1e-6)
 
 
-def test_who_drops_out_contributes_zero_and_the_divisor_stays(tmp_path):
-    away = [FakeDevice("c", misbehave=raises), FakeDevice("d", misbehave=moved(float("nan")))]
+def test_dropouts_contribute_zero_and_the_divisor_stays(tmp_path):
+    dropouts = [FakeDevice("c", misbehave=raises), FakeDevice("d", misbehave=moved(float("nan")))]
     devices = [FakeDevice("a"), FakeDevice("b")]
     federated = private(tmp_path)
-    assert flat(train(federated, [*devices, *away])) == pytest.approx(expected_release(devices), abs=1e-6)
+    assert flat(train(federated, [*devices, *dropouts])) == pytest.approx(expected_release(devices), abs=1e-6)
     assert federated.trained.dropped == {"codec": 1, "failed": 1}
 
 
-def test_nobody_good_is_noised_and_released_all_the_same(tmp_path):
+def test_round_without_updates_is_noised_and_released(tmp_path):
     federated = private(tmp_path)
-    found = train(federated, [FakeDevice("a", misbehave=raises)])
-    assert flat(found) == pytest.approx(expected_release([]), abs=1e-6)
+    released = train(federated, [FakeDevice("a", misbehave=raises)])
+    assert flat(released) == pytest.approx(expected_release([]), abs=1e-6)
     assert federated.trained.replied == 0
     assert train(private(tmp_path), []) is not None
 
 
-def test_a_zero_update_stays_zero(tmp_path):
-    found = train(private(tmp_path), [FakeDevice("a", misbehave=unmoved)])
-    assert flat(found) == pytest.approx(expected_release([]), abs=1e-6)
+def test_zero_update_contributes_zero(tmp_path):
+    released = train(private(tmp_path), [FakeDevice("a", misbehave=unmoved)])
+    assert flat(released) == pytest.approx(expected_release([]), abs=1e-6)
 
 
-def test_one_device_more_moves_the_release_by_the_clip_over_the_constant(tmp_path):
-    """A device that sends far more than the clip, beside two others; the noise is the same."""
+def test_one_device_moves_the_release_by_at_most_the_clip(tmp_path):
+    """A device sends far more than the clip, in addition to two others; the noise is the same."""
     others = [FakeDevice("b"), FakeDevice("c")]
     without = train(private(tmp_path / "1"), others)
-    having = train(private(tmp_path / "2"), [*others, FakeDevice("a", misbehave=moved(1.0))])
-    distance = np.linalg.norm(flat(having) - flat(without))
-    assert distance <= CLIP / EXPECTED * (1 + 1e-5)  # float32 of the adapter
+    with_device = train(private(tmp_path / "2"), [*others, FakeDevice("a", misbehave=moved(1.0))])
+    distance = np.linalg.norm(flat(with_device) - flat(without))
+    assert distance <= CLIP / EXPECTED * (1 + 1e-5)  # the adapter is float32
     assert distance == pytest.approx(CLIP / EXPECTED, rel=1e-4)
 
 
-def test_steps_and_speed_give_no_weight(tmp_path):
+def test_speed_gives_no_weight(tmp_path):
     slow = FakeDevice("b")
     slow.report = replace(slow.report, examples_per_second=1e-3)
     one = train(private(tmp_path / "1"), [FakeDevice("a"), slow])
@@ -145,7 +145,7 @@ def test_steps_and_speed_give_no_weight(tmp_path):
     assert flat(one) == pytest.approx(flat(two))
 
 
-def test_a_lower_rank_contributes_zeros_beyond_it():
+def test_lower_rank_contributes_zeros():
     lower = {site: Factors(f.a[:2] + 1.0, f.b[:, :2]) for site, f in START.items()}
     (change,) = changes(Layout(SITES, 3), START, [lower])
     stacks = Layout(SITES, 3).stacks(change[None])
@@ -155,72 +155,72 @@ def test_a_lower_rank_contributes_zeros_beyond_it():
         assert not stack.b.any()
 
 
-def test_real_noise_is_drawn_anew_and_is_a_release(tmp_path):
-    found = []
+def test_secure_noise_is_not_reproducible(tmp_path):
+    released = []
     for name in "12":
         federated = private(tmp_path / name, level={"noise": lambda _: SecureNoise()})
-        found.append(flat(train(federated, [FakeDevice("a", misbehave=unmoved)])) - flat(START))
+        released.append(flat(train(federated, [FakeDevice("a", misbehave=unmoved)])) - flat(START))
         assert federated.trained.central.release
         assert federated.central_dp.ledger.charges()[0].release
-    assert not np.array_equal(*found)
-    assert np.std(found) == pytest.approx(Z * CLIP / EXPECTED, rel=0.3)
+    assert not np.array_equal(*released)
+    assert np.std(released) == pytest.approx(Z * CLIP / EXPECTED, rel=0.3)
     federated = private(tmp_path / "3")
     train(federated, [FakeDevice("a")])
     assert not federated.trained.central.release
     assert not federated.central_dp.ledger.charges()[0].release
 
 
-def test_the_charge_is_on_the_disk_before_a_message_leaves(tmp_path):
+def test_charge_is_stored_before_a_message_is_sent(tmp_path):
     federated, grid = private(tmp_path), CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     assert federated.central_dp.ledger.charges() == []
     federated.configure_train(1, start(), ConfigRecord(), grid)
-    (charge,) = central_dp(tmp_path).ledger.charges()  # as another process finds it
+    (charge,) = central_dp(tmp_path).ledger.charges()  # as read by another process
     assert (charge.round, charge.asked, charge.clip, charge.expected) == (1, ("a", "b"), CLIP, EXPECTED)
     assert (charge.mechanism.noise_multiplier, charge.mechanism.sampling_rate) == (Z, 1.0)
 
 
-def test_room_for_every_update_is_held_before_a_round_is_charged_for(tmp_path):
-    """As on a full disk: files may not grow beyond so much."""
+def test_disk_space_is_reserved_before_charging(tmp_path):
+    """Simulate a full disk by a limit on file sizes."""
     each = 4 * sum(part.numel() for factors in START.values() for part in factors)
     devices = [FakeDevice("a"), FakeDevice("b")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * each, limits[1]))  # and a few bytes more are needed
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * each, limits[1]))  # a few bytes too few
     try:
-        with pytest.raises(AntherError, match="a round's updates may take 1 MiB there; make room, or name another"):
+        with pytest.raises(AntherError, match="the updates of a round may need 1 MiB; free disk space, or set TMPDIR"):
             train(private(tmp_path), devices)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert central_dp(tmp_path).ledger.charges() == []
     federated = private(tmp_path)
     messages = federated.configure_train(1, start(), ConfigRecord(), grid := CohortGrid(devices, perform))
-    held = federated._held.adapters._file.fileno()
-    assert os.fstat(held).st_size >= 2 * each
-    found, _ = federated.aggregate_train(1, grid.send_and_receive(messages))
-    assert found is not None
+    file = federated._reserved.adapters._file.fileno()
+    assert os.fstat(file).st_size >= 2 * each
+    released, _ = federated.aggregate_train(1, grid.send_and_receive(messages))
+    assert released is not None
     with pytest.raises(OSError, match="Bad file"):
-        os.fstat(held)  # what was held was used, and is given back
+        os.fstat(file)  # the reserved file was used, and is closed
 
 
-def test_a_round_is_released_once_and_only_if_it_was_charged_for(tmp_path):
+def test_charged_round_is_released_once(tmp_path):
     federated = private(tmp_path)
     train(federated, [FakeDevice("a")])
-    with pytest.raises(ValueError, match="charged for before it is released, and released once"):
-        federated.central_dp.close(federated._aggregation, START, [], round=1)
+    with pytest.raises(ValueError, match="charge_round must be called before a round is released"):
+        federated.central_dp.privatize(federated._aggregation, START, [], round=1)
 
 
-def test_devices_at_their_cap_are_not_asked(tmp_path):
+def test_devices_at_their_limit_are_not_asked(tmp_path):
     federated = private(tmp_path, level={"budget": replace(BUDGET, participations=2)}, selection=Sample(size=1, seed=0))
     devices, asked = [FakeDevice("a"), FakeDevice("b")], []
     for number in (1, 2, 3, 4):
         train(federated, devices, server_round=number)
         asked += federated.trained.devices
     assert sorted(asked) == ["a", "a", "b", "b"]
-    with pytest.raises(BudgetExhausted, match="every device was asked in 2 rounds"):
+    with pytest.raises(BudgetExhausted, match="every device was selected in 2 rounds"):
         train(federated, devices, server_round=5)
     assert len(federated.central_dp.ledger.charges()) == 4
 
 
-def test_a_secret_sample_pays_for_every_round_and_leaves_nobody_out(tmp_path):
+def test_secret_sample_charges_every_device(tmp_path):
     budget = replace(BUDGET, participations=None)
     federated = private(tmp_path, level={"budget": budget, "sampling_rate": 0.5}, selection=poisson(0.5))
     devices = [FakeDevice(name) for name in "abcdef"]
@@ -234,84 +234,84 @@ def test_a_secret_sample_pays_for_every_round_and_leaves_nobody_out(tmp_path):
     assert {charge.mechanism.sampling_rate for charge in charges} == {0.5}
 
 
-def test_a_rate_that_the_selection_does_not_have_is_refused(tmp_path):
-    for level, chosen in (({"sampling_rate": 0.5}, Sample(size=1, seed=0)), ({}, poisson(0.5))):
+def test_sampling_rate_must_match_the_selection(tmp_path):
+    for level, selection in (({"sampling_rate": 0.5}, Sample(size=1, seed=0)), ({}, poisson(0.5))):
         with pytest.raises(ValueError, match="accounted with a sampling rate"):
-            private(tmp_path, level=level, selection=chosen)
+            private(tmp_path, level=level, selection=selection)
     with pytest.raises(ValueError, match="accounted with a sampling rate"):
         private(tmp_path, level={"sampling_rate": 0.4}, selection=poisson(0.5))
 
 
-def test_a_rule_that_is_not_linear_is_refused(tmp_path):
+def test_nonlinear_rule_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not linear in the updates"):
         private(tmp_path, aggregation=Exact(rank=3, max_rank=None, seed=0))
 
 
-def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noised(tmp_path):
+def test_metrics_contain_noised_values_only(tmp_path):
     federated = private(tmp_path)
     train(federated, [FakeDevice("a")])
-    facts = federated.trained
-    assert facts.loss is None  # the device told it
-    assert facts.epsilon is None
-    (guarantee,) = facts.guarantees
-    assert guarantee == facts.central.guarantee
+    metrics = federated.trained
+    assert metrics.loss is None  # although the device reported it
+    assert metrics.epsilon is None
+    (guarantee,) = metrics.guarantees
+    assert guarantee == metrics.central.guarantee
     assert (guarantee.unit, guarantee.delta, guarantee.relation) == ("device", 1e-3, "add_or_remove_one")
-    assert set(facts.diagnostics) == {"snr", "clip", "noise"}
-    assert facts.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
+    assert set(metrics.diagnostics) == {"snr", "clip", "noise"}
+    assert metrics.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
     assert federated.private
     assert not federated.is_evaluated(1)
 
 
-def test_a_release_that_every_device_would_refuse_stays_charged_and_is_not_the_next_adapter(tmp_path, caplog):
-    """By the noise, or by the server's step after it."""
-    loud, far = {"clip": 1e4}, FedAvgM(rate=1e4, momentum=0.9)
-    for name, settings in (("noise", {"level": loud}), ("step", {"optimiser": far})):
+def test_oversized_release_is_charged_but_not_used(tmp_path, caplog):
+    """Because of the noise, or of the server optimizer's step after it."""
+    large_clip, large_step = {"clip": 1e4}, FedAvgM(lr=1e4, momentum=0.9)
+    for name, settings in (("noise", {"level": large_clip}), ("step", {"server_optimizer": large_step})):
         federated, devices = private(tmp_path / name, **settings), [FakeDevice("a")]
         assert train(federated, devices) is None
         assert "devices would refuse the next" in caplog.text
         caplog.clear()
-        assert federated.memory == {}
+        assert federated.state == {}
         assert federated.trained.central.guarantee == federated.trained.guarantees[0]
         assert federated.central_dp.ledger.participations() == {"a": 1}
 
 
-def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
+def test_evaluation_is_charged_or_left_out(tmp_path, caplog):
     once = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
     training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
-    enough = epsilon([training, once], BUDGET.delta, DEVICE).value
-    budget = replace(BUDGET, epsilon=enough, beside=(once,))
+    limit = epsilon([training, once], BUDGET.delta, DEVICE).value
+    budget = replace(BUDGET, epsilon=limit, other_releases=(once,))
     level = central_dp(tmp_path, budget=budget)
-    level.open(1, ["a"], b"adapter")  # what is planned to be measured is paid already
+    level.charge_round(1, ["a"], b"adapter")  # planned evaluations are charged already
     assert level.charge_evaluation(1, b"adapter", once, clip=0.1, expected=8.0)
     charge = level.ledger.charges()[-1]
     assert (charge.purpose, charge.asked, charge.clip, charge.expected) == ("measure", None, 0.1, 8.0)
     assert not level.charge_evaluation(1, b"adapter", once, clip=0.1, expected=8.0)  # again, after a restart
-    assert "round 1 is not measured: round 1 would bring a device to ε=" in caplog.text
+    assert "round 1 is not evaluated: round 1 would bring a device to ε=" in caplog.text
     assert len(level.ledger.charges()) == 2
     assert level.ledger.participations() == {"a": 1}
 
 
-def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(tmp_path):
+def test_evaluation_is_noised_until_the_budget_is_spent(tmp_path):
     once = PoissonGaussian(noise_multiplier=5.0, sampling_rate=1.0, steps=1)
     training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
-    enough = epsilon([training, once], BUDGET.delta, DEVICE).value + 1e-9
-    hidden = CentralDPEvaluation(
+    limit = epsilon([training, once], BUDGET.delta, DEVICE).value + 1e-9
+    evaluation = CentralDPEvaluation(
         noise_multiplier=5.0, clip=0.2, devices=4, noise=lambda number: simulated("measure", number)
     )
     federated = private(
         tmp_path,
-        level={"budget": replace(BUDGET, epsilon=enough, beside=(once,))},
-        measuring=EvaluationPolicy(every=1, central_noise=hidden),
+        level={"budget": replace(BUDGET, epsilon=limit, other_releases=(once,))},
+        evaluation_policy=EvaluationPolicy(interval=1, central_noise=evaluation),
     )
     devices = [FakeDevice("a"), FakeDevice("b")]
     train(federated, devices)
-    grid, told = CohortGrid(devices, perform), []
-    for _ in range(2):  # the second time nothing is left to pay with
+    grid, results = CohortGrid(devices, perform), []
+    for _ in range(2):  # the budget does not cover the second one
         asked = list(federated.configure_evaluate(1, start(), ConfigRecord(), grid))
         federated.aggregate_evaluate(1, grid.send_and_receive(asked))
-        told.append((len(asked), federated.validation))
-    (asked, first), (none, second) = told
-    gains = 2 * min(0.2, 1.0 - 1.0 / 2)  # what both fake devices tell, clipped
+        results.append((len(asked), federated.validation))
+    (asked, first), (none, second) = results
+    gains = 2 * min(0.2, 1.0 - 1.0 / 2)  # reported by both fake devices, clipped
     noise = simulated("measure", 1).rounded_gaussian(1, 5.0 * STEPS_PER_CLIP).item() * 0.2 / STEPS_PER_CLIP
     assert (asked, first.gain) == (2, pytest.approx((gains + noise) / 4, abs=1e-3))
     assert (first.base, first.shared, first.devices) == (None, None, {})
@@ -319,12 +319,12 @@ def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(t
     assert [charge.purpose for charge in federated.central_dp.ledger.charges()] == ["train", "measure"]
 
 
-def test_a_run_that_is_private_per_device_keeps_no_open_measure(tmp_path):
-    with pytest.raises(ValueError, match="keeps no measure without noise"):
-        private(tmp_path, measuring=EvaluationPolicy())
+def test_evaluation_without_noise_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no metric is stored without noise"):
+        private(tmp_path, evaluation_policy=EvaluationPolicy())
 
 
-def test_cores_alone_are_clipped_and_noised(tmp_path):
+def test_only_cores_are_clipped_and_noised(tmp_path):
     size = 3
     generator = torch.Generator().manual_seed(0)
 
@@ -333,28 +333,28 @@ def test_cores_alone_are_clipped_and_noised(tmp_path):
 
     lora_xs_bases = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
     level = central_dp(tmp_path, lora_xs_bases=lora_xs_bases)
-    level.open(1, ["a"], b"adapter")
-    found, _ = level.close(FedSB(), zero_adapter(lora_xs_bases), [], round=1)
+    level.charge_round(1, ["a"], b"adapter")
+    released, _ = level.privatize(FedSB(), zero_adapter(lora_xs_bases), [], round=1)
     noise = simulated("updates", 1).rounded_gaussian(len(SITES) * size * size, Z * RESOLUTION)
-    cores = trained_layout(SITES, size, "cores", lora_xs_bases).pack(found.adapter)
+    cores = trained_layout(SITES, size, "cores", lora_xs_bases).pack(released.adapter)
     assert cores.numpy() == pytest.approx((noise * (CLIP / RESOLUTION) / EXPECTED).numpy(), abs=1e-6)
     for name, (a, left) in lora_xs_bases.items():
-        assert torch.equal(found.adapter[name].a, a)
-        assert torch.allclose(left @ (left.T @ found.adapter[name].b), found.adapter[name].b, atol=1e-6)
+        assert torch.equal(released.adapter[name].a, a)
+        assert torch.allclose(left @ (left.T @ released.adapter[name].b), released.adapter[name].b, atol=1e-6)
 
 
-def test_both_levels_promise_two_things(tmp_path):
+def test_both_levels_give_two_guarantees(tmp_path):
     federated = private(tmp_path, plan=replace(PLAN, privacy=DP_SGD))
     train(federated, [FakeDevice("a"), FakeDevice("b")])
-    of_image, of_device = federated.trained.guarantees
-    assert (of_image.unit, of_image.value, of_device.unit) == ("image", 1.5, "device")
-    assert of_device.value == federated.trained.central.guarantee.value
+    per_image, per_device = federated.trained.guarantees
+    assert (per_image.unit, per_image.value, per_device.unit) == ("image", 1.5, "device")
+    assert per_device.value == federated.trained.central.guarantee.value
 
 
-def test_updates_that_are_private_already_have_a_signal_to_noise_too():
+def test_private_updates_have_an_snr():
     federated = strategy(plan=replace(PLAN, privacy=DP_SGD), accept_simulated=True)
     train(federated, [FakeDevice(name) for name in "abcd"])
-    assert 0 <= federated.trained.diagnostics["snr"] < 2  # what fake devices do is noise
+    assert 0 <= federated.trained.diagnostics["snr"] < 2  # updates of fake devices are noise
     assert "snr" not in train_metrics(strategy(), [FakeDevice(name) for name in "abcd"]).diagnostics
 
 
@@ -363,7 +363,7 @@ def train_metrics(federated, devices):
     return federated.trained
 
 
-def test_an_adaptive_clip_goes_on_where_it_stood(tmp_path):
+def test_adaptive_clip_is_resumed(tmp_path):
     adaptive = AdaptiveClip(quantile=0.5, rate=0.5, noise_stddev=1.0)
     level = {"mechanism": GaussianMechanism(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
     federated = private(tmp_path, level=level)
@@ -377,50 +377,50 @@ def test_an_adaptive_clip_goes_on_where_it_stood(tmp_path):
     assert charged == [CLIP, first.next_clip, CLIP]
 
 
-def test_the_shape_of_the_adapter_stays(tmp_path):
+def test_rank_of_the_adapter_stays(tmp_path):
     assert rank(train(private(tmp_path), [FakeDevice("a")])) == 3
 
 
 @pytest.mark.parametrize("scale", [0x3DCD, 0x3F80])  # 0.1 and 1, bfloat16
-def test_what_is_decoded_of_a_rounded_change_is_clipped(tmp_path, scale):
-    """Whatever a device sends and carries over from earlier rounds, it moves the sum by C at most."""
+def test_quantized_changes_are_clipped_after_decoding(tmp_path, scale):
+    """Any update, with any residual of earlier rounds, moves the sum by at most C."""
 
     def largest(reply):
         return replace(reply, adapter=scale.to_bytes(2, "little") * 4 + reply.adapter[8:])
 
     plan = replace(PLAN, update="int4", feedback=True)
-    apart = []
+    adapters = []
     for devices in ([], [FakeDevice("a", misbehave=largest)]):
         federated = private(tmp_path / str(len(devices)), plan=plan)
-        apart.append(flat(train(federated, [FakeDevice("b"), *devices])))
+        adapters.append(flat(train(federated, [FakeDevice("b"), *devices])))
         assert federated.trained.dropped == {}
-    assert np.linalg.norm(apart[1] - apart[0]) * EXPECTED == pytest.approx(CLIP, rel=1e-4)
+    assert np.linalg.norm(adapters[1] - adapters[0]) * EXPECTED == pytest.approx(CLIP, rel=1e-4)
 
 
-def test_an_optimiser_steps_from_the_noised_mean(tmp_path):
+def test_server_optimizer_uses_the_noised_mean(tmp_path):
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=lambda _: 1 / 0)]
     released = train(private(tmp_path / "mean"), devices)
-    stepped = private(tmp_path / "step", optimiser=FedAvgM(rate=0.5, momentum=0.9))
+    stepped = private(tmp_path / "step", server_optimizer=FedAvgM(lr=0.5, momentum=0.9))
     assert flat(train(stepped, devices)) == pytest.approx((flat(START) + flat(released)) / 2, abs=1e-6)
     change = flat(released) - flat(START)
-    kept = from_tensors(stepped.memory["mean"])
-    assert flat(kept) == pytest.approx(change, abs=1e-6)
+    mean = from_tensors(stepped.state["mean"])
+    assert flat(mean) == pytest.approx(change, abs=1e-6)
 
 
-def test_of_cores_an_optimiser_moves_the_cores_alone():
+def test_server_optimizer_moves_cores_only():
     lora_xs_bases = {
         name: Factors(torch.linalg.qr(torch.randn(site.inputs, 3)).Q.T, torch.linalg.qr(torch.randn(site.outputs, 3)).Q)
         for name, site in SITES.items()
     }
     federated = strategy(
-        plan=PLAN, lora_xs_bases=lora_xs_bases, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0)
+        plan=PLAN, lora_xs_bases=lora_xs_bases, aggregation=FedSB(), server_optimizer=FedAvgM(lr=0.5, momentum=0.0)
     )
     cores = {name: torch.randn(3, 3) for name in SITES}
     moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in lora_xs_bases.items()}
-    found, memory = federated._stepped(zero_adapter(lora_xs_bases), Aggregated(moved, {}), {}, 1)
-    assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
+    stepped, state = federated._take_step(zero_adapter(lora_xs_bases), Aggregated(moved, {}), {}, 1)
+    assert {name: tuple(core.shape) for name, core in state["mean"].items()} == {
         f"{name}.core": (3, 3) for name in SITES
     }
     for name, (a, left) in lora_xs_bases.items():
-        assert torch.equal(found.adapter[name].a, a)
-        assert torch.allclose(found.adapter[name].b, left @ (0.5 * cores[name]), atol=1e-6)
+        assert torch.equal(stepped.adapter[name].a, a)
+        assert torch.allclose(stepped.adapter[name].b, left @ (0.5 * cores[name]), atol=1e-6)

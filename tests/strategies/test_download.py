@@ -1,4 +1,4 @@
-"""Adapters sent in few bits: server and devices agree on every byte, and what rounding takes is not lost."""
+"""Quantized downloads: server and devices agree on every byte, and the residual is not lost."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
-from strategies.download import add_residual, download, lost
+from strategies.download import add_residual, encode_download, quantization_residual
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
 from tests.helpers.means import random_adapter
@@ -33,24 +33,24 @@ def _fake_logic(monkeypatch):
 @precisions
 @given(size=st.integers(1, 5), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_what_is_read_is_what_the_server_counts_from(precision, size, seed):
-    held = random_adapter(size, seed)
-    sent = download(held, precision)
+def test_server_knows_the_decoded_adapter(precision, size, seed):
+    current = random_adapter(size, seed)
+    sent = encode_download(current, precision)
     assert sent.rounded == QuantizedFormat(precision=precision, rank=size)
-    expected = {name: tuple(tensor.shape) for name, tensor in to_tensors(held).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in to_tensors(current).items()}
     assert same(from_tensors(quantization.decode(sent.data, expected, precision)), sent.adapter)
-    assert download(held, precision).data == sent.data  # whenever it is sent
-    found = add_residual(sent.adapter, lost(held, sent.adapter))
-    assert all(torch.allclose(a, b, atol=1e-6) for s in held for a, b in zip(found[s], held[s], strict=True))
+    assert encode_download(current, precision).data == sent.data  # reproducible
+    result = add_residual(sent.adapter, quantization_residual(current, sent.adapter))
+    assert all(torch.allclose(a, b, atol=1e-6) for s in current for a, b in zip(result[s], current[s], strict=True))
 
 
-def test_whole_is_as_it_was():
-    held = random_adapter(3, 0)
-    sent = download(held, "fp32")
-    assert (sent.data, sent.adapter, sent.rounded) == (encode(to_tensors(held)), held, None)
+def test_full_precision_is_unchanged():
+    current = random_adapter(3, 0)
+    sent = encode_download(current, "fp32")
+    assert (sent.data, sent.adapter, sent.rounded) == (encode(to_tensors(current)), current, None)
 
 
-def test_what_was_lost_of_another_rank():
+def test_residual_of_another_rank():
     small, large = random_adapter(2, 0), random_adapter(4, 1)
     grown = add_residual(large, to_tensors(small))
     assert torch.equal(grown["x"].a, torch.cat([large["x"].a[:2] + small["x"].a, large["x"].a[2:]]))
@@ -58,23 +58,23 @@ def test_what_was_lost_of_another_rank():
     assert torch.equal(shrunk["x"].b, small["x"].b + large["x"].b[:, :2])
 
 
-def train(federated, held, moves, *, number):
-    """One round in which every device moves what it read by so much."""
-    arrays = records.adapter_to_record(encode(to_tensors(held)))
-    grid, read = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform), []
+def train(federated, current, step, *, number):
+    """Run a round in which every device moves the decoded adapter by a constant."""
+    arrays = records.adapter_to_record(encode(to_tensors(current)))
+    grid, decoded = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform), []
     replies = []
     for message in federated.configure_train(number, arrays, ConfigRecord(), grid):
         request = records.request_from_records("train", message.content)
         tensors = quantization.decode(
             request.adapter, adapter_shapes(SITES, request.rounded.rank), request.rounded.precision
         )
-        read.append(tensors)
+        decoded.append(tensors)
         name = "ab"[message.metadata.dst_node_id - 1]
-        reply = _update(name, request.plan, {key: tensor + moves for key, tensor in tensors.items()})
+        reply = _update(name, request.plan, {key: tensor + step for key, tensor in tensors.items()})
         replies.append(type(message)(records.reply_to_records(reply), reply_to=message))
-    found, _ = federated.aggregate_train(number, replies)
+    result, _ = federated.aggregate_train(number, replies)
     assert federated.trained.dropped == {}
-    return from_tensors(decode(records.adapter_from_record(found), adapter_shapes(SITES, -1))), read
+    return from_tensors(decode(records.adapter_from_record(result), adapter_shapes(SITES, -1))), decoded
 
 
 def _update(name, plan, tensors):
@@ -95,50 +95,50 @@ def _update(name, plan, tensors):
 
 
 @precisions
-@pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
-def test_small_changes_add_up_though_each_is_below_the_grid(precision, optimiser):
-    """Thirty rounds of 10⁻³ on numbers of about 1, which int4 holds to 0.3 and int8 to 0.02."""
-    federated, held = (
-        strategy(aggregation=FedIT(), download=precision, optimiser=optimiser),
+@pytest.mark.parametrize("server_optimizer", [None, FedAvgM(lr=1.0, momentum=0.0)])
+def test_changes_below_the_quantization_step_add_up(precision, server_optimizer):
+    """Thirty changes of 10⁻³ to numbers of about 1, which int4 rounds to 0.3 and int8 to 0.02."""
+    federated, current = (
+        strategy(aggregation=FedIT(), download=precision, server_optimizer=server_optimizer),
         init_adapter(SITES, 3, seed=0),
     )
-    before = held
+    before = current
     for number in range(1, 31):
-        held, _ = train(federated, held, 1e-3, number=number)
+        current, _ = train(federated, current, 1e-3, number=number)
     for site in SITES:
-        for now, then in zip(held[site], before[site], strict=True):
-            assert torch.allclose(now - then, torch.full_like(now, 0.03), atol=1e-5)
+        for after, earlier in zip(current[site], before[site], strict=True):
+            assert torch.allclose(after - earlier, torch.full_like(after, 0.03), atol=1e-5)
 
 
-def test_of_turned_factors_nothing_is_carried():
+def test_rotated_factors_have_no_residual():
     federated = strategy(aggregation=FlexLoRA(rank=3, seed=0), download="int8")
-    held = random_adapter(3, 0, scale=0.3, sites={name: (site.inputs, site.outputs) for name, site in SITES.items()})
-    found, (read, _) = train(federated, held, 0.0, number=1)
+    current = random_adapter(3, 0, scale=0.3, sites={name: (site.inputs, site.outputs) for name, site in SITES.items()})
+    result, (decoded, _) = train(federated, current, 0.0, number=1)
     for site in SITES:
-        product = read[f"{site}.lora_B"] @ read[f"{site}.lora_A"]
-        assert torch.allclose(found[site].b @ found[site].a, product, atol=1e-5)
-        assert not torch.allclose(found[site].b @ found[site].a, held[site].b @ held[site].a, atol=1e-4)
+        product = decoded[f"{site}.lora_B"] @ decoded[f"{site}.lora_A"]
+        assert torch.allclose(result[site].b @ result[site].a, product, atol=1e-5)
+        assert not torch.allclose(result[site].b @ result[site].a, current[site].b @ current[site].a, atol=1e-4)
 
 
-def test_with_exact_the_mean_stays_near_what_the_server_holds():
+def test_exact_adds_the_residual():
     federated = strategy(aggregation=Exact(rank=3, max_rank=3, seed=0), download="int8")
-    held = random_adapter(3, 0, scale=0.3, sites={name: (site.inputs, site.outputs) for name, site in SITES.items()})
-    held = Exact(rank=3, max_rank=3, seed=0).aggregate(held, [(held, 1.0)], round=1).adapter
-    found, (read, _) = train(federated, held, 0.0, number=1)
+    current = random_adapter(3, 0, scale=0.3, sites={name: (site.inputs, site.outputs) for name, site in SITES.items()})
+    current = Exact(rank=3, max_rank=3, seed=0).aggregate(current, [(current, 1.0)], round=1).adapter
+    result, (decoded, _) = train(federated, current, 0.0, number=1)
     for site in SITES:
-        wanted = held[site].b @ held[site].a
-        off = (found[site].b @ found[site].a - wanted).norm()
-        assert off < 0.2 * (read[f"{site}.lora_B"] @ read[f"{site}.lora_A"] - wanted).norm()
+        wanted = current[site].b @ current[site].a
+        distance = (result[site].b @ result[site].a - wanted).norm()
+        assert distance < 0.2 * (decoded[f"{site}.lora_B"] @ decoded[f"{site}.lora_A"] - wanted).norm()
 
 
 @precisions
-def test_whatever_is_sent_is_sent_so(precision):
+def test_all_requests_are_quantized(precision):
     devices = [FakeDevice("a")]
     federated, grid = strategy(download=precision), CohortGrid(devices, perform)
     arrays = records.adapter_to_record(encode(to_tensors(random_adapter(3, 0, sites=_sides()))))
     trains = list(federated.configure_train(1, arrays, ConfigRecord(), grid))
     measures = list(federated.configure_evaluate(1, arrays, ConfigRecord(), grid))
-    asked = Personalize(
+    request = Personalize(
         run="run",
         round=1,
         adapter=records.adapter_from_record(arrays),
@@ -149,20 +149,20 @@ def test_whatever_is_sent_is_sent_so(precision):
         look_every=1,
         patience=1,
     )
-    personal = list(federated.configure_personalise(asked, grid))
-    found = [
+    personal = list(federated.configure_personalize(request, grid))
+    result = [
         records.request_from_records(message.metadata.message_type, message.content)
         for message in (*trains, *measures, *personal)
     ]
-    assert len({request.adapter for request in found}) == 1
-    assert {request.rounded for request in found} == {QuantizedFormat(precision=precision, rank=3)}
-    assert federated._round.bytes_down == len(found[0].adapter)
+    assert len({request.adapter for request in result}) == 1
+    assert {request.rounded for request in result} == {QuantizedFormat(precision=precision, rank=3)}
+    assert federated._request.bytes_down == len(result[0].adapter)
 
 
 def _sides():
     return {name: (site.inputs, site.outputs) for name, site in SITES.items()}
 
 
-def test_what_travels_beside_is_whole():
-    with pytest.raises(ValueError, match="download: what travels beside"):
+def test_scaffold_requires_full_precision():
+    with pytest.raises(ValueError, match="download: lora_xs_bases and scaffold require fp32"):
         strategy(plan=replace(PLAN, optimiser="sgd", scaffold=True), aggregation=FedIT(), download="int8")

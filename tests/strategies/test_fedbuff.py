@@ -1,4 +1,4 @@
-"""Updates of older adapters on newer ones, against dense matrices."""
+"""Rebased updates of older adapters against dense matrices."""
 
 import math
 
@@ -27,8 +27,8 @@ def adapter(rank: int, seed: int) -> Adapter:
     }
 
 
-def dense(found: Adapter, site: str, rank: int | None = None) -> torch.Tensor:
-    a, b = found[site]
+def dense(result: Adapter, site: str, rank: int | None = None) -> torch.Tensor:
+    a, b = result[site]
     return b.double()[:, :rank] @ a.double()[:rank]
 
 
@@ -37,15 +37,15 @@ RANKS = st.integers(1, 4)
 
 @settings(max_examples=25, deadline=None)
 @given(RANKS, RANKS, RANKS, st.lists(st.integers(0, 9), min_size=1, max_size=3))
-def test_products_move_by_what_was_made_of_the_older_one(now, then, rank, ages):
-    """Δ = Σ s(τ) (B_k A_k − B_v A_v) / K, with the directions that a device didn't train left out of both."""
-    rank = min(now, then, rank)
-    current, started = adapter(now, 1), adapter(then, 2)
-    trained = [adapter(rank, 3 + place) for place in range(len(ages))]
-    shifted = [
+def test_rebase_product_adds_scaled_changes(rank_now, before, rank, ages):
+    """Δ = Σ s(τ) (B_k A_k − B_v A_v) / K over the directions that a device trained."""
+    rank = min(rank_now, before, rank)
+    current, started = adapter(rank_now, 1), adapter(before, 2)
+    trained = [adapter(rank, 3 + index) for index in range(len(ages))]
+    rebased = [
         rebase_product(current, started, each, staleness_weight(age)) for each, age in zip(trained, ages, strict=True)
     ]
-    after = Exact(rank=1, max_rank=None, seed=0).aggregate(current, [(each, 1.0) for each in shifted], round=1).adapter
+    after = Exact(rank=1, max_rank=None, seed=0).aggregate(current, [(each, 1.0) for each in rebased], round=1).adapter
     for site in SITES:
         moved = sum(
             (dense(each, site) - dense(started, site, rank)) / math.sqrt(1 + age)
@@ -57,13 +57,13 @@ def test_products_move_by_what_was_made_of_the_older_one(now, then, rank, ages):
 
 @settings(max_examples=25, deadline=None)
 @given(RANKS, st.lists(st.integers(0, 9), min_size=1, max_size=3))
-def test_factors_move_by_their_own_changes(rank, ages):
+def test_rebase_factors_adds_scaled_changes(rank, ages):
     current, started = adapter(rank, 1), adapter(rank, 2)
-    trained = [adapter(rank, 3 + place) for place in range(len(ages))]
-    shifted = [
+    trained = [adapter(rank, 3 + index) for index in range(len(ages))]
+    rebased = [
         rebase_factors(current, started, each, staleness_weight(age)) for each, age in zip(trained, ages, strict=True)
     ]
-    after = FedIT().aggregate(current, [(each, 1.0) for each in shifted], round=1).adapter
+    after = FedIT().aggregate(current, [(each, 1.0) for each in rebased], round=1).adapter
     for site in SITES:
         for part in (0, 1):
             moved = sum(
@@ -74,31 +74,31 @@ def test_factors_move_by_their_own_changes(rank, ages):
             assert after[site][part].double() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("shift", [rebase_product, rebase_factors])
-def test_a_fresh_update_is_what_was_trained(shift):
+@pytest.mark.parametrize("rebase", [rebase_product, rebase_factors])
+def test_fresh_update_is_unchanged(rebase):
     current, trained = adapter(3, 1), adapter(3, 2)
     for site in SITES:
-        found = dense(shift(current, current, trained, staleness_weight(0)), site)
-        assert found == pytest.approx(dense(trained, site), abs=1e-5)
+        result = dense(rebase(current, current, trained, staleness_weight(0)), site)
+        assert result == pytest.approx(dense(trained, site), abs=1e-5)
     partial = {"x": trained["x"]}
-    assert shift(current, current, partial, 1.0).keys() == {"x"}  # what it didn't train is not its affair
+    assert rebase(current, current, partial, 1.0).keys() == {"x"}  # untrained sites are left out
 
 
-def test_numbers_are_in_order_and_say_their_round():
-    numbers = [plan_number(version, place) for version in (1, 2) for place in (0, 1, PLANS_PER_ROUND - 1)]
+def test_plan_numbers_are_ordered_and_encode_the_round():
+    numbers = [plan_number(version, index) for version in (1, 2) for index in (0, 1, PLANS_PER_ROUND - 1)]
     assert numbers == sorted(set(numbers))
     assert [number // PLANS_PER_ROUND for number in numbers] == [1, 1, 1, 2, 2, 2]
-    with pytest.raises(ValueError, match="place"):
+    with pytest.raises(ValueError, match="index"):
         plan_number(1, PLANS_PER_ROUND)
 
 
-def test_a_ledger_charges_each_of_two_updates_in_one_round(tmp_path):
-    """What is sealed for one number is never the answer to another, and both are paid for."""
+def test_ledger_charges_each_update_of_a_round(tmp_path):
+    """A sealed reply answers only its own number, and both numbers are charged."""
     know_epsilon(2)
     device, replies = make_device(tmp_path), []
-    for place in (0, 1):
+    for index in (0, 1):
         replies.append(
-            run_handlers({"d": handle(train_request(number=plan_number(1, place)), device)}, Performer())["d"]
+            run_handlers({"d": handle(train_request(number=plan_number(1, index)), device)}, Performer())["d"]
         )
     charged = [entry.reservation.round for entry in device.store.ledger.entries()]
     assert charged == [plan_number(1, 0), plan_number(1, 1)]
@@ -110,13 +110,13 @@ def test_a_ledger_charges_each_of_two_updates_in_one_round(tmp_path):
 
 
 @pytest.mark.parametrize("median", [False, True])
-def test_the_strongest_directions_stay_the_first_of_stacked_factors(median):
-    """Whoever trains two gets the best two, whatever age updates have, and whichever rule made one of all."""
+def test_strongest_directions_stay_first(median):
+    """The first two directions are the strongest, for any staleness and with entrywise rules."""
     rule, current = Exact(rank=8, max_rank=8, seed=0), adapter(8, 1)
-    guarded = RobustAggregation(rule, rules=[], entrywise=Median() if median else None, rank=8, seed=0)
+    robust = RobustAggregation(rule, rules=[], entrywise=Median() if median else None, rank=8, seed=0)
     generator = torch.Generator().manual_seed(0)
     for number in range(4):
-        made = [
+        updates_with_rank = [
             (
                 {
                     n: Factors(*(f + 0.05 * torch.randn(f.shape, generator=generator) for f in (a[:r], b[:, :r])))
@@ -126,9 +126,9 @@ def test_the_strongest_directions_stay_the_first_of_stacked_factors(median):
             )
             for r in (2, 2, 4, 4, 8)
         ]
-        updates = [(rebase_product(current, current, each, 0.7), 1.0) for each, _ in made]
-        current = guarded.with_ranks({r for _, r in made}).aggregate(current, updates, round=number).adapter
+        updates = [(rebase_product(current, current, each, 0.7), 1.0) for each, _ in updates_with_rank]
+        current = robust.with_ranks({r for _, r in updates_with_rank}).aggregate(current, updates, round=number).adapter
         for site in SITES:
-            whole, first = dense(current, site), dense(current, site, 2)
-            best = torch.linalg.svdvals(whole)[:2].square().sum()
-            assert float(first.square().sum()) == pytest.approx(float(best), rel=1e-3)
+            product, leading = dense(current, site), dense(current, site, 2)
+            best = torch.linalg.svdvals(product)[:2].square().sum()
+            assert float(leading.square().sum()) == pytest.approx(float(best), rel=1e-3)

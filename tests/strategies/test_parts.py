@@ -1,4 +1,4 @@
-"""Devices that train a part of the adapter, or some of its sites, through the strategy over the fake fleet."""
+"""Training of a part of the adapter or some of its sites, with the fake fleet."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from tests.helpers.means import close, dense, true_mean
 
 RANDOM = torch.Generator().manual_seed(0)
 START = {name: Factors(a, torch.randn(b.shape, generator=RANDOM)) for name, (a, b) in init_adapter(SITES, 3, 0).items()}
-ONE_EACH = {"a": ("x",), "b": ("y",), "c": None, "d": ("x",)}
+SITES_OF = {"a": ("x",), "b": ("y",), "c": None, "d": ("x",)}
 
 
 @pytest.fixture(autouse=True)
@@ -38,88 +38,90 @@ def _fake_logic(monkeypatch):
 
 
 @pytest.fixture
-def some_sites(monkeypatch):
-    """Plans for the sites that `ONE_EACH` names."""
+def _restricted_plans(monkeypatch):
+    """Restrict plans to the sites in `SITES_OF`."""
 
-    whole = Planner.plans
+    original = Planner.plans
 
     def plans(self, reports, full, **sent):
-        found = whole(self, reports, full, **sent)
-        return {name: replace(one, plan=replace(one.plan, sites=ONE_EACH[name])) for name, one in found.items()}
+        result = original(self, reports, full, **sent)
+        return {
+            name: replace(planned, plan=replace(planned.plan, sites=SITES_OF[name])) for name, planned in result.items()
+        }
 
     monkeypatch.setattr(Planner, "plans", plans)
 
 
 def rounds(federated, devices, count=1):
-    """The adapter after each round."""
-    arrays, found = records.adapter_to_record(encode(to_tensors(START))), []
+    """Run rounds, and return the adapter after each."""
+    arrays, result = records.adapter_to_record(encode(to_tensors(START))), []
     grid = CohortGrid(devices, perform)
     for number in range(1, 1 + count):
         messages = federated.configure_train(number, arrays, ConfigRecord(), grid)
         arrays = federated.aggregate_train(number, grid.send_and_receive(messages))[0] or arrays
-        found.append(from_tensors(decode(records.adapter_from_record(arrays), adapter_shapes(SITES, -1))))
-    return found
+        result.append(from_tensors(decode(records.adapter_from_record(arrays), adapter_shapes(SITES, -1))))
+    return result
 
 
 def fleet(names, replies):
-    """Devices whose replies are kept by name."""
+    """Make devices whose replies are recorded by name."""
     return [FakeDevice(name, misbehave=lambda reply, name=name: replies.setdefault(name, reply)) for name in names]
 
 
 def sent(reply, trains="both", sites=None):
-    """The adapter that a reply stands for."""
+    """Decode the adapter of a reply."""
     start = select_sites(START, sites or SITES)
     expected = trained_shapes({name: SITES[name] for name in start}, 3, trains)
     return from_trained_tensors(decode(reply.adapter, expected), trains, start, None)
 
 
-@pytest.mark.usefixtures("some_sites")
+@pytest.mark.usefixtures("_restricted_plans")
 @pytest.mark.parametrize("rule", [Exact(rank=3, max_rank=None, seed=0), FFA(), FedSVD(seed=0)])
-def test_a_site_is_a_matter_of_those_who_trained_it(rule):
-    """Through the real loop, who did not train a site does not dilute its mean."""
+def test_sites_are_aggregated_over_their_devices(rule):
+    """Devices that did not train a site do not dilute its mean."""
     replies = {}
     federated = strategy(aggregation=rule)
-    (found,) = rounds(federated, fleet("abcd", replies))
+    (result,) = rounds(federated, fleet("abcd", replies))
     assert federated.trained.replied == 4
-    updates = [(sent(replies[name], rule.trains(1), sites), 1.0) for name, sites in ONE_EACH.items()]
+    updates = [(sent(replies[name], rule.trains(1), sites), 1.0) for name, sites in SITES_OF.items()]
     for site in SITES:
-        assert close(dense(found, site), true_mean(START, updates, site))
-    (alone,) = rounds(strategy(aggregation=rule), fleet("a", {}))
-    assert close(dense(alone, "y"), dense(START, "y"))
+        assert close(dense(result, site), true_mean(START, updates, site))
+    (single,) = rounds(strategy(aggregation=rule), fleet("a", {}))
+    assert close(dense(single, "y"), dense(START, "y"))
 
 
-@pytest.mark.usefixtures("some_sites")
-def test_a_reply_holds_the_plans_sites_and_no_other():
+@pytest.mark.usefixtures("_restricted_plans")
+def test_replies_with_other_sites_are_rejected():
     replies = {}
     rounds(strategy(), fleet("abcd", replies))
-    whole, x, y = (replies[name].adapter for name in "cab")
-    for wrong in (whole, y):
+    full, x, y = (replies[name].adapter for name in "cab")
+    for payload in (full, y):
         federated = strategy()
-        rounds(federated, [FakeDevice("a", misbehave=lambda reply, wrong=wrong: replace(reply, adapter=wrong))])
+        rounds(federated, [FakeDevice("a", misbehave=lambda reply, payload=payload: replace(reply, adapter=payload))])
         assert federated.trained.dropped == {"codec": 1}
     federated = strategy()
     rounds(federated, [FakeDevice("c", misbehave=lambda reply: replace(reply, adapter=x))])
     assert federated.trained.dropped == {"codec": 1}
-    assert len(x) < len(whole)
+    assert len(x) < len(full)
 
 
 @pytest.mark.parametrize(
-    ("rule", "wanted"), [(RoLoRA(), "bab"), (FFA(), "bbb"), (FedSVD(seed=0), "bbb"), (FedSA(), ["split"] * 3)]
+    ("rule", "expected"), [(RoLoRA(), "bab"), (FFA(), "bbb"), (FedSVD(seed=0), "bbb"), (FedSA(), ["split"] * 3)]
 )
-def test_a_rule_says_what_is_trained_in_a_round(rule, wanted):
-    """What does not travel up stays as it was at the server."""
+def test_rule_determines_the_trained_part(rule, expected):
+    """Tensors that are not uploaded stay unchanged on the server."""
     asked = []
     federated = strategy(aggregation=rule)
     send = federated._message
 
-    def watch(request, node):
+    def record(request, node):
         asked.append(getattr(request, "plan", None))
         return send(request, node)
 
-    federated._message = watch
-    found = [START, *rounds(federated, [FakeDevice("a")], count=3)]
-    assert [plan.trains for plan in asked if plan] == list(wanted)
-    for before, after, trains in zip(found, found[1:], wanted, strict=False):
+    federated._message = record
+    result = [START, *rounds(federated, [FakeDevice("a")], count=3)]
+    assert [plan.trains for plan in asked if plan] == list(expected)
+    for before, after, trains in zip(result, result[1:], expected, strict=False):
         for site in SITES:
             if not isinstance(rule, FedSVD):
                 assert torch.equal(before[site].a, after[site].a) == (trains == "b")
@@ -128,31 +130,31 @@ def test_a_rule_says_what_is_trained_in_a_round(rule, wanted):
 
 @pytest.mark.parametrize("update", ["fp32", "int8"])
 @pytest.mark.parametrize("rule", [FFA(), FedSA(), RoLoRA()])
-def test_half_an_adapter_travels_up(rule, update):
+def test_one_factor_halves_the_upload(rule, update):
     plan = replace(PLAN, update=update)
-    replies, whole = {}, {}
+    replies, full = {}, {}
     rounds(strategy(aggregation=rule, plan=plan), fleet("a", replies))
-    rounds(strategy(aggregation=FedIT(), plan=plan), fleet("a", whole))
-    assert len(replies["a"].adapter) < 0.75 * len(whole["a"].adapter)
+    rounds(strategy(aggregation=FedIT(), plan=plan), fleet("a", full))
+    assert len(replies["a"].adapter) < 0.75 * len(full["a"].adapter)
 
 
-def test_the_other_factor_is_refused():
-    """A in the place of B, and B with A."""
+def test_other_factor_is_rejected():
+    """Send A instead of B, and A with B."""
     for trains in ("a", "both"):
-        wrong = encode({name: torch.zeros(shape) for name, shape in trained_shapes(SITES, 3, trains).items()})
+        payload = encode({name: torch.zeros(shape) for name, shape in trained_shapes(SITES, 3, trains).items()})
         federated = strategy(aggregation=FFA())
-        rounds(federated, [FakeDevice("a", misbehave=lambda reply, wrong=wrong: replace(reply, adapter=wrong))])
+        rounds(federated, [FakeDevice("a", misbehave=lambda reply, payload=payload: replace(reply, adapter=payload))])
         assert federated.trained.dropped == {"codec": 1}
 
 
-def test_feedback_is_for_rules_whose_directions_stay():
+def test_feedback_requires_stable_factors():
     for rule in (RoLoRA(), FedSVD(seed=0)):
-        with pytest.raises(ValueError, match="feedback needs directions"):
+        with pytest.raises(ValueError, match="feedback requires an aggregation with stable factors"):
             strategy(aggregation=rule, plan=replace(PLAN, update="int4", feedback=True))
     strategy(aggregation=FFA(), plan=replace(PLAN, update="int4", feedback=True))
 
 
-def test_a_site_that_was_not_trained_has_not_changed():
+def test_untrained_site_has_zero_change():
     some = {"x": Factors(START["x"].a + 1.0, START["x"].b)}
     (change,) = changes(Layout(SITES, 3), START, [some])
     stacks = Layout(SITES, 3).stacks(change[None])
@@ -161,52 +163,53 @@ def test_a_site_that_was_not_trained_has_not_changed():
     assert not any(part.any() for part in stacks["y"])
 
 
-@pytest.mark.usefixtures("some_sites")
+@pytest.mark.usefixtures("_restricted_plans")
 @pytest.mark.parametrize("rule", [FedIT(), FFA(), FedSVD(seed=0)])
-def test_per_device_some_sites_are_clipped_alone_and_the_divisor_stays(tmp_path, rule):
-    """The loop of McMahan et al. over what is trained: a site that a device left out adds 0, and divides."""
+def test_central_dp_with_some_sites(tmp_path, rule):
+    """Compare with the loop of McMahan et al.: an untrained site adds 0 and does not change the divisor."""
     replies, trains = {}, rule.trains(1)
-    (found,) = rounds(private(tmp_path, aggregation=rule), fleet("abcd", replies))
+    (result,) = rounds(private(tmp_path, aggregation=rule), fleet("abcd", replies))
     layout = trained_layout(SITES, 3, trains, START)
     total = np.zeros(layout.size)
-    for name, sites in ONE_EACH.items():
-        own = sent(replies[name], trains, sites)
-        change = (layout.pack(own).double() - layout.pack(select_sites(START, own)).double()).numpy()
+    for name, sites in SITES_OF.items():
+        update = sent(replies[name], trains, sites)
+        change = (layout.pack(update).double() - layout.pack(select_sites(START, update)).double()).numpy()
         total += change * min(1.0, CLIP / np.linalg.norm(change))
     noise = simulated("updates", 1).rounded_gaussian(total.size, Z * RESOLUTION).numpy() * (CLIP / RESOLUTION)
     row = layout.pack(START).double().numpy() + (total + noise) / EXPECTED
-    wanted = layout.unpack(torch.from_numpy(row).float(), START)
+    expected = layout.unpack(torch.from_numpy(row).float(), START)
     for site in SITES:
-        assert close(dense(found, site), dense(wanted, site))
+        assert close(dense(result, site), dense(expected, site))
 
 
-def test_the_longest_reply_is_that_of_the_plan():
-    checks = strategy()._checks
+def test_max_payload_depends_on_the_plan():
+    validator = strategy()._validator
     sizes = [
-        checks.largest(replace(PLAN, sites=sites, trains=trains)) for sites, trains in ((None, "both"), (("x",), "b"))
+        validator.max_payload(replace(PLAN, sites=sites, trains=trains))
+        for sites, trains in ((None, "both"), (("x",), "b"))
     ]
-    whole, part = (
+    full, part = (
         tensor_codec.max_payload(trained_shapes(sites, 3, t))
         for sites, t in ((SITES, "both"), ({"x": SITES["x"]}, "b"))
     )
-    assert sizes == [whole, part]
+    assert sizes == [full, part]
 
 
 @pytest.mark.parametrize("rule", [FFA(), FedSA(), RoLoRA()], ids=lambda rule: type(rule).__name__)
-def test_an_optimiser_steps_along_what_was_trained(rule):
-    """Half of the way in each of two rounds; of what nobody trained there is no moment."""
+def test_server_optimizer_moves_the_trained_part(rule):
+    """Half a step in each of two rounds; untrained tensors have no moment."""
     devices = [FakeDevice("a"), FakeDevice("b")]
-    (whole,) = rounds(strategy(aggregation=rule), devices)
-    stepping = strategy(aggregation=rule, optimiser=FedAvgM(rate=0.5, momentum=0.0))
-    half, then = rounds(stepping, devices, count=2)
+    (full,) = rounds(strategy(aggregation=rule), devices)
+    stepping = strategy(aggregation=rule, server_optimizer=FedAvgM(lr=0.5, momentum=0.0))
+    half, after = rounds(stepping, devices, count=2)
     for site, (a, b) in START.items():
-        for found, start, wanted in zip(half[site], (a, b), whole[site], strict=True):
-            assert torch.allclose(found, (start + wanted) / 2, atol=1e-6)
+        for result, start, expected in zip(half[site], (a, b), full[site], strict=True):
+            assert torch.allclose(result, (start + expected) / 2, atol=1e-6)
     trained = {rule.trains(number) for number in (1, 2)}
-    named = {"b": {"lora_B"}, "split": {"lora_A"}, "a": {"lora_A"}}
-    assert {name.rpartition(".")[2] for name in stepping.memory["mean"]} == set().union(*map(named.get, trained))
-    assert not same_adapter(half, then)
+    tensors_of = {"b": {"lora_B"}, "split": {"lora_A"}, "a": {"lora_A"}}
+    assert {name.rpartition(".")[2] for name in stepping.state["mean"]} == set().union(*map(tensors_of.get, trained))
+    assert not same_adapter(half, after)
 
 
-def same_adapter(one, other):
-    return all(torch.equal(a, b) for site in one for a, b in zip(one[site], other[site], strict=True))
+def same_adapter(first, second):
+    return all(torch.equal(a, b) for site in first for a, b in zip(first[site], second[site], strict=True))

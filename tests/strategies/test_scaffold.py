@@ -33,7 +33,7 @@ from strategies.aggregation.rolora import RoLoRA
 from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
 from strategies.selection.sample import Sample
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 from tests.helpers.central import central_dp
 from tests.helpers.devices import BASE, SITES, Performer, make_device
 from training import jobs
@@ -50,14 +50,14 @@ def flat(tensors: dict[str, torch.Tensor]) -> np.ndarray:
     return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(START)])
 
 
-def bowl(device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each device's loss is ½ Σ h (w − w*)²: its curvature h and its best w*."""
-    drawn = np.random.default_rng(derive_seed(device))
-    return drawn.uniform(0.5, 2.5, flat(START).size), drawn.normal(0.0, 0.1, flat(START).size)
+def quadratic(device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return curvature h and optimum w* of a device's loss ½ Σ h (w − w*)²."""
+    rng = np.random.default_rng(derive_seed(device))
+    return rng.uniform(0.5, 2.5, flat(START).size), rng.normal(0.0, 0.1, flat(START).size)
 
 
-class Bowls(Performer):
-    """Trains by the gradient of a device's own bowl, and the job's correction."""
+class QuadraticPerformer(Performer):
+    """Train with the gradient of the device's quadratic loss and the correction of the job."""
 
     def _perform(self, job: jobs.Job) -> Result:
         if not isinstance(job, jobs.TrainJob):
@@ -65,7 +65,7 @@ class Bowls(Performer):
         assert (job.steps, job.optimizer) == (STEPS, "sgd")
         y = flat(to_tensors(job.start))
         added = flat(to_tensors(job.correction)) if job.correction else 0.0
-        curvature, best = bowl(job.client)
+        curvature, best = quadratic(job.client)
         for _ in range(job.steps):
             y = y - job.learning_rate * (curvature * (y - best) + added)
         return TrainedAdapter(_adapter(y), 0.25, job.steps)
@@ -77,7 +77,7 @@ def _adapter(values: np.ndarray) -> Adapter:
     return from_tensors({name: part.view(START[name].shape) for name, part in zip(sorted(START), parts, strict=True)})
 
 
-def federated(**changes: Any) -> Federated:
+def federated(**changes: Any) -> FederatedStrategy:
     settings: dict[str, Any] = {
         "plan": PLAN,
         "sites": SITES,
@@ -85,104 +85,108 @@ def federated(**changes: Any) -> Federated:
         "selection": Everyone(),
         "limits": PlanLimits(),
     }
-    return Federated(**settings | changes)
+    return FederatedStrategy(**settings | changes)
 
 
-class Fleet:
-    """Devices that keep what they know between rounds."""
+class ScaffoldFleet:
+    """Devices that keep their state between rounds."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         devices = [make_device(folder / name, name=name, policy=Policy()) for name in NAMES]
-        self.grid, self.changes, self.bowls = CohortGrid(devices, Bowls()), changes, Bowls()
+        self.grid, self.changes, self.performer = (
+            CohortGrid(devices, QuadraticPerformer()),
+            changes,
+            QuadraticPerformer(),
+        )
         self.strategy = federated(**changes)
 
     def round(self, number: int, x: np.ndarray) -> np.ndarray:
         arrays = records.adapter_to_record(encode(to_tensors(_adapter(x))))
         messages = self.strategy.configure_train(number, arrays, ConfigRecord(), self.grid)
-        found, _ = self.strategy.aggregate_train(number, self.grid.send_and_receive(messages))
-        assert found is not None
-        return flat(decode(records.adapter_from_record(found), adapter_shapes(SITES, 2)))
+        results, _ = self.strategy.aggregate_train(number, self.grid.send_and_receive(messages))
+        assert results is not None
+        return flat(decode(records.adapter_from_record(results), adapter_shapes(SITES, 2)))
 
 
-def algorithm(asked: Sequence[Sequence[str]], devices: int = len(NAMES)) -> list[np.ndarray]:
-    """Algorithm 1, option II, with a global rate of 1: x after each round."""
+def algorithm(selected: Sequence[Sequence[str]], devices: int = len(NAMES)) -> list[np.ndarray]:
+    """Run algorithm 1, option II, with a global learning rate of 1; returns x after each round."""
     x = c = np.zeros(flat(START).size)
-    own = dict.fromkeys(NAMES, c)
-    found = []
-    for names in asked:
-        moved, drifted = [], []
+    variates_ = dict.fromkeys(NAMES, c)
+    results = []
+    for names in selected:
+        moved, variate_changes = [], []
         for name in names:
             y = x
-            curvature, best = bowl(name)
+            curvature, best = quadratic(name)
             for _ in range(STEPS):
-                y = y - RATE * (curvature * (y - best) - own[name] + c)
-            after = own[name] - c + (x - y) / (STEPS * RATE)
+                y = y - RATE * (curvature * (y - best) - variates_[name] + c)
+            after = variates_[name] - c + (x - y) / (STEPS * RATE)
             moved.append(y - x)
-            drifted.append(after - own[name])
-            own = {**own, name: after}
-        x, c = x + np.mean(moved, axis=0), c + np.sum(drifted, axis=0) / devices
-        found.append(x)
-    return found
+            variate_changes.append(after - variates_[name])
+            variates_ = {**variates_, name: after}
+        x, c = x + np.mean(moved, axis=0), c + np.sum(variate_changes, axis=0) / devices
+        results.append(x)
+    return results
 
 
 @pytest.mark.parametrize("size", [None, 2])
-def test_it_is_algorithm_1(tmp_path: Path, size: int | None) -> None:
-    """With everybody and with samples; the server starts again in the middle, with its memory."""
+def test_rounds_match_algorithm_1(tmp_path: Path, size: int | None) -> None:
+    """With all devices and with samples; the server is restarted in the middle, with its state."""
     selection = Everyone() if size is None else Sample(size=size, seed=1)
-    fleet, x, found = Fleet(tmp_path, selection=selection), flat(START), []
-    asked = [sorted(selection.select(list(NAMES), draw=number)) for number in range(1, 7)]
+    fleet, x, results = ScaffoldFleet(tmp_path, selection=selection), flat(START), []
+    selected = [sorted(selection.select(list(NAMES), draw=number)) for number in range(1, 7)]
     for number in range(1, 7):
         if number == 4:
             fleet.strategy, before = federated(selection=selection), fleet.strategy
-            fleet.strategy.memory = before.memory
+            fleet.strategy.state = before.state
         x = fleet.round(number, x)
-        found.append(x)
-    for one, other in zip(found, algorithm(asked), strict=True):
+        results.append(x)
+    for one, other in zip(results, algorithm(selected), strict=True):
         assert one == pytest.approx(other, abs=1e-6)
 
 
-@pytest.mark.parametrize("told", [{"rank": 1}, {"sites": ("x",)}])
-def test_who_does_not_train_all_of_it_is_not_of_it(tmp_path: Path, told: dict[str, Any]) -> None:
-    """It is not asked, and the others' variates are divided by their number."""
-    fleet, x, found = Fleet(tmp_path), flat(START), []
+@pytest.mark.parametrize("report", [{"rank": 1}, {"sites": ("x",)}])
+def test_partial_devices_are_left_out(tmp_path: Path, report: dict[str, Any]) -> None:
+    """The device is not asked, and the control variates of the others are divided by their number."""
+    fleet, x, results = ScaffoldFleet(tmp_path), flat(START), []
     last = fleet.grid._devices[len(NAMES)]
-    fleet.grid._devices[len(NAMES)] = replace(last, report=replace(last.report, **told))
+    fleet.grid._devices[len(NAMES)] = replace(last, report=replace(last.report, **report))
     for number in range(1, 4):
         x = fleet.round(number, x)
-        found.append(x)
-    for one, other in zip(found, algorithm([NAMES[:-1]] * 3, devices=2), strict=True):
+        results.append(x)
+    for one, other in zip(results, algorithm([NAMES[:-1]] * 3, devices=2), strict=True):
         assert one == pytest.approx(other, abs=1e-6)
 
 
-def test_it_gets_where_averages_of_drifting_devices_do_not(tmp_path: Path) -> None:
-    curvatures, bests = zip(*map(bowl, NAMES), strict=True)
+def test_scaffold_corrects_drift(tmp_path: Path) -> None:
+    curvatures, bests = zip(*map(quadratic, NAMES), strict=True)
     best = np.average(bests, axis=0, weights=curvatures)
-    plain = Fleet(tmp_path / "plain", plan=replace(PLAN, scaffold=False))
-    corrected, x, y = Fleet(tmp_path / "corrected"), flat(START), flat(START)
+    plain = ScaffoldFleet(tmp_path / "plain", plan=replace(PLAN, scaffold=False))
+    corrected, x, y = ScaffoldFleet(tmp_path / "corrected"), flat(START), flat(START)
     for number in range(1, 11):
         x, y = plain.round(number, x), corrected.round(number, y)
     assert np.abs(x - best).max() > 5e-3
     assert np.abs(y - best).max() < 5e-4
 
 
-def test_a_round_that_is_done_again_starts_from_the_same_variate(tmp_path: Path) -> None:
-    """The server forgot a round: its devices did not."""
-    fleet = Fleet(tmp_path)
+def test_repeated_round_uses_the_same_variate(tmp_path: Path) -> None:
+    """The server lost a round that its devices remember."""
+    fleet = ScaffoldFleet(tmp_path)
     x = fleet.round(1, flat(START))
-    memory = fleet.strategy.memory
-    once = fleet.round(2, x)
-    fleet.strategy.memory = memory
-    assert np.array_equal(fleet.round(2, x), once)
+    state = fleet.strategy.state
+    first_result = fleet.round(2, x)
+    fleet.strategy.state = state
+    assert np.array_equal(fleet.round(2, x), first_result)
 
 
-def test_rounded_updates_mean_the_same_to_both(tmp_path: Path) -> None:
-    """Each c_i follows from what the server reads, so that c stays their mean."""
-    fleet, x = Fleet(tmp_path, plan=replace(PLAN, update="int4", feedback=True)), flat(START)
+def test_quantized_updates_keep_variates_consistent(tmp_path: Path) -> None:
+    """Each c_i is computed from the decoded update, so that c stays their mean."""
+    fleet, x = ScaffoldFleet(tmp_path, plan=replace(PLAN, update="int4", feedback=True)), flat(START)
     for number in range(1, 4):
         x = fleet.round(number, x)
-    own = [fleet.grid._devices[node].store._storage for node in sorted(fleet.grid._devices)]
-    variates = [_after(storage.read("variate.safetensors")) for storage in own]
-    assert flat(fleet.strategy.memory["control"]) == pytest.approx(np.mean(variates, axis=0), abs=1e-6)
+    variates_ = [fleet.grid._devices[node].store._storage for node in sorted(fleet.grid._devices)]
+    variates = [_after(storage.read("variate.safetensors")) for storage in variates_]
+    assert flat(fleet.strategy.state["control"]) == pytest.approx(np.mean(variates, axis=0), abs=1e-6)
 
 
 def _after(data: bytes | None) -> np.ndarray:
@@ -192,18 +196,18 @@ def _after(data: bytes | None) -> np.ndarray:
     return flat({name.removeprefix("after/"): part for name, part in load(data).items() if name.startswith("after/")})
 
 
-class Noted(Performer):
-    """Keeps what came of its jobs, in their order."""
+class RecordingPerformer(Performer):
+    """Performer that records the results of training jobs in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trained: list[tuple[jobs.TrainJob, TrainedAdapter]] = []
 
     def _perform(self, job: jobs.Job) -> Result:
-        found = super()._perform(job)
-        if isinstance(job, jobs.TrainJob) and isinstance(found, TrainedAdapter):
-            self.trained.append((job, found))
-        return found
+        results = super()._perform(job)
+        if isinstance(job, jobs.TrainJob) and isinstance(results, TrainedAdapter):
+            self.trained.append((job, results))
+        return results
 
 
 def orthonormal(rows: int, columns: int) -> torch.Tensor:
@@ -211,63 +215,69 @@ def orthonormal(rows: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rule", [FFA(), FedSA(), FedSB()], ids=lambda rule: type(rule).__name__)
-def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: Path, rule: Aggregation) -> None:
-    """After the first round c_i = (x − y_i) / (K η) of what travels, and c is their mean."""
+def test_only_the_trained_part_is_corrected(tmp_path: Path, rule: Aggregation) -> None:
+    """After the first round, c_i = (x − y_i) / (K η) for the uploaded tensors, and c is their mean."""
     lora_xs_bases = None
     if rule.trains(1) == "cores":
         lora_xs_bases = {
             name: Factors(orthonormal(s.inputs, 2).T, orthonormal(s.outputs, 2)) for name, s in SITES.items()
         }
-    noted, start = Noted(), zero_adapter(lora_xs_bases) if lora_xs_bases else init_adapter(SITES, 2, seed=0)
+    performer, start = (
+        RecordingPerformer(),
+        zero_adapter(lora_xs_bases) if lora_xs_bases else init_adapter(SITES, 2, seed=0),
+    )
     devices = [make_device(tmp_path / name, name=name, policy=Policy()) for name in NAMES]
-    grid, strategy = CohortGrid(devices, noted), federated(aggregation=rule, lora_xs_bases=lora_xs_bases)
+    grid, strategy = CohortGrid(devices, performer), federated(aggregation=rule, lora_xs_bases=lora_xs_bases)
     arrays = records.adapter_to_record(encode(to_tensors(start)))
     for number in (1, 2):
         messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
         arrays = strategy.aggregate_train(number, grid.send_and_receive(messages))[0] or arrays
         assert strategy.trained is not None
         assert strategy.trained.dropped == {}
-    first, second = noted.trained[: len(NAMES)], noted.trained[len(NAMES) :]
+    first, second = performer.trained[: len(NAMES)], performer.trained[len(NAMES) :]
 
-    def own(job: jobs.TrainJob, adapter: Adapter) -> np.ndarray:
-        """What travels of it."""
-        found = trained_tensors(adapter, rule.trains(1), job.lora_xs_bases)
-        return np.concatenate([found[name].double().numpy().ravel() for name in sorted(found)])
+    def variates_(job: jobs.TrainJob, adapter: Adapter) -> np.ndarray:
+        """Flatten the uploaded tensors."""
+        results = trained_tensors(adapter, rule.trains(1), job.lora_xs_bases)
+        return np.concatenate([results[name].double().numpy().ravel() for name in sorted(results)])
 
-    variates = {job.client: (own(job, job.start) - own(job, found.adapter)) / (STEPS * RATE) for job, found in first}
+    variates = {
+        job.client: (variates_(job, job.start) - variates_(job, results.adapter)) / (STEPS * RATE)
+        for job, results in first
+    }
     common = np.mean(list(variates.values()), axis=0)
     assert len(second) == len(NAMES)
     for job, _ in second:
         assert job.correction is not None
-        assert own(job, job.correction) == pytest.approx(common - variates[job.client], abs=1e-4)
+        assert variates_(job, job.correction) == pytest.approx(common - variates[job.client], abs=1e-4)
         for name, (a, b) in job.correction.items():
             if rule.trains(1) != "cores":
-                stays = b if rule.trains(1) == "split" else a
-                assert not stays.any(), name
+                fixed_factor = b if rule.trains(1) == "split" else a
+                assert not fixed_factor.any(), name
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "settings",
     [
         {"plan": replace(PLAN, optimiser="adamw")},
         {"aggregation": Exact(rank=2, max_rank=None, seed=0)},
         *({"aggregation": rule} for rule in (FedSVD(seed=0), HetLoRA(), RoLoRA())),
     ],
 )
-def test_where_it_means_nothing_it_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="scaffold: for plain SGD and a mean of factors"):
-        federated(**wrong)
+def test_incompatible_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="scaffold requires plain SGD and a mean of factors"):
+        federated(**settings)
 
 
-def test_every_device_trains_every_direction() -> None:
+def test_partial_training_is_refused() -> None:
     for changes in (
         {"aggregation": FFA(), "limits": PlanLimits(metered_rank=1)},
         {"plan": replace(PLAN, sites=("x",))},
     ):
-        with pytest.raises(ValueError, match="every device trains every site and direction"):
+        with pytest.raises(ValueError, match="every device must train every site and direction"):
             federated(**changes)
 
 
-def test_under_privacy_per_device_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not under privacy per device"):
+def test_device_level_privacy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without device-level privacy"):
         federated(central_dp=central_dp(tmp_path))

@@ -1,4 +1,4 @@
-"""A setting does something, or is refused."""
+"""Settings without an effect are refused."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import pytest
 
 from common.errors import AntherError
 from conf.compose import compose
-from strategies.aggregation.build import aggregation
+from strategies.aggregation.build import build_aggregation
 from strategies.build import build
 from strategies.planning.full_plan import training_plan
-from strategies.unused_settings import refuse_ignored
+from strategies.unused_settings import refuse_unused
 from tests.helpers.fleet import SITES
 
 CONF = Path(__file__).parents[2] / "conf"
 
-IGNORED = {
+UNUSED = {
     "robust.outlier_fraction=0.4": "'robust.rules=[krum]'",
     "robust.norm_factor=0.5": "'robust.rules=[norm_bound]'",
     "robust.norm_factor=0.5 'robust.rules=[norm_bound]' robust.norm_bound=3": "robust.norm_bound=null",
@@ -28,40 +28,42 @@ IGNORED = {
     "cohort.size=3 selection.oort.alpha=1": "selection=oort",
     "fleet.workload.memory_factor=9": "planning.name=device",
 }
-"""What nobody reads, and with what somebody does."""
+"""Unused settings, and the settings with which they are used."""
 
 
-@pytest.mark.parametrize("given", IGNORED)
-def test_what_nobody_reads_is_refused_in_one_line(given):
+@pytest.mark.parametrize("given", UNUSED)
+def test_unused_settings_are_refused_in_one_line(given):
     key = next(word for word in given.split() if not word.startswith(("cohort.size", "'"))).partition("=")[0]
     config = compose(f"aggregation=fedit {given}")
     plan = training_plan(config, run="r", base="b")
     with pytest.raises(
-        AntherError, match=rf"^{key.removesuffix('.memory_factor').removesuffix('.alpha')}[^\n]*: is only for"
+        AntherError, match=rf"^{key.removesuffix('.memory_factor').removesuffix('.alpha')}[^\n]*: only used by"
     ):
         build(config, plan, SITES, accept_simulated=True)
-    refuse_ignored(compose(f"aggregation=fedit {given} {IGNORED[given]}"))
+    refuse_unused(compose(f"aggregation=fedit {given} {UNUSED[given]}"))
 
 
 @pytest.mark.parametrize("group", ["aggregation", "fleet", "selection", "privacy", "preset"])
-def test_nothing_that_is_shipped_trips_it(group):
+def test_shipped_options_use_their_settings(group):
     for file in sorted((CONF / group).glob("*.yaml")):
-        beside = "cohort.size=2" if group == "selection" else ""
-        refuse_ignored(compose(f"{group}={file.stem} {beside}"))
+        size = "cohort.size=2" if group == "selection" else ""
+        refuse_unused(compose(f"{group}={file.stem} {size}"))
 
 
-def test_what_is_not_given_is_what_its_comment_says():
-    """Unset they do as they did: the defaults are null, so that whoever sets one can be told."""
+def test_null_acts_like_the_documented_default():
+    """Defaults are null, so that a given value can be detected, and act like the documented value."""
     config = compose("aggregation=fedit")
     optimizer = config.server_optimizer
     assert (config.robust.outlier_fraction, config.robust.norm_factor, config.round_loop.buffer_size) == (None,) * 3
     assert (optimizer.momentum, optimizer.beta2, optimizer.tau) == (None,) * 3
-    rule = aggregation(compose("aggregation=fedit 'robust.rules=[krum]'"))
-    same = aggregation(compose("aggregation=fedit 'robust.rules=[krum]' robust.outlier_fraction=0.2"))
-    assert [vars(one) for one in rule._rules] == [vars(one) for one in same._rules]
+    rule = build_aggregation(compose("aggregation=fedit 'robust.rules=[krum]'"))
+    explicit = build_aggregation(compose("aggregation=fedit 'robust.rules=[krum]' robust.outlier_fraction=0.2"))
+    assert [vars(one) for one in rule._rules] == [vars(one) for one in explicit._rules]
 
 
-@pytest.mark.parametrize("last", ["median", "trimmed_mean"])
-def test_slices_of_one_update_made_of_all_mean_nothing(last):
-    with pytest.raises(AntherError, match=rf"aggregation\.weighting=rank_slice: {last} makes one update of all"):
-        aggregation(compose(f"aggregation=exact aggregation.weighting=rank_slice 'robust.rules=[{last}]'"))
+@pytest.mark.parametrize("entrywise", ["median", "trimmed_mean"])
+def test_entrywise_rules_exclude_rank_slices(entrywise):
+    with pytest.raises(
+        AntherError, match=rf"aggregation\.weighting=rank_slice: {entrywise} combines all updates into one"
+    ):
+        build_aggregation(compose(f"aggregation=exact aggregation.weighting=rank_slice 'robust.rules=[{entrywise}]'"))

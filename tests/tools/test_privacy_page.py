@@ -1,4 +1,4 @@
-"""docs/privacy.md is what the code does: what it says runs runs a round, all else is refused for its reason."""
+"""docs/privacy.md matches the code: combinations that run complete a round, others are refused for the given reason."""
 
 from dataclasses import replace
 from functools import cache
@@ -40,7 +40,7 @@ from tests.helpers.fleet import SITES, FakeDevice, bases_file, handle, perform
 from tools.privacy_page import page
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
-ASKED = {"everyone": "", "poisson": "cohort.sampling_rate=0.5"} | {
+SELECTION_OPTIONS = {"everyone": "", "poisson": "cohort.sampling_rate=0.5"} | {
     name: f"selection={name} cohort.size=2 planning.deadline=60"
     for name in ("random", "round_robin", "oort", "eafl", "deadline", "power_of_choice", "energy_delay")
 }
@@ -49,158 +49,165 @@ KEYS = {
     "robust": "robust.rules",
     "selection": "selection",
     "timing": "round_loop.mode",
-    "optimiser": "server_optimizer.name",
+    "optimizer": "server_optimizer.name",
 }
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
 @cache
-def composed(words: str):
-    return compose(words)
+def compose_cached(overrides: str):
+    return compose(overrides)
 
 
-def configured(chosen: Combination, folder: Path):
-    option = f"adapter.lora_xs_bases={bases_file(folder)}" if chosen.aggregation == "fedsb" else ""
-    found = composed(
-        f"{option} aggregation={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
-        f"adapter.shared.steps=1 robust.rules=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
+def configure(selected: Combination, folder: Path):
+    option = f"adapter.lora_xs_bases={bases_file(folder)}" if selected.aggregation == "fedsb" else ""
+    config = compose_cached(
+        f"{option} aggregation={selected.aggregation} privacy={selected.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
+        f"adapter.shared.steps=1 robust.rules=[{','.join(selected.robust)}] {SELECTION_OPTIONS[selected.selection]}"
     )
-    return replace(found, round_loop=replace(found.round_loop, mode=chosen.timing))
+    return replace(config, round_loop=replace(config.round_loop, mode=selected.timing))
 
 
-def built(config, folder):
+def build_strategy(config, folder):
     plan = training_plan(config, run="r", base="base")
     return build(config, plan, SITES, accept_simulated=True, ledger=ServerLedger(FileStorage(folder)))
 
 
-def test_the_committed_table_is_the_generated_one():
+def test_committed_page_is_up_to_date():
     assert DOCUMENT.read_text(encoding="utf-8") == page(), "run: python -m tools.privacy_page > docs/privacy.md"
 
 
 def cells():
-    """Of the table: each piece with the plainest others."""
+    """List the cells of the table: each component in the baseline."""
     return sorted(
-        {combination_with(axis, piece, level=level) for axis in AXES for piece in AXES[axis] for level in LEVELS},
+        {
+            combination_with(axis, component, level=level)
+            for axis in AXES
+            for component in AXES[axis]
+            for level in LEVELS
+        },
         key=str,
     )
 
 
-def test_a_combination_runs_if_each_of_its_pieces_does():
-    """So the table is a row for each piece, and so are the runs below."""
-    for chosen in combinations():
-        if reason := incompatibility(chosen):  # of two pieces, privately or not
-            assert refusal_reason(chosen) == reason
+def test_combination_runs_if_each_component_runs():
+    """Therefore the table and the runs below need only one row per component."""
+    for selected in combinations():
+        if reason := incompatibility(selected):  # of two components, at any level
+            assert refusal_reason(selected) == reason
             continue
-        pieces = {
-            "aggregation": [chosen.aggregation],
-            "robust": chosen.robust,
-            "selection": [chosen.selection],
-            "timing": [chosen.timing],
+        components = {
+            "aggregation": [selected.aggregation],
+            "robust": selected.robust,
+            "selection": [selected.selection],
+            "timing": [selected.timing],
         }
-        alone = [
-            refusal_reason(combination_with(axis, piece, level=chosen.level)) for axis in AXES for piece in pieces[axis]
+        single = [
+            refusal_reason(combination_with(axis, component, level=selected.level))
+            for axis in AXES
+            for component in components[axis]
         ]
-        assert (refusal_reason(chosen) is None) == all(reason is None for reason in alone)
-        assert refusal_reason(chosen) in (None, *alone)
+        assert (refusal_reason(selected) is None) == all(reason is None for reason in single)
+        assert refusal_reason(selected) in (None, *single)
 
 
 @pytest.mark.parametrize(
-    "chosen", cells(), ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.timing, c.level])
+    "selected", cells(), ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.timing, c.level])
 )
-def test_every_cell(chosen, tmp_path, monkeypatch):
-    config = configured(chosen, tmp_path)
-    assert combination(config) == chosen
-    reason = refusal_reason(chosen)
+def test_every_cell(selected, tmp_path, monkeypatch):
+    config = configure(selected, tmp_path)
+    assert combination(config) == selected
+    reason = refusal_reason(selected)
     if reason is not None:
         with pytest.raises(AntherError) as caught:
-            built(config, tmp_path)
+            build_strategy(config, tmp_path)
         assert reason in str(caught.value)
         assert reason in DOCUMENT.read_text(encoding="utf-8")
         return
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
-    federated = built(config, tmp_path)
+    federated = build_strategy(config, tmp_path)
     grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
-    begun = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
-    start = records.adapter_to_record(encode(to_tensors(begun)))
+    adapter = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
+    start = records.adapter_to_record(encode(to_tensors(adapter)))
     for number in (1, 2):
         messages = federated.configure_train(number, start, ConfigRecord(), grid)
         federated.aggregate_train(number, grid.send_and_receive(messages))
-        facts = federated.trained
-        assert facts.replied == facts.asked
-        units = {"none": [], "example": ["image"], "device": ["device"], "both": ["image", "device"]}[chosen.level]
-        told = [unit for unit in units if unit == "device" or facts.replied]  # of images devices tell
-        assert [guarantee.unit for guarantee in facts.guarantees] == told
+        metrics = federated.trained
+        assert metrics.replied == metrics.asked
+        units = {"none": [], "example": ["image"], "device": ["device"], "both": ["image", "device"]}[selected.level]
+        expected = [unit for unit in units if unit == "device" or metrics.replied]  # devices report ε per image
+        assert [guarantee.unit for guarantee in metrics.guarantees] == expected
 
 
-class Silent(FedIT):
-    """A new rule that says nothing of itself."""
+class UndeclaredRule(FedIT):
+    """New rule without a declaration."""
 
     sensitivity = None
 
 
-PLANTED = {
-    "aggregation": ("AGGREGATIONS", Silent),
+NEW_COMPONENTS = {
+    "aggregation": ("AGGREGATIONS", UndeclaredRule),
     "robust": ("ROBUST_RULES", object()),
     "selection": ("SELECTIONS", BuiltIn(TimingDeclaration(prechargeable=True, reason="of another axis"))),
-    "optimiser": ("OPTIMIZERS", object()),
+    "optimizer": ("OPTIMIZERS", object()),
     "timing": ("TIMINGS", BuiltIn(Filtering(bounded=True, reason="of another axis"))),
 }
 
 
-@pytest.mark.parametrize("axis", PLANTED)
+@pytest.mark.parametrize("axis", NEW_COMPONENTS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monkeypatch, axis, level):
-    name, piece = PLANTED[axis]
-    monkeypatch.setitem(getattr(registry, name), "new", piece)
-    found = refusal_reason(combination_with(axis, "new", level=level))
-    assert (found is None) == (level == "none")
-    assert found is None or "new declares no sensitivity" in found
+def test_undeclared_component_is_refused_under_privacy(monkeypatch, axis, level):
+    name, component = NEW_COMPONENTS[axis]
+    monkeypatch.setitem(getattr(registry, name), "new", component)
+    reason = refusal_reason(combination_with(axis, "new", level=level))
+    assert (reason is None) == (level == "none")
+    assert reason is None or "new declares no sensitivity" in reason
 
 
-def test_and_is_not_built(monkeypatch, tmp_path):
-    monkeypatch.setitem(AGGREGATIONS, "new", Silent)
+def test_undeclared_component_is_not_built(monkeypatch, tmp_path):
+    monkeypatch.setitem(AGGREGATIONS, "new", UndeclaredRule)
     config = compose("aggregation=fedit privacy=example")
     config.aggregation.name = "new"
     with pytest.raises(AntherError, match="aggregation new declares no sensitivity"):
-        built(config, tmp_path)
+        build_strategy(config, tmp_path)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("axis", PLANTED)
-def test_what_is_not_registered_is_refused(axis, level):
-    """With the list of those that are: nothing else runs in its place."""
+@pytest.mark.parametrize("axis", NEW_COMPONENTS)
+def test_unregistered_component_is_refused(axis, level):
+    """The message lists the registered names; nothing else is used instead."""
     key = KEYS[axis]
-    listed = ", ".join(getattr(registry, PLANTED[axis][0]))
+    listed = ", ".join(getattr(registry, NEW_COMPONENTS[axis][0]))
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered .* known are {listed}"):
         refusal_reason(combination_with(axis, "fedavg", level=level))
 
 
 @pytest.mark.parametrize("key", ["aggregation.name", "server_optimizer.name", "robust.rules"])
-def test_an_unknown_piece_is_not_built(key, tmp_path):
+def test_unregistered_component_is_not_built(key, tmp_path):
     config = compose("aggregation=fedit")
     group, _, name = key.partition(".")
     setattr(getattr(config, group), name, ["fedavg"] if name == "rules" else "fedavg")
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered"):
-        built(config, tmp_path)
+        build_strategy(config, tmp_path)
 
 
-def test_a_registered_rule_is_the_one_that_runs(monkeypatch, tmp_path):
-    monkeypatch.setitem(AGGREGATIONS, "new", Silent)
+def test_registered_rule_is_used(monkeypatch, tmp_path):
+    monkeypatch.setitem(AGGREGATIONS, "new", UndeclaredRule)
     config = compose("aggregation=fedit")
     config.aggregation.name = "new"
-    assert type(built(config, tmp_path)._aggregation) is Silent
+    assert type(build_strategy(config, tmp_path)._aggregation) is UndeclaredRule
 
 
-def test_a_rule_that_takes_what_there_is_not_is_refused(monkeypatch, tmp_path):
-    class Greedy(FedIT):
+def test_rule_with_unknown_parameters_is_refused(monkeypatch, tmp_path):
+    class ParameterizedRule(FedIT):
         def __init__(self, rank, temperature):
             self.rank, self.temperature = rank, temperature
 
-    monkeypatch.setitem(AGGREGATIONS, "new", Greedy)
+    monkeypatch.setitem(AGGREGATIONS, "new", ParameterizedRule)
     config = compose("aggregation=fedit")
     config.aggregation.name = "new"
-    with pytest.raises(AntherError, match="it takes temperature, and is given rank, seed"):
-        built(config, tmp_path)
+    with pytest.raises(AntherError, match="it requires temperature, and is given rank, seed"):
+        build_strategy(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -227,21 +234,21 @@ def test_a_rule_that_takes_what_there_is_not_is_refused(monkeypatch, tmp_path):
         ),
     ],
 )
-def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refused):
+def test_declaration_decides(monkeypatch, axis, name, declared, refused):
     monkeypatch.setitem(getattr(registry, name), "new", BuiltIn(declared))
     for level in LEVELS:
-        found = refusal_reason(combination_with(axis, "new", level=level))
-        assert (found is not None) == (level in refused)
-        assert found is None or declared.reason in found
+        reason = refusal_reason(combination_with(axis, "new", level=level))
+        assert (reason is not None) == (level in refused)
+        assert reason is None or declared.reason in reason
 
 
 @pytest.mark.parametrize(
-    ("rate", "rounds", "delta", "asked"),
+    ("rate", "rounds", "delta", "participations"),
     [(0.3, 10, 1e-3, {3: 9.6, 6: 15.4}), (0.05, 100, 1e-3, {5: 18.4, 10: 30.5}), (0.01, 200, 1e-5, {2: 15.7, 5: 28.8})],
 )
-def test_what_a_sample_that_was_seen_is_worth_is_what_the_page_says(rate, rounds, delta, asked):
+def test_epsilon_of_an_observed_sample(rate, rounds, delta, participations):
     z = noise_multiplier_for(epsilon=8.0, delta=delta, sampling_rate=rate, steps=rounds)
-    for times, told in asked.items():
-        seen = PoissonGaussian(noise_multiplier=z, sampling_rate=1.0, steps=times)
-        assert epsilon([seen], delta).value == pytest.approx(told, abs=0.06)
-        assert f"{times} rounds: {told}" in page()
+    for times, expected in participations.items():
+        event = PoissonGaussian(noise_multiplier=z, sampling_rate=1.0, steps=times)
+        assert epsilon([event], delta).value == pytest.approx(expected, abs=0.06)
+        assert f"{times} rounds: {expected}" in page()

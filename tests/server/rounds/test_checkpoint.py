@@ -87,11 +87,11 @@ def test_history_keeps_sums_per_device():
 def test_device_sums_of_two_rounds():
     one, two = device(rank=3, epsilon=1.0), device(rank=2, steps=5, epsilon=1.5)
     assert (
-        one.then(two)
-        == two.then(one)
+        one.merge(two)
+        == two.merge(one)
         == device(rank=3, steps=7, bytes_down=20, bytes_up=10, seconds=3.0, joules=4.0, epsilon=1.5)
     )
-    assert device(epsilon=1.0).then(device()).epsilon == 1.0
+    assert device(epsilon=1.0).merge(device()).epsilon == 1.0
 
 
 def test_missing_folder_loads_none(tmp_path):

@@ -215,8 +215,8 @@ def test_round_without_reply_is_retried(tmp_path, caplog):
     state, rounds_seen = run_with_retries(tmp_path, device)
     assert rounds_seen == [0, 1, 2]
     assert [done.train.replied for done in state.history[1:]] == [1, 1]
-    assert device.heard.count("Train") == 5
-    assert device.heard.count("Evaluate") == 2  # an untrained adapter isn't evaluated
+    assert device.requests.count("Train") == 5
+    assert device.requests.count("Evaluate") == 2  # an untrained adapter isn't evaluated
     lines = [line for line in caplog.messages if "it doesn't count" in line]
     assert lines[0] == "round 1: 0 accepted replies of 1 (1 failed), 1 needed: it doesn't count; retrying in 30 s"
     assert [line.rsplit(" ", 2)[1] for line in lines] == ["30", "60", "120"]
@@ -298,7 +298,7 @@ def test_evaluation_cost_is_remembered(tmp_path):
         grid=CohortGrid(devices, perform),
         strategy=strategy(
             plan=replace(PLAN, privacy=privacy),
-            measuring=EvaluationPolicy(every=2, local_noise=hidden),
+            evaluation_policy=EvaluationPolicy(interval=2, local_noise=hidden),
             selection=_FirstOnly(),
             accept_simulated=True,
         ),
@@ -307,7 +307,7 @@ def test_evaluation_cost_is_remembered(tmp_path):
         checkpoints=tmp_path,
         on_round=lambda _: None,
     )
-    assert [device.heard.count("Evaluate") for device in devices] == [1, 1]
+    assert [device.requests.count("Evaluate") for device in devices] == [1, 1]
     assert [done.epsilon for done in state.history] == [None, 1.5, 2.0, 2.0]  # maximum that fake devices report
     assert [done.validation.gain is None for done in state.history] == [True, True, False, True]
     assert all(done.validation.spent == done.validation.devices == {} for done in state.history)

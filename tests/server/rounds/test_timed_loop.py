@@ -26,7 +26,7 @@ from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
-from strategies.strategy import Federated
+from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, strategy
 from tests.helpers.timed_fleet import RUNTIME, timed_grid, virtual_device
 
@@ -141,7 +141,7 @@ def test_round_waits_for_devices_until_timeout(tmp_path):
         final, virtual_fleet = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
         assert [done.train.replied for done in final.history[1:]] == [1, 1]
         assert 3600 < virtual_fleet.log.rounds[1].ended < 3600 + 700
-    empty_sample = strategy(selection=Poisson(rate=0.5, coins=lambda _: _NeverIncluded()))
+    empty_sample = strategy(selection=Poisson(rate=0.5, rng=lambda _: _NeverIncluded()))
     final, virtual_fleet = run(tmp_path / "tails", virtual_device("a"), federated=empty_sample)
     assert times(virtual_fleet) == [0, 0, 0]  # that sample isn't drawn again
 
@@ -323,7 +323,7 @@ def test_selection_gets_round_and_own_draw(tmp_path):
         *speeds(1.0, 0.3),
         rounds=3,
         size=4,
-        federated=strategy(selection=watched, decay=record),
+        federated=strategy(selection=watched, lr_schedule=record),
         timeout=1000.0,
     )
     draws = [draw for _, draw in watched.seen]
@@ -333,7 +333,7 @@ def test_selection_gets_round_and_own_draw(tmp_path):
     assert {number for number, _ in watched.seen} == set(rates) == {1, 2, 3}
 
 
-@pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
+@pytest.mark.parametrize("optimiser", [None, FedAvgM(lr=1.0, momentum=0.0)])
 def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
     """Five rounds add 10⁻³ to numbers of about 1, for which int4 has a resolution of 0.3."""
 
@@ -360,7 +360,7 @@ def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
         )
 
     monkeypatch.setattr("simulations.grid.cohort.handle", moved)
-    federated = strategy(aggregation=FedIT(), download="int4", optimiser=optimiser)
+    federated = strategy(aggregation=FedIT(), download="int4", server_optimizer=optimiser)
     final, _ = run(
         tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, federated=federated, size=3, timeout=1000.0, shift=rebase_factors
     )
@@ -373,13 +373,13 @@ def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
 
 def count_updates(monkeypatch):
     """Record the number of updates per device of each closed round."""
-    seen, close = [], Federated.close
+    seen, close = [], FederatedStrategy.finish_round
 
     def record(self, number, current, asked, final, dropped, **kwargs):
         seen.append(Counter(update.device for update in final.updates))
         return close(self, number, current, asked, final, dropped, **kwargs)
 
-    monkeypatch.setattr(Federated, "close", record)
+    monkeypatch.setattr(FederatedStrategy, "finish_round", record)
     return seen
 
 
@@ -419,7 +419,12 @@ def test_remaining_device_fills_the_round(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
 def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
     """σ is calibrated for a number of plans per device, so a repeated request uses the same plan number."""
-    asked, sent, accept_replies, calls = defaultdict(set), Federated.sent, Federated.accept_replies, count(1)
+    asked, sent, accept_replies, calls = (
+        defaultdict(set),
+        FederatedStrategy.take_request,
+        FederatedStrategy.accept_replies,
+        count(1),
+    )
 
     def record(self):
         final = sent(self)
@@ -437,8 +442,8 @@ def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
         fleet = speeds(8.0, 4.0, 2.0, 1.0, 0.7)
         return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, federated=federated, state=saved)
 
-    monkeypatch.setattr(Federated, "sent", record)
-    monkeypatch.setattr(Federated, "accept_replies", killed)
+    monkeypatch.setattr(FederatedStrategy, "take_request", record)
+    monkeypatch.setattr(FederatedStrategy, "accept_replies", killed)
     with pytest.raises(KeyboardInterrupt):
         once(fresh_state(private=True))
     final, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))

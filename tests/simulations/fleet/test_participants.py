@@ -15,7 +15,7 @@ from privacy.policy import Policy, RequestRefusedError
 from privacy.storage import FileStorage
 from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated, slug, writers
 from strategies.planning.full_plan import training_plan
-from strategies.private_evaluation import evaluation_mechanisms, measuring
+from strategies.private_evaluation import evaluation_mechanisms, evaluation_policy
 from tests.simulations.test_run import own_pictures
 
 
@@ -37,7 +37,7 @@ def test_owners_allow_exactly_the_runs_guarantee() -> None:
     private = plan.privacy
     assert private is not None
     policy.check_plan(plan)
-    policy.check_evaluation(measuring(config, simulated=True).local_noise)
+    policy.check_evaluation(evaluation_policy(config, simulated=True).local_noise)
     round_ = PoissonGaussian(
         noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
     )
@@ -47,7 +47,7 @@ def test_owners_allow_exactly_the_runs_guarantee() -> None:
         lambda: policy.check_spending([], NonPrivate()),
         lambda: policy.check_evaluation(None),
         lambda: owners_policy(compose("privacy=example")).check_evaluation(
-            measuring(config, simulated=True).local_noise
+            evaluation_policy(config, simulated=True).local_noise
         ),
     ):
         with pytest.raises(RequestRefusedError):

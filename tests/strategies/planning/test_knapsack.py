@@ -1,4 +1,4 @@
-"""Plans by sites against every set of sites there is."""
+"""Site selection against an exhaustive search over all sets of sites."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from models.footprint.footprint import MARGIN
 from models.footprint.site_costs import PassCosts, SiteCost
 from models.lora.adapter import Factors, Site
 from protocol.messages import TrainingPlan
-from strategies.planning.knapsack import choices
+from strategies.planning.knapsack import site_sets
 from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
-from strategies.planning.site_selection import SiteSelector, fitted, gains, product_norm
+from strategies.planning.site_selection import SiteSelector, best_plan, product_norm, site_gains
 from tests.helpers.fleet import PLAN, REPORT
 
 
-def table(found: Mapping[str, tuple[int, int]], works: Mapping[str, tuple[float, float]] | None = None) -> PassCosts:
-    """Of sites in the order of a pass: what is held from each on, and what it takes itself."""
+def table(result: Mapping[str, tuple[int, int]], works: Mapping[str, tuple[float, float]] | None = None) -> PassCosts:
+    """Make costs of sites in the order of a pass: (peak bytes from the site on, its own bytes)."""
     works = works or {}
     return PassCosts(
         sites=tuple(
             SiteCost(
                 name=name,
-                peak_bytes=held,
+                peak_bytes=peak,
                 site_bytes=own,
                 work=works.get(name, (0.9, 0.0))[0],
                 site_work=works.get(name, (0.9, 0.0))[1],
             )
-            for name, (held, own) in found.items()
+            for name, (peak, own) in result.items()
         )
     )
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[PassCosts, dict[str, float]]:
-    """Up to seven sites: what is held falls, and so does the time, the later a pass comes to the first of them."""
+    """Draw costs and gains of up to seven sites; peak bytes and time decrease in the order of a pass."""
     count = draw(st.integers(1, 7))
     names = [f"s{i}" for i in range(count)]
-    held = sorted(draw(st.lists(st.integers(1, 60), min_size=count, max_size=count)), reverse=True)
+    peak = sorted(draw(st.lists(st.integers(1, 60), min_size=count, max_size=count)), reverse=True)
     work = sorted(draw(st.lists(st.floats(0.2, 0.7), min_size=count, max_size=count)), reverse=True)
     own = draw(st.lists(st.integers(1, 30), min_size=count, max_size=count))
     extra = draw(st.lists(st.floats(0.0, 0.04), min_size=count, max_size=count))
-    worth = draw(st.lists(st.integers(0, 9), min_size=count, max_size=count).filter(any))
+    gains = draw(st.lists(st.integers(0, 9), min_size=count, max_size=count).filter(any))
     costs = table(
-        {n: (h * MIB, o * MIB) for n, h, o in zip(names, held, own, strict=True)},
+        {n: (h * MIB, o * MIB) for n, h, o in zip(names, peak, own, strict=True)},
         dict(zip(names, zip(work, extra, strict=True), strict=True)),
     )
-    return costs, {name: value / sum(worth) for name, value in zip(names, worth, strict=True)}
+    return costs, {name: value / sum(gains) for name, value in zip(names, gains, strict=True)}
 
 
 def sets(costs: PassCosts) -> Iterator[tuple[str, ...]]:
@@ -68,51 +68,53 @@ MEMORY = st.floats(0.001, 0.3)
 LIMITS = st.builds(PlanLimits, deadline=st.none() | st.floats(0.1, 30), joules=st.none() | st.floats(0.1, 200))
 
 
-def steps(costs: PassCosts, chosen: tuple[str, ...], limits: PlanLimits) -> int:
-    """By hand: 2 seconds and 10 joules a step at every site, and what goes up and down at 8 megabits a second."""
-    seconds, sent = 2.0 * costs.work(chosen), 1000 / 1e6 + 4 * len(chosen) * 128 * 4 / 1e6
-    most = float(FULL.steps)
+def steps(costs: PassCosts, selected: tuple[str, ...], limits: PlanLimits) -> int:
+    """Reference number of steps: 2 s and 10 J per step at every site, and transfers at 8 Mbit/s."""
+    seconds, transfers = 2.0 * costs.work(selected), 1000 / 1e6 + 4 * len(selected) * 128 * 4 / 1e6
+    bound = float(FULL.steps)
     if limits.deadline is not None:
-        most = min(most, (limits.deadline - sent) / seconds)
+        bound = min(bound, (limits.deadline - transfers) / seconds)
     if limits.joules is not None:
-        most = min(most, limits.joules / (seconds * 5.0))
-    return max(0, int(most))
+        bound = min(bound, limits.joules / (seconds * 5.0))
+    return max(0, int(bound))
 
 
-def plan(costs: PassCosts, worth: dict[str, float], limits: PlanLimits, memory: float) -> TrainingPlan | None:
+def plan(costs: PassCosts, gains: dict[str, float], limits: PlanLimits, memory: float) -> TrainingPlan | None:
     names = {site.name for site in costs.sites}
-    found = fitted(
+    result = best_plan(
         replace(REPORT, memory_gib=memory),
         FULL,
         limits,
         SiteSelector(costs=costs, runtime_bytes=0),
-        choices(costs, worth),
+        site_sets(costs, gains),
         sites={name: site for name, site in SITES.items() if name in names},
         download=1000,
     )
-    return found and found[0]
+    return result and result[0]
 
 
-def value(costs: PassCosts, worth: dict[str, float], found: TrainingPlan | None) -> float:
+def value(costs: PassCosts, gains: dict[str, float], result: TrainingPlan | None) -> float:
     names = [site.name for site in costs.sites]
-    return 0.0 if found is None else found.steps * sum(worth[name] for name in found.sites or names)
+    return 0.0 if result is None else result.steps * sum(gains[name] for name in result.sites or names)
 
 
 @given(problems(), LIMITS, MEMORY)
-def test_the_best_of_all_sets_and_never_over_a_limit(
+def test_best_feasible_set_is_selected(
     problem: tuple[PassCosts, dict[str, float]], limits: PlanLimits, memory: float
 ) -> None:
-    costs, worth = problem
-    able = [chosen for chosen in sets(costs) if MARGIN * costs.bytes(chosen) <= memory * GIB]
-    best = max((steps(costs, chosen, limits) * sum(map(worth.__getitem__, chosen)) for chosen in able), default=0.0)
-    found = plan(costs, worth, limits, memory)
-    assert value(costs, worth, found) == pytest.approx(best)
-    if found is None:
-        assert all(steps(costs, chosen, limits) == 0 for chosen in able)
+    costs, gains = problem
+    feasible = [selected for selected in sets(costs) if MARGIN * costs.bytes(selected) <= memory * GIB]
+    best = max(
+        (steps(costs, selected, limits) * sum(map(gains.__getitem__, selected)) for selected in feasible), default=0.0
+    )
+    result = plan(costs, gains, limits, memory)
+    assert value(costs, gains, result) == pytest.approx(best)
+    if result is None:
+        assert all(steps(costs, selected, limits) == 0 for selected in feasible)
         return
-    chosen = found.sites or tuple(site.name for site in costs.sites)
-    assert chosen in able
-    assert 1 <= found.steps <= steps(costs, chosen, limits)
+    selected = result.sites or tuple(site.name for site in costs.sites)
+    assert selected in feasible
+    assert 1 <= result.steps <= steps(costs, selected, limits)
 
 
 @given(problems(), LIMITS, MEMORY, MEMORY)
@@ -124,59 +126,62 @@ def test_more_memory_is_never_worse(
 
 
 @given(problems(), st.integers(2, 6))
-def test_of_fewer_partial_sets_the_best_single_one_and_all_of_them_stay(
-    problem: tuple[PassCosts, dict[str, float]], most: int
+def test_thinned_list_keeps_single_sites_and_the_full_set(
+    problem: tuple[PassCosts, dict[str, float]], limit: int
 ) -> None:
-    costs, worth = problem
-    found = {choice.sites for choice in choices(costs, worth, most=most)}
-    assert {(site.name,) for site in costs.sites} <= found
-    assert max(sum(worth[name] for name in chosen) for chosen in found) == pytest.approx(1.0)
-    assert len(found) <= 2 * most * len(costs.sites)
+    costs, gains = problem
+    result = {candidate.sites for candidate in site_sets(costs, gains, max_partial=limit)}
+    assert {(site.name,) for site in costs.sites} <= result
+    assert max(sum(gains[name] for name in selected) for selected in result) == pytest.approx(1.0)
+    assert len(result) <= 2 * limit * len(costs.sites)
 
 
 @given(problems())
-def test_choices_cost_what_their_sites_do(problem: tuple[PassCosts, dict[str, float]]) -> None:
-    costs, worth = problem
-    for choice in choices(costs, worth):
-        assert choice.bytes == costs.bytes(choice.sites)
-        assert choice.work == pytest.approx(costs.work(choice.sites))
-        assert choice.gain == pytest.approx(sum(worth[name] for name in choice.sites))
+def test_costs_of_a_set_follow_from_its_sites(problem: tuple[PassCosts, dict[str, float]]) -> None:
+    costs, gains = problem
+    for candidate in site_sets(costs, gains):
+        assert candidate.bytes == costs.bytes(candidate.sites)
+        assert candidate.work == pytest.approx(costs.work(candidate.sites))
+        assert candidate.gain == pytest.approx(sum(gains[name] for name in candidate.sites))
 
 
-def test_of_many_sites_little_is_lost() -> None:
-    """Forty alike: as many as fit, which is the best there is."""
+def test_thinning_loses_little_with_many_sites() -> None:
+    """With forty equal sites, the best set has as many as fit."""
     names = [f"s{i:02d}" for i in range(40)]
     costs = table(dict.fromkeys(names, (100 * MIB, 2 * MIB)))
-    found = choices(costs, dict.fromkeys(names, 1 / 40))
-    for room in range(40):
-        able = [choice for choice in found if choice.bytes <= (100 + 2 * room) * MIB]
-        assert max((len(choice.sites) for choice in able), default=0) == room
+    result = site_sets(costs, dict.fromkeys(names, 1 / 40))
+    for count in range(40):
+        feasible = [candidate for candidate in result if candidate.bytes <= (100 + 2 * count) * MIB]
+        assert max((len(candidate.sites) for candidate in feasible), default=0) == count
 
 
-def test_a_base_that_stands_for_a_larger_one_takes_its_memory() -> None:
+def test_memory_factor_scales_the_pass() -> None:
     costs = table({"s0": (64 * MIB, MIB)})
-    fits = SiteSelector(costs=costs, memory=4.0, runtime_bytes=128 * MIB)
-    (choice,) = choices(costs, {"s0": 1.0})
+    selector = SiteSelector(costs=costs, memory_factor=4.0, runtime_bytes=128 * MIB)
+    (candidate,) = site_sets(costs, {"s0": 1.0})
     needed = MARGIN * (128 + 4 * 65) / 1024
-    assert fits.fits(choice, replace(REPORT, memory_gib=needed + 1e-6))
-    assert not fits.fits(choice, replace(REPORT, memory_gib=needed - 1e-6))
+    assert selector.fits(candidate, replace(REPORT, memory_gib=needed + 1e-6))
+    assert not selector.fits(candidate, replace(REPORT, memory_gib=needed - 1e-6))
 
 
-def test_gains_are_half_even_and_half_by_the_product() -> None:
+def test_gains_are_half_uniform_and_half_product_norm() -> None:
     torch.manual_seed(0)
     adapter = {"x": Factors(torch.randn(3, 6), torch.randn(5, 3)), "y": Factors(torch.randn(3, 4), torch.zeros(7, 3))}
     norm = torch.linalg.matrix_norm(adapter["x"].b @ adapter["x"].a).item()
     assert product_norm(adapter["x"]) == pytest.approx(norm, rel=1e-5)
-    assert gains(adapter) == pytest.approx({"x": 0.75, "y": 0.25})
-    assert gains({name: factors._replace(b=0 * factors.b) for name, factors in adapter.items()}) == {"x": 0.5, "y": 0.5}
+    assert site_gains(adapter) == pytest.approx({"x": 0.75, "y": 0.25})
+    assert site_gains({name: factors._replace(b=0 * factors.b) for name, factors in adapter.items()}) == {
+        "x": 0.5,
+        "y": 0.5,
+    }
 
 
-def test_a_plan_is_made_once_for_devices_that_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr("strategies.planning.planner.fitted", lambda report, *_, **__: made.append(report))
+def test_equal_reports_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr("strategies.planning.planner.best_plan", lambda report, *_, **__: planned.append(report))
     costs = table({"s0": (MIB, MIB), "s1": (MIB, MIB)})
-    planner = Planner(sites=SITES, limits=PlanLimits(), fitting=SiteSelector(costs=costs))
+    planner = Planner(sites=SITES, limits=PlanLimits(), site_selector=SiteSelector(costs=costs))
     adapter = {name: Factors(torch.zeros(4, 64), torch.zeros(64, 4)) for name in ("s0", "s1")}
     reports = [replace(REPORT, device=f"d{i}", memory_gib=1.0 + i % 3) for i in range(300)]
     assert planner.plans(reports, FULL, adapter=adapter, download=1000) == {}
-    assert len(made) == 3
+    assert len(planned) == 3

@@ -1,4 +1,4 @@
-"""Plans fit the device."""
+"""Plans within limits, and selections by name."""
 
 import itertools
 from dataclasses import replace
@@ -29,23 +29,23 @@ REPORT = DeviceReport(
 FULL = TrainingPlan(run="r", round=1, base="b", rank=8, steps=10, batch_size=4, learning_rate=1e-3)
 
 
-SITES = {"x": Site(15_625, 15_625)}  # a megabit for each direction
+SITES = {"x": Site(15_625, 15_625)}  # 1 Mbit per direction
 
 
-def planned(report=REPORT, full=FULL, **limits):
+def planned_device(report=REPORT, full=FULL, **limits):
     planner = Planner(sites=SITES, limits=PlanLimits(**limits))
     return planner.plans([report], full, adapter={}, download=10_000_000)[report.device]
 
 
 def plan(report=REPORT, full=FULL, **limits):
-    return planned(report, full, **limits).plan
+    return planned_device(report, full, **limits).plan
 
 
-def test_without_limits_the_full_plan():
+def test_full_plan_without_limits():
     assert plan() == FULL
 
 
-def test_metered_links_carry_fewer_directions():
+def test_metered_link_reduces_rank():
     metered = replace(REPORT, metered=True)
     assert plan(metered, metered_rank=4) == replace(FULL, rank=4)
     assert plan(metered, metered_rank=16) == FULL
@@ -53,59 +53,62 @@ def test_metered_links_carry_fewer_directions():
     assert plan(metered_rank=4) == FULL
 
 
-def test_metered_and_slow_links_carry_fewer_bits():
+def test_metered_and_slow_links_reduce_precision():
     metered, slow = replace(REPORT, metered=True), replace(REPORT, uplink_mbps=1.9)
-    light = replace(FULL, update="int4")
-    assert plan(metered, metered_update="int4") == plan(slow, metered_update="int4") == light
-    assert plan(metered, metered_update="int4", feedback=True) == replace(light, feedback=True)
+    reduced = replace(FULL, update="int4")
+    assert plan(metered, metered_update="int4") == plan(slow, metered_update="int4") == reduced
+    assert plan(metered, metered_update="int4", feedback=True) == replace(reduced, feedback=True)
     assert plan(replace(REPORT, uplink_mbps=2.0), metered_update="int4") == plan(metered) == FULL
-    few = replace(FULL, update="int8")
-    assert plan(metered, full=few, metered_update="int4").update == "int4"
-    assert plan(metered, full=few, metered_update="fp16") == few  # never more bits than the others
-    assert planned(metered, metered_update="int4").seconds < planned(metered).seconds
-    assert planned(metered, replace(FULL, scaffold=True), metered_update="int4").plan.update == "int4"
+    limited = replace(FULL, update="int8")
+    assert plan(metered, full=limited, metered_update="int4").update == "int4"
+    assert plan(metered, full=limited, metered_update="fp16") == limited  # never more bits than the full plan
+    assert planned_device(metered, metered_update="int4").seconds < planned_device(metered).seconds
+    assert planned_device(metered, replace(FULL, scaffold=True), metered_update="int4").plan.update == "int4"
 
 
-def test_no_device_is_asked_for_more_than_it_trains():
-    few = replace(REPORT, rank=4)
-    assert plan(few) == replace(FULL, rank=4)
-    assert plan(replace(few, metered=True), metered_rank=2) == replace(FULL, rank=2)
+def test_plan_respects_rank_and_sites_of_the_device():
+    limited = replace(REPORT, rank=4)
+    assert plan(limited) == replace(FULL, rank=4)
+    assert plan(replace(limited, metered=True), metered_rank=2) == replace(FULL, rank=2)
     assert plan(replace(REPORT, rank=16)) == FULL
-    assert Planner(sites=SITES, limits=PlanLimits(), mixed_ranks=False).plans([few], FULL, adapter={}, download=1) == {}
+    assert (
+        Planner(sites=SITES, limits=PlanLimits(), mixed_ranks=False).plans([limited], FULL, adapter={}, download=1)
+        == {}
+    )
     two = {"x": SITES["x"], "y": SITES["x"]}
-    for told, sites in ((("y", "z"), ("y",)), (("y", "x"), None), (("z",), "nothing"), ((), "nothing")):
-        found = Planner(sites=two, limits=PlanLimits()).plans(
-            [replace(REPORT, sites=told)], FULL, adapter={}, download=1
+    for reported, sites in ((("y", "z"), ("y",)), (("y", "x"), None), (("z",), "nothing"), ((), "nothing")):
+        plans = Planner(sites=two, limits=PlanLimits()).plans(
+            [replace(REPORT, sites=reported)], FULL, adapter={}, download=1
         )
-        assert (found[REPORT.device].plan.sites if found else "nothing") == sites
+        assert (plans[REPORT.device].plan.sites if plans else "nothing") == sites
 
 
-def test_steps_fit_the_deadline():
-    # 1 s down, 1 s up, 2 s a step: 9 s hold 3 steps
+def test_steps_meet_the_deadline():
+    # 1 s download, 1 s upload, 2 s per step: 3 steps in 9 s
     assert plan(deadline=9.0).steps == 3
     assert plan(deadline=100.0).steps == 10
-    assert plan(replace(REPORT, metered=True), metered_rank=4, deadline=9.6).steps == 4  # half a second up
+    assert plan(replace(REPORT, metered=True), metered_rank=4, deadline=9.6).steps == 4  # upload takes 0.5 s
 
 
-def test_steps_fit_what_they_may_take_of_power():
-    # 10 J a step
+def test_steps_stay_within_the_energy_budget():
+    # 10 J per step
     assert plan(joules=35.0).steps == 3
     assert plan(joules=5.0).steps == 1
-    battery = replace(REPORT, battery=0.4, battery_wh=0.1)  # 144 J of 360
+    battery = replace(REPORT, battery=0.4, battery_wh=0.1)  # 144 J remaining of 360 J
     assert plan(battery, battery_share=0.5).steps == 7
     assert plan(battery, battery_share=0.5, joules=50.0).steps == 5
-    for free in (replace(battery, charging=True), replace(battery, battery_wh=None), REPORT):
-        assert plan(free, battery_share=0.01).steps == 10
+    for unlimited in (replace(battery, charging=True), replace(battery, battery_wh=None), REPORT):
+        assert plan(unlimited, battery_share=0.01).steps == 10
 
 
-def test_what_a_plan_should_cost():
-    found = planned(deadline=9.0)
-    assert (found.seconds, found.joules) == (pytest.approx(1 + 1 + 3 * 2), pytest.approx(3 * 2 * 5.0))
-    twice = replace(FULL, update="int8")
-    assert planned(full=twice).seconds == pytest.approx(1 + 1 / 4 + 10 * 2, rel=0.01)
+def test_predicted_cost():
+    planned = planned_device(deadline=9.0)
+    assert (planned.seconds, planned.joules) == (pytest.approx(1 + 1 + 3 * 2), pytest.approx(3 * 2 * 5.0))
+    quantized = replace(FULL, update="int8")
+    assert planned_device(full=quantized).seconds == pytest.approx(1 + 1 / 4 + 10 * 2, rel=0.01)
 
 
-def test_a_plan_for_some_sites_sends_these_alone():
+def test_upload_covers_trained_tensors_only():
     sites = {"x": Site(3, 4), "y": Site(5, 6)}
     assert upload_bytes(FULL, sites) == 8 * 18 * 4
     assert upload_bytes(replace(FULL, sites=("y",)), sites) == 8 * 11 * 4
@@ -117,24 +120,24 @@ def test_at_least_one_step():
     assert plan(deadline=0.1).steps == 1
 
 
-def test_draws_take_their_time():
+def test_noise_multiplicity_takes_time():
     private = replace(FULL, privacy=ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=1, draws=3, delta=0.1))
     assert plan(full=private, deadline=14.5).steps == 2
 
 
-def test_poisson_batches_take_their_public_time():
-    """So long that 10 steps of about 4 of 8 pictures are through with all but certainty."""
-    chosen = ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=1, delta=0.1)
-    step = seconds_per_step(REPORT, replace(FULL, privacy=chosen)) * REPORT.examples_per_second
+def test_poisson_batches_take_their_public_duration():
+    """Long enough for 10 steps of about 4 of 8 pictures, except with negligible probability."""
+    privacy = ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=1, delta=0.1)
+    step = seconds_per_step(REPORT, replace(FULL, privacy=privacy)) * REPORT.examples_per_second
     assert step == scheduled_turns(8, 0.5, 10) / 10
     assert 4 < step < 8
 
 
-def test_everyone_is_sorted():
+def test_everyone_sorts_names():
     assert Everyone().select({"b", "a"}, draw=1) == ["a", "b"]
 
 
-def test_a_sample_depends_on_names_round_and_seed_only():
+def test_sample_depends_on_names_draw_and_seed_only():
     names = [f"d{i}" for i in range(20)]
     first = Sample(size=5, seed=1).select(names, draw=3)
     assert first == sorted(set(first))
@@ -148,32 +151,32 @@ def test_a_sample_depends_on_names_round_and_seed_only():
 
 
 @given(st.sets(st.text(max_size=3), max_size=8), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9))
-def test_a_panel_changes_only_where_somebody_is_away(names: set[str], size: int, seed: int, round: int) -> None:
+def test_panel_replaces_absent_devices_only(names: set[str], size: int, seed: int, round: int) -> None:
     panel = FixedPanel(size=size, seed=seed)
-    chosen = panel.select(names, draw=round)
-    assert chosen == panel.select(sorted(names), draw=round + 1)
-    assert len(chosen) == min(size, len(names))
-    for away in names:
-        others = panel.select(names - {away}, draw=round)
-        assert set(chosen) - {away} <= set(others)
-        assert away not in others
+    selected = panel.select(names, draw=round)
+    assert selected == panel.select(sorted(names), draw=round + 1)
+    assert len(selected) == min(size, len(names))
+    for absent in names:
+        others = panel.select(names - {absent}, draw=round)
+        assert set(selected) - {absent} <= set(others)
+        assert absent not in others
 
 
-def test_a_panel_depends_on_the_seed() -> None:
+def test_panel_depends_on_the_seed() -> None:
     names = [f"d{i}" for i in range(20)]
     assert len({tuple(FixedPanel(size=5, seed=seed).select(names, draw=1)) for seed in range(20)}) > 10
     with pytest.raises(ValueError, match="size"):
         FixedPanel(size=0, seed=1)
 
 
-def test_a_sample_of_fewer_devices_is_everyone():
+def test_sample_of_fewer_devices_is_everyone():
     assert Sample(size=5, seed=1).select(["b", "a"], draw=1) == ["a", "b"]
     assert Sample(size=5, seed=1).select([], draw=1) == []
     with pytest.raises(ValueError, match="size"):
         Sample(size=0, seed=1)
 
 
-def test_a_cosine_falls_from_the_whole_rate_towards_zero():
+def test_cosine_decays_from_full_rate_to_zero():
     rates = [CosineDecay(rounds=8)(0.5, number) for number in range(1, 9)]
     assert rates[0] == 0.5
     assert rates[4] == pytest.approx(0.25)

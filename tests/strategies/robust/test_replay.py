@@ -21,7 +21,7 @@ from server.rounds.loop import run_rounds
 from server.rounds.state import RunState
 from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
-from strategies.aggregation.build import aggregation, replay
+from strategies.aggregation.build import build_aggregation, build_replay_filter
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -32,13 +32,13 @@ from strategies.aggregation.rolora import RoLoRA
 from strategies.build import build
 from strategies.fedbuff import rebase_product
 from strategies.planning.full_plan import training_plan
-from strategies.robust.replay import ReplayFilter, draw, relative_distances, sketch
+from strategies.robust.replay import ReplayFilter, draw_probes, relative_distances, sketch
 from strategies.round.validation import ReplyRejectedError
 from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter
 from tests.helpers.timed_fleet import timed_grid, virtual_device
-from tests.strategies.robust.test_gram import turned
+from tests.strategies.robust.test_gram import refactored
 
 SHAPES = {"x": (48, 40), "y": (30, 60), "z": (24, 24)}  # in, out
 SITES = {name: Site(*shape) for name, shape in SHAPES.items()}
@@ -49,40 +49,40 @@ def adapter(seed, *, size=4, at=SHAPES):
 
 
 def moved(start, seed, by=0.3):
-    """Trained of a start: every factor a little further."""
+    """Move every factor of a start by a small step."""
     size, at = len(next(iter(start.values())).a), list(start)
     steps = random_adapter(size, seed, scale=by, sites={site: SHAPES[site] for site in at})
     return {site: Factors(*(old + new for old, new in zip(start[site], steps[site], strict=True))) for site in at}
 
 
-def of_smaller(given, size):
-    return {site: Factors(a[:size], b[:, :size]) for site, (a, b) in given.items()}
+def truncate(factors_of, size):
+    return {site: Factors(a[:size], b[:, :size]) for site, (a, b) in factors_of.items()}
 
 
-class Server:
-    """A rule and what it remembers."""
+class FilterHarness:
+    """Replay filter with its state."""
 
     def __init__(self, **settings):
-        self.rule, self.memory, self.since = ReplayFilter(SITES, **{"seed": 1} | settings), {}, []
+        self.rule, self.state, self.round_sketches = ReplayFilter(SITES, **{"seed": 1} | settings), {}, []
 
-    def lets_in(self, current, device, trained):
+    def accepts(self, current, device, trained):
         try:
-            self.rule.check(current, device, trained, self.memory, self.since)
+            self.rule.check(current, device, trained, self.state, self.round_sketches)
         except ReplyRejectedError:
             return False
         return True
 
     def next_round(self):
-        self.memory, self.since = self.rule.remember(self.memory, self.since), []
+        self.state, self.round_sketches = self.rule.remember(self.state, self.round_sketches), []
 
 
 @pytest.fixture
 def server():
-    """After a round in which device `a` sent what follows from seed 1."""
-    found = Server()
-    assert found.lets_in(START, "a", SENT)
-    found.next_round()
-    return found
+    """Filter after a round in which device `a` sent the update of seed 1."""
+    result = FilterHarness()
+    assert result.accepts(START, "a", SENT)
+    result.next_round()
+    return result
 
 
 START, SENT, LATER = adapter(0), moved(adapter(0), 1), moved(adapter(0), 2)
@@ -90,51 +90,51 @@ START, SENT, LATER = adapter(0), moved(adapter(0), 1), moved(adapter(0), 2)
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.sets(st.sampled_from(sorted(SHAPES)), min_size=1), st.floats(0.05, 3.0))
-def test_ratios_are_about_those_of_dense_products(seed, at, by):
-    start, before, probes = adapter(seed), adapter(seed + 1, size=3, at=at), draw(SITES, 2000, seed)
+def test_distances_approximate_dense_products(seed, at, by):
+    start, before, probes = adapter(seed), adapter(seed + 1, size=3, at=at), draw_probes(SITES, 2000, seed)
     now = moved(start, seed + 2, by)
-    apart = np.linalg.norm(np.concatenate([(dense(now, s) - dense(before, s)).ravel() for s in sorted(at)]))
-    went = np.linalg.norm(np.concatenate([(dense(now, s) - dense(start, s)).ravel() for s in sorted(at)]))
-    one, seen, begun = (sketch(each, SITES, probes) for each in (now, before, start))
-    found = relative_distances(one, seen[None], (one - begun)[:, 1:].square().sum(1))
-    assert float(found) == pytest.approx(apart / went, rel=0.2)
+    distance = np.linalg.norm(np.concatenate([(dense(now, s) - dense(before, s)).ravel() for s in sorted(at)]))
+    change = np.linalg.norm(np.concatenate([(dense(now, s) - dense(start, s)).ravel() for s in sorted(at)]))
+    new, earlier, start_sketch = (sketch(each, SITES, probes) for each in (now, before, start))
+    result = relative_distances(new, earlier[None], (new - start_sketch)[:, 1:].square().sum(1))
+    assert float(result) == pytest.approx(distance / change, rel=0.2)
 
 
-def test_probes_are_of_the_product():
-    probes = draw(SITES, 5, 3)
-    found = sketch(SENT, SITES, probes)
-    for row, site, (u, v) in zip(found, SITES, probes, strict=True):
+def test_probes_depend_on_the_product():
+    probes = draw_probes(SITES, 5, 3)
+    result = sketch(SENT, SITES, probes)
+    for row, site, (u, v) in zip(result, SITES, probes, strict=True):
         assert set(u.unique().tolist()) == {-1.0, 1.0}
         assert np.allclose(row[1:], np.einsum("no,oi,ni->n", u.numpy(), dense(SENT, site), v.numpy()))
-    assert torch.allclose(sketch(turned(SENT, 7), SITES, probes), found, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(sketch(SENT, SITES, draw(SITES, 5, 4)), found, rtol=0.1)
+    assert torch.allclose(sketch(refactored(SENT, 7), SITES, probes), result, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(sketch(SENT, SITES, draw_probes(SITES, 5, 4)), result, rtol=0.1)
 
 
-def test_in_the_first_round_nothing_was_sent_before():
-    server = Server()
-    assert all(server.lets_in(START, name, SENT) for name in "abc")  # who is first would else decide
+def test_first_round_accepts_equal_updates():
+    server = FilterHarness()
+    assert all(server.accepts(START, name, SENT) for name in "abc")  # otherwise the order of arrival would decide
 
 
-def test_what_was_sent_before_is_refused_in_whichever_factors_and_from_whomever(server):
-    assert not server.lets_in(START, "a", SENT)
-    assert not server.lets_in(adapter(9), "a", turned(SENT, 3))  # the server went elsewhere since
-    assert not server.lets_in(START, "b", SENT)
-    assert server.lets_in(START, "a", LATER)
-    assert server.lets_in(START, "c", moved(START, 3))
+def test_replay_is_rejected_in_any_factors_from_any_device(server):
+    assert not server.accepts(START, "a", SENT)
+    assert not server.accepts(adapter(9), "a", refactored(SENT, 3))  # the server's adapter has changed since
+    assert not server.accepts(START, "b", SENT)
+    assert server.accepts(START, "a", LATER)
+    assert server.accepts(START, "c", moved(START, 3))
 
 
-def test_who_trains_from_where_it_arrived_is_no_replay(server):
-    assert server.lets_in(SENT, "a", moved(SENT, 2))  # the only client: what it sent is the next adapter
+def test_training_on_its_own_result_is_no_replay(server):
+    assert server.accepts(SENT, "a", moved(SENT, 2))  # the only client: its update is the next adapter
     server.next_round()
-    assert server.lets_in(SENT, "a", moved(SENT, 3))
+    assert server.accepts(SENT, "a", moved(SENT, 3))
 
 
-def test_who_does_not_move_repeats_what_the_server_sent(server):
-    assert server.lets_in(SENT, "a", SENT)
+def test_unchanged_adapter_is_no_replay(server):
+    assert server.accepts(SENT, "a", SENT)
 
 
 @pytest.mark.parametrize("precision", quantization.PRECISIONS)
-def test_rounding_hides_no_replay(server, precision):
+def test_quantization_does_not_hide_a_replay(server, precision):
     generator = torch.Generator().manual_seed(5)
 
     def rounded(start, trained):
@@ -146,100 +146,100 @@ def test_rounding_hides_no_replay(server, precision):
         }
 
     now = moved(START, 8, by=0.05)
-    assert not server.lets_in(now, "a", rounded(now, SENT))
-    assert server.lets_in(now, "a", rounded(now, moved(now, 2)))
+    assert not server.accepts(now, "a", rounded(now, SENT))
+    assert server.accepts(now, "a", rounded(now, moved(now, 2)))
 
 
-def test_how_much_noise_an_attacker_has_to_add(server):
+def test_noise_needed_to_hide_a_replay(server):
     def near(by):
-        """The product so much of its way from the start elsewhere."""
-        found = {}
+        """Add noise to the product, relative to its distance from the start."""
+        result = {}
         for number, site in enumerate(SENT):
             other = torch.randn(*dense(SENT, site).shape, generator=torch.Generator().manual_seed(number)).double()
             other *= by * np.linalg.norm(dense(SENT, site) - dense(START, site)) / other.norm()
-            found[site] = Factors(torch.eye(SHAPES[site][0]).double(), torch.as_tensor(dense(SENT, site)) + other)
-        return found
+            result[site] = Factors(torch.eye(SHAPES[site][0]).double(), torch.as_tensor(dense(SENT, site)) + other)
+        return result
 
     start = {site: Factors(torch.eye(SHAPES[site][0]).double(), torch.as_tensor(dense(START, site))) for site in START}
-    assert server.lets_in(start, "b", near(0.9))
-    assert not server.lets_in(start, "a", near(0.3))
-    assert not server.lets_in(start, "a", near(0.6))  # which is near to what was refused
+    assert server.accepts(start, "b", near(0.9))
+    assert not server.accepts(start, "a", near(0.3))
+    assert not server.accepts(start, "a", near(0.6))  # near to the rejected update
 
 
-def test_over_the_sites_that_two_updates_have_in_common(server):
+def test_comparison_uses_common_sites(server):
     other = {**moved(START, 2), "x": SENT["x"]}
-    assert not server.lets_in(START, "b", {"x": SENT["x"]})
-    assert server.lets_in(START, "a", other)  # a part of it is no replay
+    assert not server.accepts(START, "b", {"x": SENT["x"]})
+    assert server.accepts(START, "a", other)  # partly different, so no replay
     server.next_round()
-    assert not server.lets_in(START, "a", {site: other[site] for site in ("y", "z")})
-    apart = Server()
-    assert apart.lets_in(START, "a", {"x": SENT["x"]})
-    apart.next_round()
-    assert apart.lets_in(START, "a", {site: SENT[site] for site in ("y", "z")})  # nothing in common
-    assert not apart.lets_in(START, "a", {**LATER, "x": SENT["x"]})  # where they have, it is the same
+    assert not server.accepts(START, "a", {site: other[site] for site in ("y", "z")})
+    distance = FilterHarness()
+    assert distance.accepts(START, "a", {"x": SENT["x"]})
+    distance.next_round()
+    assert distance.accepts(START, "a", {site: SENT[site] for site in ("y", "z")})  # no common site
+    assert not distance.accepts(START, "a", {**LATER, "x": SENT["x"]})  # equal at the common site
 
 
-def test_of_few_probes_nothing_is_said():
+def test_few_common_probes_decide_nothing():
     many = {f"s{number}": (9, 8) for number in range(300)}  # two probes at each
     sites, start = {name: Site(*shape) for name, shape in many.items()}, random_adapter(2, 0, sites=many)
     sent = random_adapter(2, 1, sites=many)
 
-    def again(count):
-        rule, since = ReplayFilter(sites, seed=1), []
-        few = {name: sent[name] for name in list(many)[:count]}
-        rule.check(start, "a", sent, {}, since)
-        rule.check(start, "a", few, rule.remember({}, since), [])
+    def send(count):
+        rule, round_sketches = ReplayFilter(sites, seed=1), []
+        part = {name: sent[name] for name in list(many)[:count]}
+        rule.check(start, "a", sent, {}, round_sketches)
+        rule.check(start, "a", part, rule.remember({}, round_sketches), [])
 
-    again(31)
-    with pytest.raises(ReplyRejectedError, match="a: nearly what was sent"):
-        again(32)
+    send(31)
+    with pytest.raises(ReplyRejectedError, match="a: nearly equals an update"):
+        send(32)
 
 
-def test_over_ranks(server):
-    """A device that was asked for fewer directions is held against what it was sent of them, and zeros hide nothing."""
-    small = moved(of_smaller(START, 2), 4)
-    assert server.lets_in(START, "b", small)
+def test_replays_of_other_ranks(server):
+    """Devices with fewer directions are compared by their own part, and padding with zeros does not hide a replay."""
+    small = moved(truncate(START, 2), 4)
+    assert server.accepts(START, "b", small)
     server.next_round()
     padded = {site: Factors(torch.cat([a, a]), torch.cat([b, 0 * b], dim=1)) for site, (a, b) in small.items()}
-    assert not server.lets_in(START, "b", padded)
-    nothing = {site: Factors(a[:0], b[:, :0]) for site, (a, b) in START.items()}
-    assert server.lets_in(START, "b", nothing)
+    assert not server.accepts(START, "b", padded)
+    untrained = {site: Factors(a[:0], b[:, :0]) for site, (a, b) in START.items()}
+    assert server.accepts(START, "b", untrained)
 
 
-def test_of_a_round_that_goes_on_a_device_is_held_against_itself(server):
-    assert server.lets_in(START, "a", LATER)
-    assert server.lets_in(START, "b", LATER)
-    assert not server.lets_in(START, "a", LATER)
+def test_within_a_round_only_own_updates_are_compared(server):
+    assert server.accepts(START, "a", LATER)
+    assert server.accepts(START, "b", LATER)
+    assert not server.accepts(START, "a", LATER)
 
 
-def test_memory_is_bounded_and_whoever_goes_on_replaying_stays_in_it():
-    server = Server(held=2 * 3 * (1 + 171))  # two sketches
-    assert server.lets_in(START, "a", SENT)
+def test_capacity_keeps_the_latest_sketches():
+    server = FilterHarness(capacity=2 * 3 * (1 + 171))  # two sketches
+    assert server.accepts(START, "a", SENT)
     server.next_round()
     for number in range(3):
-        assert not server.lets_in(START, "a", SENT)
-        assert server.lets_in(START, "b", moved(START, 10 + number))
+        assert not server.accepts(START, "a", SENT)
+        assert server.accepts(START, "b", moved(START, 10 + number))
         server.next_round()
-        assert server.memory["replay"]["sketches"].shape == (2, 3, 172)
+        assert server.state["replay"]["sketches"].shape == (2, 3, 172)
     for number in range(2):
-        assert server.lets_in(START, "b", moved(START, 20 + number))
+        assert server.accepts(START, "b", moved(START, 20 + number))
         server.next_round()
-    assert server.lets_in(START, "a", SENT)
+    assert server.accepts(START, "a", SENT)
 
 
-def test_the_seed_goes_with_the_memory(server):
-    other = Server(seed=None)
-    other.memory = server.memory
-    assert not other.lets_in(START, "a", SENT)
-    assert other.lets_in(START, "a", LATER)
-    drawn = [ReplayFilter(SITES).remember({}, [])["replay"]["seed"] for _ in range(2)]
-    assert not torch.equal(*drawn)
-    most = ReplayFilter(SITES, seed=2**63 - 1)
-    assert ReplayFilter(SITES, seed=0)._seed_in(most.remember({}, [])["replay"]) == 2**63 - 1
+def test_seed_is_part_of_the_state(server):
+    other = FilterHarness(seed=None)
+    other.state = server.state
+    assert not other.accepts(START, "a", SENT)
+    assert other.accepts(START, "a", LATER)
+    seeds = [ReplayFilter(SITES).remember({}, [])["replay"]["seed"] for _ in range(2)]
+    assert not torch.equal(*seeds)
+    largest_seed = ReplayFilter(SITES, seed=2**63 - 1)
+    assert ReplayFilter(SITES, seed=0)._stored_seed(largest_seed.remember({}, [])["replay"]) == 2**63 - 1
 
 
-def replaying():
-    """Misbehaviour: the first payload, every round."""
+def replay_first_payload():
+    """Make a misbehavior that sends the first payload in every round."""
     first = []
 
     def misbehave(reply):
@@ -257,18 +257,18 @@ def _fake_logic(monkeypatch):
 
 
 def fleet(names="ab", *, bad="x"):
-    return [FakeDevice(name) for name in names] + [FakeDevice(name, misbehave=replaying()) for name in bad]
+    return [FakeDevice(name) for name in names] + [FakeDevice(name, misbehave=replay_first_payload()) for name in bad]
 
 
 def run(folder, devices, *, rounds, state=None, rule=None, seed=1, **settings):
-    chosen = strategy(
+    federated = strategy(
         aggregation=rule or Exact(rank=3, max_rank=None, seed=0),
-        replay=ReplayFilter(FLEET_SITES, seed=seed),
+        replay_filter=ReplayFilter(FLEET_SITES, seed=seed),
         **settings,
     )
     return run_rounds(
         grid=CohortGrid(devices, perform),
-        strategy=chosen,
+        strategy=federated,
         state=state or fresh_state(),
         rounds=rounds,
         checkpoints=folder,
@@ -286,51 +286,51 @@ def bases_of(folder):
 
 @pytest.mark.usefixtures("_fake_logic")
 @pytest.mark.parametrize("rule", [Exact(rank=3, max_rank=None, seed=0), FedIT(), FFA(), FedSB()], ids=type)
-def test_a_run_drops_and_counts_replays(tmp_path, rule):
+def test_run_rejects_and_counts_replays(tmp_path, rule):
     lora_xs_bases = bases_of(tmp_path) if isinstance(rule, FedSB) else None
     state = RunState.start(run="run", private=False, adapter=zero_adapter(lora_xs_bases)) if lora_xs_bases else None
-    found = run(tmp_path / "runs", fleet(), rounds=4, rule=rule, lora_xs_bases=lora_xs_bases, state=state)
-    assert dropped(found) == [{}, *[{"replayed": 1}] * 3]
-    assert [done.train.replied for done in found.history[1:]] == [3, 2, 2, 2]
+    result = run(tmp_path / "runs", fleet(), rounds=4, rule=rule, lora_xs_bases=lora_xs_bases, state=state)
+    assert dropped(result) == [{}, *[{"replayed": 1}] * 3]
+    assert [done.train.replied for done in result.history[1:]] == [3, 2, 2, 2]
 
 
 @pytest.mark.usefixtures("_fake_logic")
 @pytest.mark.parametrize("rule", [FedSVD(seed=0), RoLoRA(), FedIT()], ids=type)
-def test_honest_devices_are_all_let_in(tmp_path, rule):
+def test_honest_devices_are_accepted(tmp_path, rule):
     assert dropped(run(tmp_path, fleet("abcd", bad=""), rounds=6, rule=rule)) == [{}] * 6
 
 
 @pytest.mark.usefixtures("_fake_logic")
-def test_a_client_alone(tmp_path):
-    found = run(tmp_path / "bad", fleet(""), rounds=3)
-    assert dropped(found) == [{}, {"replayed": 1}, {"replayed": 1}]
+def test_single_client(tmp_path):
+    result = run(tmp_path / "bad", fleet(""), rounds=3)
+    assert dropped(result) == [{}, {"replayed": 1}, {"replayed": 1}]
     first = run(tmp_path / "once", fleet(""), rounds=1)
-    assert all(torch.equal(found.adapter[site].b, first.adapter[site].b) for site in FLEET_SITES)
+    assert all(torch.equal(result.adapter[site].b, first.adapter[site].b) for site in FLEET_SITES)
     assert dropped(run(tmp_path / "good", fleet("a", bad=""), rounds=5)) == [{}] * 5
 
 
 @pytest.mark.usefixtures("_fake_logic")
-def test_a_run_that_goes_on_still_knows(tmp_path):
+def test_resumed_run_recognizes_replays(tmp_path):
     devices = fleet()
-    whole = run(tmp_path / "whole", fleet(), rounds=4)
+    uninterrupted = run(tmp_path / "whole", fleet(), rounds=4)
     run(tmp_path / "parts", devices, rounds=2)
     saved = checkpoint.load(tmp_path / "parts", sites=FLEET_SITES)
     resumed = run(tmp_path / "parts", devices, rounds=4, state=saved, seed=None)
-    assert dropped(resumed) == dropped(whole) == [{}, *[{"replayed": 1}] * 3]
-    assert all(torch.equal(resumed.adapter[site].b, whole.adapter[site].b) for site in FLEET_SITES)
-    one, two = (state.memory["replay"] for state in (resumed, whole))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert dropped(resumed) == dropped(uninterrupted) == [{}, *[{"replayed": 1}] * 3]
+    assert all(torch.equal(resumed.adapter[site].b, uninterrupted.adapter[site].b) for site in FLEET_SITES)
+    first, second = (state.memory["replay"] for state in (resumed, uninterrupted))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.usefixtures("_fake_logic")
-def test_below_the_quorum_what_came_is_known_too(tmp_path):
+def test_updates_below_the_quorum_are_remembered(tmp_path):
     assert dropped(run(tmp_path, fleet(), rounds=2, quorum=4)) == [{}, {"replayed": 1}]
 
 
 @pytest.mark.usefixtures("_fake_logic")
 def test_asynchronous_rounds(tmp_path):
-    """A quick device sends twice in a round, a slow one what it made of an older adapter."""
+    """A fast device sends twice in a round, a slow one an update of an older adapter."""
     grid, lives = timed_grid(
         tmp_path,
         virtual_device("a", speed=4.0),
@@ -338,42 +338,47 @@ def test_asynchronous_rounds(tmp_path):
         virtual_device("x", speed=4.0),
         devices=fleet(),
     )
-    chosen, limits = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
-    found = run_rounds(
+    federated, limits = (
+        strategy(replay_filter=ReplayFilter(FLEET_SITES, seed=1)),
+        RoundLimits(clock=lives.clock, timeout=1000.0),
+    )
+    result = run_rounds(
         grid=grid,
-        strategy=chosen,
+        strategy=federated,
         state=fresh_state(),
         rounds=4,
         checkpoints=tmp_path,
         on_round=lambda _: None,
         limits=limits,
-        round_runner=FedBuffRunner(grid, chosen, limits, shift=rebase_product, size=4, concurrency=3),
+        round_runner=FedBuffRunner(grid, federated, limits, shift=rebase_product, size=4, concurrency=3),
         min_devices=0,
     )
-    assert dropped(found) == [{"replayed": 1}] * 4  # then it is left alone for the round
-    assert found.devices["x"].rounds == 1
-    assert found.devices["a"].rounds > 4
-    assert found.devices["b"].rounds > 0
+    assert dropped(result) == [{"replayed": 1}] * 4  # not asked again in the round
+    assert result.devices["x"].rounds == 1
+    assert result.devices["a"].rounds > 4
+    assert result.devices["b"].rounds > 0
 
 
-def test_what_it_does_not_go_with_is_refused():
+def test_incompatible_settings_are_refused():
     with pytest.raises(ValueError, match="put it first"):
         RobustConfig(rules=["norm_bound", "replay"])
     config = compose("aggregation=fedsa 'robust.rules=[replay]'")
     with pytest.raises(AntherError, match=r"robust\.rules: .* aggregation=fedsa every device keeps its own B"):
-        replay(config, aggregation(config), FLEET_SITES, seed=1)
+        build_replay_filter(config, build_aggregation(config), FLEET_SITES, seed=1)
     with pytest.raises(ValueError, match="no device sends one"):
-        strategy(aggregation=FedSA(), replay=ReplayFilter(FLEET_SITES))
+        strategy(aggregation=FedSA(), replay_filter=ReplayFilter(FLEET_SITES))
     config = compose("aggregation=fedit privacy=device 'robust.rules=[replay]'")
-    with pytest.raises(AntherError, match="robust rule replay inside the bound: what anybody sent before"):
+    with pytest.raises(
+        AntherError, match="robust rule replay breaks the sensitivity bound: updates that any device sent"
+    ):
         build(config, training_plan(config, run="r", base="b"), FLEET_SITES, accept_simulated=True)
     with pytest.raises(ValueError, match="under 1"):
-        ReplayFilter(FLEET_SITES, near=1.0)
+        ReplayFilter(FLEET_SITES, threshold=1.0)
 
 
-def test_it_is_built_where_it_is_named_and_judges_no_round():
+def test_filter_is_built_if_it_is_named():
     config = compose("aggregation=exact 'robust.rules=[replay]'")
-    rule = aggregation(config)
+    rule = build_aggregation(config)
     assert isinstance(rule, Exact)
-    assert isinstance(replay(config, rule, FLEET_SITES, seed=1), ReplayFilter)
-    assert replay(compose("aggregation=exact"), rule, FLEET_SITES, seed=1) is None
+    assert isinstance(build_replay_filter(config, rule, FLEET_SITES, seed=1), ReplayFilter)
+    assert build_replay_filter(compose("aggregation=exact"), rule, FLEET_SITES, seed=1) is None

@@ -1,4 +1,4 @@
-"""Aggregations behind robust rules, against dense means."""
+"""Aggregations with robust rules against dense means."""
 
 from dataclasses import replace
 from operator import add
@@ -14,7 +14,7 @@ from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adap
 from protocol.tensor_codec import decode, encode
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
-from strategies.aggregation.build import aggregation
+from strategies.aggregation.build import build_aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
@@ -31,133 +31,135 @@ from strategies.robust.trimmed import Median, TrimmedMean
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.fleet import FakeDevice, fresh_state, handle, perform, strategy
 from tests.helpers.means import SITES, close, dense, distance, random_adapter, rounds
-from tests.strategies.robust.test_gram import change, trained, turned
+from tests.strategies.robust.test_gram import change, refactored, trained
 
 
 def exact():
     return Exact(rank=4, max_rank=None, seed=0)
 
 
-def guarded(rule, *rules, entrywise=None):
+def with_rules(rule, *rules, entrywise=None):
     return RobustAggregation(rule, rules=rules, entrywise=entrywise, rank=None, seed=0)
 
 
 @settings(max_examples=25, deadline=None)
 @given(rounds())
-def test_exact_is_the_mean_of_the_scaled_changes_over_who_trained_a_site(round):
+def test_exact_averages_the_scaled_changes(round):
     current, updates = round
     rule = NormBound(factor=0.5)
-    found = guarded(exact(), rule).aggregate(current, updates, round=1).adapter
+    result = with_rules(exact(), rule).aggregate(current, updates, round=1).adapter
     judged = rule.reweight(changes(current, updates))
     for site in SITES:
-        there = [place for place, (adapter, _) in enumerate(updates) if trained(adapter, site)]
+        active = [index for index, (adapter, _) in enumerate(updates) if trained(adapter, site)]
         moved = np.zeros_like(dense(current, site))
-        if there:
-            scaled = [float(judged.scales[place]) * change(current, updates[place][0], site) for place in there]
-            moved = np.average(scaled, axis=0, weights=[updates[place][1] for place in there])
-        assert close(dense(found, site), dense(current, site) + moved)
+        if active:
+            scaled = [float(judged.scales[index]) * change(current, updates[index][0], site) for index in active]
+            moved = np.average(scaled, axis=0, weights=[updates[index][1] for index in active])
+        assert close(dense(result, site), dense(current, site) + moved)
 
 
-def test_fedit_goes_so_far_with_each_factor():
+def test_fedit_moves_each_factor_by_the_scale():
     current, adapter = random_adapter(4, 0), random_adapter(4, 1)
     norm = float(changes(current, [(adapter, 1.0)]).norms())
-    found = guarded(FedIT(), NormBound(bound=norm / 4)).aggregate(current, [(adapter, 3.0)], round=1)
+    result = with_rules(FedIT(), NormBound(bound=norm / 4)).aggregate(current, [(adapter, 3.0)], round=1)
     for site in SITES:
-        for new, start, sent in zip(found.adapter[site], current[site], adapter[site], strict=True):
+        for new, start, sent in zip(result.adapter[site], current[site], adapter[site], strict=True):
             assert np.allclose(new, 0.75 * start + 0.25 * sent, atol=1e-6)
-    assert found.diagnostics["held"] == 1
-    assert found.diagnostics["left_out"] == 0
+    assert result.diagnostics["held"] == 1
+    assert result.diagnostics["left_out"] == 0
 
 
 @pytest.mark.parametrize("rule", [exact(), FlexLoRA(rank=8, seed=0)], ids=lambda r: type(r).__name__)
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
-def test_a_held_device_moves_the_mean_product_by_its_share_of_the_bound(rule, size):
-    """‖ΔW' − ΔW‖ ≤ M, whatever one of five makes of its own. HetLoRA's weights grow as its norm does: it is refused."""
+def test_bounded_device_moves_the_mean_by_its_weight(rule, size):
+    """‖ΔW' − ΔW‖ ≤ M for any update of one of five devices; not with HetLoRA, whose weights grow with the norm."""
     current = random_adapter(4, 0)
     bound = 0.5
-    for place in range(5):
-        updates = [(current, 1.0)] * place + [(random_adapter(4, 3, scale=size), 1.0)] + [(current, 1.0)] * (4 - place)
-        found = guarded(rule, NormBound(bound=bound)).aggregate(current, updates, round=1).adapter
-        moved = sum(((dense(found, site) - dense(current, site)) ** 2).sum() for site in SITES)
+    for index in range(5):
+        updates = [(current, 1.0)] * index + [(random_adapter(4, 3, scale=size), 1.0)] + [(current, 1.0)] * (4 - index)
+        result = with_rules(rule, NormBound(bound=bound)).aggregate(current, updates, round=1).adapter
+        moved = sum(((dense(result, site) - dense(current, site)) ** 2).sum() for site in SITES)
         assert moved**0.5 == pytest.approx(bound / 5, rel=1e-3)
-    held = guarded(HetLoRA(), NormBound(bound=bound)).aggregate(current, updates, round=1).adapter
-    moved = sum(((dense(held, site) - dense(current, site)) ** 2).sum() for site in SITES) ** 0.5
+    bounded = with_rules(HetLoRA(), NormBound(bound=bound)).aggregate(current, updates, round=1).adapter
+    moved = sum(((dense(bounded, site) - dense(current, site)) ** 2).sum() for site in SITES) ** 0.5
     assert size == 1 or moved > 10 * bound
 
 
-BEHIND = {
-    "norm_bound": guarded(exact(), NormBound()),
-    "krum": guarded(exact(), MultiKrum(outliers=0.2)),
-    "foolsgold": guarded(exact(), FoolsGold()),
-    "afa": guarded(exact(), AFA()),
-    "geometric_median": guarded(exact(), GeometricMedian()),
-    "median": guarded(exact(), entrywise=Median()),
-    "trimmed_mean": guarded(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),
+AGGREGATIONS_WITH_RULES = {
+    "norm_bound": with_rules(exact(), NormBound()),
+    "krum": with_rules(exact(), MultiKrum(outliers=0.2)),
+    "foolsgold": with_rules(exact(), FoolsGold()),
+    "afa": with_rules(exact(), AFA()),
+    "geometric_median": with_rules(exact(), GeometricMedian()),
+    "median": with_rules(exact(), entrywise=Median()),
+    "trimmed_mean": with_rules(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),
 }
 
 
-def test_they_are_all_here():
-    assert {"replay", *BEHIND} == ROBUST_RULES.keys()  # which looks at replies, before
+def test_every_registered_rule_is_tested():
+    assert {"replay", *AGGREGATIONS_WITH_RULES} == ROBUST_RULES.keys()  # replay checks single replies
 
 
-@pytest.mark.parametrize("rule", BEHIND.values(), ids=BEHIND)
+@pytest.mark.parametrize("rule", AGGREGATIONS_WITH_RULES.values(), ids=AGGREGATIONS_WITH_RULES)
 @settings(max_examples=10, deadline=None)
 @given(rounds())
-def test_order_and_factors_are_nothing_to_an_exact_mean_behind_any_rule(rule, round):
+def test_order_and_factorization_do_not_matter(rule, round):
     current, updates = round
-    if rule is BEHIND["krum"]:  # between equals, of whom nothing is known, it goes by their order
+    if rule is AGGREGATIONS_WITH_RULES["krum"]:  # equal scores are decided by order
         updates = [(random_adapter(1 + n % 4, 7 + n), weight) for n, (_, weight) in enumerate(updates)]
-    one = rule.aggregate(current, updates, round=1).adapter
-    other = [(turned(adapter, number), weight) for number, (adapter, weight) in enumerate(reversed(updates))]
-    two = rule.aggregate(current, other, round=1).adapter
+    first = rule.aggregate(current, updates, round=1).adapter
+    other = [(refactored(adapter, number), weight) for number, (adapter, weight) in enumerate(reversed(updates))]
+    second = rule.aggregate(current, other, round=1).adapter
     for site in SITES:
-        assert distance(dense(two, site), dense(one, site)) < 1e-3
+        assert distance(dense(second, site), dense(first, site)) < 1e-3
         if not any(trained(adapter, site) for adapter, _ in updates):
-            assert close(dense(one, site), dense(current, site))
+            assert close(dense(first, site), dense(current, site))
 
 
 @pytest.mark.parametrize(
     "rule", [exact(), FedIT(), HetLoRA(), FlexLoRA(rank=4, seed=0)], ids=lambda r: type(r).__name__
 )
-def test_an_attacker_is_left_out_of_every_aggregation(rule):
+def test_attacker_is_removed_before_every_aggregation(rule):
     current = random_adapter(4, 0)
     moved = [random_adapter(4, seed, scale=0.1) for seed in range(1, 7)]
     honest = [({site: Factors(*map(add, current[site], m[site])) for site in SITES}, 1.0) for m in moved]
-    wanted = rule.aggregate(current, honest, round=1).adapter
+    expected = rule.aggregate(current, honest, round=1).adapter
     attacked = [*honest[:2], (random_adapter(4, 9, scale=50.0), 1.0), *honest[2:]]
-    found = guarded(rule, MultiKrum(outliers=0.2)).aggregate(current, attacked, round=1)
-    assert found.diagnostics["left_out"] == 1
-    assert all(close(dense(found.adapter, site), dense(wanted, site)) for site in SITES)
-    alone = guarded(rule, MultiKrum(outliers=0.2), entrywise=Median()).aggregate(current, honest[:1], round=1)
-    assert all(distance(dense(alone.adapter, site), dense(honest[0][0], site)) < 1e-3 for site in SITES)
+    result = with_rules(rule, MultiKrum(outliers=0.2)).aggregate(current, attacked, round=1)
+    assert result.diagnostics["left_out"] == 1
+    assert all(close(dense(result.adapter, site), dense(expected, site)) for site in SITES)
+    single = with_rules(rule, MultiKrum(outliers=0.2), entrywise=Median()).aggregate(current, honest[:1], round=1)
+    assert all(distance(dense(single.adapter, site), dense(honest[0][0], site)) < 1e-3 for site in SITES)
 
 
-def test_a_configuration_is_built_and_what_does_not_fit_is_refused():
-    rule = aggregation(compose("aggregation=fedit 'robust.rules=[norm_bound,geometric_median]' robust.norm_factor=2"))
+def test_configurations_are_built_or_refused():
+    rule = build_aggregation(
+        compose("aggregation=fedit 'robust.rules=[norm_bound,geometric_median]' robust.norm_factor=2")
+    )
     assert isinstance(rule, RobustAggregation)
     assert rule.sensitivity.linear
-    assert not aggregation(compose("aggregation=fedit robust.rules=[median]")).sensitivity.linear
-    for wrong, told in (
+    assert not build_aggregation(compose("aggregation=fedit robust.rules=[median]")).sensitivity.linear
+    for arguments, message in (
         ({"rules": ["mean"]}, "must be one of"),
         ({"rules": ["median", "krum"]}, "put it last"),
         ({"outlier_fraction": 0.5}, "under 0.5"),
         ({"norm_bound": 0.0}, "must be over 0"),
     ):
-        with pytest.raises(ValueError, match=told):
-            RobustConfig(**wrong)
-    with pytest.raises(AntherError, match="median turns the factors, aggregation=fedsb"):
-        aggregation(compose("aggregation=fedsb robust.rules=[median] adapter.lora_xs_bases=glyphs-frame"))
+        with pytest.raises(ValueError, match=message):
+            RobustConfig(**arguments)
+    with pytest.raises(AntherError, match="median rotates the factors, and aggregation=fedsb"):
+        build_aggregation(compose("aggregation=fedsb robust.rules=[median] adapter.lora_xs_bases=glyphs-frame"))
 
 
-def test_before_anything_was_learned():
-    """B is zero, and stays a direction to learn in."""
+def test_initial_adapter():
+    """B is zero, and its directions can still learn."""
     start = init_adapter(FLEET_SITES, 4, seed=0)
-    for rule in BEHIND.values():
-        found = rule.aggregate(start, [(start, 1.0)] * 6, round=1).adapter
+    for rule in AGGREGATIONS_WITH_RULES.values():
+        result = rule.aggregate(start, [(start, 1.0)] * 6, round=1).adapter
         for site in FLEET_SITES:
-            assert len(found[site].a) == 4
-            assert not found[site].b.any()
-            assert (found[site].a.norm(dim=1) > 0.1).all()
+            assert len(result[site].a) == 4
+            assert not result[site].b.any()
+            assert (result[site].a.norm(dim=1) > 0.1).all()
 
 
 def grown(reply):
@@ -187,11 +189,11 @@ def test_a_run_goes_as_if_an_attacker_were_not_there(monkeypatch, tmp_path):
         return state.adapter, [record.train for record in state.history[1:]]
 
     honest = dict.fromkeys("abcde")
-    found, told = run(guarded(fleet_exact(), MultiKrum(outliers=0.2)), **honest, x=grown, y=broken)
-    assert [train.replied for train in told] == [6, 6]
-    assert [train.diagnostics["left_out"] for train in told] == [1, 1]
-    wanted, _ = run(fleet_exact(), **honest)
-    assert all(close(dense(found, site), dense(wanted, site)) for site in FLEET_SITES)
+    result, message = run(with_rules(fleet_exact(), MultiKrum(outliers=0.2)), **honest, x=grown, y=broken)
+    assert [train.replied for train in message] == [6, 6]
+    assert [train.diagnostics["left_out"] for train in message] == [1, 1]
+    expected, _ = run(fleet_exact(), **honest)
+    assert all(close(dense(result, site), dense(expected, site)) for site in FLEET_SITES)
 
 
 def fleet_exact():

@@ -1,4 +1,4 @@
-"""Rules on whole changes, against numpy on vectors."""
+"""Robust rules against numpy on vectors."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.robust import UpdateGeometry
-from strategies.robust.afa import AFA, outlying, similarity
+from strategies.robust.afa import AFA, outliers, similarity
 from strategies.robust.foolsgold import FoolsGold, originality
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
@@ -27,85 +27,87 @@ rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 def of_vectors(vectors, weights=None):
-    """Changes at one site, [K, D]."""
+    """Make the geometry of changes `[K, D]` at one site."""
     flat = torch.as_tensor(np.asarray(vectors), dtype=torch.float64)
     weights = torch.ones(len(flat), dtype=torch.float64) if weights is None else torch.tensor(weights).double()
-    there = torch.ones(1, len(flat), dtype=torch.bool)
+    active = torch.ones(1, len(flat), dtype=torch.bool)
     gram = flat @ flat.T
     return UpdateGeometry(
-        gram[None], gram.diagonal()[None], torch.zeros(1).long(), there, weights, torch.ones_like(weights)
+        gram[None], gram.diagonal()[None], torch.zeros(1).long(), active, weights, torch.ones_like(weights)
     )
 
 
 def mean(judged, vectors):
-    """What an exact aggregation makes of it."""
+    """Compute the mean with the weights and scales of a rule, as an exact aggregation does."""
     shares = (judged.weights / judged.weights.sum()).numpy()
     return (shares * judged.scales.numpy()) @ np.asarray(vectors)
 
 
 @st.composite
-def attacked(draw, most=0.2):
-    """Honest vectors around something, at most a fifth of others anywhere, and how many are honest; mixed up."""
+def attacked(draw, fraction=0.2):
+    """Draw shuffled vectors, of which at most a fifth are outliers, and the honest ones among them."""
     n = draw(st.integers(5, 24))
-    bad = draw(st.integers(0, count(most, n)))
+    malicious = draw(st.integers(0, count(fraction, n)))
     random = np.random.default_rng(draw(st.integers(0, 2**31)))
     size = 10.0 ** draw(st.integers(-3, 5))
-    honest = random.normal(size=6) + random.normal(size=(n - bad, 6))
-    others = size * random.normal(size=(bad, 6))
-    if draw(st.booleans()) and bad:  # who agree
-        others[:] = others[0]
-    return random.permutation(np.concatenate([honest, others])), honest
+    honest = random.normal(size=6) + random.normal(size=(n - malicious, 6))
+    outlying = size * random.normal(size=(malicious, 6))
+    if draw(st.booleans()) and malicious:  # colluding
+        outlying[:] = outlying[0]
+    return random.permutation(np.concatenate([honest, outlying])), honest
 
 
 @rules
 @settings(max_examples=30, deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
-def test_the_order_of_devices_is_nothing_and_somebody_stays(rule, round, shuffled):
+def test_order_does_not_matter_and_a_device_remains(rule, round, shuffled):
     current, updates = round
-    if rule in (RULES["krum"], RULES["foolsgold"]):  # of equals, and by rounding, one may be kept for the others
+    if rule in (RULES["krum"], RULES["foolsgold"]):  # one of several equal updates may be kept, by rounding
         updates = [(random_adapter(4, 7 + number), weight) for number, (_, weight) in enumerate(updates)]
-    found = rule.reweight(changes(current, updates))
-    assert (found.weights > 0).any()
-    assert (found.weights >= 0).all()
-    assert ((found.scales >= 0) & (found.scales <= 1)).all()
+    result = rule.reweight(changes(current, updates))
+    assert (result.weights > 0).any()
+    assert (result.weights >= 0).all()
+    assert ((result.scales >= 0) & (result.scales <= 1)).all()
     order = list(range(len(updates)))
     shuffled.shuffle(order)
-    other = rule.reweight(changes(current, [updates[place] for place in order]))
-    assert torch.allclose(other.weights, found.weights[order], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(other.scales, found.scales[order], rtol=1e-6)
+    other = rule.reweight(changes(current, [updates[index] for index in order]))
+    assert torch.allclose(other.weights, result.weights[order], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(other.scales, result.scales[order], rtol=1e-6)
 
 
 @rules
-def test_equal_changes_and_one_alone_give_themselves(rule):
-    one = np.array([0.3, -0.2, 0.1])
-    for vectors in ([one], [one] * 7, [0 * one] * 7):
+def test_equal_changes_are_unchanged(rule):
+    vector = np.array([0.3, -0.2, 0.1])
+    for vectors in ([vector], [vector] * 7, [0 * vector] * 7):
         assert np.allclose(mean(rule.reweight(of_vectors(vectors)), vectors), vectors[0])
 
 
 @rules
-def test_nothing_trained_is_nothing_to_judge(rule):
+def test_untrained_updates_are_unchanged(rule):
     current = random_adapter(4, 0)
     for updates in ([(random_adapter(0, 1), 1.0)], [({}, 2.0), (random_adapter(0, 1), 1.0)]):
-        given = changes(current, updates)
-        assert torch.equal(rule.reweight(given).weights, given.weights)
+        geometry = changes(current, updates)
+        assert torch.equal(rule.reweight(geometry).weights, geometry.weights)
 
 
 @rules
-def test_who_trained_nothing_is_nothing_to_the_others(rule):
+def test_untrained_device_does_not_affect_others(rule):
     current = random_adapter(4, 0)
     updates = [(random_adapter(4, number), 1.0) for number in range(1, 8)]
-    alone, beside = (rule.reweight(changes(current, given)) for given in (updates, [*updates, ({}, 1.0)]))
-    assert beside.weights.isfinite().all()
-    assert beside.scales[-1] == 1
-    if rule is not RULES["krum"]:  # which leaves out as many of eight as of seven
-        shares, before = (weights / weights.sum() for weights in (beside.weights[:-1], alone.weights))
+    without, with_untrained = (
+        rule.reweight(changes(current, geometry)) for geometry in (updates, [*updates, ({}, 1.0)])
+    )
+    assert with_untrained.weights.isfinite().all()
+    assert with_untrained.scales[-1] == 1
+    if rule is not RULES["krum"]:  # it removes as many of eight as of seven
+        shares, before = (weights / weights.sum() for weights in (with_untrained.weights[:-1], without.weights))
         assert torch.allclose(shares, before, rtol=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
 @given(attacked())
-def test_no_change_counts_with_more_than_an_honest_norm(found):
-    vectors, honest = found
+def test_norm_bound_is_at_most_an_honest_norm(result):
+    vectors, honest = result
     judged = RULES["norm"].reweight(of_vectors(vectors))
     norms = np.linalg.norm(vectors, axis=1)
     bound = np.sort(norms)[(len(norms) - 1) // 2]
@@ -115,7 +117,7 @@ def test_no_change_counts_with_more_than_an_honest_norm(found):
     assert np.allclose(judged.gram[0], scaled @ scaled.T)
 
 
-def test_a_fixed_bound_and_a_factor():
+def test_norm_bound_fixed_and_by_factor():
     vectors = np.diag([1.0, 2.0, 4.0])
     assert RULES["fixed"].reweight(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.5])
     assert NormBound(factor=1.5).reweight(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.75])
@@ -123,27 +125,27 @@ def test_a_fixed_bound_and_a_factor():
 
 @settings(max_examples=30, deadline=None)
 @given(attacked())
-def test_krum_is_blanchards(found):
-    vectors, honest = found
+def test_krum_matches_the_paper(result):
+    vectors, honest = result
     n, f = len(vectors), count(0.2, len(vectors))
     judged = RULES["krum"].reweight(of_vectors(vectors))
     if n < 2 * f + 3:
         f = (n - 3) // 2
-    apart = ((vectors[:, None] - vectors) ** 2).sum(2)
-    scores = [np.sort(np.delete(apart[i], i))[: n - f - 2].sum() for i in range(n)]
-    kept = judged.weights.numpy() > 0
-    assert kept.sum() == n - f
+    distances = ((vectors[:, None] - vectors) ** 2).sum(2)
+    scores = [np.sort(np.delete(distances[i], i))[: n - f - 2].sum() for i in range(n)]
+    remaining = judged.weights.numpy() > 0
+    assert remaining.sum() == n - f
     if f:
-        assert max(np.array(scores)[kept]) <= min(np.array(scores)[~kept]) * (1 + 1e-9) + 1e-9
+        assert max(np.array(scores)[remaining]) <= min(np.array(scores)[~remaining]) * (1 + 1e-9) + 1e-9
     spread = np.linalg.norm(honest[:, None] - honest, axis=2).max()
-    nearest = np.linalg.norm(vectors[kept][:, None] - honest, axis=2).min(1).max()
+    nearest = np.linalg.norm(vectors[remaining][:, None] - honest, axis=2).min(1).max()
     assert nearest <= spread * max(1.0, ((n - f - 2) / 2) ** 0.5) + 1e-9
 
 
 @settings(max_examples=30, deadline=None)
 @given(attacked(), st.booleans())
-def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
-    vectors, _ = found
+def test_geometric_median_minimizes_the_distances(result, weighted):
+    vectors, _ = result
     random = np.random.default_rng(0)
     weights = random.uniform(0.5, 2.0, len(vectors)) if weighted else np.ones(len(vectors))
     z = mean(RULES["geometric"].reweight(of_vectors(vectors, weights)), vectors)
@@ -159,17 +161,17 @@ def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
 
 @settings(max_examples=30, deadline=None)
 @given(attacked())
-def test_a_fifth_of_outliers_moves_the_geometric_median_no_further_than_its_bound(found):
-    vectors, honest = found
+def test_geometric_median_stays_within_its_bound(result):
+    vectors, honest = result
     z = mean(RULES["geometric"].reweight(of_vectors(vectors)), vectors)
-    middle = honest.mean(0)
-    share = 1 - len(honest) / len(vectors)
-    bound = 2 * (1 - share) / (1 - 2 * share) * np.linalg.norm(honest - middle, axis=1).max()
-    assert np.linalg.norm(z - middle) <= bound * (1 + 1e-2)
+    center = honest.mean(0)
+    fraction = 1 - len(honest) / len(vectors)
+    bound = 2 * (1 - fraction) / (1 - 2 * fraction) * np.linalg.norm(honest - center, axis=1).max()
+    assert np.linalg.norm(z - center) <= bound * (1 + 1e-2)
 
 
-def by_the_paper(cosines):
-    """Algorithm 1 of FoolsGold, from the cosines on, κ = 1; a cosine below 0 is no likeness."""
+def foolsgold_weights(cosines):
+    """Algorithm 1 of FoolsGold from given cosines, κ = 1; negative cosines count as 0."""
     n = len(cosines)
     cs = np.where(np.eye(n, dtype=bool), 0.0, np.clip(cosines, 0, 1))
     v = cs.max(1)
@@ -185,16 +187,16 @@ def by_the_paper(cosines):
 
 @settings(max_examples=25, deadline=None)
 @given(attacked())
-def test_foolsgold_is_the_papers(found):
-    vectors, _ = found
+def test_foolsgold_matches_the_paper(result):
+    vectors, _ = result
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = of_vectors(vectors).cosines()
     assert np.allclose(cosines, unit @ unit.T, atol=1e-6)
-    if (wanted := by_the_paper(cosines.numpy())).any():
-        assert np.allclose(RULES["foolsgold"].reweight(of_vectors(vectors)).weights, wanted, atol=1e-6)
+    if (expected := foolsgold_weights(cosines.numpy())).any():
+        assert np.allclose(RULES["foolsgold"].reweight(of_vectors(vectors)).weights, expected, atol=1e-6)
 
 
-def test_those_who_agree_are_found_at_any_size_and_the_others_are_left():
+def test_foolsgold_removes_colluders_of_any_size():
     random = np.random.default_rng(0)
     honest, agreed = random.normal(size=(16, 1000)), random.normal(size=1000)
     for size in (0.01, 1.0, 100.0):
@@ -202,69 +204,71 @@ def test_those_who_agree_are_found_at_any_size_and_the_others_are_left():
         assert RULES["foolsgold"].reweight(of_vectors(vectors)).weights.tolist() == [1.0] * 16 + [0.0] * 4
 
 
-def test_if_all_are_one_nobody_is_more_original():
+def test_foolsgold_with_equal_changes():
     assert not originality(torch.ones(3, 3)).any()
-    one = of_vectors([[1.0, 2.0]] * 3)
-    assert (RULES["foolsgold"].reweight(one).weights > 0).any()
+    vector = of_vectors([[1.0, 2.0]] * 3)
+    assert (RULES["foolsgold"].reweight(vector).weights > 0).any()
 
 
-def by_algorithm_1(cosines, weights, xi=2.0, step=0.5):
-    """AFA, from the cosines on, with the median's deviation: who is left."""
-    left = [k for k, weight in enumerate(weights) if weight > 0]
-    while len(left) > 2:
+def afa_remaining(cosines, weights, xi=2.0, step=0.5):
+    """AFA from given cosines, with the median absolute deviation; returns the remaining devices."""
+    remaining = [k for k, weight in enumerate(weights) if weight > 0]
+    while len(remaining) > 2:
         s = {
-            k: np.average([cosines[k][j] for j in left if j != k], weights=[weights[j] for j in left if j != k])
-            for k in left
+            k: np.average(
+                [cosines[k][j] for j in remaining if j != k], weights=[weights[j] for j in remaining if j != k]
+            )
+            for k in remaining
         }
-        middle = np.median(list(s.values()))
-        sigma = 1.4826 * np.median([abs(value - middle) for value in s.values()])
-        low = np.mean(list(s.values())) < middle
-        bad = [k for k in left if (s[k] < middle - xi * sigma if low else s[k] > middle + xi * sigma)]
-        if not bad:
+        center = np.median(list(s.values()))
+        sigma = 1.4826 * np.median([abs(value - center) for value in s.values()])
+        low = np.mean(list(s.values())) < center
+        malicious = [k for k in remaining if (s[k] < center - xi * sigma if low else s[k] > center + xi * sigma)]
+        if not malicious:
             break
-        left, xi = [k for k in left if k not in bad], xi + step
-    return left
+        remaining, xi = [k for k in remaining if k not in malicious], xi + step
+    return remaining
 
 
 @settings(max_examples=25, deadline=None)
 @given(attacked(), st.integers(0, 2**31))
-def test_afa_is_the_papers(found, seed):
-    vectors, _ = found
+def test_afa_matches_the_paper(result, seed):
+    vectors, _ = result
     random = np.random.default_rng(seed)
     weights = random.uniform(0.5, 2.0, len(vectors)) * (random.uniform(size=len(vectors)) > 0.1)
-    whole = of_vectors(vectors, weights)
-    judged = RULES["afa"].reweight(whole)
-    assert judged.there.tolist() == by_algorithm_1(whole.cosines().numpy(), weights)
-    assert torch.equal(judged.weights[judged.there], whole.weights[judged.there])
+    geometry = of_vectors(vectors, weights)
+    judged = RULES["afa"].reweight(geometry)
+    assert judged.active.tolist() == afa_remaining(geometry.cosines().numpy(), weights)
+    assert torch.equal(judged.weights[judged.active], geometry.weights[judged.active])
 
 
 @pytest.mark.parametrize("kind", ["flipped", "pulls back"])
-def test_who_points_elsewhere_is_left_out_where_people_have_little_in_common(kind):
+def test_afa_removes_other_directions(kind):
     random = np.random.default_rng(0)
     common = random.normal(size=4000) / 4000**0.5
     honest = common + 2 * random.normal(size=(16, 4000)) / 4000**0.5  # cosines of 0.2
     own = 2 * random.normal(size=(4, 4000)) / 4000**0.5
-    others = {"flipped": -common + own, "pulls back": own - 3 * common}[kind]
-    left = RULES["afa"].reweight(of_vectors(np.concatenate([others, honest]))).there.tolist()
-    assert not set(left) & set(range(4))
-    assert len(left) >= 14  # 2 σ of people like others are few
+    outlying = {"flipped": -common + own, "pulls back": own - 3 * common}[kind]
+    remaining = RULES["afa"].reweight(of_vectors(np.concatenate([outlying, honest]))).active.tolist()
+    assert not set(remaining) & set(range(4))
+    assert len(remaining) >= 14  # few honest devices are beyond 2 σ
 
 
-def test_similar_is_a_mean_over_the_others_and_half_are_never_apart():
+def test_afa_similarity_and_outliers():
     cosines = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, -0.1], [0.2, -0.1, 1.0]])
-    found = similarity(cosines, torch.tensor([1.0, 2.0, 1.0]).expand(3, 3))
-    assert torch.allclose(found, torch.tensor([0.4, 0.2, 0.0]))
-    nobody = similarity(cosines, torch.diag(torch.ones(3)))
-    assert nobody.isnan().all()
-    assert not outlying(nobody, 2.0).any()
-    assert not outlying(torch.ones(5), 2.0).any()
-    assert outlying(torch.tensor([0.1, 0.11, 0.09, 0.1, -0.5]), 2.0).tolist() == [False] * 4 + [True]
+    result = similarity(cosines, torch.tensor([1.0, 2.0, 1.0]).expand(3, 3))
+    assert torch.allclose(result, torch.tensor([0.4, 0.2, 0.0]))
+    none = similarity(cosines, torch.diag(torch.ones(3)))
+    assert none.isnan().all()
+    assert not outliers(none, 2.0).any()
+    assert not outliers(torch.ones(5), 2.0).any()
+    assert outliers(torch.tensor([0.1, 0.11, 0.09, 0.1, -0.5]), 2.0).tolist() == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize(
     ("rule", "wrong"),
     [(AFA, "xi"), (AFA, "step"), (NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outliers")],
 )
-def test_what_makes_no_sense_is_refused(rule, wrong):
+def test_invalid_arguments_are_refused(rule, wrong):
     with pytest.raises(ValueError, match="must be"):
         rule(**{wrong: -1.0})

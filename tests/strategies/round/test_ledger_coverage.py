@@ -1,4 +1,4 @@
-"""What is promised of a run is not any one device's to set."""
+"""No single device determines the guarantee of a run."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from protocol import messages
 from protocol.messages import EvaluationPrivacy, ExamplePrivacy, Update
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
-from strategies.round.ledger_coverage import clipped, explained
+from strategies.round.ledger_coverage import cap_epsilon, explained_epsilon
 from tests.helpers.fleet import PLAN, FakeDevice, fresh_state, handle, perform, strategy
 
 PRIVATE = replace(PLAN, privacy=ExamplePrivacy(noise_multiplier=2.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3))
@@ -20,39 +20,44 @@ GAIN = EvaluationPrivacy(noise_multiplier=9.0, clip=0.1, pictures=5, delta=1e-3)
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 4), st.integers(0, 3))
-def test_it_is_what_the_ledger_of_whoever_took_part_in_everything_holds(rounds, measured):
+def test_explained_epsilon_matches_a_full_ledger(rounds, evaluations):
     trained = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=PLAN.steps)
-    gains = PoissonGaussian(noise_multiplier=9.0, sampling_rate=1.0, steps=1)
-    held = epsilon([trained] * rounds + [gains] * measured, 1e-3).value
-    assert explained(PRIVATE, rounds=rounds, measuring=GAIN, measured=measured) == held
-    assert explained(PLAN, rounds=rounds, measuring=None, measured=0) is None
+    evaluation = PoissonGaussian(noise_multiplier=9.0, sampling_rate=1.0, steps=1)
+    expected = epsilon([trained] * rounds + [evaluation] * evaluations, 1e-3).value
+    assert explained_epsilon(PRIVATE, rounds=rounds, evaluation=GAIN, evaluations=evaluations) == expected
+    assert explained_epsilon(PLAN, rounds=rounds, evaluation=None, evaluations=0) is None
 
 
-@pytest.mark.parametrize("lie", [9e11, 50.0])
-def test_a_device_that_tells_more_sets_no_guarantee(monkeypatch, tmp_path, lie):
-    """A lie, or the honest history of other federations: nobody here can tell them apart, and need not."""
+@pytest.mark.parametrize("reported", [9e11, 50.0])
+def test_excessive_report_sets_no_guarantee(monkeypatch, tmp_path, reported):
+    """The report may be false or include other federations; the server does not need to distinguish these."""
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
-    def tells(reply: messages.Reply) -> messages.Reply:
-        return replace(reply, epsilon=lie) if isinstance(reply, Update) else reply
+    def misbehave(reply: messages.Reply) -> messages.Reply:
+        return replace(reply, epsilon=reported) if isinstance(reply, Update) else reply
 
-    found = run_rounds(
-        grid=CohortGrid([FakeDevice("a", misbehave=tells), FakeDevice("b"), FakeDevice("c")], perform),
+    state = run_rounds(
+        grid=CohortGrid([FakeDevice("a", misbehave=misbehave), FakeDevice("b"), FakeDevice("c")], perform),
         strategy=strategy(plan=PRIVATE, accept_simulated=True),
         state=fresh_state(private=True),
         rounds=2,
         checkpoints=tmp_path,
         on_round=lambda _: None,
     )
-    for done in found.history[1:]:
-        most = explained(PRIVATE, rounds=done.number, measuring=None, measured=0)
-        assert (done.train.replied, done.train.told) == (3, lie)
-        assert [guarantee.value for guarantee in done.guarantees] == [done.epsilon] == [most]
-        strict = explained(PRIVATE, rounds=done.number, measuring=None, measured=0, delta=1e-5)
+    for done in state.history[1:]:
+        limit = explained_epsilon(PRIVATE, rounds=done.number, evaluation=None, evaluations=0)
+        assert (done.train.replied, done.train.told) == (3, reported)
+        assert [guarantee.value for guarantee in done.guarantees] == [done.epsilon] == [limit]
+        strict = explained_epsilon(PRIVATE, rounds=done.number, evaluation=None, evaluations=0, delta=1e-5)
         assert [guarantee.strict for guarantee in done.guarantees] == [strict]
-    assert found.devices["a"].epsilon == most
-    assert found.devices["b"].epsilon <= 1.5  # what it told
+    assert state.devices["a"].epsilon == limit
+    assert state.devices["b"].epsilon <= 1.5  # its report
 
 
-def test_nothing_told_or_explained():
-    assert (clipped(None, 1.0), clipped(2.0, None), clipped(2.0, 1.0), clipped(0.5, 1.0)) == (None, 2.0, 1.0, 0.5)
+def test_cap_without_report_or_limit():
+    assert (cap_epsilon(None, 1.0), cap_epsilon(2.0, None), cap_epsilon(2.0, 1.0), cap_epsilon(0.5, 1.0)) == (
+        None,
+        2.0,
+        1.0,
+        0.5,
+    )

@@ -1,4 +1,4 @@
-"""Updates on disk: the same as in memory, in the order of names, and no more of them in memory for more devices."""
+"""Updates on disk equal those in memory, are sorted by key, and memory does not grow with devices."""
 
 import weakref
 from dataclasses import replace
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
 from protocol.messages import ExamplePrivacy
-from strategies.aggregation import shares
+from strategies.aggregation import site_updates
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -28,28 +28,28 @@ from tests.strategies.test_strategy import train
 
 @given(ranks=st.lists(st.integers(0, 3), max_size=5), shuffled=st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_what_is_read_is_what_was_written_by_name(ranks, shuffled):
-    """Of any rank, none among them, at all sites or fewer."""
-    wanted = {}
+def test_updates_are_read_as_written_and_sorted(ranks, shuffled):
+    """Updates of any rank, including 0, at all sites or fewer."""
+    expected = {}
     for number, size in enumerate(ranks):
         adapter = random_adapter(size, number)
-        wanted[f"device {number}", number] = adapter if number % 2 else {"y": adapter["y"]}
+        expected[f"device {number}", number] = adapter if number % 2 else {"y": adapter["y"]}
     with UpdateSpool() as spool:
-        for key in shuffled.sample(sorted(wanted), len(wanted)):
-            spool.add(key, wanted[key])
-        assert spool.keys == sorted(wanted)
-        assert bool(spool) == bool(wanted)
-        for _ in range(2):  # as often as one likes
-            for (found, weight), key in zip(spool, sorted(wanted), strict=True):
+        for key in shuffled.sample(sorted(expected), len(expected)):
+            spool.add(key, expected[key])
+        assert spool.keys == sorted(expected)
+        assert bool(spool) == bool(expected)
+        for _ in range(2):  # repeatedly
+            for (result, weight), key in zip(spool, sorted(expected), strict=True):
                 assert weight == 1.0
-                assert found.keys() == wanted[key].keys()
+                assert result.keys() == expected[key].keys()
                 assert all(
-                    torch.equal(a, b) for site in found for a, b in zip(found[site], wanted[key][site], strict=True)
+                    torch.equal(a, b) for site in result for a, b in zip(result[site], expected[key][site], strict=True)
                 )
-        assert len(spool[:2]) == min(2, len(wanted))
+        assert len(spool[:2]) == min(2, len(expected))
 
 
-def test_a_device_may_have_several_updates_of_one_round():
+def test_device_may_have_several_updates():
     with UpdateSpool() as spool:
         for number in (10_002, 10_001):
             spool.add(("a", number), random_adapter(1, number))
@@ -57,42 +57,44 @@ def test_a_device_may_have_several_updates_of_one_round():
         assert torch.equal(spool[1][0]["x"].a, random_adapter(1, 10_002)["x"].a)
 
 
-def test_a_rule_that_goes_by_sites_reads_each_of_them_once(monkeypatch):
-    read = []
+def test_each_site_is_read_once(monkeypatch):
+    calls = []
     with UpdateSpool() as spool:
         for number in range(4):
             spool.add((f"device {number}", 1), random_adapter(2, number))
-        really = torch.frombuffer
-        monkeypatch.setattr(torch, "frombuffer", lambda *given, **named: read.append(1) or really(*given, **named))
+        original = torch.frombuffer
+        monkeypatch.setattr(
+            torch, "frombuffer", lambda *arguments, **keywords: calls.append(1) or original(*arguments, **keywords)
+        )
         for site in SITES:
-            assert len(shares(spool, site)) == 4
-    assert len(read) == 4 * len(SITES) * 2
+            assert len(site_updates(spool, site)) == 4
+    assert len(calls) == 4 * len(SITES) * 2
 
 
 def test_views_outlive_the_file():
     with UpdateSpool() as spool:
         spool.add(("a", 1), random_adapter(2, 0))
-        (found, _) = spool[0]
+        (result, _) = spool[0]
     del spool
-    assert torch.equal(found["x"].a, random_adapter(2, 0)["x"].a)
+    assert torch.equal(result["x"].a, random_adapter(2, 0)["x"].a)
 
 
-def test_an_update_comes_once_and_before_any_is_read():
+def test_updates_are_added_once_before_reading():
     with UpdateSpool() as spool:
         spool.add(("a", 1), random_adapter(1, 0))
-        with pytest.raises(ValueError, match="a: an update comes once"):
+        with pytest.raises(ValueError, match="a: add each update once"):
             spool.add(("a", 1), random_adapter(1, 0))
         assert len(list(spool)) == 1
         with pytest.raises(ValueError, match="before any is read"):
             spool.add(("b", 1), random_adapter(1, 0))
 
 
-def test_a_full_disk_costs_the_update_that_it_has_no_room_for():
-    class Full:
-        """Room for so many bytes."""
+def test_full_disk_rejects_one_update():
+    class LimitedFile:
+        """File with a limited size."""
 
-        def __init__(self, file, room):
-            self._file, self._room = file, room
+        def __init__(self, file, limit):
+            self._file, self._room = file, limit
 
         def write(self, data):
             if self._file.tell() + len(data) > self._room:
@@ -104,7 +106,7 @@ def test_a_full_disk_costs_the_update_that_it_has_no_room_for():
 
     with UpdateSpool() as spool:
         spool.add(("a", 1), random_adapter(2, 0))
-        spool._file = Full(spool._file, spool._end + 150)
+        spool._file = LimitedFile(spool._file, spool._end + 150)
         with pytest.raises(ReplyRejectedError, match="b: the server can't store its update: No space left") as caught:
             spool.add(("b", 1), random_adapter(2, 1))
         assert caught.value.reason == "no room"
@@ -133,38 +135,38 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_decoded_updates_do_not_pile_up(rule, tmp_path, monkeypatch):
-    """Of 3 devices and of 12 as many are in memory at once: the one that is let in."""
+def test_memory_does_not_grow_with_devices(rule, tmp_path, monkeypatch):
+    """For 3 and for 12 devices, only the update that is being accepted is in memory."""
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
-    alive, most = weakref.WeakSet(), 0
-    really = validation.from_trained_tensors
+    alive, peak = weakref.WeakSet(), 0
+    original = validation.from_trained_tensors
 
-    class Counted(dict):
-        """A decoded adapter that can be counted."""
+    class CountedAdapter(dict):
+        """Decoded adapter that can be weakly referenced."""
 
         __hash__ = object.__hash__
 
-    def counting(*given):
-        nonlocal most
-        adapter = Counted(really(*given))
+    def count_alive(*arguments):
+        nonlocal peak
+        adapter = CountedAdapter(original(*arguments))
         alive.add(adapter)
-        most = max(most, len(alive))
+        peak = max(peak, len(alive))
         return adapter
 
-    monkeypatch.setattr(validation, "from_trained_tensors", counting)
+    monkeypatch.setattr(validation, "from_trained_tensors", count_alive)
     peaks = []
     for count in (3, 12):
-        most = 0
+        peak = 0
         changes = RULES[rule]
         federated = strategy(**changes) if changes else private(tmp_path / str(count))
         assert train(federated, [FakeDevice(f"device {number}") for number in range(count)]) is not None
         assert federated.trained.replied == count
-        peaks.append(most)
+        peaks.append(peak)
     assert peaks[0] == peaks[1] <= 2
 
 
-def test_the_bytes_of_every_update_are_counted_without_being_kept(monkeypatch):
+def test_upload_bytes_are_counted(monkeypatch):
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
     federated = strategy()
     train(federated, [FakeDevice("a"), FakeDevice("b")])
-    assert federated.trained.bytes_up == sum(facts.bytes_up for facts in federated.trained.devices.values()) > 0
+    assert federated.trained.bytes_up == sum(metrics.bytes_up for metrics in federated.trained.devices.values()) > 0
