@@ -1,6 +1,6 @@
-"""Peak memory of one private step of a published base, with more and more memory-saving options.
+"""Peak memory of one private step of a published base, by memory-saving options.
 
-    python -m bench.memory.lean --base sd15
+    anther bench lean --base sd15
 
 Every rung is a process of its own, and uses one option more than the rung before. Weights are random, which doesn't
 change the cost of a step; gradients are compared with those of a rung in float32. Peaks are the process's high-water

@@ -4,7 +4,7 @@ For every device profile, a step of the chosen plan runs in a new process whose 
 nearest better option that was refused for its memory runs without a limit: a planner that refuses an option that fits
 is too conservative. Weights are random, which doesn't change the cost of a step.
 
-    python -m bench.memory.limits [--base sd15] [--devices pi4_2gb …] [key=value …]
+    anther bench limits [--base sd15] [--devices pi4_2gb …] [key=value …]
 
 The limit is enforced twice: by the kernel, where a memory control group can be created, and by this process, which
 kills a process whose resident memory, including pages of mapped files, exceeds it when sampled every 20 ms.
@@ -287,7 +287,7 @@ def _describe(setting: dict[str, Any] | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 1 if a plan exceeds its limit, or if a refused option would have fitted."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory.limits", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog="anther bench limits", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of client.cli.plan: rank, pictures, …")
     parser.add_argument("--base", default="sd15", choices=NETWORKS)
     parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())

@@ -1,6 +1,6 @@
 """Memory and CPU time that a folder of photographs costs a device.
 
-    python -m bench.memory.pictures [--count 60] [--photos FOLDER]
+    anther bench pictures [--count 60] [--photos FOLDER]
 
 Each case is a folder of photographs of 12 megapixels, read and encoded in a process of its own. Reported are the peak
 memory above that of the base with its encoders, and the CPU seconds to read the folder for the first time, to read it

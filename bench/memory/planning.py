@@ -1,6 +1,6 @@
 """Trainable sites of devices with little memory, and the time to plan for a fleet.
 
-    python -m bench.memory.planning [--base sd15] [--weights nf4] …
+    anther bench planning [--base sd15] [--weights nf4] …
 
 For each memory budget, the table shows the set of sites that a device is planned to train, with equal gains per site,
 against all sites or none, the only choices of a plan without sets of sites. The memory of the set is predicted from two

@@ -4,7 +4,7 @@ The peak of every configuration is predicted on the meta device. Then a new low-
 maps a packed base with random weights, runs one private step of the trainer itself (`training.cohort.train`), with one
 picture per entry of the pass, and reports its peak resident memory (VmHWM) since its first import.
 
-    python -m bench.memory.predicted [--only NAME …] [--full] [--measured JSON]
+    anther bench predicted [--only NAME …] [--full] [--measured JSON]
 
 The kernels' workspace was fitted on single operations, and nothing on any of these networks. The memory of a process
 besides the network (Python, PyTorch, kernels once used, and memory that the allocator can't return) is measured minus
@@ -296,9 +296,7 @@ def result_row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 1 if a prediction is out of bounds."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.memory.predicted", description=(__doc__ or "").split("\n\n")[1]
-    )
+    parser = argparse.ArgumentParser(prog="anther bench predicted", description=(__doc__ or "").split("\n\n")[1])
     for hidden in ("--measure", "--prepare", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--modes", nargs="*", help=argparse.SUPPRESS)

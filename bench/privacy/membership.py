@@ -1,6 +1,6 @@
 """Membership inference against shared adapters, with and without differential privacy.
 
-    python -m bench.privacy.membership [--seeds 0 1 2] [--jobs 1] [key=value …]
+    anther bench membership [--seeds 0 1 2] [--jobs 1] [key=value …]
 
 Runs the attacks of `simulations.audit.run` against the shared adapters of `bench.privacy.utility`, which are trained
 first if missing: without privacy and at ε = 8 per image, with the same writers, pictures, rounds and steps. As a

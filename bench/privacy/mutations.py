@@ -1,6 +1,6 @@
 """Check that a test fails for each mutant, which breaks a privacy guarantee in the source.
 
-    python -m bench.privacy.mutations [--only WORDS] [--jobs N]
+    anther bench mutations [--only WORDS] [--jobs N]
 
 Each mutant of `bench.privacy.mutants` and `bench.privacy.audit_mutants` is applied to a copy of the source, in which
 the test that it names must fail; without a mutant all these tests must pass. Each job has its own copy. The exit status

@@ -1,6 +1,6 @@
 """Gain kept under differential privacy.
 
-    python -m bench.privacy.utility [--seeds 0 1 2] [--forms …] [key=value …]
+    anther bench utility [--seeds 0 1 2] [--forms …] [key=value …]
 
 Measures the gain kept by the *shared adapter without the personal one*, (L_base − L) / (L_base − L_reference) over the
 same writers' held-out letters. The personal adapter needs no noise and would hide a useless shared one; its result is

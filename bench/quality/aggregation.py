@@ -1,6 +1,6 @@
 """Cost and accuracy of the exact mean of LoRA products.
 
-    python -m bench.quality.aggregation
+    anther bench aggregation
 
 - Time: one round over the attention layers of Stable Diffusion 1.5, in CPU seconds of one core, against the dense way
   to the same mean: the products summed into [out, in] matrices, and an SVD of each. One layer of each shape is timed,

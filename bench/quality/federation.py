@@ -1,6 +1,6 @@
 """Gain of a federation over training without others.
 
-    python -m bench.quality.federation [--seeds 0 1 2] [key=value …]
+    anther bench federation [--seeds 0 1 2] [key=value …]
 
 Runs `simulations.run preset=claim` once for each seed, and compares arms on the writers' held-out letters, paired over
 writers: shared with base, personal with shared, personal with base, and personal with local (the same device without

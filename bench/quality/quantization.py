@@ -1,6 +1,6 @@
 """Loss of gain on a quantized base.
 
-    python -m bench.quality.quantization [--seeds 0 1 2] [--modes …] [key=value …]
+    anther bench quantization [--seeds 0 1 2] [--modes …] [key=value …]
 
 Runs the same non-private federation over the same test writers on the base in float32 and quantized; training and
 evaluation use the base as it is stored. Gains are measured from the loss of the *float32* base, so they include the

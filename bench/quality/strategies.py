@@ -1,6 +1,6 @@
 """Benchmarks of aggregation, selection and planning.
 
-    python -m bench.quality.strategies aggregators|fleets|page [key=value …]
+    anther bench strategies aggregators|fleets|page [key=value …]
 
     aggregators  every rule × heterogeneity: equal and mixed ranks, half the fleet on half the sites, label skew, few
                  and many writers, with and without privacy (`bench.quality.aggregators`)

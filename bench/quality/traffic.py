@@ -1,6 +1,6 @@
 """Bytes sent in a round, and gain kept with quantized updates.
 
-    python -m bench.quality.traffic [--gain] [--base sd15] …
+    anther bench traffic [--gain] [--base sd15] …
 
 Bytes are those of encoded updates including headers, on the shapes of a published base; weights are not needed. A
 device trains and sends one of:

@@ -1,7 +1,7 @@
 """Compare two private training steps on an emulated Pi 4 with the same steps on this machine.
 
     make smoke-aarch64
-    python -m bench.reliability.aarch64 --root FOLDER
+    anther bench aarch64 --root FOLDER
 
 FOLDER is a Debian for arm64 with Anther installed from its lock (`deploy/smoke/root.sh`). qemu-user emulates a
 Cortex-A72, which stops at instructions that a Pi 4 lacks. The run shows that the lock installs, that exactly its
@@ -43,7 +43,7 @@ ILLEGAL = 132  # 128 + SIGILL: the exit status in a shell; Python reports -4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 1 if the results differ, or if other versions than the lock's are installed."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.reliability.aarch64",
+        prog="anther bench aarch64",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Two private training steps on the glyph base, with the result as one line of JSON.
 
-    python -m bench.reliability.dp_smoke
+    anther bench dp_smoke
 
 This is a single file that needs only installed packages, so that another machine's Python can read it from standard
 input (`bench.reliability.aarch64`). Noise and batches are simulated with seed 7, so every machine draws the same.

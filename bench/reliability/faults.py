@@ -1,6 +1,6 @@
 """Inject real faults into a federation of processes, and check that it recovers.
 
-    python -m bench.reliability.faults [ROW …] [--runs 20]
+    anther bench faults [ROW …] [--runs 20]
 
 A federation of three devices runs round after round, with example-level privacy, over TLS with keys. Each run of a row
 injects its fault at a random time and then waits. The federation *went on* if a later round used an update of every

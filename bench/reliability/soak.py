@@ -1,6 +1,6 @@
 """Run a federation for hundreds of rounds, and check its accounting and memory.
 
-    python -m bench.reliability.soak [--rounds 500]
+    anther bench soak [--rounds 500]
 
 Runs short rounds over TLS with keys, while all devices but one join, leave and die at random. At the end the run must
 be complete. The server must account for every requested update as used, late, rejected or lost, and every update that a

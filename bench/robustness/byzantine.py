@@ -1,6 +1,6 @@
 """Gain that remains if a fifth of the devices is Byzantine.
 
-    python -m bench.robustness.byzantine [--small] [key=value …]
+    anther bench byzantine [--small] [key=value …]
 
 Runs every attack of `bench.robustness.byzantine_clients` through the real round loop, without robust rules and with one
 set of rules for all attacks. The gain is that of the shared adapter after the last round, L_base − L over the held-out

@@ -1,6 +1,6 @@
 """Malicious clients of Flower's fleet protocol.
 
-    python -m bench.robustness.fleet_attacks ROLE FOLDER …
+    anther bench fleet_attacks ROLE FOLDER …
 
     mallory    enrolled and sampled like any device; misuses each message that it receives, then refuses it
     eve        enrolled, never sampled; sends malformed calls and calls with invented ids

@@ -1,6 +1,6 @@
 """Fuzz the readers of pictures, captions and bases.
 
-    python -m bench.robustness.fuzz_inputs [--cases 20000] [--seed 0]
+    anther bench fuzz_inputs [--cases 20000] [--seed 0]
 
 Inputs are pictures of every format, caption sheets, EXIF blocks, folder layouts, and bases of every family, each
 generated from a seed and then damaged. A case is sound if the folder can be read, its pixels at every size and its

@@ -1,6 +1,6 @@
 """Cost and acceptance of malicious messages.
 
-    python -m bench.robustness.gate [--fuzzed 20000] [key=value …]
+    anther bench gate [--fuzzed 20000] [key=value …]
 
 Sends every message type of both directions, at the sizes of the configured base: a named corpus of attacks, and
 mutations of honest messages. Each message is received by itself; if it is accepted, it is checked against invariants

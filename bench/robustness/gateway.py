@@ -1,6 +1,6 @@
 """Run a federation under attack by hostile clients, and check that it survives.
 
-    python -m bench.robustness.gateway [--calls 20000]
+    anther bench gateway [--calls 20000]
 
 Three honest devices run endless rounds over TLS, with one more that refuses every request (`mallory`). After some calm
 rounds, in the same processes, mallory misuses each message that it receives, and an enrolled client (`eve`) and one

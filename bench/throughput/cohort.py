@@ -1,6 +1,6 @@
 """Speed of shared passes against training one client at a time.
 
-    python -m bench.throughput.cohort --device cuda|cpu [--bases small medium sd15] [--peers …]
+    anther bench cohort --device cuda|cpu [--bases small medium sd15] [--peers …]
 
 Times a client-step (4 examples, forward, backward and AdamW for one client's adapter) of the cohort trainer,
 non-private and private, and of the fastest known implementations that train one client at a time, on the same base in

@@ -1,6 +1,6 @@
 """Overhead of the simulation grid.
 
-    python -m bench.throughput.grid [--clients 100] [--rounds 20] [key=value …]
+    anther bench grid [--clients 100] [--rounds 20] [key=value …]
 
 Runs rounds on the glyph base without the training: each Train job returns its initial adapter. The rest is the overhead
 of a simulation: messages, checks, ledger charges, sealed replies. Every device takes part in every round. Reported is

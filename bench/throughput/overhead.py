@@ -1,10 +1,10 @@
-"""Latency of a request phase with trivial training, and memory of an idle device, compared with plain Flower.
+"""Latency of a request phase and memory of an idle device, compared with plain Flower.
 
-    python -m bench.throughput.overhead
+    anther bench overhead
 
-The comparison runs Flower's own SuperLink, SuperNodes and `flwr-clientapp` on the same machine, with TLS and keys, the
-same number of nodes and messages of the same size, and a ClientApp that echoes its message. A leg lasts from handing
-messages to the grid until the last reply is received.
+Training is trivial. The comparison runs Flower's own SuperLink, SuperNodes and `flwr-clientapp` on the same machine,
+with TLS and keys, the same number of nodes and messages of the same size, and a ClientApp that echoes its message. A
+leg lasts from handing messages to the grid until the last reply is received.
 
 Memory is the proportional set size (PSS) of all processes of one device, idle after the rounds and at its peak in
 training.

@@ -1,6 +1,6 @@
 """Cost of privacy per step.
 
-    python -m bench.throughput.private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
+    anther bench private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
 
 Trains one client's adapter on the glyph base, non-private (open) and private in turn, on batches of the same mean size,
 and compares:

@@ -1,6 +1,6 @@
 """Federated LoRA with DP from published recipes, on Flower's Ray simulation.
 
-    python -m bench.throughput.ray_recipe --form published|tuned
+    anther bench ray_recipe --form published|tuned
 
 Follows the documentation of diffusers, peft, Opacus and Flower: a diffusers UNet with peft's LoRA, Opacus' hooks and
 DPOptimizer, stock FedAvg of A and B, and one client at a time in each of Ray's processes. The workload is that of

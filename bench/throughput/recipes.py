@@ -1,6 +1,6 @@
 """Wall-clock time of whole federations on a CPU.
 
-    python -m bench.throughput.recipes [--repeats 3] [--forms cohort serial …]
+    anther bench recipes [--repeats 3] [--forms cohort serial …]
 
 Runs the same workload as whole programs, including start-up: 20 clients, 10 rounds, 4 steps of DP-SGD with an expected
 4 of 20 examples, on the glyph base, whose latents and text embeddings are computed before the timing starts.

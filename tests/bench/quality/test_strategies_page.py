@@ -46,7 +46,7 @@ def test_page_is_up_to_date(tmp_path, monkeypatch):
     strategies_page.write_page()
     for name in ("strategies.md", "aggregators.svg", "fleets.svg"):
         assert (tmp_path / name).read_text() == (strategies_page.RESULTS.parents[1] / "docs" / name).read_text(), (
-            "run python -m bench.quality.strategies page"
+            "run anther bench strategies page"
         )
 
 

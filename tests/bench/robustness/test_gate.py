@@ -95,7 +95,7 @@ def test_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Ra
 @settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
 def test_many_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
-    """Run with `pytest -m slow`; `python -m bench.robustness.gate` sends as many messages at the real base's sizes."""
+    """Run with `pytest -m slow`; `anther bench gate` sends as many messages at the real base's sizes."""
     fuzz(entry_points, name, random)
 
 
