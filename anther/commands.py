@@ -52,6 +52,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "client.cli.enroll", "join a federation with a ticket", "conf.schemas.node:NodeConfig"
         ),
         "device run": Command("client.runtime.supervisor", "take part until stopped", "conf.schemas.node:NodeConfig"),
+        "device status": Command("client.cli.status", "show what this device is doing and has done"),
         "device plan": Command("client.cli.plan", "the same as anther plan", "conf.schemas.planning:PlanConfig"),
         "device benchmark": Command("client.cli.benchmark", "measure how fast this device trains"),
         "device ledger": Command("client.cli.ledger", "show what was shared, and the privacy that it cost"),

@@ -41,6 +41,24 @@ def exclusive(folder: Path, *, what: str) -> Iterator[None]:
         os.close(handle)  # also unlocks
 
 
+def holder(folder: Path) -> int | None:
+    """Return the process that holds the lock of a folder; None if it is free, 0 if the process is unknown."""
+    try:
+        handle = os.open(folder / FILE, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        number = os.pread(handle, 20, 0).decode(errors="replace").strip()
+        return int(number) if number.isdecimal() else 0
+    except OSError:
+        return None
+    finally:
+        os.close(handle)  # also unlocks
+    return None
+
+
 def _take(handle: int, path: Path, what: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
