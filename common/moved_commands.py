@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
+from common.errors import AntherError
+
 MOVED = {
     "bench.aarch64": "anther bench aarch64",
     "bench.aggregation": "anther bench aggregation",
@@ -57,6 +59,17 @@ MOVED = {
     "typefaces.find_frame": "python -m typefaces.find_bases",
 }
 """Former module → present command."""
+
+
+def refuse_key_value(arguments: Sequence[str], keys: Sequence[str], usage: str) -> None:
+    """Refuse `key=value` where a command takes options now.
+
+    Raises:
+        AntherError: one line with the present usage.
+    """
+    for argument in arguments:
+        if argument.partition("=")[0] in keys and "=" in argument:
+            raise AntherError(f"{argument}: write {usage}")
 
 
 class MovedCommandFinder(MetaPathFinder):

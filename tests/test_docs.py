@@ -27,7 +27,6 @@ OTHERS = {
     "hydra.run.dir",
     "memory",  # cgroup_enable=memory, on a kernel's command line
     "cgroup_enable",
-    "out",  # of models.quantization.pack
     "overrides",  # of Flower's own run
     "preset",
 }

@@ -1,4 +1,4 @@
-"""Fuse an adapter into its base:  python -m models.export.fuse base=FOLDER adapter=FILE out=FOLDER
+"""Fuse an adapter into its base:  anther fuse BASE FILE --out DIR
 
 The result is a copy of the pipeline's folder with the adapter's products added to its network's weights. Use it for
 pipelines that can't load adapters, such as PixArt-Σ, and for tools that only read whole pipelines. In Python,
@@ -7,6 +7,7 @@ pipelines that can't load adapters, such as PixArt-Σ, and for tools that only r
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.errors import AntherError
+from common.errors import REPORTED_ERRORS, AntherError, told
+from common.moved_commands import refuse_key_value
 from models.base import assets
 from models.families.checkpoint import recognize
 from models.quantization.packed import is_packed
@@ -100,23 +102,22 @@ def write_fused(base: str, adapter: Path, out: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return exit status 2, with one line on standard error, if fusing fails."""
-    given = dict(argument.partition("=")[::2] for argument in (sys.argv[1:] if arguments is None else arguments))
-    if given.keys() != {"base", "adapter", "out"}:
-        print(
-            (__doc__ or "python -m models.export.fuse base=FOLDER adapter=FILE out=FOLDER").splitlines()[0],
-            file=sys.stderr,
-        )
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="anther fuse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", metavar="BASE", help="name or folder of the base, not packed")
+    parser.add_argument("adapter", metavar="FILE", type=Path, help="adapter in diffusers' layout")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to create")
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        out = Path(given["out"]).expanduser()
-        digest = write_fused(given["base"], Path(given["adapter"]).expanduser(), out)
-    except AntherError as error:
-        print(error, file=sys.stderr)
+        refuse_key_value(words, ("base", "adapter", "out"), "anther fuse BASE FILE --out DIR")
+        options = parser.parse_args(words)
+        out, adapter = options.out.expanduser(), options.adapter.expanduser()
+        digest = write_fused(options.base, adapter, out)
+    except REPORTED_ERRORS as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"out={out}: can't be written ({error.strerror}): choose another folder", file=sys.stderr)
-        return 2
-    print(f"{out}: fused {given['adapter']}, base {digest[:12]}")
+    print(f"{out}: fused {adapter}, base {digest[:12]}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Quantize a base once and store it:  anther pack base=FOLDER weights=nf4 out=FOLDER
+"""Quantize a base once and store it:  anther pack BASE --weights nf4 --out DIR
 
 The result is a pipeline folder like the input, with a quantized network. Tensors are copied one by one, so that packing
 needs memory for the largest tensor, for Python, and for the VAE, which is loaded to verify the result before it appears.
@@ -8,6 +8,7 @@ may round differently.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import REPORTED_ERRORS, AntherError, told
+from common.moved_commands import refuse_key_value
 from models.base import assets, loading
 from models.families.checkpoint import recognize
 from models.quantization.blockwise import empty_quantized, quantize
@@ -28,7 +30,7 @@ from models.quantization.packed import FILE, FORMAT, PackedManifest, is_packed, 
 
 NETWORKS = ("unet", "transformer")
 _TYPES = {torch.float32: "F32", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8"}
-USAGE = "Quantize a base once and store it:  anther pack base=FOLDER weights=nf4 out=FOLDER"
+USAGE = "anther pack BASE --weights nf4 --out DIR"
 _CARDS = ("README.md", "LICENSE*", "*.license")
 
 
@@ -170,18 +172,23 @@ class _TensorReader:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return exit status 2, with one line on standard error, if the base can't be packed."""
-    given = dict(argument.partition("=")[::2] for argument in (sys.argv[1:] if arguments is None else arguments))
-    if given.keys() != {"base", "weights", "out"}:
-        print(USAGE, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="anther pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", metavar="BASE", help="name or folder of the base")
+    parser.add_argument("--weights", required=True, choices=WEIGHT_MODES, help="format of the packed weights")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to create")
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        out = Path(given["out"]).expanduser()
-        digest = pack(given["base"], out, given["weights"])
+        refuse_key_value(words, ("base", "weights", "out"), USAGE)
+        options = parser.parse_args(words)
+        out = options.out.expanduser()
+        digest = pack(options.base, out, options.weights)
     except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in out.glob(f"*/{FILE}"))
-    print(f"{out}: {size / 1e6:.0f} MB, weights={given['weights']}, base {digest[:12]}")
+    print(f"{out}: {size / 1e6:.0f} MB, weights={options.weights}, base {digest[:12]}")
     return 0
 
 

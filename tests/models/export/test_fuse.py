@@ -34,7 +34,7 @@ def adapter(base: Base, tmp_path: Path) -> Adapter:
 
 
 def arguments(base: Path, adapter: Path, out: Path) -> list[str]:
-    return [f"base={base}", f"adapter={adapter}", f"out={out}"]
+    return [str(base), str(adapter), "--out", str(out)]
 
 
 def test_products_are_added_to_the_weights_and_nowhere_else(
@@ -92,7 +92,7 @@ class TestRefused:
         self.refuse(given, "the folder that it was packed from", capsys)
 
     def test_arguments(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.refuse(["base=x"], "python -m models.export.fuse", capsys)
+        self.refuse(["base=x"], "base=x: write anther fuse BASE FILE --out DIR", capsys)
         self.refuse(arguments(tmp_path, tmp_path / "a", tmp_path), "already exists", capsys)
 
     def test_another_network(self, base: Base, pipeline_folder: Path, tmp_path: Path) -> None:

@@ -123,14 +123,22 @@ def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path,
 
 def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "packed"
-    arguments = [f"base={pipeline_folder}", "weights=int8", f"out={out}"]
+    arguments = [str(pipeline_folder), "--weights", "int8", "--out", str(out)]
     assert main(arguments) == 0
     assert assets.digest(out)[:12] in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["packed"]
-    for wrong in (arguments, arguments[:2], [*arguments, "more=1"], ["weights=int4", *arguments[::2]]):
+    for wrong in (
+        arguments,
+        ["nowhere", *arguments[1:4], "other"],
+        [f"base={pipeline_folder}", "weights=int8", "out=o"],
+    ):
         assert main(wrong) == 2
         told = capsys.readouterr()
         assert (len(told.err.splitlines()), told.out) == (1, "")
+    assert told.err.endswith("write anther pack BASE --weights nf4 --out DIR\n")
+    for wrong in ([], arguments[:3], [*arguments, "--more"], [arguments[0], "--weights", "int4", *arguments[3:]]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
