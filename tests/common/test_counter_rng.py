@@ -1,4 +1,4 @@
-"""Streams by key: SplitMix64 to the bit, its numbers uniform, its normals normal, neighbours strangers."""
+"""Counter-based random numbers: SplitMix64 bit for bit, uniform and normal, uncorrelated for neighboring keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK = 2**64 - 1
 
 
 def splitmix64(key: int, number: int) -> int:
-    """The `number`-th output of Steele, Lea & Flood's generator, in Python's own integers."""
+    """Output `number` of the generator of Steele, Lea & Flood, in Python integers."""
     z = (key + (number + 1) * 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
@@ -29,8 +29,8 @@ def unsigned(values: object) -> list[int]:
     return [int(value) & MASK for value in np.asarray(values).reshape(-1)]
 
 
-def test_the_published_answers() -> None:
-    """Those of the reference implementation for seed 0."""
+def test_published_values() -> None:
+    """Outputs of the reference implementation for seed 0."""
     answers = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [splitmix64(0, number) for number in range(3)] == answers
     assert unsigned(counter_rng.child(0, np.arange(3))) == answers
@@ -40,7 +40,7 @@ def test_the_published_answers() -> None:
 @given(keys=st.lists(KEYS, max_size=4), number=st.integers(0, 2**62))
 @example(keys=[-1, 2**63 - 1, -(2**63)], number=0)
 @settings(deadline=None)
-def test_children_are_splitmix64(keys: list[int], number: int) -> None:
+def test_child_is_splitmix64(keys: list[int], number: int) -> None:
     wanted = [splitmix64(key, number) for key in keys]
     assert unsigned(counter_rng.child(np.array(keys, np.int64), number)) == wanted
     assert counter_rng.child(np.array(keys, np.int64), number).dtype == np.int64
@@ -51,8 +51,8 @@ def test_children_are_splitmix64(keys: list[int], number: int) -> None:
 
 @given(keys=st.lists(KEYS, max_size=4), count=st.integers(0, 9))
 @settings(deadline=None)
-def test_uniforms_and_normals_come_of_those_numbers(keys: list[int], count: int) -> None:
-    """u = the first 53 bits; Box and Muller's pairs of the upper and lower 32 bits of each number."""
+def test_uniforms_and_normals_use_the_stream(keys: list[int], count: int) -> None:
+    """u is made of the first 53 bits; Box-Muller pairs of the upper and lower 32 bits of each number."""
     given_keys = np.array(keys, np.int64)
     assert counter_rng.uniform(given_keys).tolist() == [(splitmix64(key, 0) >> 11) / 2**53 for key in keys]
     found = counter_rng.normals(torch.from_numpy(given_keys), count)
@@ -69,7 +69,7 @@ def test_uniforms_and_normals_come_of_those_numbers(keys: list[int], count: int)
 
 @given(keys=st.lists(KEYS, max_size=3), count=st.integers(0, 9), fewer=st.integers(0, 9))
 @settings(deadline=None)
-def test_fewer_numbers_are_the_first_of_more(keys: list[int], count: int, fewer: int) -> None:
+def test_shorter_streams_are_prefixes(keys: list[int], count: int, fewer: int) -> None:
     tensor = torch.tensor(keys, dtype=torch.long)
     fewer = min(fewer, count)
     assert torch.equal(counter_rng.normals(tensor, fewer), counter_rng.normals(tensor, count)[:, :fewer])
@@ -77,7 +77,7 @@ def test_fewer_numbers_are_the_first_of_more(keys: list[int], count: int, fewer:
 
 @given(keys=st.lists(KEYS, min_size=1, max_size=5), data=st.data())
 @settings(deadline=None)
-def test_a_stream_does_not_know_its_company(keys: list[int], data: st.DataObject) -> None:
+def test_streams_are_independent_of_the_batch(keys: list[int], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(keys) - 1))
     alone = counter_rng.normals(torch.tensor(keys[place : place + 1]), 7)
     torch.testing.assert_close(
@@ -85,8 +85,8 @@ def test_a_stream_does_not_know_its_company(keys: list[int], data: st.DataObject
     )
 
 
-def test_normals_are_standard_and_white() -> None:
-    """Of neighbouring keys too: the streams of two entries, of two steps, of two names' children."""
+def test_normals_are_standard_and_uncorrelated() -> None:
+    """Also for neighboring keys: the streams of two entries, of two steps, and of children of two names."""
     drawn = counter_rng.normals(torch.arange(1000), 200)
     assert stats.kstest(drawn.flatten().numpy(), "norm").pvalue > 1e-6
     error = 1 / math.sqrt(drawn.numel())
@@ -102,7 +102,7 @@ def test_normals_are_standard_and_white() -> None:
     assert stats.kstest(per_stream.numpy(), "norm").pvalue > 1e-6
 
 
-def test_uniforms_are_uniform_and_children_strangers() -> None:
+def test_uniforms_and_children_are_uncorrelated() -> None:
     keys = counter_rng.child(7, np.arange(50_000))
     drawn = counter_rng.uniform(keys)
     assert ((drawn >= 0) & (drawn < 1)).all()
@@ -118,7 +118,7 @@ def test_uniforms_are_uniform_and_children_strangers() -> None:
 
 
 def test_extreme_numbers_give_finite_normals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upper and lower halves all zeros, all ones, and where float32 would round up to 2³²."""
+    """Upper and lower halves of all zeros, of all ones, and where float32 would round up to 2³²."""
     halves = [0, 1, 2**31 - 1, 2**31, 2**32 - 129, 2**32 - 128, 2**32 - 1]
     bits = [upper << 32 | lower for upper in halves for lower in halves]
     signed = torch.tensor([value - 2**64 if value >= 2**63 else value for value in bits])
@@ -128,7 +128,7 @@ def test_extreme_numbers_give_finite_normals(monkeypatch: pytest.MonkeyPatch) ->
     assert float(drawn.abs().max()) == pytest.approx(math.sqrt(-2 * math.log(0.5 / 2**32)), rel=1e-6)
 
 
-def test_no_streams_and_no_numbers() -> None:
+def test_empty_streams() -> None:
     assert counter_rng.normals(torch.empty(0, dtype=torch.long), 5).shape == (0, 5)
     assert counter_rng.normals(torch.arange(3), 0).shape == (3, 0)
     assert counter_rng.uniform(np.empty(0, np.int64)).shape == (0,)

@@ -1,4 +1,4 @@
-"""A store is one process' at a time; the lock falls with whoever holds it."""
+"""A store belongs to one process at a time; the lock is released when its holder ends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
 
 
-def holding(files: FileStorage) -> tuple[int, int]:
-    """A child that has the store open, and what to close to let it go."""
+def open_store_in_child(files: FileStorage) -> tuple[int, int]:
+    """A child process that has the store open, and a pipe that lets it exit when closed."""
     ready, says = os.pipe()
     waits, go = os.pipe()
     if (child := os.fork()) == 0:
@@ -32,32 +32,32 @@ def holding(files: FileStorage) -> tuple[int, int]:
     return child, go
 
 
-def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_second_process_is_refused(tmp_path: Path) -> None:
     files = FileStorage(tmp_path / "store")
-    child, go = holding(files)
+    child, go = open_store_in_child(files)
     with (
         pytest.raises(AntherError, match=rf"the store is in use by process {child}: wait for it, or stop it") as raised,
         open_store(files),
     ):
         pass
     assert "\n" not in str(raised.value)
-    assert inspect_store(files).storage.read("seed") is None  # to look at it is no harm
+    assert inspect_store(files).storage.read("seed") is None  # reading needs no lock
     os.close(go)
     os.waitpid(child, 0)
     with open_store(files):
         pass
 
 
-def test_the_lock_falls_with_a_process_that_is_killed(tmp_path: Path) -> None:
+def test_killed_process_releases_the_lock(tmp_path: Path) -> None:
     files = FileStorage(tmp_path / "store")
-    child, _ = holding(files)
+    child, _ = open_store_in_child(files)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with open_store(files):
         pass
 
 
-def test_nor_is_it_had_twice_in_one_process(tmp_path: Path) -> None:
+def test_lock_is_exclusive_within_a_process(tmp_path: Path) -> None:
     with (
         open_store(FileStorage(tmp_path)),
         pytest.raises(AntherError, match="in use"),
@@ -68,7 +68,7 @@ def test_nor_is_it_had_twice_in_one_process(tmp_path: Path) -> None:
         pass
 
 
-def test_an_owners_command_that_writes_waits_for_nobody(
+def test_owner_command_fails_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
@@ -76,7 +76,7 @@ def test_an_owners_command_that_writes_waits_for_nobody(
     with open_store(files) as mine:
         for number in (1, 2):
             mine.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, f"run:{number}"), aside=True)
-    child, go = holding(files)
+    child, go = open_store_in_child(files)
     assert main(["--name", "pi"]) == 2
     assert "in use by process" in capsys.readouterr().err
     assert main(["--name", "nobody"]) == 2
@@ -91,7 +91,7 @@ def test_an_owners_command_that_writes_waits_for_nobody(
     assert found.request == "run:1"
 
 
-def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+def test_symlink_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
     with pytest.raises(AntherError, match="can't be created"), file_lock.exclusive(tmp_path, what="the store"):

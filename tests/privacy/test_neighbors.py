@@ -83,30 +83,30 @@ MODES = {
     "clipped": TrainingMode(),
     "some clipped": TrainingMode(clip=0.05),
     "nothing clipped": TrainingMode(clip=1.0),
-    "ranks frozen beside": TrainingMode(rank=2),
+    "frozen ranks": TrainingMode(rank=2),
     "three draws, some clipped": TrainingMode(draws=3, clip=0.03),
     "per site": TrainingMode(change=clip_per_site),
     "views": TrainingMode(change=mirrored_views, draws=3),
     "prior": TrainingMode(change=with_prior, draws=2),
-    "all of them, some clipped": TrainingMode(change=all_options, draws=2, rank=2, clip=0.05),
+    "all options, some clipped": TrainingMode(change=all_options, draws=2, rank=2, clip=0.05),
 }
 PASSES = {  # with the number of entries per pass
     "two pictures": (2, TrainingMode(clip=0.05)),
     "a piece of a picture": (2, TrainingMode(draws=3, clip=0.03)),
-    "a piece of one with everything else": (3, TrainingMode(change=all_options, draws=4, rank=2)),
+    "a piece with all options": (3, TrainingMode(change=all_options, draws=4, rank=2)),
 }
 ON_DEVICES = {
     "factors": TrainingMode(),
     "cores": TrainingMode(trains="cores"),
-    "cores, frozen beside, draws": TrainingMode(trains="cores", rank=2, draws=3, clip=0.02),
+    "cores, frozen ranks, draws": TrainingMode(trains="cores", rank=2, draws=3, clip=0.02),
     "cores per site": TrainingMode(trains="cores", change=clip_per_site),
-    "B alone": TrainingMode(trains="b"),
-    "A alone, some sites, frozen beside": TrainingMode(trains="a", every=2, rank=2, draws=2),
-    "a B of its own, some sites": TrainingMode(trains="split", every=2, clip=0.05),
-    "rounded, the rest carried over": TrainingMode(update="int4", clip=0.02),
+    "B only": TrainingMode(trains="b"),
+    "A only, some sites, frozen ranks": TrainingMode(trains="a", every=2, rank=2, draws=2),
+    "personal B, some sites": TrainingMode(trains="split", every=2, clip=0.05),
+    "quantized with error feedback": TrainingMode(update="int4", clip=0.02),
 }
-QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
-QUICK |= {"rounded, the rest carried over", "a B of its own, some sites"}
+QUICK = {"clipped", "all options, some clipped", "a piece of a picture", "cores, frozen ranks, draws"}
+QUICK |= {"quantized with error feedback", "personal B, some sites"}
 
 
 def mark_slow(names: Iterable[str]) -> list[ParameterSet]:

@@ -1,4 +1,4 @@
-"""Values that have the right type and that nobody honest sends."""
+"""Limits: values of the right type that no valid message contains are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.protocol.test_messages import REPLIES, REPORT, REQUESTS, UPDATE
 
 
 @pytest.mark.parametrize("message", REQUESTS + REPLIES, ids=lambda message: type(message).__name__)
-def test_honest_messages_are_within(message: Any) -> None:
+def test_valid_messages_pass(message: Any) -> None:
     limits.check(message)
 
 
@@ -41,40 +41,40 @@ def test_honest_messages_are_within(message: Any) -> None:
         ("run", "a\u202eb"),
     ],
 )
-def test_a_value_that_nobody_honest_sends_is_named(field: str, value: object) -> None:
+def test_out_of_range_value_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^Update\.{field}: must be [^\n]*$"):
         limits.check(dataclasses.replace(UPDATE, **{field: value}))
 
 
-def test_no_battery_is_more_than_full() -> None:
-    """Of one that is, selections would have it that it never runs flat."""
+def test_battery_is_at_most_full() -> None:
+    """A fuller battery would never run empty in the estimates of selection rules."""
     limits.check(dataclasses.replace(REPORT, battery=1.0))
     for battery in (1.2, 9e11):
         with pytest.raises(ValueError, match=r"DeviceReport\.battery: must be 0 to 1"):
             limits.check(dataclasses.replace(REPORT, battery=battery))
 
 
-def test_edges() -> None:
+def test_limits_are_inclusive() -> None:
     largest = dataclasses.replace(UPDATE, round=limits.MAX_COUNT, seconds=limits.MAX_NUMBER, device="é" * 200)
     limits.check(largest)
     limits.check(dataclasses.replace(UPDATE, events=0, seconds=0.0, epsilon=None))
 
 
-def test_a_gain_may_be_a_loss() -> None:
+def test_gain_may_be_negative() -> None:
     told = Evaluation(device="d", round=1, base=None, shared=None, gain=-0.25)
     limits.check(told)
     with pytest.raises(ValueError, match=r"Evaluation\.gain"):
         limits.check(dataclasses.replace(told, gain=-1e13))
 
 
-def test_nested_values_are_within_too() -> None:
+def test_nested_values_are_checked() -> None:
     train = REQUESTS[1]
     plan = dataclasses.replace(train.plan, privacy=dataclasses.replace(train.plan.privacy, clip=-1.0))
     with pytest.raises(ValueError, match=r"Train\.plan\.privacy\.clip: must be 0 to 1e\+12"):
         limits.check(dataclasses.replace(train, plan=plan))
 
 
-def test_a_precision_is_one_that_is_known() -> None:
+def test_unknown_precision_is_rejected() -> None:
     train = REQUESTS[1]
     for update in ("fp32", *PRECISIONS):
         limits.check(dataclasses.replace(train, plan=dataclasses.replace(train.plan, update=update)))
@@ -83,25 +83,25 @@ def test_a_precision_is_one_that_is_known() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Holding:
-    """What messages may come to hold."""
+class _NestedMessage:
+    """A dataclass with nested containers."""
 
     names: tuple[str, ...]
     sizes: dict[str, int]
 
 
-def test_tuples_and_dictionaries_are_looked_into() -> None:
-    limits.check(Holding(("a", "b"), {"a": 1}))
+def test_tuples_and_dictionaries_are_checked() -> None:
+    limits.check(_NestedMessage(("a", "b"), {"a": 1}))
     for wrong, where in [
-        (Holding(("a", "\n"), {}), r"Holding\.names\[1\]"),
-        (Holding((), {"\n": 1}), r"Holding\.sizes, key 0"),
-        (Holding((), {"a": -1}), r"Holding\.sizes, value 0"),
+        (_NestedMessage(("a", "\n"), {}), r"_NestedMessage\.names\[1\]"),
+        (_NestedMessage((), {"\n": 1}), r"_NestedMessage\.sizes, key 0"),
+        (_NestedMessage((), {"a": -1}), r"_NestedMessage\.sizes, value 0"),
     ]:
         with pytest.raises(ValueError, match=where):
             limits.check(wrong)
 
 
-def test_messages_are_checked_as_they_are_read() -> None:
+def test_decoding_checks_limits() -> None:
     for message, field, value in [(UPDATE, "events", -1), (REPORT, "device", "a\nb"), (REQUESTS[1], "echo", 2**40)]:
         fields = json.loads(to_json(message)) | {field: value}
         with pytest.raises(AntherError, match=f"malformed message: {type(message).__name__}.{field}: must be"):

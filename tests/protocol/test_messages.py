@@ -1,4 +1,4 @@
-"""Messages survive the wire unchanged, and a malformed one costs one line."""
+"""Messages are unchanged by the wire format, and a malformed one costs one log line."""
 
 import dataclasses
 import json
@@ -71,11 +71,11 @@ REPLIES = [
 
 
 @pytest.mark.parametrize("message", REQUESTS + REPLIES, ids=lambda message: type(message).__name__)
-def test_json_round_trip(message):
+def test_json_roundtrip(message):
     assert from_json(type(message), to_json(message), **payloads(message)) == message
 
 
-def test_bytes_are_not_in_the_json():
+def test_payloads_are_not_in_the_json():
     assert "adapter" not in json.loads(to_json(UPDATE))
     assert payloads(UPDATE) == {"adapter": b"\x00\xff"}
 
@@ -92,12 +92,12 @@ def test_bytes_are_not_in_the_json():
         ({"device": 1}, r"device: must be str, is int"),
     ],
 )
-def test_a_wrong_field_is_named(change, message):
+def test_wrong_field_is_named(change, message):
     with pytest.raises(AntherError, match=message):
         from_json(DeviceReport, json.dumps(json.loads(to_json(REPORT)) | change))
 
 
-def test_malformed_texts():
+def test_malformed_json_is_rejected():
     good = to_json(REPORT)
     without = {key: value for key, value in json.loads(good).items() if key != "watts"}
     for text, message in [
@@ -114,9 +114,9 @@ def test_malformed_texts():
             from_json(DeviceReport, text)
 
 
-def test_nested_privacy_is_strict():
+def test_nested_fields_are_strict():
     fields = json.loads(to_json(REQUESTS[1]))
-    fields["plan"]["privacy"]["seed"] = 1  # a plan that carries a seed does not exist
+    fields["plan"]["privacy"]["seed"] = 1  # plans contain no seed
     with pytest.raises(AntherError, match=r"Train\.plan\.privacy\.seed: unknown"):
         from_json(Train, json.dumps(fields), adapter=b"")
     fields["plan"] = [1]
@@ -124,7 +124,7 @@ def test_nested_privacy_is_strict():
         from_json(Train, json.dumps(fields), adapter=b"")
 
 
-def test_a_payload_must_come_beside_the_json():
+def test_payload_in_json_is_rejected():
     with pytest.raises(AntherError, match="adapter: missing"):
         from_json(Update, to_json(UPDATE))
     smuggled = json.dumps(json.loads(to_json(UPDATE)) | {"adapter": "x"})
@@ -134,13 +134,13 @@ def test_a_payload_must_come_beside_the_json():
         from_json(Update, smuggled, adapter=b"")
 
 
-def test_a_number_that_is_not_finite_is_not_sent():
+def test_non_finite_number_is_not_encoded():
     with pytest.raises(ValueError, match="JSON compliant"):
         to_json(dataclasses.replace(REPORT, watts=float("nan")))
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda message: type(message).__name__)
-def test_requests_as_records(request_):
+def test_request_records_roundtrip(request_):
     kind = records.message_type(request_)
     wire = RecordDict.inflate(*_deflated(records.request_to_records(request_)))
     assert records.request_from_records(kind, wire) == request_
@@ -149,13 +149,13 @@ def test_requests_as_records(request_):
 @pytest.mark.parametrize(
     ("kind", "reply"), zip(["query", "train", "evaluate", "train.personalise"], REPLIES, strict=True)
 )
-def test_replies_as_records(kind, reply):
+def test_reply_records_roundtrip(kind, reply):
     wire = RecordDict.inflate(*_deflated(records.reply_to_records(reply)))
     assert records.reply_from_records(kind, wire) == reply
 
 
 def _deflated(content):
-    """What Flower sends of a RecordDict, its children inflated as the receiver does."""
+    """A RecordDict as Flower sends it, with its children as the receiver inflates them."""
     children = {}
     for key, record in content.children.items():
         inner = dict((record.children or {}).items())
@@ -163,7 +163,7 @@ def _deflated(content):
     return content.deflate(), children
 
 
-def test_a_request_made_once_for_many_is_a_message_of_its_own_for_each():
+def test_cached_request_gives_separate_messages():
     train = Train(plan=PLAN, adapter=b"abc")
     one, other = records.request_to_records(train), records.request_to_records(train)
     one["more"] = ConfigRecord({"x": 1})
@@ -173,12 +173,12 @@ def test_a_request_made_once_for_many_is_a_message_of_its_own_for_each():
     assert records.request_from_records("train", other) == train
     echoed = dataclasses.replace(train, echo=7)
     told = records.request_to_records(echoed)
-    assert told["arrays"] is one["arrays"]  # who is told something else is sent the same adapter
+    assert told["arrays"] is one["arrays"]  # different messages share the adapter's record
     assert records.request_from_records("train", told) == echoed
 
 
 def with_records(**changes):
-    """The records of an update, some of them replaced, or left out where None is given."""
+    """The records of an update with some replaced, or removed if None."""
     good = records.reply_to_records(UPDATE)
     return RecordDict({name: record for name, record in (dict(good) | changes).items() if record is not None})
 
@@ -230,18 +230,18 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), MALFORMED, ids=[f"{k}" for k in range(len(MALFORMED))])
-def test_malformed_records(wrong, message):
+def test_malformed_records_are_rejected(wrong, message):
     with pytest.raises(AntherError, match=message) as caught:
         records.reply_from_records("train", wrong)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_type_of_message():
+def test_unknown_message_type_is_rejected():
     with pytest.raises(AntherError, match="no such message type"):
         records.reply_from_records("train.other", records.reply_to_records(UPDATE))
 
 
-def test_no_more_of_an_adapter_is_looked_at_than_can_be_expected():
+def test_oversized_adapter_is_rejected():
     good = records.reply_to_records(UPDATE)
     assert records.reply_from_records("train", good, most=2) == UPDATE
     with pytest.raises(AntherError, match="2 bytes, the maximum is 1"):
@@ -256,8 +256,8 @@ def test_no_more_of_an_adapter_is_looked_at_than_can_be_expected():
 
 
 @pytest.mark.parametrize("message", [UPDATE, REPORT, REQUESTS[1]], ids=lambda message: type(message).__name__)
-def test_every_flipped_bit_fails_the_checksum(message):
-    """Of the text, of the adapter, and of the checksum itself."""
+def test_flipped_bit_fails_the_checksum(message):
+    """In the text, the adapter, or the checksum itself."""
     request = message in REQUESTS
     good = (records.request_to_records if request else records.reply_to_records)(message)
     kind = "query" if message is REPORT else "train"
@@ -279,7 +279,7 @@ def test_every_flipped_bit_fails_the_checksum(message):
             read(kind, RecordDict(dict(good) | {"arrays": damaged}))
 
 
-def test_a_stranger_writes_one_line_of_a_log():
+def test_untrusted_text_is_one_log_line():
     for key in ("a\nb", "\ud800", "\x1b[2J", "é"):
         with pytest.raises(AntherError, match="unknown") as caught:
             from_json(DeviceReport, json.dumps(json.loads(to_json(REPORT)) | {key: 1}))

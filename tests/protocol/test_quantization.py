@@ -1,4 +1,4 @@
-"""Rounding is unbiased and off by one step at most; and the receiver reads what was written, and nothing else."""
+"""Quantization: rounding is unbiased and off by at most one step; the decoder accepts only valid encodings."""
 
 import math
 
@@ -31,18 +31,18 @@ def shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def sent(tensors, precision, *, seed=0, keep=1.0):
-    """What a receiver reads of them."""
+def roundtrip(tensors, precision, *, seed=0, keep=1.0):
+    """Encode and decode tensors."""
     return decode(encode(tensors, precision, generator(seed), keep=keep), shapes(tensors), precision, keep=keep)
 
 
-def steps(block, precision):
-    """How far apart the neighbours of each number are, float64: written with numpy alone."""
+def grid_spacing(block, precision):
+    """Grid spacing at each number, float64, computed with NumPy only."""
     block = np.asarray(block, np.float64)
     peak = np.abs(block).max(initial=0.0)
     if peak < MIN_SCALE:
-        return np.full_like(block, MIN_SCALE)  # it is read as 0
-    scale = peak * (1 + 2.0**-7)  # bfloat16 has 8 bits, and is rounded up
+        return np.full_like(block, MIN_SCALE)  # decoded as 0
+    scale = peak * (1 + 2.0**-7)  # bfloat16 has 8 significant bits, and is rounded up
     if precision == "fp16":
         return scale * np.maximum(np.spacing(np.abs(block / peak).astype(np.float16)).astype(np.float64), 2.0**-24)
     return np.full_like(block, scale / LEVELS[precision])
@@ -50,38 +50,38 @@ def steps(block, precision):
 
 @precisions
 @given(numbers=values, seed=st.integers(0, 99))
-def test_no_number_is_off_by_more_than_a_step(precision, numbers, seed):
-    found = sent({"x": torch.from_numpy(numbers)}, precision, seed=seed)["x"].numpy()
+def test_rounding_error_is_below_a_step(precision, numbers, seed):
+    found = roundtrip({"x": torch.from_numpy(numbers)}, precision, seed=seed)["x"].numpy()
     assert found.shape == numbers.shape
     for start in range(0, len(numbers), BLOCK):
         block = numbers[start : start + BLOCK].astype(np.float64)
         error = np.abs(found[start : start + BLOCK] - block)
-        assert (error <= steps(block, precision) * (1 + 1e-6)).all()
+        assert (error <= grid_spacing(block, precision) * (1 + 1e-6)).all()
 
 
 @precisions
 @given(numbers=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=5))
 def test_rounding_is_unbiased(precision, numbers):
-    """The mean of many roundings comes as near as a mean of numbers within a step can be told to: 6 deviations."""
+    """The mean of many roundings differs from the number by at most 6 standard errors."""
     many = 400
     row = np.zeros(BLOCK, np.float32)
     row[: len(numbers)] = numbers
-    found = sent({"x": torch.from_numpy(np.tile(row, (many, 1)))}, precision)["x"].double().mean(dim=0).numpy()
-    step = steps(row, precision)
+    found = roundtrip({"x": torch.from_numpy(np.tile(row, (many, 1)))}, precision)["x"].double().mean(dim=0).numpy()
+    step = grid_spacing(row, precision)
     assert (np.abs(found - row) <= 6 * 0.5 * step / math.sqrt(many) + 1e-6 * np.abs(row) + MIN_SCALE).all()
 
 
 @given(numbers=arrays.arrays(np.float16, BLOCK, elements=st.floats(-1, 1, width=16)))
-def test_halves_of_a_block_that_reaches_one_are_exact(numbers):
+def test_halves_in_a_unit_block_are_exact(numbers):
     numbers[0] = 1.0
     tensor = torch.from_numpy(numbers.astype(np.float32))
-    assert torch.equal(sent({"x": tensor}, "fp16")["x"], tensor)
+    assert torch.equal(roundtrip({"x": tensor}, "fp16")["x"], tensor)
 
 
 @pytest.mark.parametrize(("precision", "levels"), LEVELS.items())
 def test_whole_levels_are_exact(precision, levels):
     numbers = torch.arange(-levels, levels + 1.0) / levels * 2
-    assert torch.allclose(sent({"x": numbers[:BLOCK]}, precision)["x"], numbers[:BLOCK], rtol=1e-6, atol=0)
+    assert torch.allclose(roundtrip({"x": numbers[:BLOCK]}, precision)["x"], numbers[:BLOCK], rtol=1e-6, atol=0)
 
 
 @precisions
@@ -96,7 +96,7 @@ def test_whole_levels_are_exact(precision, levels):
         {"turned": torch.arange(6.0).view(2, 3).T, "trained": torch.ones(2, requires_grad=True).double()},
     ],
 )
-def test_names_shapes_and_order_are_the_expected(precision, tensors):
+def test_names_shapes_and_order_are_kept(precision, tensors):
     expected = dict(sorted(shapes(tensors).items(), reverse=True))
     data = encode(tensors, precision, generator())
     found = decode(data, expected, precision)
@@ -108,53 +108,53 @@ def test_names_shapes_and_order_are_the_expected(precision, tensors):
 
 
 @precisions
-def test_the_length_is_known_and_zeros_cost_their_scale_alone(precision):
+def test_payload_length_and_empty_blocks(precision):
     full = encode(TENSORS, precision, generator())
-    assert len(full) == max_payload(EXPECTED, precision) == 4 * (2 + CODES[precision])  # blocks: 1 of a, 3 of b
+    assert len(full) == max_payload(EXPECTED, precision) == 4 * (2 + CODES[precision])  # a has 1 block, b has 3
     still = encode(TENSORS | {"b": torch.zeros(2, 66)}, precision, generator())
     assert len(still) == 4 * 2 + CODES[precision]
 
 
-def test_an_adapter_in_four_bits_takes_four_and_a_quarter():
+def test_int4_takes_four_and_a_quarter_bits():
     assert max_payload({"x.lora_A": (8, 320), "x.lora_B": (320, 8)}, "int4") * 8 == 4.25 * 2 * 2560
 
 
 @precisions
 @given(keep=st.floats(0.01, 1.0))
-def test_the_largest_blocks_are_kept(precision, keep):
+def test_largest_blocks_are_kept(precision, keep):
     rows = torch.arange(1.0, 11)[torch.randperm(10, generator=generator())]
     tensors = {"x": rows[:, None].expand(10, BLOCK)}
-    found = sent(tensors, precision, keep=keep)["x"][:, 0]
+    found = roundtrip(tensors, precision, keep=keep)["x"][:, 0]
     kept = math.ceil(keep * 10)
     assert sorted(rows[found != 0].tolist()) == list(range(11 - kept, 11))
     assert len(encode(tensors, precision, generator(), keep=keep)) == max_payload({"x": (10, 64)}, precision, keep=keep)
 
 
 @precisions
-def test_what_rounding_left_and_is_added_to_the_next_comes_through_in_the_end(precision):
-    """Error feedback: what is sent in all is what was to be sent in all, but for what the last rounding left."""
+def test_error_feedback_sends_everything_eventually(precision):
+    """The sum of all sent changes equals the sum of the true ones, except for the last quantization error."""
     change, left, total = torch.linspace(-1, 1, 640) ** 3, torch.zeros(640), torch.zeros(640)
     for number in range(20):
-        found = sent({"x": change + left}, precision, seed=number, keep=0.3)["x"]
+        found = roundtrip({"x": change + left}, precision, seed=number, keep=0.3)["x"]
         left = change + left - found
         total += found
     assert torch.allclose(total + left, 20 * change, atol=1e-4)
-    assert left.norm() < 8 * change.norm()  # 20 rounds of a third of it leave no more than a few
+    assert left.norm() < 8 * change.norm()  # 20 rounds with a third of the blocks leave only a few changes
 
 
 @precisions
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2 * MAX_SCALE])
-def test_values_must_be_finite_and_bounded(precision, value):
+def test_non_finite_and_large_values_are_rejected(precision, value):
     for place in (0, 40, 131):
         tensors = TENSORS | {"b": TENSORS["b"].flatten().index_fill(0, torch.tensor(place), value).view(2, 66)}
         with pytest.raises(CodecError, match="a scale is not 0"):
-            sent(tensors, precision)
+            roundtrip(tensors, precision)
 
 
 @precisions
 @pytest.mark.parametrize("scale", [0x7F80, 0xFF80, 0x7FC0, 0x7FFF, 0x8000, 0xBF80, 0x0001, 0x4780 + 1])
-def test_scales_out_of_range_are_refused(precision, scale):
-    """±∞, NaN, −0, −1, a subnormal one, over 2¹⁶."""
+def test_invalid_scales_are_rejected(precision, scale):
+    """±∞, NaN, −0, −1, a subnormal number, and one over 2¹⁶."""
     data = bytearray(encode(TENSORS, precision, generator()))
     data[2:4] = scale.to_bytes(2, "little")
     with pytest.raises(CodecError, match="a scale is not 0"):
@@ -172,8 +172,8 @@ def test_scales_out_of_range_are_refused(precision, scale):
         ("fp16", b"\x01\x3c"),
     ],
 )
-def test_codes_that_nobody_writes_are_refused(precision, code):
-    """−128, −8 in either half, NaN, −∞, just over 1."""
+def test_invalid_codes_are_rejected(precision, code):
+    """−128, −8 in either half, NaN, −∞, and slightly over 1."""
     data = bytearray(encode(TENSORS, precision, generator()))
     data[8 : 8 + len(code)] = code
     with pytest.raises(CodecError, match=f"a code of {precision}"):
@@ -181,7 +181,7 @@ def test_codes_that_nobody_writes_are_refused(precision, code):
 
 
 @precisions
-def test_what_fills_the_last_block_is_zero(precision):
+def test_padding_must_be_zero(precision):
     data = bytearray(encode(TENSORS, precision, generator()))
     data[8 + CODES[precision] - 1] = 0x11  # the last number of a's only block
     with pytest.raises(CodecError, match="a: the padding"):
@@ -189,7 +189,7 @@ def test_what_fills_the_last_block_is_zero(precision):
 
 
 @precisions
-def test_another_length_is_refused(precision):
+def test_wrong_length_is_rejected(precision):
     data = encode(TENSORS, precision, generator())
     other = [data[:length] for length in range(len(data))] + [data + bytes(count) for count in (1, CODES[precision])]
     for found in (*other, data + bytes(2**20)):
@@ -204,7 +204,7 @@ def test_another_length_is_refused(precision):
 
 
 @precisions
-def test_a_huge_claim_allocates_nothing(precision):
+def test_huge_shapes_allocate_nothing(precision):
     with pytest.raises(CodecError, match="payload of 10 bytes"):
         decode(bytes(10), {"x": (2**31, 2**31)}, precision)
 
@@ -220,7 +220,7 @@ def test_arbitrary_bytes_never_crash(precision, data):
 
 
 @precisions
-def test_a_flipped_bit_is_refused_or_changes_only_a_value(precision):
+def test_flipped_bit_is_rejected_or_changes_values(precision):
     data = encode(TENSORS, precision, generator())
     for position in range(len(data) * 8):
         flipped = bytearray(data)

@@ -1,4 +1,4 @@
-"""The codec reads what it wrote, and nothing else."""
+"""The codec decodes its own encodings, and nothing else."""
 
 import json
 import math
@@ -26,24 +26,24 @@ GOOD = {"a": entry([2], 0, 8), "b": entry([2, 3], 8, 32)}
 
 
 HUGE = 10**4000
-NESTED = "[" * 900 + "]" * 900  # as deep as a parser goes: repr goes less deep
+NESTED = "[" * 900 + "]" * 900  # as deep as a parser allows, and deeper than repr does
 
 
-def packed(header, data=bytes(32)):
-    """Bytes with a header of any kind, padded as the format asks."""
+def make_payload(header, data=bytes(32)):
+    """Bytes with any header, padded as the format requires."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
 
 
-def test_round_trip_keeps_values_and_the_expected_order():
+def test_roundtrip_keeps_values_and_order():
     found = decode(encode(TENSORS), EXPECTED)
     assert list(found) == ["a", "b"]
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    found["a"].zero_()  # ours to write to
+    found["a"].zero_()  # the result is writable
 
 
-def test_the_bytes_are_safetensors_and_do_not_depend_on_the_order():
+def test_bytes_are_canonical_safetensors():
     assert encode(TENSORS) == encode(dict(sorted(TENSORS.items())))
     assert torch.equal(load(encode(TENSORS))["b"], TENSORS["b"])
 
@@ -58,13 +58,13 @@ def test_the_bytes_are_safetensors_and_do_not_depend_on_the_order():
         {"turned": torch.arange(6.0).view(2, 3).T, "trained": torch.ones(2, requires_grad=True)},
     ],
 )
-def test_the_bytes_are_those_that_safetensors_writes(tensors, dtype):
+def test_bytes_match_safetensors(tensors, dtype):
     plain = {name: tensors[name].detach().to(dtype).contiguous() for name in sorted(tensors)}
     assert encode(tensors, dtype=dtype) == save(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves(dtype):
+def test_half_precision(dtype):
     found = decode(encode(TENSORS, dtype=dtype), EXPECTED, dtype=dtype)
     assert found["b"].dtype == dtype
     assert torch.equal(found["b"].float(), TENSORS["b"])
@@ -72,7 +72,7 @@ def test_halves(dtype):
         decode(encode(TENSORS, dtype=dtype), EXPECTED)
 
 
-def test_the_rank_may_be_unknown_but_is_one():
+def test_unknown_rank_is_consistent():
     sites = {"x": Site(5, 3), "y": Site(4, 4)}
     adapter = init_adapter(sites, 2, seed=0)
     data = encode(to_tensors(adapter))
@@ -87,15 +87,15 @@ def test_the_rank_may_be_unknown_but_is_one():
 
 
 @pytest.mark.parametrize("size", [3, 10**6, HUGE, 0, -1])
-def test_an_unknown_size_is_bounded(size):
+def test_unknown_size_is_bounded(size):
     expected = {"a": (-1, 2)}
     assert decode(encode({"a": torch.ones(2, 2)}), expected, free=2)["a"].shape == (2, 2)
     with pytest.raises(CodecError, match=r"instead of 1 to 2|non-negative"):
-        decode(packed({"a": entry([size, 2], 0, 16)}, bytes(16)), expected, free=2)
+        decode(make_payload({"a": entry([size, 2], 0, 16)}, bytes(16)), expected, free=2)
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_the_largest_payload_is_a_bound(rank, most):
+def test_max_payload_is_a_bound(rank, most):
     sites = {"x": Site(5, 3), "y": Site(4, 4)}
     data = encode(to_tensors(init_adapter(sites, rank, seed=0)))
     if rank <= most:
@@ -107,14 +107,14 @@ def test_the_largest_payload_is_a_bound(rank, most):
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
-def test_subnormal_numbers_are_zero(numbers):
+def test_subnormal_numbers_become_zero(numbers):
     values = np.array(numbers, np.float32)
     found = decode(encode({"a": torch.from_numpy(values)}), {"a": values.shape})["a"].numpy()
     assert np.array_equal(found, np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values))
 
 
-def test_a_long_payload_is_looked_at_throughout():
-    """It is compared in parts."""
+def test_long_payload_is_checked_completely():
+    """It is checked in chunks."""
     values = torch.ones(200_000)
     values[[0, 70_000, -1]] = 1e-40
     found = decode(encode({"a": values}), {"a": (200_000,)})["a"]
@@ -134,55 +134,55 @@ def test_truncated_at_every_byte():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (packed(GOOD) + b"\0", "holds 33 bytes"),
-        (packed(GOOD, b""), "holds 0 bytes"),
-        (packed({"a": GOOD["a"]}), "b: missing"),
-        (packed(GOOD | {"c": entry([0], 32, 32)}), "'c': not expected"),
-        (packed(GOOD | {"../../x": entry([0], 32, 32)}), "not expected"),
-        (packed(GOOD | {"__metadata__": {}}), "'__metadata__': not expected"),
-        (packed(json.dumps(GOOD)[:-1].encode() + b', "a": {}}'), "'a' is duplicated"),
-        (packed(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' is duplicated"),
-        (packed(GOOD | {"a": entry([2], 0, 8, "F64")}), "a: dtype must be F32, is 'F64'"),
-        (packed(GOOD | {"a": entry([1, 2], 0, 8)}), "a: shape"),
-        (packed(GOOD | {"a": entry([2.0], 0, 8)}), "a: shape must be a list of non-negative integers"),
-        (packed(GOOD | {"a": entry([True], 0, 8)}), "a: shape must be a list"),
-        (packed(GOOD | {"a": entry([-2], 0, 8)}), "a: shape must be a list"),
-        (packed(GOOD | {"a": entry([1] * 10_000, 0, 8)}), "a: shape"),
-        (packed(GOOD | {"b": entry([2, 3], 0, 24)}), "data_offsets must be"),
-        (packed(GOOD | {"b": entry([2, 3], 16, 40)}, bytes(40)), "data_offsets must be"),
-        (packed(GOOD | {"a": {"dtype": "F32"}}), "a: entry must hold"),
-        (packed(GOOD | {"a": None}), "a: entry must hold"),
-        (packed(b"[]"), "not a JSON object"),
-        (packed(b"[" * 50_000), "nested too deeply"),
-        (packed(b'{"a": NaN}'), "NaN is not a JSON number"),
-        (packed(b"\xff\xff"), "not JSON"),
-        (packed(json.dumps(GOOD).encode().ljust(65_944), b""), "too long for 2 tensors"),
-        (packed({f"x{i}": entry([0], 0, 0) for i in range(10_000)}), "the maximum is 65976"),
-        (packed(GOOD, bytes(2**20)), "the maximum is 65976"),
-        (packed(GOOD | {"__metadata__": {"a": "x" * 5_000_000}}), "the maximum is 65976"),
-        (packed(GOOD | {"a\nb": entry([0], 32, 32)}), r"'a\\nb': not expected"),
-        (packed(GOOD | {"\ud800": entry([0], 32, 32)}), r"'\\ud800': not expected"),
-        (packed(json.dumps(GOOD).replace('"F32"', NESTED, 1).encode()), "dtype must be F32, is list"),
-        (packed(GOOD | {"a": entry([HUGE], 0, 8)}), r"a: shape must be \[2\], is \[10{90,}"),
-        (packed(GOOD | {"b": entry([2, 3], 8, HUGE)}), "data_offsets must be"),
-        (packed(json.dumps(GOOD).replace("[2]", "[" + "9" * 5000 + "]").encode()), "not JSON: Exceeds the limit"),
+        (make_payload(GOOD) + b"\0", "holds 33 bytes"),
+        (make_payload(GOOD, b""), "holds 0 bytes"),
+        (make_payload({"a": GOOD["a"]}), "b: missing"),
+        (make_payload(GOOD | {"c": entry([0], 32, 32)}), "'c': not expected"),
+        (make_payload(GOOD | {"../../x": entry([0], 32, 32)}), "not expected"),
+        (make_payload(GOOD | {"__metadata__": {}}), "'__metadata__': not expected"),
+        (make_payload(json.dumps(GOOD)[:-1].encode() + b', "a": {}}'), "'a' is duplicated"),
+        (make_payload(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' is duplicated"),
+        (make_payload(GOOD | {"a": entry([2], 0, 8, "F64")}), "a: dtype must be F32, is 'F64'"),
+        (make_payload(GOOD | {"a": entry([1, 2], 0, 8)}), "a: shape"),
+        (make_payload(GOOD | {"a": entry([2.0], 0, 8)}), "a: shape must be a list of non-negative integers"),
+        (make_payload(GOOD | {"a": entry([True], 0, 8)}), "a: shape must be a list"),
+        (make_payload(GOOD | {"a": entry([-2], 0, 8)}), "a: shape must be a list"),
+        (make_payload(GOOD | {"a": entry([1] * 10_000, 0, 8)}), "a: shape"),
+        (make_payload(GOOD | {"b": entry([2, 3], 0, 24)}), "data_offsets must be"),
+        (make_payload(GOOD | {"b": entry([2, 3], 16, 40)}, bytes(40)), "data_offsets must be"),
+        (make_payload(GOOD | {"a": {"dtype": "F32"}}), "a: entry must hold"),
+        (make_payload(GOOD | {"a": None}), "a: entry must hold"),
+        (make_payload(b"[]"), "not a JSON object"),
+        (make_payload(b"[" * 50_000), "nested too deeply"),
+        (make_payload(b'{"a": NaN}'), "NaN is not a JSON number"),
+        (make_payload(b"\xff\xff"), "not JSON"),
+        (make_payload(json.dumps(GOOD).encode().ljust(65_944), b""), "too long for 2 tensors"),
+        (make_payload({f"x{i}": entry([0], 0, 0) for i in range(10_000)}), "the maximum is 65976"),
+        (make_payload(GOOD, bytes(2**20)), "the maximum is 65976"),
+        (make_payload(GOOD | {"__metadata__": {"a": "x" * 5_000_000}}), "the maximum is 65976"),
+        (make_payload(GOOD | {"a\nb": entry([0], 32, 32)}), r"'a\\nb': not expected"),
+        (make_payload(GOOD | {"\ud800": entry([0], 32, 32)}), r"'\\ud800': not expected"),
+        (make_payload(json.dumps(GOOD).replace('"F32"', NESTED, 1).encode()), "dtype must be F32, is list"),
+        (make_payload(GOOD | {"a": entry([HUGE], 0, 8)}), r"a: shape must be \[2\], is \[10{90,}"),
+        (make_payload(GOOD | {"b": entry([2, 3], 8, HUGE)}), "data_offsets must be"),
+        (make_payload(json.dumps(GOOD).replace("[2]", "[" + "9" * 5000 + "]").encode()), "not JSON: Exceeds the limit"),
         (struct.pack("<Q", 2**63) + bytes(100), "too long"),
         (struct.pack("<Q", 3) + b"{}  ", "not padded"),
     ],
 )
-def test_refused(data, message):
+def test_invalid_payload_is_rejected(data, message):
     with pytest.raises(CodecError, match=message) as caught:
         decode(data, EXPECTED)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_must_be_finite(value):
+def test_non_finite_values_are_rejected(value):
     with pytest.raises(CodecError, match="a: holds NaN or infinite"):
         decode(encode(TENSORS | {"a": torch.tensor([0.0, value])}), EXPECTED)
 
 
-def test_a_flipped_bit_is_refused_or_changes_only_a_value():
+def test_flipped_bit_is_rejected_or_changes_values():
     data = encode(TENSORS)
     for position in range(len(data) * 8):
         flipped = bytearray(data)
@@ -203,9 +203,9 @@ def test_arbitrary_bytes_never_crash(data):
 @given(st.binary(max_size=200))
 def test_arbitrary_headers_never_crash(text):
     with pytest.raises(CodecError):
-        decode(packed(text), EXPECTED)
+        decode(make_payload(text), EXPECTED)
 
 
-def test_encode_refuses_a_dtype_that_does_not_travel():
+def test_encode_rejects_unsupported_dtype():
     with pytest.raises(ValueError, match="dtype"):
         encode(TENSORS, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What an operator hands over, and what becomes of one that was not copied whole."""
+"""Enrollment tickets and the handshake: round trip, incomplete tickets, version mismatch."""
 
 import pytest
 from hypothesis import given
@@ -17,18 +17,18 @@ WHOLE = Ticket("pi.local:9443", "s" * 32, "0f" * 32)
     st.from_regex(r"[A-Za-z0-9_-]{20,64}", fullmatch=True),
     st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
 )
-def test_what_is_printed_is_read(address, secret, fingerprint):
+def test_ticket_roundtrip(address, secret, fingerprint):
     ticket = Ticket(address, secret, fingerprint)
     assert parse(f"  {ticket}\n") == ticket
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40, 64, 70, 110])
-def test_half_a_ticket_is_none(cut):
+def test_incomplete_ticket_is_rejected(cut):
     with pytest.raises(AntherError, match="not a whole ticket"):
         parse(str(WHOLE)[:-cut])
 
 
-def hello(oldest: int, newest: int) -> ServerHello:
+def server_hello(oldest: int, newest: int) -> ServerHello:
     return ServerHello(
         oldest=oldest,
         newest=newest,
@@ -40,9 +40,9 @@ def hello(oldest: int, newest: int) -> ServerHello:
     )
 
 
-def test_who_is_older_is_told_to_update():
-    hello(OLDEST, NEWEST).check()
+def test_older_side_is_asked_to_update():
+    server_hello(OLDEST, NEWEST).check()
     with pytest.raises(AntherError, match="update Anther here"):
-        hello(NEWEST + 1, NEWEST + 2).check()
+        server_hello(NEWEST + 1, NEWEST + 2).check()
     with pytest.raises(AntherError, match="ask its operator to update"):
-        hello(OLDEST - 2, OLDEST - 1).check()
+        server_hello(OLDEST - 2, OLDEST - 1).check()

@@ -168,7 +168,7 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "negative clip": (lambda base: private(base, "bad", clip=-1.0), ValueError, "clip"),
     "no clip": (lambda base: private(base, "bad", clip=math.inf), ValueError, "unbounded"),
     "cancelled at once": (lambda base: job(base, "bad", cancelled=lambda: True), Cancelled, "after step"),
-    "nobody to ask": (lambda base: job(base, "bad", cancelled=lambda: 1 // 0 > 0), ZeroDivisionError, "zero"),
+    "callback raises": (lambda base: job(base, "bad", cancelled=lambda: 1 // 0 > 0), ZeroDivisionError, "zero"),
     "cancelled amid": (lambda base: private(base, "bad", cancelled=after(2)), Cancelled, "after step"),
 }
 
