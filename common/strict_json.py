@@ -55,12 +55,12 @@ _encoder = json.JSONEncoder(default=_fields, allow_nan=False, sort_keys=True, se
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in unique:
             raise ValueError(f"key {key[:100]!r} is duplicated")
-        found[key] = value
-    return found
+        unique[key] = value
+    return unique
 
 
 def _refuse_constant(name: str) -> Any:
@@ -104,12 +104,12 @@ def _dataclass_converter(kind: Any) -> Convert:
     converters = {field.name: _converter(hints[field.name]) for field in dataclasses.fields(kind)}
 
     def convert(value: Any, where: str) -> Any:
-        found = _exactly(dict, value, where)
-        if found.keys() != converters.keys():
-            wrong = min(found.keys() ^ converters.keys())
+        fields = _exactly(dict, value, where)
+        if fields.keys() != converters.keys():
+            wrong = min(fields.keys() ^ converters.keys())
             state = "missing" if wrong in converters else "unknown"
             raise ValueError(f"{where}.{_shown(wrong)}: {state}")
-        return kind(**{name: converter(found[name], f"{where}.{name}") for name, converter in converters.items()})
+        return kind(**{name: converter(fields[name], f"{where}.{name}") for name, converter in converters.items()})
 
     return convert
 

@@ -112,7 +112,7 @@ class SecureNoise:
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
         check_stddev(stddev)
-        blocks = [_pairs(min(_BLOCK, left), stddev) for left in _remaining_counts(-(-size // 2))]
+        blocks = [_pairs(min(_BLOCK, remaining), stddev) for remaining in _remaining_counts(-(-size // 2))]
         samples = np.concatenate([np.empty(0, np.int64), *blocks])
         return torch.from_numpy(samples[:size]).to(device)
 

@@ -291,12 +291,12 @@ def from_json(kind: type[T], text: str, **beside: bytes) -> T:
     if len(text) > MAX_JSON_CHARS:
         raise AntherError(f"{kind.__name__}: a message of {len(text)} characters is too long")
     try:
-        found = strict_json.loads(text)
-        if not isinstance(found, dict):
+        parsed = strict_json.loads(text)
+        if not isinstance(parsed, dict):
             raise ValueError("not a JSON object")
-        if twice := found.keys() & beside.keys():
+        if twice := parsed.keys() & beside.keys():
             raise ValueError(f"{min(twice)}: travels beside the JSON, not in it")
-        message = strict_json.from_plain(kind, found | beside, kind.__name__)
+        message = strict_json.from_plain(kind, parsed | beside, kind.__name__)
         limits.check(message)
         return message
     except ValueError as error:

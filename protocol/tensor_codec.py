@@ -159,12 +159,12 @@ def _resolve(header: Mapping, expected: Mapping[str, Shape], limit: int) -> dict
     sizes = {}
     for name, shape in expected.items():
         declared = tuple(header[name]["shape"])
-        for size, wanted in zip(declared, shape, strict=False):
-            if wanted == _FREE and free is None:
+        for size, expected_size in zip(declared, shape, strict=False):
+            if expected_size == _FREE and free is None:
                 if not 0 < size <= limit:
                     raise CodecError(f"{name}: shape holds {_describe(size)} instead of 1 to {limit}")
                 free = size
-        sizes[name] = tuple(free if wanted == _FREE and free else wanted for wanted in shape)
+        sizes[name] = tuple(free if expected_size == _FREE and free else expected_size for expected_size in shape)
         if declared != sizes[name]:
             raise CodecError(f"{name}: shape must be {list(sizes[name])}, is {_describe(list(declared[:8]))}")
     return sizes
@@ -188,7 +188,7 @@ def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtyp
     return {name: header[name]["data_offsets"][0] for name in sizes}
 
 
-def _describe(found: object) -> str:
+def _describe(value: object) -> str:
     """Describe an untrusted value in one log line. A list may be nested deeper than repr supports."""
-    numbers = isinstance(found, list) and all(type(n) is int for n in found)
-    return ascii(found)[:100] if numbers or isinstance(found, str | int) else type(found).__name__
+    numbers = isinstance(value, list) and all(type(n) is int for n in value)
+    return ascii(value)[:100] if numbers or isinstance(value, str | int) else type(value).__name__

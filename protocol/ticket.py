@@ -30,7 +30,7 @@ class Ticket(NamedTuple):
 
 def parse(text: str) -> Ticket:
     """Parse a ticket; AntherError if it is incomplete or not a ticket."""
-    found = _WRITTEN.fullmatch(text.strip())
-    if found is None:
+    match = _WRITTEN.fullmatch(text.strip())
+    if match is None:
         raise AntherError("not a whole ticket: it looks like anther://host:port/…/…, as `anther keys ticket` prints it")
-    return Ticket(**found.groupdict())
+    return Ticket(**match.groupdict())

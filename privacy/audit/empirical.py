@@ -167,13 +167,13 @@ def refutes(guesses: Guesses, inverse: Inverse, significance: float) -> bool:
         inverse: inverse trade-off function.
         significance: probability of refuting a true mechanism.
     """
-    m, made, correct = guesses
-    right, wrong = significance * correct / m, significance * (made - correct) / m
+    m, guessed, correct = guesses
+    right, wrong = significance * correct / m, significance * (guessed - correct) / m
     for i in range(correct - 1, -1, -1):
         more = max(wrong, inverse(min(right, 1.0)))
-        right += i / (made - i) * (more - wrong)
+        right += i / (guessed - i) * (more - wrong)
         wrong = more
-        if right + wrong > made / m:
+        if right + wrong > guessed / m:
             return True
     return False
 
@@ -254,12 +254,12 @@ def audit(
         """Whether some guesses refute this event by f-DP, or would if all of them were correct."""
         inverse = tradeoff.inverse(event)
         return any(
-            refutes(made._replace(correct=made.made) if perfect else made, inverse, significance)
-            for made in partial.values()
+            refutes(guessed._replace(correct=guessed.made) if perfect else guessed, inverse, significance)
+            for guessed in partial.values()
         )
 
     def refuted_independently(event: PoissonGaussian, significance: float) -> bool:
-        return any(refutes_each(made, event, significance) for made in complete.values())
+        return any(refutes_each(guessed, event, significance) for guessed in complete.values())
 
     def epsilon(sigma: float | None) -> float:
         if sigma is None:
@@ -267,7 +267,7 @@ def audit(
         return accounting.epsilon([replace(claim, noise_multiplier=sigma)], delta).value
 
     claimed, level, strict = accounting.epsilon([claim], delta), (1 - confidence) / tests, false_alarms / tests
-    one_run = max(one_run_epsilon(made, delta, level) for made in partial.values())
+    one_run = max(one_run_epsilon(guessed, delta, level) for guessed in partial.values())
     sigma = smallest_refuted(claim, lambda event: refuted_by_f_dp(event, level))
     independent_sigma = smallest_refuted(claim, lambda event: refuted_independently(event, level))
     best = max(complete, key=lambda name: complete[name].correct)
@@ -276,7 +276,7 @@ def audit(
         claimed=claimed,
         refuted=refuted_by_f_dp(claim, strict)
         or refuted_independently(claim, strict)
-        or any(one_run_p_value(made, claimed.value, delta) <= strict for made in partial.values()),
+        or any(one_run_p_value(guessed, claimed.value, delta) <= strict for guessed in partial.values()),
         independent=epsilon(independent_sigma),
         one_run=one_run,
         f_dp=epsilon(sigma),

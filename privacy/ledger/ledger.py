@@ -263,9 +263,9 @@ class _HistoryCache:
     A device reads its ledger several times a round, mostly after its own events. With the cache that needs no parsing.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_size: int) -> None:
         self._cached: dict[bytes, LedgerHistory] = {}  # least recently read first
-        self._most, self._lock = most, threading.Lock()
+        self._max_size, self._lock = max_size, threading.Lock()
 
     def __call__(self, digest: bytes, lines: Sequence[bytes], where: str) -> LedgerHistory:
         """Return the history of the given lines; AntherError as from `entries.replay`."""
@@ -281,11 +281,11 @@ class _HistoryCache:
         with self._lock:
             self._cached.pop(before, None)
             self._cached[digest] = history
-            if len(self._cached) > self._most:
+            if len(self._cached) > self._max_size:
                 del self._cached[next(iter(self._cached))]
 
 
-_histories = _HistoryCache(most=1024)
+_histories = _HistoryCache(max_size=1024)
 """More than the devices that a simulation runs at once (`simulations.grid.cohort.WAVE`)."""
 
 

@@ -41,10 +41,10 @@ def test_published_values() -> None:
 @example(keys=[-1, 2**63 - 1, -(2**63)], number=0)
 @settings(deadline=None)
 def test_child_is_splitmix64(keys: list[int], number: int) -> None:
-    wanted = [splitmix64(key, number) for key in keys]
-    assert unsigned(counter_rng.child(np.array(keys, np.int64), number)) == wanted
+    expected = [splitmix64(key, number) for key in keys]
+    assert unsigned(counter_rng.child(np.array(keys, np.int64), number)) == expected
     assert counter_rng.child(np.array(keys, np.int64), number).dtype == np.int64
-    for key, hashed in zip(keys, wanted, strict=True):
+    for key, hashed in zip(keys, expected, strict=True):
         assert unsigned(counter_rng.child(key, number)) == [hashed]
         assert unsigned(counter_rng.child(key, np.array([number]))) == [hashed]
 
@@ -55,16 +55,16 @@ def test_uniforms_and_normals_use_the_stream(keys: list[int], count: int) -> Non
     """u is made of the first 53 bits; Box-Muller pairs of the upper and lower 32 bits of each number."""
     given_keys = np.array(keys, np.int64)
     assert counter_rng.uniform(given_keys).tolist() == [(splitmix64(key, 0) >> 11) / 2**53 for key in keys]
-    found = counter_rng.normals(torch.from_numpy(given_keys), count)
-    assert found.dtype == torch.float32
-    assert found.shape == (len(keys), count)
-    for row, key in zip(found.double(), keys, strict=True):
+    result = counter_rng.normals(torch.from_numpy(given_keys), count)
+    assert result.dtype == torch.float32
+    assert result.shape == (len(keys), count)
+    for row, key in zip(result.double(), keys, strict=True):
         pairs = [splitmix64(key, number) for number in range(-(-count // 2))]
         radii = [math.sqrt(-2 * math.log(((pair >> 32) + 0.5) / 2**32)) for pair in pairs]
         angles = [2 * math.pi * (pair & 0xFFFFFFFF) / 2**32 for pair in pairs]
         pairs_of_normals = [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
-        wanted = [normal for pair in pairs_of_normals for normal in pair][:count]
-        assert row.tolist() == pytest.approx(wanted, rel=1e-4, abs=5e-4)
+        expected = [normal for pair in pairs_of_normals for normal in pair][:count]
+        assert row.tolist() == pytest.approx(expected, rel=1e-4, abs=5e-4)
 
 
 @given(keys=st.lists(KEYS, max_size=3), count=st.integers(0, 9), fewer=st.integers(0, 9))
@@ -78,10 +78,10 @@ def test_shorter_streams_are_prefixes(keys: list[int], count: int, fewer: int) -
 @given(keys=st.lists(KEYS, min_size=1, max_size=5), data=st.data())
 @settings(deadline=None)
 def test_streams_are_independent_of_the_batch(keys: list[int], data: st.DataObject) -> None:
-    place = data.draw(st.integers(0, len(keys) - 1))
-    alone = counter_rng.normals(torch.tensor(keys[place : place + 1]), 7)
+    index = data.draw(st.integers(0, len(keys) - 1))
+    alone = counter_rng.normals(torch.tensor(keys[index : index + 1]), 7)
     torch.testing.assert_close(
-        counter_rng.normals(torch.tensor(keys), 7)[place : place + 1], alone, rtol=1e-6, atol=1e-6
+        counter_rng.normals(torch.tensor(keys), 7)[index : index + 1], alone, rtol=1e-6, atol=1e-6
     )
 
 
@@ -96,8 +96,8 @@ def test_normals_are_standard_and_uncorrelated() -> None:
     neighbours = [(drawn[:-1], drawn[1:]), (drawn[:, :-1], drawn[:, 1:]), (drawn[:, :100], drawn[:, 100:])]
     neighbours += [(one.square(), other.square()) for one, other in neighbours]
     for one, other in neighbours:
-        found = np.corrcoef(one.flatten().numpy(), other.flatten().numpy())[0, 1]
-        assert abs(found) < 5.5 / math.sqrt(one.numel())
+        result = np.corrcoef(one.flatten().numpy(), other.flatten().numpy())[0, 1]
+        assert abs(result) < 5.5 / math.sqrt(one.numel())
     per_stream = drawn.mean(1) * math.sqrt(200)
     assert stats.kstest(per_stream.numpy(), "norm").pvalue > 1e-6
 

@@ -73,9 +73,9 @@ def test_owner_command_fails_at_once(
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     files = FileStorage(tmp_path / "devices" / "pi")
-    with open_store(files) as mine:
+    with open_store(files) as ours:
         for number in (1, 2):
-            mine.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, f"run:{number}"), aside=True)
+            ours.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, f"run:{number}"), aside=True)
     child, go = open_store_in_child(files)
     assert main(["--name", "pi"]) == 2
     assert "in use by process" in capsys.readouterr().err
@@ -85,10 +85,10 @@ def test_owner_command_fails_at_once(
     os.close(go)
     os.waitpid(child, 0)
     assert main(["--name", "pi"]) == 0
-    with open_for_owner(files) as mine:
-        found = mine.store.personal(SITES)
-    assert found is not None
-    assert found.request == "run:1"
+    with open_for_owner(files) as ours:
+        result = ours.store.personal(SITES)
+    assert result is not None
+    assert result.request == "run:1"
 
 
 def test_symlink_is_not_followed(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class NoNoise:
         assert size == len(self._members)
         members_of_batch = next(self._batches, self._members)
         return torch.tensor(
-            [place for place, who in enumerate(self._members) if who in members_of_batch], dtype=torch.long
+            [index for index, who in enumerate(self._members) if who in members_of_batch], dtype=torch.long
         )
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
@@ -97,9 +97,9 @@ def device_with_base(
     base: Base, folder: Path, name: str, pictures: Pictures, noise: Callable[[int, str], NoiseSource]
 ) -> Device:
     """A device that holds this base."""
-    made = make_device(folder / name, name=name, pictures=pictures)
-    report = dataclasses.replace(made.report, base=base.hash)
-    return dataclasses.replace(made, report=report, sites=base.sites, noise=noise)
+    device = make_device(folder / name, name=name, pictures=pictures)
+    report = dataclasses.replace(device.report, base=base.hash)
+    return dataclasses.replace(device, report=report, sites=base.sites, noise=noise)
 
 
 def plan(base: Base, **changes: object) -> TrainingPlan:
@@ -112,12 +112,12 @@ def plan(base: Base, **changes: object) -> TrainingPlan:
 
 def adapter(base: Base, seed: int, between: Adapter | None = None) -> Adapter:
     """The adapter that the server sends, with no zero factor; with LoRA-XS bases, cores between them."""
-    found = {
+    result = {
         name: Factors(*(part.float() for part in pair)) for name, pair in nonzero_adapter(base, SENT, seed).items()
     }
     if between is None:
-        return found
-    return {name: Factors(a, left @ (left.T @ found[name].b)) for name, (a, left) in between.items()}
+        return result
+    return {name: Factors(a, left @ (left.T @ result[name].b)) for name, (a, left) in between.items()}
 
 
 def lora_xs_bases(base: Base) -> Adapter:
@@ -158,8 +158,8 @@ def two_rounds(
         mode: configuration of training.
         batches: indices that join each step, if they exist.
     """
-    held = Pictures(tuple(pictures[member] for member in members), (), ())
-    device = device_with_base(base, folder, "d", held, lambda _round, _purpose: NoNoise(members, batches))
+    held_pictures = Pictures(tuple(pictures[member] for member in members), (), ())
+    device = device_with_base(base, folder, "d", held_pictures, lambda _round, _purpose: NoNoise(members, batches))
     between = lora_xs_bases(base) if mode.trains == "cores" else None
     privacy = dataclasses.replace(PRIVACY, clip=mode.clip, draws=mode.draws)
     sums: list[list[Tensor]] = []
@@ -169,9 +169,9 @@ def two_rounds(
         if not (isinstance(job, jobs.TrainJob) and job.privacy):
             return perform(base, asked, memory=PLENTY, timesteps=2)
         with intercept_gradients(mode.clip, job.round) as intercepted:
-            found = perform(base, [mode.change(job, device)], memory=mode.memory, timesteps=2)
+            result = perform(base, [mode.change(job, device)], memory=mode.memory, timesteps=2)
         sums.append(intercepted)
-        return found
+        return result
 
     def ask(request: Request) -> Reply:
         outcome = run_handlers({"d": handle(request, device)}, run_jobs)["d"]

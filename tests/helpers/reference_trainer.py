@@ -84,7 +84,7 @@ def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **change
     views = changes.get("views", 1)
     assert isinstance(views, int)
     noise = SimulatedNoise(seed=3, client=client, round=1, purpose="shared")
-    keys = tuple(f"{client} {place}" for place in range(count))
+    keys = tuple(f"{client} {index}" for index in range(count))
     return job(base, client, count=count * views, **{"privacy": privacy, "noise": noise, "names": keys} | changes)
 
 
@@ -157,9 +157,9 @@ class Reference:
             merged[name] = merged.get(name, 0.0) + factors.b @ factors.a
         weights = {f"{name}.weight": self.unet.get_parameter(f"{name}.weight") for name in merged}
         changed = {key: weight + merged[key.removesuffix(".weight")].view_as(weight) for key, weight in weights.items()}
-        x, t, context, wanted = self.seen(batch)
+        x, t, context, expected = self.seen(batch)
         output = torch.func.functional_call(self.unet, changed, (x, t), {"encoder_hidden_states": context}).sample
-        return (output - wanted).square().flatten(1).mean(1)
+        return (output - expected).square().flatten(1).mean(1)
 
     def seen(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noised latents x_t, timesteps, contexts, and targets."""
@@ -193,7 +193,7 @@ class Reference:
         if not all(gradient.isfinite().all() for gradient in gradients):
             return [torch.zeros_like(gradient) for gradient in gradients]
         each = 2 if self.job.trains == "both" else 1
-        pairs = [gradients[place : place + each] for place in range(0, len(gradients), each)]
+        pairs = [gradients[index : index + each] for index in range(0, len(gradients), each)]
         parts = pairs if privacy.per_site else [gradients]
         bound = privacy.clip / len(pairs) ** 0.5 if privacy.per_site else privacy.clip
         norms = [float(torch.cat([gradient.flatten() for gradient in part]).norm()) for part in parts]
@@ -241,8 +241,8 @@ class Reference:
         starts, added = [p.detach().clone() for p in self.parameters], self.corrections()
         for _ in range(self.job.steps):
             batch = batches.next()
-            found = self.private_gradients(batch) if self.job.privacy else self.gradients(batch)
-            for parameter, gradient, start, extra in zip(self.parameters, found, starts, added, strict=True):
+            result = self.private_gradients(batch) if self.job.privacy else self.gradients(batch)
+            for parameter, gradient, start, extra in zip(self.parameters, result, starts, added, strict=True):
                 parameter.grad = gradient + self.job.proximal * (parameter.detach() - start) + extra
             optimizer.step()
         return {name: Factors(a.detach(), b.detach()) for name, (a, b) in self.now().items()}

@@ -93,8 +93,8 @@ class DatabaseDevice:
             self._run("INSERT INTO journal VALUES (?, ?, ?, ?)", NAME, JOURNAL, number, line)
 
     def head(self) -> bytes | None:
-        found = self._run("SELECT head FROM heads WHERE device = ?", NAME)
-        return found[0][0] if found else None
+        result = self._run("SELECT head FROM heads WHERE device = ?", NAME)
+        return result[0][0] if result else None
 
     def put_head(self, data: bytes | None) -> None:
         self._run("DELETE FROM heads WHERE device = ?", NAME)

@@ -58,12 +58,12 @@ def test_known_noise_multipliers(rate: float, steps: int, delta: float, sigmas: 
 def test_full_sampling_is_the_gaussian_mechanism() -> None:
     """Balle and Wang (2018, arXiv:1805.06530), theorem 8: δ = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ), μ = √T/σ."""
     sigma, steps, delta = 2.0, 9, 1e-5
-    found, mu = epsilon(events(sigma, 1.0, steps), delta).value, math.sqrt(steps) / sigma
+    result, mu = epsilon(events(sigma, 1.0, steps), delta).value, math.sqrt(steps) / sigma
 
     def normal(x: float) -> float:
         return 0.5 * math.erfc(-x / math.sqrt(2))
 
-    assert normal(mu / 2 - found / mu) - math.exp(found) * normal(-mu / 2 - found / mu) == pytest.approx(
+    assert normal(mu / 2 - result / mu) - math.exp(result) * normal(-mu / 2 - result / mu) == pytest.approx(
         delta, rel=0.01
     )
 
@@ -74,9 +74,9 @@ def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float)
 
     prv, rdp = PRVAccountant(), RDPAccountant()
     prv.history = rdp.history = [(sigma, rate, steps)]
-    found = epsilon(events(sigma, rate, steps), delta).value
-    assert found == pytest.approx(prv.get_epsilon(delta), rel=0.01)
-    assert found <= rdp.get_epsilon(delta)
+    result = epsilon(events(sigma, rate, steps), delta).value
+    assert result == pytest.approx(prv.get_epsilon(delta), rel=0.01)
+    assert result <= rdp.get_epsilon(delta)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, del
         return dp_event.SelfComposedDpEvent(step, steps)
 
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    wanted = dp_accounting.calibrate_dp_mechanism(
+    expected = dp_accounting.calibrate_dp_mechanism(
         lambda: PLDAccountant(relation, value_discretization_interval=1e-4),
         event,
         target,
@@ -104,8 +104,8 @@ def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, del
         dp_accounting.ExplicitBracketInterval(0.3, 30.0),
         tol=1e-4,
     )
-    found = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
-    assert found == pytest.approx(wanted, rel=0.005)
+    result = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
+    assert result == pytest.approx(expected, rel=0.005)
 
 
 @settings(max_examples=15, deadline=None)
@@ -202,9 +202,12 @@ def test_printed_epsilon_has_unit_and_delta() -> None:
 
 def test_large_delta_is_shown_with_strict_delta() -> None:
     event = PoissonGaussian(noise_multiplier=1.0, sampling_rate=0.2, steps=50)
-    told = with_strict(epsilon([event], 1e-3), [event])
-    assert told.strict == epsilon([event], 1e-5).value > told.value
-    assert str(told) == f"ε={told.value:.3g} per image (δ=0.001, add or remove one; ε={told.strict:.3g} at δ=1e-05)"
+    guarantee = with_strict(epsilon([event], 1e-3), [event])
+    assert guarantee.strict == epsilon([event], 1e-5).value > guarantee.value
+    assert (
+        str(guarantee)
+        == f"ε={guarantee.value:.3g} per image (δ=0.001, add or remove one; ε={guarantee.strict:.3g} at δ=1e-05)"
+    )
     assert with_strict(small := epsilon([event], 1e-5), [event]) is small
 
 
@@ -243,8 +246,8 @@ def test_fft_caches_are_freed(kind: type) -> None:
     mallinfo.restype = _MallocInfo
 
     def used() -> int:
-        told = mallinfo()
-        return told.uordblks + told.hblkhd
+        info = mallinfo()
+        return info.uordblks + info.hblkhd
 
     clear_fft_caches()
     before = used()

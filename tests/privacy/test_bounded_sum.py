@@ -42,8 +42,8 @@ def mean(gains: list[float], noise: NoiseSource, *, clip: float = 0.1, sigma: fl
 def test_removing_gain_changes_sum_within_sensitivity(gains: list[float], clip: float, data: st.DataObject) -> None:
     whole = clipped_sum(gains, clip)
     assert whole.sensitivity * whole.step == pytest.approx(clip)
-    for place in range(len(gains)):
-        rest = clipped_sum([*gains[:place], *gains[place + 1 :]], clip)
+    for index in range(len(gains)):
+        rest = clipped_sum([*gains[:index], *gains[index + 1 :]], clip)
         assert abs(whole.steps - rest.steps) <= whole.sensitivity
     more = clipped_sum([data.draw(st.floats()), *gains], clip)
     assert abs(more.steps - whole.steps) <= whole.sensitivity
@@ -51,10 +51,10 @@ def test_removing_gain_changes_sum_within_sensitivity(gains: list[float], clip: 
 
 @given(GAINS, CLIPS)
 def test_sum_of_clipped_gains(gains: list[float], clip: float) -> None:
-    wanted = np.clip([gain for gain in gains if not math.isnan(gain)], -clip, clip).sum()
-    found = clipped_sum(gains, clip)
-    assert abs(found.steps * found.step - wanted) <= (len(gains) / 2 + 1e-6) * found.step
-    assert clipped_sum(gains[::-1], clip).steps == found.steps
+    expected = np.clip([gain for gain in gains if not math.isnan(gain)], -clip, clip).sum()
+    result = clipped_sum(gains, clip)
+    assert abs(result.steps * result.step - expected) <= (len(gains) / 2 + 1e-6) * result.step
+    assert clipped_sum(gains[::-1], clip).steps == result.steps
 
 
 @pytest.mark.parametrize("gain", [math.inf, 1e308, -math.inf, -1e308])
@@ -82,17 +82,17 @@ def test_release_is_a_multiple_of_the_step(gains: list[float], drawn: float) -> 
 
 def test_noise_has_the_charged_stddev() -> None:
     noise = SecureNoise()
-    found = np.array([mean([0.05, 0.3], noise) for _ in range(4000)])
-    assert found.mean() == pytest.approx(0.15 / 5, abs=5 * 0.06 / 4000**0.5)
-    assert found.std() == pytest.approx(3.0 * 0.1 / 5, rel=0.06)
-    assert found.std() == pytest.approx(noise_error(clip=0.1, noise_multiplier=3.0, count=5), rel=0.06)
-    assert found[:2000].mean() != found[2000:].mean()  # each call draws new noise
+    result = np.array([mean([0.05, 0.3], noise) for _ in range(4000)])
+    assert result.mean() == pytest.approx(0.15 / 5, abs=5 * 0.06 / 4000**0.5)
+    assert result.std() == pytest.approx(3.0 * 0.1 / 5, rel=0.06)
+    assert result.std() == pytest.approx(noise_error(clip=0.1, noise_multiplier=3.0, count=5), rel=0.06)
+    assert result[:2000].mean() != result[2000:].mean()  # each call draws new noise
 
 
 def test_standard_error_of_several_means() -> None:
     drawn = np.random.default_rng(0).normal(0, noise_error(clip=0.2, noise_multiplier=4.0, count=5), (20_000, 10))
-    wanted = drawn.mean(1).std()
-    assert noise_error(clip=0.2, noise_multiplier=4.0, count=5, means=10) == pytest.approx(wanted, rel=0.02)
+    expected = drawn.mean(1).std()
+    assert noise_error(clip=0.2, noise_multiplier=4.0, count=5, means=10) == pytest.approx(expected, rel=0.02)
 
 
 def test_cost_is_that_of_the_gaussian_mechanism() -> None:
@@ -102,8 +102,8 @@ def test_cost_is_that_of_the_gaussian_mechanism() -> None:
         return (1 + math.erf(x / math.sqrt(2))) / 2
 
     sigma, delta = 3.0, 1e-3
-    found = epsilon([PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=1)], delta).value
-    exact = phi(1 / (2 * sigma) - found * sigma) - math.exp(found) * phi(-1 / (2 * sigma) - found * sigma)
+    result = epsilon([PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=1)], delta).value
+    exact = phi(1 / (2 * sigma) - result * sigma) - math.exp(result) * phi(-1 / (2 * sigma) - result * sigma)
     assert exact == pytest.approx(delta, rel=0.02)
 
 

@@ -68,9 +68,9 @@ def test_sum_matches_loop(updates, clip):
             continue
         expected += update * min(1.0, clip / length) if length else 0.0
         below += (1.0 if length <= clip else 0.0) - 0.5
-    found = clip_and_sum(tensors(updates), clip, SIZE)
-    assert value(found.total).numpy() == pytest.approx(expected, abs=clip * len(updates) * 1.1e-6)
-    assert (float(value(found.below)), found.dropped) == (below, dropped)
+    result = clip_and_sum(tensors(updates), clip, SIZE)
+    assert value(result.total).numpy() == pytest.approx(expected, abs=clip * len(updates) * 1.1e-6)
+    assert (float(value(result.below)), result.dropped) == (below, dropped)
 
 
 @settings(max_examples=100, deadline=None)
@@ -82,9 +82,9 @@ def test_sum_is_independent_of_order(updates, random):
 
 
 def test_no_devices():
-    found = clip_and_sum([], 1.0, SIZE)
-    assert torch.equal(value(found.total), torch.zeros(SIZE, dtype=torch.float64))
-    assert (float(value(found.below)), found.dropped) == (0.0, 0)
+    result = clip_and_sum([], 1.0, SIZE)
+    assert torch.equal(value(result.total), torch.zeros(SIZE, dtype=torch.float64))
+    assert (float(value(result.below)), result.dropped) == (0.0, 0)
 
 
 def test_all_devices_have_equal_weight():
@@ -151,8 +151,8 @@ def test_adaptive_clip_matches_the_paper():
 
 @pytest.mark.parametrize("below", [-1e9, 0.0, 1.0, 1e9])
 def test_adaptive_clip_stays_in_range(below):
-    found = AdaptiveClip(quantile=0.5, rate=50.0, noise_stddev=1.0).next(1.0, below)
-    assert MIN_CLIP <= found <= MAX_CLIP
+    result = AdaptiveClip(quantile=0.5, rate=50.0, noise_stddev=1.0).next(1.0, below)
+    assert MIN_CLIP <= result <= MAX_CLIP
 
 
 def test_fixed_clip_is_unchanged():

@@ -88,13 +88,13 @@ def test_sums_match_loop_over_rows(batch: tuple) -> None:
     values, dropped = clip(*batch)
     assert values.shape == (len(counts), sum(segments))
     assert values.dtype == torch.float32
-    taken = iter(rows.numpy())
-    for found, bad, count, limits in zip(values, dropped, counts, bounds, strict=True):
-        own = [next(taken) for _ in range(count)]
+    remaining = iter(rows.numpy())
+    for result, bad, count, limits in zip(values, dropped, counts, bounds, strict=True):
+        own = [next(remaining) for _ in range(count)]
         clipped = [reference_clip(row, limits, segments) for row in own]
         scale = sum((np.abs(row) for row in clipped), np.zeros(sum(segments)))
-        wanted = sum(clipped, np.zeros(sum(segments)))
-        assert (np.abs(found.numpy() - wanted) <= ROUNDING * scale + 1e-37).all()
+        expected = sum(clipped, np.zeros(sum(segments)))
+        assert (np.abs(result.numpy() - expected) <= ROUNDING * scale + 1e-37).all()
         assert bad == sum(not np.isfinite(row).all() for row in own)
 
 
@@ -135,9 +135,12 @@ def test_truncation_removes_less_than_a_step(batch: tuple) -> None:
     owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
     for row, owner in zip(rows, owners, strict=True):
         steps, _ = clip_to_steps(row[None], [1], [bounds[owner]], segments)
-        found, wanted = steps[0].numpy() * step_of(bounds[owner]), reference_clip(row.numpy(), bounds[owner], segments)
-        assert (np.abs(found) <= np.abs(wanted) * (1 + 1e-12)).all()
-        assert (np.abs(found - wanted) <= step_of(bounds[owner]) + CUT * np.abs(wanted)).all()
+        result, expected = (
+            steps[0].numpy() * step_of(bounds[owner]),
+            reference_clip(row.numpy(), bounds[owner], segments),
+        )
+        assert (np.abs(result) <= np.abs(expected) * (1 + 1e-12)).all()
+        assert (np.abs(result - expected) <= step_of(bounds[owner]) + CUT * np.abs(expected)).all()
         for part, bound in zip(steps[0].split(segments), bounds[owner], strict=True):
             assert exact_square(part, bounds[owner]) <= Fraction(bound) ** 2
 
@@ -262,9 +265,9 @@ def test_no_owners_and_no_rows() -> None:
 @settings(deadline=None)
 def test_segments_are_summed_in_order(counts: list[int], width: int | None) -> None:
     values = torch.randn(sum(counts), *([] if width is None else [width]))
-    found = sum_segments(values, torch.tensor(counts, dtype=torch.long))
-    assert found.shape == (len(counts), *values.shape[1:])
-    for total, part in zip(found, values.split(counts) if counts else [], strict=True):
+    result = sum_segments(values, torch.tensor(counts, dtype=torch.long))
+    assert result.shape == (len(counts), *values.shape[1:])
+    for total, part in zip(result, values.split(counts) if counts else [], strict=True):
         torch.testing.assert_close(total, part.sum(0))
 
 
@@ -310,86 +313,86 @@ class TestBoundedGradientSums:
         counts = data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=3))
         rows = {client: torch.randn(count, 5) for client, count in enumerate(counts)}
         bounds = [[1.0, 0.5], [2.0, 3.0], [0.0, 1e-3]] if private else [[math.inf, math.inf]] * 3
-        found = sums(private=private)
-        found.reset([0, 1, 2], bounds, [0.0] * 3)
+        result = sums(private=private)
+        result.reset([0, 1, 2], bounds, [0.0] * 3)
         order = data.draw(st.permutations([client for client, count in enumerate(counts) for _ in range(count)]))
-        taken = dict.fromkeys(rows, 0)
+        used = dict.fromkeys(rows, 0)
         for client in order:  # in random order, one row at a time
-            add_pass(found, rows[client][taken[client]][None], [1], [client])
-            taken[client] += 1
+            add_pass(result, rows[client][used[client]][None], [1], [client])
+            used[client] += 1
         if private:
             whole, _ = clip_to_steps(torch.cat(list(rows.values())), counts, bounds, [2, 3])
             steps = torch.tensor([[step_of(each)] for each in bounds], dtype=torch.float64)
-            assert torch.equal(found.pop_noised([0, 1, 2], {}), (whole * steps).float())
+            assert torch.equal(result.pop_noised([0, 1, 2], {}), (whole * steps).float())
         else:
             whole, _ = clip(torch.cat(list(rows.values())), counts, bounds, [2, 3])
-            torch.testing.assert_close(found.pop_noised([0, 1, 2], {}), whole)
+            torch.testing.assert_close(result.pop_noised([0, 1, 2], {}), whole)
 
     def test_noise_is_added_in_whole_steps(self) -> None:
-        found, rows = sums(), torch.randn(3, 5)
-        found.reset([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
-        assert [found.stddev(client) for client in range(3)] == [2.0 * RESOLUTION, 0.0, 0.0]
-        add_pass(found, rows, [1, 1, 1], [0, 1, 2])
+        result, rows = sums(), torch.randn(3, 5)
+        result.reset([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
+        assert [result.stddev(client) for client in range(3)] == [2.0 * RESOLUTION, 0.0, 0.0]
+        add_pass(result, rows, [1, 1, 1], [0, 1, 2])
         noise = torch.randint(-(2**40), 2**40, (5,))
-        expected, _ = clip_to_steps(rows, [1, 1, 1], found.bounds.tolist(), [2, 3])
+        expected, _ = clip_to_steps(rows, [1, 1, 1], result.bounds.tolist(), [2, 3])
         expected[0] += noise
-        values = expected * torch.tensor([[step_of(each)] for each in found.bounds.tolist()], dtype=torch.float64)
+        values = expected * torch.tensor([[step_of(each)] for each in result.bounds.tolist()], dtype=torch.float64)
         unasked = {1: torch.full((5,), 10**9), 2: torch.full((5,), 10**9)}
-        assert torch.equal(found.pop_noised([2, 0, 1], {0: noise, **unasked}), values[[2, 0, 1]].float())
+        assert torch.equal(result.pop_noised([2, 0, 1], {0: noise, **unasked}), values[[2, 0, 1]].float())
 
     def test_empty_batch_adds_noise(self) -> None:
-        found, noise = sums(), torch.arange(5)
-        found.reset([1], [[0.6, 0.8]], [0.5])
-        add_pass(found, torch.zeros(0, 5), [0], [1])
-        assert torch.equal(found.pop_noised([1], {1: noise})[0], noise / RESOLUTION)
+        result, noise = sums(), torch.arange(5)
+        result.reset([1], [[0.6, 0.8]], [0.5])
+        add_pass(result, torch.zeros(0, 5), [0], [1])
+        assert torch.equal(result.pop_noised([1], {1: noise})[0], noise / RESOLUTION)
 
     def test_nothing_is_released_twice(self) -> None:
-        found = sums(private=False)
-        found.reset([0], [[math.inf, math.inf]], [0.0])
-        add_pass(found, torch.ones(1, 5), [1], [0])
-        assert found.pop_noised([0], {}).tolist() == [[1.0] * 5]
-        assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
+        result = sums(private=False)
+        result.reset([0], [[math.inf, math.inf]], [0.0])
+        add_pass(result, torch.ones(1, 5), [1], [0])
+        assert result.pop_noised([0], {}).tolist() == [[1.0] * 5]
+        assert result.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
     def test_private_sum_requires_noise(self) -> None:
-        found = sums()
-        found.reset([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
+        result = sums()
+        result.reset([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
         with pytest.raises(KeyError):
-            found.pop_noised([0, 1], {0: torch.zeros(5, dtype=torch.int64)})
+            result.pop_noised([0, 1], {0: torch.zeros(5, dtype=torch.int64)})
 
     def test_result_is_not_a_view(self) -> None:
         for private in (True, False):
-            found = sums(private=private)
-            found.reset([0], [[1.0, 1.0]], [0.0])
-            found.pop_noised([0], {}).fill_(7.0)
-            assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
+            result = sums(private=private)
+            result.reset([0], [[1.0, 1.0]], [0.0])
+            result.pop_noised([0], {}).fill_(7.0)
+            assert result.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
     def test_other_clients_are_unchanged(self) -> None:
-        found = sums()
-        found.reset([0, 1], [[1.0, 1.0], [2.0, 1.0]], [1.0, 0.0])
+        result = sums()
+        result.reset([0, 1], [[1.0, 1.0], [2.0, 1.0]], [1.0, 0.0])
         rows = torch.tensor([[math.nan] * 5, [1.0] * 5])
-        add_pass(found, rows, [1, 1], [0, 1])
-        add_pass(found, rows, [1, 1], [1, 0])
-        bounds = found.bounds[1].clone()
-        found.pop_noised([0], {0: torch.zeros(5, dtype=torch.int64)})
-        found.reset([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
-        assert torch.equal(found.bounds[1], bounds)
-        assert found.dropped.tolist() == [0.0, 1.0, 0.0]
-        wanted = torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]])
-        torch.testing.assert_close(found.pop_noised([1], {}), wanted, rtol=CUT, atol=2 * step_of([2.0, 1.0]))
+        add_pass(result, rows, [1, 1], [0, 1])
+        add_pass(result, rows, [1, 1], [1, 0])
+        bounds = result.bounds[1].clone()
+        result.pop_noised([0], {0: torch.zeros(5, dtype=torch.int64)})
+        result.reset([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
+        assert torch.equal(result.bounds[1], bounds)
+        assert result.dropped.tolist() == [0.0, 1.0, 0.0]
+        expected = torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]])
+        torch.testing.assert_close(result.pop_noised([1], {}), expected, rtol=CUT, atol=2 * step_of([2.0, 1.0]))
 
     def test_reset_clears_sums(self) -> None:
-        found = sums()
-        found.reset([0], [[1.0, 1.0]], [3.0])
-        add_pass(found, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
-        assert found.dropped.tolist() == [1.0, 0.0, 0.0]
-        found.reset([0], [[2.0, 1.0]], [0.0])
-        assert found.dropped.tolist() == [0.0] * 3
-        assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
+        result = sums()
+        result.reset([0], [[1.0, 1.0]], [3.0])
+        add_pass(result, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
+        assert result.dropped.tolist() == [1.0, 0.0, 0.0]
+        result.reset([0], [[2.0, 1.0]], [0.0])
+        assert result.dropped.tolist() == [0.0] * 3
+        assert result.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
     def test_default_bounds_are_infinite(self) -> None:
-        found = sums(private=False)
-        assert found.bounds.eq(math.inf).all()
-        assert found.bounds.dtype == torch.float64
+        result = sums(private=False)
+        assert result.bounds.eq(math.inf).all()
+        assert result.bounds.dtype == torch.float64
 
     @pytest.mark.parametrize("bound", [-1.0, math.nan, 1e-13, -math.inf])
     def test_invalid_bounds_are_rejected(self, bound: float) -> None:
@@ -419,17 +422,17 @@ class TestBoundedGradientSums:
             sums().reset([0], [[1.0, 1.0]], [sigma])
 
     def test_largest_noise_is_exact(self) -> None:
-        found = sums()
-        found.reset([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
-        most = int(found.stddev(0)) * 64
-        add_pass(found, torch.full((1, 5), -9.0), [1], [0])
+        result = sums()
+        result.reset([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
+        most = int(result.stddev(0)) * 64
+        add_pass(result, torch.full((1, 5), -9.0), [1], [0])
         own, _ = clip_to_steps(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
-        noised = found._values[[0]] + most
+        noised = result._values[[0]] + most
         assert torch.equal(noised.long(), own + most)
 
     def test_float64_gradients_stay_float64(self) -> None:
-        found = BoundedGradientSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
-        found.reset([0], [[1.0]], [0.0])
+        result = BoundedGradientSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
+        result.reset([0], [[1.0]], [0.0])
         rows, one = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0])
-        found.add(one, found.clip(one, rows, torch.tensor([1])))
-        assert (found.pop_noised([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < CUT
+        result.add(one, result.clip(one, rows, torch.tensor([1])))
+        assert (result.pop_noised([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < CUT

@@ -48,11 +48,11 @@ BATCH = 8  # divisor of the sums; division is exact
 
 def count_off_lattice(released: Tensor, known: Tensor, scale: float) -> int:
     """Count numbers that are not fl32(known + scale · n) for any float32 n near the nearest n."""
-    wanted, known64 = released.numpy().astype(np.float32), known.double().numpy()
-    nearest = ((wanted.astype(np.float64) - known64) / scale).astype(np.float32)
-    possible = np.zeros(wanted.shape, bool)
+    expected, known64 = released.numpy().astype(np.float32), known.double().numpy()
+    nearest = ((expected.astype(np.float64) - known64) / scale).astype(np.float32)
+    possible = np.zeros(expected.shape, bool)
     for other in (nearest, np.nextafter(nearest, np.float32(np.inf)), np.nextafter(nearest, np.float32(-np.inf))):
-        possible |= (scale * other.astype(np.float64) + known64).astype(np.float32) == wanted
+        possible |= (scale * other.astype(np.float64) + known64).astype(np.float32) == expected
     return int((~possible).sum())
 
 
@@ -78,21 +78,21 @@ class _EmptyBatchNoise(SecureNoise):
 
 def device_release(base: Base, folder: Path, count: int, noise: NoiseSource) -> Tensor:
     """The server's view of one SGD step at B = 0: the noised sum [D], computed by the device's own code."""
-    held = Pictures(tuple(random_picture(seed) for seed in range(count)), (), ())
-    device = device_with_base(base, folder, "d", held, lambda _round, _purpose: noise)
-    b_updates = {name: Factors(a, torch.zeros_like(b)) for name, (a, b) in adapter(base, 1).items()}
+    held_pictures = Pictures(tuple(random_picture(seed) for seed in range(count)), (), ())
+    device = device_with_base(base, folder, "d", held_pictures, lambda _round, _purpose: noise)
+    sent = {name: Factors(a, torch.zeros_like(b)) for name, (a, b) in adapter(base, 1).items()}
     privacy = ExamplePrivacy(noise_multiplier=SIGMA, clip=CLIP, sampling_rate=1.0, draws=1, delta=1e-3)
     asked = plan(base, round=1, steps=1, batch_size=BATCH, learning_rate=1.0, optimiser="sgd", privacy=privacy)
 
     def performed(jobs: list) -> Sequence:
         return perform(base, jobs, memory=PLENTY, timesteps=1)
 
-    request = Train(plan=asked, adapter=tensor_codec.encode(to_tensors(b_updates)))
+    request = Train(plan=asked, adapter=tensor_codec.encode(to_tensors(sent)))
     reply = run_handlers({"d": handle(request, device)}, performed)["d"]
     assert not isinstance(reply, Exception), reply
-    rank = next(iter(b_updates.values())).a.shape[0]
-    told = tensor_codec.decode(reply.adapter, adapter_shapes(base.sites, rank))
-    return -BATCH * torch.cat([told[name].flatten() for name in sorted(told) if name.endswith("lora_B")])
+    rank = next(iter(sent.values())).a.shape[0]
+    tensors = tensor_codec.decode(reply.adapter, adapter_shapes(base.sites, rank))
+    return -BATCH * torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.endswith("lora_B")])
 
 
 def test_device_release_is_consistent_with_any_pictures(base: Base, tmp_path: Path) -> None:
@@ -119,11 +119,11 @@ def test_device_release_is_consistent_with_any_pictures(base: Base, tmp_path: Pa
 
 def b_updates(count: int) -> list[Adapter]:
     """Updates of several devices in which only B is trained."""
-    made = []
+    updates = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
-        made.append({name: Factors(f.a, torch.randn(f.b.shape, generator=generator)) for name, f in START.items()})
-    return made
+        updates.append({name: Factors(f.a, torch.randn(f.b.shape, generator=generator)) for name, f in START.items()})
+    return updates
 
 
 START = {name: Factors(torch.ones(RANK, site.inputs), torch.zeros(site.outputs, RANK)) for name, site in SITES.items()}
@@ -142,9 +142,9 @@ def test_server_release_is_consistent_with_any_devices(tmp_path: Path) -> None:
                 noise=lambda _: SecureNoise(),
                 mechanism=GaussianMechanism(noise_multiplier=SIGMA, expected=8.0),
             )
-            level.open(1, [], b"adapter")
-            found, _ = level.close(FFA(), START, b_updates(count), round=1)
-            released.append(layout.pack(found.adapter))
+            level.charge_round(1, [], b"adapter")
+            result, _ = level.privatize(FFA(), START, b_updates(count), round=1)
+            released.append(layout.pack(result.adapter))
         values = torch.cat(released)
         steps = to_whole_steps(values, STEP / 8.0)
         assert stats.chisquare(np.bincount(steps[np.abs(steps) < 2**24] % 4)).pvalue > 1e-6
@@ -160,8 +160,8 @@ def test_gain_noise_has_resolution_of_its_steps(sigma: float) -> None:
     candidates = np.arange(-3 * truth.sensitivity, 3 * truth.sensitivity + 1)
     alive, scale = np.ones(len(candidates), bool), sigma * truth.sensitivity
     for _ in range(40):
-        told = noised_mean(gains, clip=clip, noise_multiplier=sigma, count=1, noise=SecureNoise())
-        rest = (round(told / truth.step) - candidates).astype(np.float64)
+        gain = noised_mean(gains, clip=clip, noise_multiplier=sigma, count=1, noise=SecureNoise())
+        rest = (round(gain / truth.step) - candidates).astype(np.float64)
         nearest = (rest / scale).astype(np.float32)
         possible = np.rint(scale * nearest.astype(np.float64)) == rest
         for step in (np.inf, -np.inf):
@@ -191,7 +191,7 @@ def test_server_outputs_depend_on_noised_integers_only(tmp_path: Path) -> None:
     """Adapter, diagnostics (e.g. signal-to-noise ratio) and metrics are equal if the noise makes the sums equal."""
     layout = trained_layout(SITES, RANK, "b", START)
     total = torch.randint(-(2**24), 2**24, (layout.size,), generator=torch.Generator().manual_seed(0))
-    told = []
+    outputs = []
     for count in (0, 1, 7):
         steps = clip_and_sum(changes(layout, START, b_updates(count)), CLIP, layout.size).total.steps
         assert count == 0 or steps.any()
@@ -201,11 +201,11 @@ def test_server_outputs_depend_on_noised_integers_only(tmp_path: Path) -> None:
             noise=lambda _, steps=steps: _BalancingNoise(total, steps),
             mechanism=GaussianMechanism(noise_multiplier=SIGMA, expected=8.0),
         )
-        level.open(1, [], b"adapter")
-        found, facts = level.close(FFA(), START, b_updates(count), round=1)
-        told.append((layout.pack(found.adapter).tolist(), found.diagnostics, replace(facts, dropped=0)))
-    assert told[0] == told[1] == told[2]
-    assert told[0][1]["snr"] > 0
+        level.charge_round(1, [], b"adapter")
+        result, facts = level.privatize(FFA(), START, b_updates(count), round=1)
+        outputs.append((layout.pack(result.adapter).tolist(), result.diagnostics, replace(facts, dropped=0)))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0][1]["snr"] > 0
 
 
 class _MatchingNoise:
@@ -236,7 +236,7 @@ def test_device_outputs_depend_on_noised_integers_only(
         return original(self, clients, noises)
 
     monkeypatch.setattr(BoundedGradientSums, "pop_noised", pop_noised)
-    total, told = torch.zeros(0), []
+    total, outputs = torch.zeros(0), []
     for count in (0, 2, 5):
         first = private(base, "a", count=count, steps=1, optimizer=optimizer, noise=_MatchingNoise())
         (_,) = train(base, [first], memory=PLENTY, timesteps=1)
@@ -245,9 +245,9 @@ def test_device_outputs_depend_on_noised_integers_only(
             total = torch.randint_like(steps, -(2**22), 2**22)
         assert count == 0 or steps.any()
         again = replace(first, noise=_MatchingNoise([total - steps]))
-        (found,) = train(base, [again], memory=PLENTY, timesteps=1)
-        assert isinstance(found, TrainedAdapter), found
+        (result,) = train(base, [again], memory=PLENTY, timesteps=1)
+        assert isinstance(result, TrainedAdapter), result
         assert torch.equal(seen.pop().long(), steps)
-        told.append(found)
-    assert_same_bits(told[0], told[1])
-    assert_same_bits(told[1], told[2])
+        outputs.append(result)
+    assert_same_bits(outputs[0], outputs[1])
+    assert_same_bits(outputs[1], outputs[2])

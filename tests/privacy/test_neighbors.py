@@ -118,11 +118,11 @@ def run_neighbors(base: Base, folder: Path, mode: TrainingMode, *, removed: int)
     """Run the same two rounds with and without one of the pictures."""
     rest = [member for member in ALL_PICTURES if member != removed]
     batches = [[removed], [], ALL_PICTURES, rest]
-    found = (
+    result = (
         two_rounds(base, folder / name, PICTURES, members, mode, batches)
         for name, members in (("with", ALL_PICTURES), ("without", rest))
     )
-    having, without = found
+    having, without = result
     return having, without
 
 
@@ -155,13 +155,15 @@ def test_sensitivity_with_small_passes(fine: Base, tmp_path: Path, name: str, mo
     more = {"prior": Prior(examples=examples(fine, 2, 5)), "views": 2} if mode.change is all_options else {}
     alike = private(fine, "d", rank=mode.rank, count=len(ALL_PICTURES), draws=mode.draws, **more)
     trains = memory_for(fine, [alike], entries)
-    packs: list[Microbatch] = []
+    microbatches: list[Microbatch] = []
     really = EntryQueue.pop
-    monkeypatch.setattr(EntryQueue, "pop", lambda self, size: packs.append(really(self, size)) or packs[-1])
+    monkeypatch.setattr(
+        EntryQueue, "pop", lambda self, size: microbatches.append(really(self, size)) or microbatches[-1]
+    )
     mode = dataclasses.replace(mode, memory=-(-trains * 4 // 3))  # training gets three quarters
     check_sensitivity(*run_neighbors(fine, tmp_path, mode, removed=1), mode.clip, EXACT)
-    assert len(packs) > 16  # more than one for each nonempty step, including those of the personal adapters
-    assert any(pack.piece for pack in packs) == (name != "two pictures")
+    assert len(microbatches) > 16  # more than one for each nonempty step, including those of the personal adapters
+    assert any(microbatch.piece for microbatch in microbatches) == (name != "two pictures")
 
 
 @pytest.mark.parametrize("name", mark_slow(ON_DEVICES))
@@ -251,8 +253,8 @@ def gain_in_steps(base: Base, folder: Path, members: Sequence[int], clip: float,
     """For the adapters of two rounds, the sum that the noise would hide, in steps; a personal adapter is trained in
     between.
     """
-    held = Pictures((random_picture(9),), tuple(PICTURES[member] for member in members), ())
-    device = device_with_base(base, folder, "d", held, lambda _round, _purpose: NoNoise())
+    held_pictures = Pictures((random_picture(9),), tuple(PICTURES[member] for member in members), ())
+    device = device_with_base(base, folder, "d", held_pictures, lambda _round, _purpose: NoNoise())
     privacy = EvaluationPrivacy(noise_multiplier=20.0, clip=clip, pictures=DIVISOR, delta=PRIVACY.delta)
     first, second = (
         Evaluate(
@@ -260,14 +262,14 @@ def gain_in_steps(base: Base, folder: Path, members: Sequence[int], clip: float,
         )
         for number in (1, 2)
     )
-    found = []
+    result = []
     for request in (first, personalize_request(adapter(base, 1), 1), second):
         conversation = handle(request, device)
         reply = run_handlers({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
         if isinstance(reply, Evaluation):
             assert reply.gain is not None
-            found.append(round(reply.gain * DIVISOR / clip * bounded_sum.STEPS_PER_CLIP))
-    return found
+            result.append(round(reply.gain * DIVISOR / clip * bounded_sum.STEPS_PER_CLIP))
+    return result
 
 
 @pytest.mark.parametrize(

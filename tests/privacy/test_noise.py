@@ -54,8 +54,8 @@ def test_noise_is_a_rounded_gaussian(source: NoiseSource) -> None:
 def test_integers_have_correct_probabilities(source: NoiseSource, stddev: float) -> None:
     most = max(1, round(3 * stddev))
     drawn = source.rounded_gaussian(COUNT, stddev).clamp(-most, most).numpy()
-    found = np.bincount(drawn + most, minlength=2 * most + 1)
-    assert stats.chisquare(found, COUNT * probabilities(stddev, most)).pvalue > 1e-6
+    result = np.bincount(drawn + most, minlength=2 * most + 1)
+    assert stats.chisquare(result, COUNT * probabilities(stddev, most)).pvalue > 1e-6
     assert not source.rounded_gaussian(1000, 0.01).any()
 
 
@@ -135,7 +135,7 @@ def test_extreme_uniforms_are_resolved(monkeypatch: pytest.MonkeyPatch, first: i
     """Compares with mpmath (100 digits) on the further bits that are drawn where 53 don't decide."""
     urandom = _FakeUrandom(words(first, second), seed=first ^ second)
     monkeypatch.setattr(noise.os, "urandom", urandom)
-    found = SecureNoise().rounded_gaussian(2, stddev)
+    result = SecureNoise().rounded_gaussian(2, stddev)
     bits, replay = 53, _FakeUrandom(words(first, second), seed=first ^ second)
     u, v = (int.from_bytes(replay(8), "little") >> 11 for _ in range(2))
     while replay.asked < urandom.asked:
@@ -146,18 +146,18 @@ def test_extreme_uniforms_are_resolved(monkeypatch: pytest.MonkeyPatch, first: i
                 radius = stddev * mpmath.sqrt(-2 * mpmath.log((u + end) / mpmath.mpf(2) ** bits))
                 angle = 2 * mpmath.pi * (v + other) / mpmath.mpf(2) ** bits
                 exact = [int(mpmath.nint(radius * turned)) for turned in (mpmath.cos(angle), mpmath.sin(angle))]
-                assert found.tolist() == exact
+                assert result.tolist() == exact
 
 
 def test_further_bits_decide_open_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sample is exact, with or without further bits: compared with mpmath on the bits that decided."""
     urandom, count, stddev = _FakeUrandom(b"", seed=5), 400, 2.0**41
     monkeypatch.setattr(noise.os, "urandom", urandom)
-    found = SecureNoise().rounded_gaussian(count, stddev).view(2, -1).T
+    result = SecureNoise().rounded_gaussian(count, stddev).view(2, -1).T
     assert urandom.asked > 8 * count  # some needed further bits
     first, second = (np.frombuffer(_FakeUrandom(b"", seed=5)(8 * count), np.uint64) >> np.uint64(11)).reshape(2, -1)
     with mpmath.workdps(60):
-        for pair, u, v in zip(found.tolist(), first.tolist(), second.tolist(), strict=True):
+        for pair, u, v in zip(result.tolist(), first.tolist(), second.tolist(), strict=True):
             radius = stddev * mpmath.sqrt(-2 * mpmath.log(mpmath.ldexp(u + 0.5, -53)))
             angle = 2 * mpmath.pi * mpmath.ldexp(v + 0.5, -53)
             margin = 1 + stddev * (
@@ -214,11 +214,11 @@ def test_bernoulli_draw_is_exact(monkeypatch: pytest.MonkeyPatch, rate: float) -
 @pytest.mark.parametrize("rate", [0.01, 0.05])
 def test_batch_sizes_are_binomial(source: NoiseSource, rate: float) -> None:
     sizes = np.bincount([len(source.poisson_batch(50, rate)) for _ in range(4000)], minlength=51)
-    wanted = 4000 * stats.binom.pmf(np.arange(51), 50, rate)
-    assert sizes[0] == pytest.approx(wanted[0], abs=5 * wanted[0] ** 0.5)
-    common = wanted > 5
-    rest = [sizes[~common].sum(), wanted[~common].sum()]
-    assert stats.chisquare([*sizes[common], rest[0]], [*wanted[common], rest[1]]).pvalue > 1e-6
+    expected = 4000 * stats.binom.pmf(np.arange(51), 50, rate)
+    assert sizes[0] == pytest.approx(expected[0], abs=5 * expected[0] ** 0.5)
+    common = expected > 5
+    rest = [sizes[~common].sum(), expected[~common].sum()]
+    assert stats.chisquare([*sizes[common], rest[0]], [*expected[common], rest[1]]).pvalue > 1e-6
 
 
 def test_simulated_noise_is_keyed() -> None:
@@ -314,5 +314,5 @@ def test_source_is_secure_without_a_seed() -> None:
     ]
     drawn = [tuple(noise_source(r, p, client=c, seed=s).rounded_gaussian(4, STDDEV).tolist()) for r, p, c, s in keys]
     assert len(set(drawn)) == len(keys)
-    wanted = SimulatedNoise(seed=0, client="a", round=1, purpose="train").rounded_gaussian(4, STDDEV)
-    assert drawn[0] == tuple(wanted.tolist())
+    expected = SimulatedNoise(seed=0, client="a", round=1, purpose="train").rounded_gaussian(4, STDDEV)
+    assert drawn[0] == tuple(expected.tolist())

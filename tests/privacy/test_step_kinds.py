@@ -21,16 +21,16 @@ def random_events(*found: StepKind) -> list[PoissonGaussian]:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """Record the number of kinds and points of every computed grid."""
-    found, losses = [], accounting._composed_losses
+    result, losses = [], accounting._composed_losses
 
     def counted(asked: tuple[StepKind, ...], interval: float) -> accounting._Level:
         level = losses(asked, interval)
-        found.append((len(asked), level.points))
+        result.append((len(asked), level.points))
         return level
 
     accounting._composed_epsilon.cache_clear()
     monkeypatch.setattr(accounting, "_composed_losses", counted)
-    yield found
+    yield result
     accounting._composed_epsilon.cache_clear()
 
 
@@ -90,8 +90,8 @@ def test_work_is_bounded_for_any_events(work: list[tuple[int, int]]) -> None:
 )
 def test_ordinary_runs_are_not_overestimated(asked: list[StepKind], delta: float, before: float) -> None:
     """Values from before work was bounded: not lower, and at most 0.2 % higher."""
-    found = epsilon(random_events(*asked), delta).value
-    assert before * (1 - 1e-4) <= found <= before * 1.002
+    result = epsilon(random_events(*asked), delta).value
+    assert before * (1 - 1e-4) <= result <= before * 1.002
 
 
 def test_few_kinds_are_unchanged() -> None:
@@ -106,19 +106,19 @@ KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_0
 @given(st.lists(KIND, max_size=60))
 def test_merged_kinds_dominate(asked: list[StepKind]) -> None:
     """Each kind is counted as one with no more noise and no less sampling: some assignment covers all steps."""
-    found = merge_kinds(asked)
-    assert len(found) <= MAX_KINDS or len(asked) <= MAX_KINDS
-    assert sum(n for _, _, n in found) == sum(n for _, _, n in asked)
+    result = merge_kinds(asked)
+    assert len(result) <= MAX_KINDS or len(asked) <= MAX_KINDS
+    assert sum(n for _, _, n in result) == sum(n for _, _, n in asked)
     for sigma, rate, _ in asked:
-        assert any(other <= sigma and q >= rate for other, q, _ in found)
-    assert all(sigma > 0 and 0 < q <= 1 for sigma, q, _ in found)
+        assert any(other <= sigma and q >= rate for other, q, _ in result)
+    assert all(sigma > 0 and 0 < q <= 1 for sigma, q, _ in result)
 
 
 @given(st.floats(1e-9, 1e9), st.sampled_from([2.0**-9, 2.0**-5, 0.5, 1.0, 4.0, 64.0]))
 def test_rounding_grids_are_nested(value: float, width: float) -> None:
-    found = step_kinds._round_down(value, width)
-    assert found <= value < found * 2.0**width * (1 + 1e-9)
-    assert step_kinds._round_down(found, width) == found
+    result = step_kinds._round_down(value, width)
+    assert result <= value < result * 2.0**width * (1 + 1e-9)
+    assert step_kinds._round_down(result, width) == result
     assert step_kinds._round_down(step_kinds._round_down(value, width), 2 * width) == step_kinds._round_down(
         value, 2 * width
     )
@@ -128,5 +128,5 @@ def test_merged_kinds_never_understate_epsilon() -> None:
     generator = random.Random(2)
     asked = [(generator.uniform(0.8, 3), generator.uniform(0.05, 0.3), generator.randint(5, 30)) for _ in range(40)]
     exact = accounting._composed_losses(tuple(asked), INTERVALS[2]).losses.get_epsilon_for_delta(1e-5)
-    found = epsilon(random_events(*asked), 1e-5).value
-    assert 0.99 * exact <= found <= 2 * exact  # the exact value uses a coarser grid
+    result = epsilon(random_events(*asked), 1e-5).value
+    assert 0.99 * exact <= result <= 2 * exact  # the exact value uses a coarser grid

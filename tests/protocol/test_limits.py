@@ -61,10 +61,10 @@ def test_limits_are_inclusive() -> None:
 
 
 def test_gain_may_be_negative() -> None:
-    told = Evaluation(device="d", round=1, base=None, shared=None, gain=-0.25)
-    limits.check(told)
+    message = Evaluation(device="d", round=1, base=None, shared=None, gain=-0.25)
+    limits.check(message)
     with pytest.raises(ValueError, match=r"Evaluation\.gain"):
-        limits.check(dataclasses.replace(told, gain=-1e13))
+        limits.check(dataclasses.replace(message, gain=-1e13))
 
 
 def test_nested_values_are_checked() -> None:

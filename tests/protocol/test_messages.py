@@ -172,9 +172,9 @@ def test_cached_request_gives_separate_messages():
     assert records.request_from_records("train", records.request_to_records(another)) == another
     assert records.request_from_records("train", other) == train
     echoed = dataclasses.replace(train, echo=7)
-    told = records.request_to_records(echoed)
-    assert told["arrays"] is one["arrays"]  # different messages share the adapter's record
-    assert records.request_from_records("train", told) == echoed
+    other = records.request_to_records(echoed)
+    assert other["arrays"] is one["arrays"]  # different messages share the adapter's record
+    assert records.request_from_records("train", other) == echoed
 
 
 def with_records(**changes):

@@ -51,11 +51,11 @@ def grid_spacing(block, precision):
 @precisions
 @given(numbers=values, seed=st.integers(0, 99))
 def test_rounding_error_is_below_a_step(precision, numbers, seed):
-    found = roundtrip({"x": torch.from_numpy(numbers)}, precision, seed=seed)["x"].numpy()
-    assert found.shape == numbers.shape
+    result = roundtrip({"x": torch.from_numpy(numbers)}, precision, seed=seed)["x"].numpy()
+    assert result.shape == numbers.shape
     for start in range(0, len(numbers), BLOCK):
         block = numbers[start : start + BLOCK].astype(np.float64)
-        error = np.abs(found[start : start + BLOCK] - block)
+        error = np.abs(result[start : start + BLOCK] - block)
         assert (error <= grid_spacing(block, precision) * (1 + 1e-6)).all()
 
 
@@ -66,9 +66,9 @@ def test_rounding_is_unbiased(precision, numbers):
     many = 400
     row = np.zeros(BLOCK, np.float32)
     row[: len(numbers)] = numbers
-    found = roundtrip({"x": torch.from_numpy(np.tile(row, (many, 1)))}, precision)["x"].double().mean(dim=0).numpy()
+    result = roundtrip({"x": torch.from_numpy(np.tile(row, (many, 1)))}, precision)["x"].double().mean(dim=0).numpy()
     step = grid_spacing(row, precision)
-    assert (np.abs(found - row) <= 6 * 0.5 * step / math.sqrt(many) + 1e-6 * np.abs(row) + MIN_SCALE).all()
+    assert (np.abs(result - row) <= 6 * 0.5 * step / math.sqrt(many) + 1e-6 * np.abs(row) + MIN_SCALE).all()
 
 
 @given(numbers=arrays.arrays(np.float16, BLOCK, elements=st.floats(-1, 1, width=16)))
@@ -99,12 +99,12 @@ def test_whole_levels_are_exact(precision, levels):
 def test_names_shapes_and_order_are_kept(precision, tensors):
     expected = dict(sorted(shapes(tensors).items(), reverse=True))
     data = encode(tensors, precision, generator())
-    found = decode(data, expected, precision)
-    assert shapes(found) == expected
-    assert list(found) == list(expected)
+    result = decode(data, expected, precision)
+    assert shapes(result) == expected
+    assert list(result) == list(expected)
     assert data == encode(dict(reversed(tensors.items())), precision, generator())
     for name, tensor in tensors.items():
-        assert torch.allclose(found[name], tensor.detach().float(), atol=0.75, rtol=0)
+        assert torch.allclose(result[name], tensor.detach().float(), atol=0.75, rtol=0)
 
 
 @precisions
@@ -124,9 +124,9 @@ def test_int4_takes_four_and_a_quarter_bits():
 def test_largest_blocks_are_kept(precision, keep):
     rows = torch.arange(1.0, 11)[torch.randperm(10, generator=generator())]
     tensors = {"x": rows[:, None].expand(10, BLOCK)}
-    found = roundtrip(tensors, precision, keep=keep)["x"][:, 0]
+    result = roundtrip(tensors, precision, keep=keep)["x"][:, 0]
     kept = math.ceil(keep * 10)
-    assert sorted(rows[found != 0].tolist()) == list(range(11 - kept, 11))
+    assert sorted(rows[result != 0].tolist()) == list(range(11 - kept, 11))
     assert len(encode(tensors, precision, generator(), keep=keep)) == max_payload({"x": (10, 64)}, precision, keep=keep)
 
 
@@ -135,9 +135,9 @@ def test_error_feedback_sends_everything_eventually(precision):
     """The sum of all sent changes equals the sum of the true ones, except for the last quantization error."""
     change, left, total = torch.linspace(-1, 1, 640) ** 3, torch.zeros(640), torch.zeros(640)
     for number in range(20):
-        found = roundtrip({"x": change + left}, precision, seed=number, keep=0.3)["x"]
-        left = change + left - found
-        total += found
+        result = roundtrip({"x": change + left}, precision, seed=number, keep=0.3)["x"]
+        left = change + left - result
+        total += result
     assert torch.allclose(total + left, 20 * change, atol=1e-4)
     assert left.norm() < 8 * change.norm()  # 20 rounds with a third of the blocks leave only a few changes
 
@@ -145,8 +145,8 @@ def test_error_feedback_sends_everything_eventually(precision):
 @precisions
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2 * MAX_SCALE])
 def test_non_finite_and_large_values_are_rejected(precision, value):
-    for place in (0, 40, 131):
-        tensors = TENSORS | {"b": TENSORS["b"].flatten().index_fill(0, torch.tensor(place), value).view(2, 66)}
+    for index in (0, 40, 131):
+        tensors = TENSORS | {"b": TENSORS["b"].flatten().index_fill(0, torch.tensor(index), value).view(2, 66)}
         with pytest.raises(CodecError, match="a scale is not 0"):
             roundtrip(tensors, precision)
 
@@ -192,9 +192,9 @@ def test_padding_must_be_zero(precision):
 def test_wrong_length_is_rejected(precision):
     data = encode(TENSORS, precision, generator())
     other = [data[:length] for length in range(len(data))] + [data + bytes(count) for count in (1, CODES[precision])]
-    for found in (*other, data + bytes(2**20)):
+    for result in (*other, data + bytes(2**20)):
         with pytest.raises(CodecError):
-            decode(found, EXPECTED, precision)
+            decode(result, EXPECTED, precision)
     with pytest.raises(CodecError, match="bytes of codes for 3 blocks"):
         decode(b"\0\0" + data[2:], EXPECTED, precision)
     with pytest.raises(CodecError, match="expected 8 to"):
@@ -213,10 +213,10 @@ def test_huge_shapes_allocate_nothing(precision):
 @given(data=st.binary(max_size=8 + 4 * 128))
 def test_arbitrary_bytes_never_crash(precision, data):
     try:
-        found = decode(data, EXPECTED, precision)
+        result = decode(data, EXPECTED, precision)
     except CodecError:
         return
-    assert all(bool(tensor.abs().le(MAX_SCALE).all()) for tensor in found.values())
+    assert all(bool(tensor.abs().le(MAX_SCALE).all()) for tensor in result.values())
 
 
 @precisions
@@ -226,10 +226,10 @@ def test_flipped_bit_is_rejected_or_changes_values(precision):
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
         try:
-            found = decode(bytes(flipped), EXPECTED, precision)
+            result = decode(bytes(flipped), EXPECTED, precision)
         except CodecError:
             continue
-        assert shapes(found) == EXPECTED
-        numbers = torch.cat([tensor.flatten() for tensor in found.values()])
+        assert shapes(result) == EXPECTED
+        numbers = torch.cat([tensor.flatten() for tensor in result.values()])
         assert numbers.isfinite().all()
         assert not ((numbers != 0) & (numbers.abs() < torch.finfo(torch.float32).tiny)).any()

@@ -37,10 +37,10 @@ def make_payload(header, data=bytes(32)):
 
 
 def test_roundtrip_keeps_values_and_order():
-    found = decode(encode(TENSORS), EXPECTED)
-    assert list(found) == ["a", "b"]
-    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    found["a"].zero_()  # the result is writable
+    result = decode(encode(TENSORS), EXPECTED)
+    assert list(result) == ["a", "b"]
+    assert all(torch.equal(result[name], TENSORS[name]) for name in TENSORS)
+    result["a"].zero_()  # the result is writable
 
 
 def test_bytes_are_canonical_safetensors():
@@ -65,9 +65,9 @@ def test_bytes_match_safetensors(tensors, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    found = decode(encode(TENSORS, dtype=dtype), EXPECTED, dtype=dtype)
-    assert found["b"].dtype == dtype
-    assert torch.equal(found["b"].float(), TENSORS["b"])
+    result = decode(encode(TENSORS, dtype=dtype), EXPECTED, dtype=dtype)
+    assert result["b"].dtype == dtype
+    assert torch.equal(result["b"].float(), TENSORS["b"])
     with pytest.raises(CodecError, match="dtype must be F32"):
         decode(encode(TENSORS, dtype=dtype), EXPECTED)
 
@@ -76,9 +76,9 @@ def test_unknown_rank_is_consistent():
     sites = {"x": Site(5, 3), "y": Site(4, 4)}
     adapter = init_adapter(sites, 2, seed=0)
     data = encode(to_tensors(adapter))
-    found = from_tensors(decode(data, adapter_shapes(sites, -1)))
-    assert torch.equal(found["x"].a, adapter["x"].a)
-    assert found["y"].b.shape == (4, 2)
+    result = from_tensors(decode(data, adapter_shapes(sites, -1)))
+    assert torch.equal(result["x"].a, adapter["x"].a)
+    assert result["y"].b.shape == (4, 2)
     mixed = encode(to_tensors({"x": adapter["x"], "y": init_adapter(sites, 3, seed=0)["y"]}))
     with pytest.raises(CodecError, match=r"y\.lora_A: shape must be \[2, 4\], is \[3, 4\]"):
         decode(mixed, adapter_shapes(sites, -1))
@@ -109,19 +109,19 @@ def test_max_payload_is_a_bound(rank, most):
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
 def test_subnormal_numbers_become_zero(numbers):
     values = np.array(numbers, np.float32)
-    found = decode(encode({"a": torch.from_numpy(values)}), {"a": values.shape})["a"].numpy()
-    assert np.array_equal(found, np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values))
+    result = decode(encode({"a": torch.from_numpy(values)}), {"a": values.shape})["a"].numpy()
+    assert np.array_equal(result, np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values))
 
 
 def test_long_payload_is_checked_completely():
     """It is checked in chunks."""
     values = torch.ones(200_000)
     values[[0, 70_000, -1]] = 1e-40
-    found = decode(encode({"a": values}), {"a": (200_000,)})["a"]
-    assert torch.equal(found.eq(0).nonzero().ravel(), torch.tensor([0, 70_000, 199_999]))
-    for place in (0, 70_000, -1):
+    result = decode(encode({"a": values}), {"a": (200_000,)})["a"]
+    assert torch.equal(result.eq(0).nonzero().ravel(), torch.tensor([0, 70_000, 199_999]))
+    for index in (0, 70_000, -1):
         with pytest.raises(CodecError, match="a: holds NaN"):
-            decode(encode({"a": torch.ones(200_000).index_fill(0, torch.tensor(place), math.nan)}), {"a": (200_000,)})
+            decode(encode({"a": torch.ones(200_000).index_fill(0, torch.tensor(index), math.nan)}), {"a": (200_000,)})
 
 
 def test_truncated_at_every_byte():
@@ -188,10 +188,10 @@ def test_flipped_bit_is_rejected_or_changes_values():
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
         try:
-            found = decode(bytes(flipped), EXPECTED)
+            result = decode(bytes(flipped), EXPECTED)
         except CodecError:
             continue
-        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == EXPECTED
+        assert {name: tuple(tensor.shape) for name, tensor in result.items()} == EXPECTED
 
 
 @given(st.binary(max_size=200))

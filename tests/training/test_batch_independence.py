@@ -40,16 +40,16 @@ cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 def chaotic_adapter(base: Base, seed: int, rank: int, queries: float, others: float) -> Adapter:
     """A random adapter whose products have the given Frobenius norms at queries and keys, and elsewhere."""
-    generator, found = torch.Generator().manual_seed(seed), {}
+    generator, result = torch.Generator().manual_seed(seed), {}
     for name, factors in init_adapter(base.sites, RANK, seed).items():
         a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
         a[:rank] = torch.randn(rank, a.shape[1], generator=generator)
         b[:, :rank] = torch.randn(b.shape[0], rank, generator=generator)
         norm = queries if ("to_q" in name or "to_k" in name) else others
         scale = (norm / (b @ a).norm()).sqrt()
-        found[name] = Factors(a * scale, b * scale)
-    assert not norm_violation(found)
-    return found
+        result[name] = Factors(a * scale, b * scale)
+    assert not norm_violation(result)
+    return result
 
 
 class _FixedBatches:
@@ -76,13 +76,13 @@ def glyphs(request: pytest.FixtureRequest) -> Base:
 def letters(glyphs: Base) -> Examples:
     writer = dataset.load("development")[0]
     order = writer.order[:20]
-    latents = glyphs.encode_images([writer.images[place] for place in order])
+    latents = glyphs.encode_images([writer.images[index] for index in order])
     return Examples(latents.cpu(), glyphs.encode_captions([dataset.caption(dataset.GLYPHS[p]) for p in order]).cpu())
 
 
 def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str = "d", **changes: object) -> TrainJob:
     """One SGD step on some of twenty pictures, whose result is the sum itself; sixteen pictures are assumed."""
-    chosen = torch.tensor(places, dtype=torch.long)
+    selected = torch.tensor(places, dtype=torch.long)
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0)
     usual = TrainJob(
         client=client,
@@ -93,26 +93,26 @@ def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str =
         steps=1,
         batch_size=16,
         learning_rate=16.0,
-        examples=Examples(letters.latents[chosen], letters.context[chosen]),
+        examples=Examples(letters.latents[selected], letters.context[selected]),
         optimizer="sgd",
         privacy=privacy,
         noise=_FixedBatches(range(len(places))),
-        names=tuple(f"picture {place}" for place in places),
+        names=tuple(f"picture {index}" for index in places),
     )
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
 def entry_gradients(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
     """Gradients [n, D] of a batch, in passes of one size."""
-    rows, queue, found = CohortBuffers(base, BufferSpec.of([job]), 1), EntryQueue(), []
+    rows, queue, result = CohortBuffers(base, BufferSpec.of([job]), 1), EntryQueue(), []
     rows.load({0: job})
     queue.push(0, batch)
     while len(queue):
-        pack = queue.pop(size)
-        whole, _ = gradients(base, rows, on_device(pack.padded(size), base.device))
+        microbatch = queue.pop(size)
+        whole, _ = gradients(base, rows, on_device(microbatch.padded(size), base.device))
         assert len(whole) == size
-        found.append(whole[: pack.size].cpu().clone())
-    return torch.cat(found)
+        result.append(whole[: microbatch.size].cpu().clone())
+    return torch.cat(result)
 
 
 def batch_of(places: Sequence[int]) -> StepBatch:
@@ -126,10 +126,10 @@ def batch_of(places: Sequence[int]) -> StepBatch:
 def test_gradient_is_independent_of_position_and_neighbors(glyphs: Base, letters: Examples, size: int) -> None:
     """For a picture by itself in its pass, among others at any position, and among copies of itself."""
     job = plan(chaotic_adapter(glyphs, *FOUND), letters, range(20))
-    single = {place: entry_gradients(glyphs, job, batch_of([place]), size)[0] for place in range(6)}
+    single = {index: entry_gradients(glyphs, job, batch_of([index]), size)[0] for index in range(6)}
     for order in ([*range(6), 7, 8], [9, 5, 4, 3, 2, 11, 12, 1, 0], [0] * size, [13] * (size - 1) + [2]):
-        for place, gradient in zip(order, entry_gradients(glyphs, job, batch_of(order), size), strict=True):
-            assert place not in single or torch.equal(gradient, single[place])
+        for index, gradient in zip(order, entry_gradients(glyphs, job, batch_of(order), size), strict=True):
+            assert index not in single or torch.equal(gradient, single[index])
 
 
 def test_pass_size_changes_the_gradient(glyphs: Base, letters: Examples) -> None:
@@ -141,19 +141,19 @@ def test_pass_size_changes_the_gradient(glyphs: Base, letters: Examples) -> None
 
 def hidden_sums(base: Base, jobs: Sequence[TrainJob]) -> list[Tensor]:
     """The sum [D] of each job of one step that its noise would hide, in whole steps of the grid."""
-    told: dict[int, Tensor] = {}
+    recorded: dict[int, Tensor] = {}
     really = SGD.step
 
     def step(self: SGD, rows: Sequence[int], found: Tensor) -> None:
         steps = (found.double().cpu() * (16 * RESOLUTION / CLIP)).round()  # float32 has enough digits
-        told.update(dict(zip(rows, steps, strict=True)))
+        recorded.update(dict(zip(rows, steps, strict=True)))
         really(self, rows, found)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SGD, "step", step)
         outcomes = train(base, jobs, memory=PLENTY, timesteps=1)
     assert not any(isinstance(outcome, Exception) for outcome in outcomes)
-    return [told[row] for row in range(len(jobs))]
+    return [recorded[row] for row in range(len(jobs))]
 
 
 def test_added_picture_changes_sum_by_its_own_gradient(
@@ -189,6 +189,6 @@ def test_gradient_is_independent_of_threads_and_clients(
         for cores, order in ((1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (2, [2, 3, 1, 0])):
             monkeypatch.setattr(parallel_passes, "_cores", lambda cores=cores: cores)
             monkeypatch.setattr(parallel_passes, "_pool", lambda: pool)
-            together = hidden_sums(glyphs, [jobs()[place] for place in order])
-            for place, total in zip(order, together, strict=True):
-                assert torch.equal(total, single[place])
+            together = hidden_sums(glyphs, [jobs()[index] for index in order])
+            for index, total in zip(order, together, strict=True):
+                assert torch.equal(total, single[index])

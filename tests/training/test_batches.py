@@ -73,9 +73,9 @@ def draws_of_entries(batch: StepBatch) -> list[tuple[float, ...]]:
 @given(pictures=st.integers(1, 6), size=st.integers(1, 9), seed=st.integers(0, 99))
 @settings(deadline=None)
 def test_each_epoch_has_every_picture_once(pictures: int, size: int, seed: int) -> None:
-    found = steps(job(pictures, batch_size=size, seed=seed), 2 * pictures)
-    assert all(batch.size == size for batch in found)
-    seen = np.concatenate([batch.examples for batch in found])
+    result = steps(job(pictures, batch_size=size, seed=seed), 2 * pictures)
+    assert all(batch.size == size for batch in result)
+    seen = np.concatenate([batch.examples for batch in result])
     for turn in seen.reshape(-1, pictures):
         assert sorted(turn.tolist()) == list(range(pictures))
 
@@ -114,16 +114,16 @@ def test_removing_pictures_keeps_the_draws_of_others(data: st.DataObject) -> Non
         unit = whole.per_unit
         assert unit == less.per_unit == draws * (2 if prior else 1)
         assert (whole.size, less.size) == (unit * len(names), unit * len(rest))
-        for place, name in enumerate(rest):
-            mine = less.part(slice(unit * place, unit * (place + 1)))
+        for index, name in enumerate(rest):
+            ours = less.part(slice(unit * index, unit * (index + 1)))
             before = whole.part(slice(unit * names.index(name), unit * (names.index(name) + 1)))
-            assert draws_of_entries(mine) == draws_of_entries(before)
+            assert draws_of_entries(ours) == draws_of_entries(before)
             own = slice(None, None, 2 if prior else 1)
-            shift = views * (names.index(name) - place)
-            assert (mine.examples[own] + shift).tolist() == before.examples[own].tolist()
+            shift = views * (names.index(name) - index)
+            assert (ours.examples[own] + shift).tolist() == before.examples[own].tolist()
             if prior:  # the same partners, whose indices follow the job's own examples
                 shift = views * (len(names) - len(rest))
-                assert (mine.examples[1::2] + shift).tolist() == before.examples[1::2].tolist()
+                assert (ours.examples[1::2] + shift).tolist() == before.examples[1::2].tolist()
 
 
 def test_private_draws_are_independent_of_the_batch() -> None:
@@ -158,8 +158,8 @@ def test_streams_are_independent_of_dp_noise() -> None:
 @pytest.mark.parametrize("prior", [None, Prior(examples=examples(2))], ids=["no prior", "prior"])
 def test_empty_poisson_batch_is_empty(prior: Prior | None) -> None:
     plan = private("abc", noise=_FixedBatches([], [1], []), draws=2, prior=prior)
-    for batch, wanted in zip(steps(plan, 3), (0, 1, 0), strict=True):
-        assert batch.size == wanted * batch.per_unit
+    for batch, expected in zip(steps(plan, 3), (0, 1, 0), strict=True):
+        assert batch.size == expected * batch.per_unit
         assert [len(values) for values in batch[:4]] == [batch.size] * 4
 
 
@@ -171,9 +171,9 @@ def test_private_job_without_pictures() -> None:
 @settings(deadline=None)
 def test_draws_cycle_through_views(views: int, draws: int, pictures: int) -> None:
     """Over all steps, no view is used twice before each was used once, and all views are of the same picture."""
-    found = steps(private("abcdefgh"[:pictures], draws=draws, views=views), 4)
+    result = steps(private("abcdefgh"[:pictures], draws=draws, views=views), 4)
     for picture in range(pictures):
-        units = [batch.examples[draws * picture : draws * (picture + 1)] for batch in found]
+        units = [batch.examples[draws * picture : draws * (picture + 1)] for batch in result]
         seen = np.concatenate(units)
         assert (seen // views == picture).all()
         assert (seen % views == np.arange(len(seen)) % views).all()
@@ -182,10 +182,10 @@ def test_draws_cycle_through_views(views: int, draws: int, pictures: int) -> Non
 @given(views=st.integers(1, 3), pictures=st.integers(1, 4), size=st.integers(1, 5))
 @settings(deadline=None)
 def test_non_private_batch_uses_one_view_per_picture(views: int, pictures: int, size: int) -> None:
-    found = steps(job(pictures, views=views, batch_size=size), 3 * views)
-    for step, batch in enumerate(found):
+    result = steps(job(pictures, views=views, batch_size=size), 3 * views)
+    for step, batch in enumerate(result):
         assert (batch.examples % views == step % views).all()
-    turns = np.concatenate([batch.examples // views for batch in found])
+    turns = np.concatenate([batch.examples // views for batch in result])
     for turn in turns[: len(turns) // pictures * pictures].reshape(-1, pictures):
         assert sorted(turn.tolist()) == list(range(pictures))
 
@@ -217,12 +217,12 @@ def test_each_stratum_has_one_phase(start: float, strata: int) -> None:
 
 def test_phases_are_uniform() -> None:
     batches = steps(job(3, batch_size=3), 2000)
-    for place in range(3):
-        assert stats.kstest([batch.phases[place] for batch in batches], "uniform").pvalue > 1e-6
+    for index in range(3):
+        assert stats.kstest([batch.phases[index] for batch in batches], "uniform").pvalue > 1e-6
     batches = steps(private("ab", draws=3), 2000)
-    for place in range(6):
-        assert stats.kstest([batch.phases[place] for batch in batches], "uniform").pvalue > 1e-6
-    one, other = ([batch.phases[place] for batch in batches] for place in (0, 3))
+    for index in range(6):
+        assert stats.kstest([batch.phases[index] for batch in batches], "uniform").pvalue > 1e-6
+    one, other = ([batch.phases[index] for batch in batches] for index in (0, 3))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(2000)  # between two pictures
 
 

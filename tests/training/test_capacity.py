@@ -53,7 +53,7 @@ def random_jobs(base: Base, pick: Pick) -> list[TrainJob]:
     frozen = pick.choice([many[:1], many[1:2], many[2:], many])
     rates = pick.choice([[0.02, 0.05], [0.1, 0.5, 1.0]])
     count = pick.choice([1, 2, 3, 5, 12])
-    return [random_job(base, f"c{place}", pick, frozen, rates) for place in range(count)]
+    return [random_job(base, f"c{index}", pick, frozen, rates) for index in range(count)]
 
 
 def random_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
@@ -74,9 +74,9 @@ def check_peak(base: Base, seed: int) -> None:
     jobs = random_jobs(base, pick)
     granted = random_memory(base, jobs, pick)
     base.cache.pop(cohort._BUFFERS, None)
-    found: list[TrainedAdapter | Exception] = []
-    peak = memory.peak_bytes(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
-    assert not any(isinstance(outcome, Exception) for outcome in found)
+    result: list[TrainedAdapter | Exception] = []
+    peak = memory.peak_bytes(lambda: result.extend(train(base, jobs, memory=granted, timesteps=2)))
+    assert not any(isinstance(outcome, Exception) for outcome in result)
     assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
 
 
@@ -133,7 +133,7 @@ def test_rare_buffers_are_counted(base: Base, kind: str) -> None:
 def test_early_stopping_is_within_the_budget(base: Base) -> None:
     """In addition to the validation examples themselves."""
     stopping = EarlyStopping(validation=examples(base, 12, 3), every=1, patience=9)
-    jobs = [job(base, f"{place}", 16, batch_size=1, steps=1, early_stopping=stopping) for place in range(6)]
+    jobs = [job(base, f"{index}", 16, batch_size=1, steps=1, early_stopping=stopping) for index in range(6)]
     pool = sum(tensor.numel() * 4 for tensor in stopping.validation)
     noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
     for granted in (minimum_memory(base, jobs), memory_for(base, jobs, 12)):
@@ -148,14 +148,14 @@ def test_rows_and_entries_use_the_budget(base: Base, seed: int) -> None:
     pick = random.Random(seed)
     jobs = random_jobs(base, pick)
     granted = random_memory(base, jobs, pick)
-    shape, found = BufferSpec.of(jobs), capacity(base, jobs, granted)
-    assert 1 <= found.jobs <= len(jobs)
-    assert found.entries >= 1
-    assert found.expected >= 1
-    assert found.jobs * row_bytes(base, shape) + found.entries * entry_bytes(base, shape) <= granted
+    shape, result = BufferSpec.of(jobs), capacity(base, jobs, granted)
+    assert 1 <= result.jobs <= len(jobs)
+    assert result.entries >= 1
+    assert result.expected >= 1
+    assert result.jobs * row_bytes(base, shape) + result.entries * entry_bytes(base, shape) <= granted
     more = capacity(base, jobs, 2 * granted)
-    assert more.jobs >= found.jobs
-    assert (more.entries > found.entries) or (more.jobs > found.jobs)
+    assert more.jobs >= result.jobs
+    assert (more.entries > result.entries) or (more.jobs > result.jobs)
     plenty = capacity(base, jobs, memory_for(base, jobs, 1 + len(jobs) * (1 + int(max(map(expected_entries, jobs))))))
     assert plenty.jobs == len(jobs)
     assert plenty.entries >= sum(map(expected_entries, jobs))
@@ -163,19 +163,19 @@ def test_rows_and_entries_use_the_budget(base: Base, seed: int) -> None:
 
 def test_one_entry_always_fits(base: Base) -> None:
     """With one entry per step and client, rows could otherwise use up any budget."""
-    jobs = [private(base, f"{place}", 0.02, rank=16, draws=1, batch_size=1) for place in range(12)]
+    jobs = [private(base, f"{index}", 0.02, rank=16, draws=1, batch_size=1) for index in range(12)]
     low, high = minimum_memory(base, jobs), memory_for(base, jobs, 2)
     for step in range(200):
-        found = capacity(base, jobs, low + (high - low) * step // 200)
-        assert found.jobs >= 1
-        assert found.entries >= 1
-    assert found.jobs > 4, found
+        result = capacity(base, jobs, low + (high - low) * step // 200)
+        assert result.jobs >= 1
+        assert result.entries >= 1
+    assert result.jobs > 4, result
 
 
 def test_insufficient_memory_names_the_key(base: Base) -> None:
     jobs = [private(base, "a"), private(base, "b", rank=16)]
-    found = capacity(base, jobs, minimum_memory(base, jobs))
-    assert (found.jobs, found.entries) == (1, 1)
+    result = capacity(base, jobs, minimum_memory(base, jobs))
+    assert (result.jobs, result.entries) == (1, 1)
     with pytest.raises(InsufficientMemoryError, match=r"trainer\.memory_gib=.*one picture of one device takes"):
         capacity(base, jobs, minimum_memory(base, jobs) - 1)
     with pytest.raises(AntherError, match=r"trainer\.memory_gib"):
@@ -187,9 +187,9 @@ def test_oversized_job_does_not_affect_others(base: Base) -> None:
     small, large = job(base, "small"), job(base, "large", examples=examples(base, 2, 1, side=32))
     granted = memory_for(base, [small], 4)
     assert granted < minimum_memory(base, [large])
-    found, failed = train(base, [small, large], memory=granted, timesteps=2)
+    result, failed = train(base, [small, large], memory=granted, timesteps=2)
     assert isinstance(failed, InsufficientMemoryError)
-    assert_close(found, trained_adapter(train(base, [small], memory=PLENTY, timesteps=2)[0]), small.start)
+    assert_close(result, trained_adapter(train(base, [small], memory=PLENTY, timesteps=2)[0]), small.start)
 
 
 @pytest.mark.parametrize(("prior", "draws", "rate"), [(False, 1, 0.1), (True, 3, 0.4), (False, 2, 1.0), (True, 1, 0.0)])

@@ -36,8 +36,8 @@ def test_mixed_cohort_matches_reference(base: Base, entries: int) -> None:
         job(base, "on top of a frozen adapter", frozen=frozen),
         job(base, "one picture", count=1),
     ]
-    for found, plan in zip(train(base, jobs, memory=memory_for(base, jobs, entries), timesteps=2), jobs, strict=True):
-        assert_close(found, Reference(base, plan).train(), plan.start)
+    for result, plan in zip(train(base, jobs, memory=memory_for(base, jobs, entries), timesteps=2), jobs, strict=True):
+        assert_close(result, Reference(base, plan).train(), plan.start)
 
 
 @pytest.mark.parametrize("entries", [2, 64])
@@ -45,18 +45,18 @@ def test_private_cohort_matches_reference(base: Base, entries: int) -> None:
     def jobs() -> list[TrainJob]:  # noise sources are used up, so each side gets new ones
         return [private(base, "a"), private(base, "b", rank=3, steps=5), job(base, "c"), private(base, "d", rate=0.05)]
 
-    for found, plan in zip(
+    for result, plan in zip(
         train(base, jobs(), memory=memory_for(base, jobs(), entries), timesteps=2), jobs(), strict=True
     ):
-        assert_close(found, Reference(base, plan).train(), plan.start)
+        assert_close(result, Reference(base, plan).train(), plan.start)
 
 
 def test_empty_poisson_batch_adds_noise(base: Base) -> None:
     plan = private(base, "nobody", rate=0.0, steps=1, clip=1.0, noise_multiplier=1.0)
-    (found,) = train(base, [plan], memory=PLENTY, timesteps=2)
-    assert isinstance(found, TrainedAdapter)
-    assert found.loss != found.loss  # NaN without examples
-    moved = torch.cat([(f.a - plan.start[name].a).flatten() for name, f in found.adapter.items()])
+    (result,) = train(base, [plan], memory=PLENTY, timesteps=2)
+    assert isinstance(result, TrainedAdapter)
+    assert result.loss != result.loss  # NaN without examples
+    moved = torch.cat([(f.a - plan.start[name].a).flatten() for name, f in result.adapter.items()])
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, plan.learning_rate), rtol=0.1, atol=0)  # Adam's ε
 
 
@@ -103,12 +103,12 @@ def test_early_stopping_with_other_jobs(base: Base) -> None:
     ]
     jobs = [job(base, "a", early_stopping=looks[0]), job(base, "b"), job(base, "c", rank=3, early_stopping=looks[1])]
     together = train(base, jobs, memory=memory_for(base, jobs, 4), timesteps=2)
-    for found, plan in zip(together, jobs, strict=True):
+    for result, plan in zip(together, jobs, strict=True):
         (single,) = train(base, [plan], memory=PLENTY, timesteps=2)
-        assert isinstance(found, TrainedAdapter)
+        assert isinstance(result, TrainedAdapter)
         assert isinstance(single, TrainedAdapter)
-        assert found.steps == single.steps
-        assert_close(found, single.adapter, plan.start)
+        assert result.steps == single.steps
+        assert_close(result, single.adapter, plan.start)
 
 
 @pytest.mark.parametrize("entries", [2, 40])
@@ -119,14 +119,14 @@ def test_losses_and_steps_are_returned(fine: Base, entries: int) -> None:
         prior = Prior(examples=examples(fine, 2, 5), weight=0.5)
         return [job(fine, "a"), private(fine, "b", draws=3, steps=2), job(fine, "c", steps=2, prior=prior)]
 
-    for found, plan in zip(
+    for result, plan in zip(
         train(fine, jobs(), memory=memory_for(fine, jobs(), entries), timesteps=2), jobs(), strict=True
     ):
         reference = Reference(fine, plan)
         reference.train()
-        assert isinstance(found, TrainedAdapter)
-        assert found.steps == plan.steps
-        assert found.loss == pytest.approx(float(torch.cat(reference.all_losses).mean()), rel=1e-10)
+        assert isinstance(result, TrainedAdapter)
+        assert result.steps == plan.steps
+        assert result.loss == pytest.approx(float(torch.cat(reference.all_losses).mean()), rel=1e-10)
 
 
 def test_early_stopping_is_rejected_for_private_jobs(base: Base) -> None:
@@ -142,5 +142,5 @@ def test_no_jobs(base: Base) -> None:
 def test_frozen_directions_stay(base: Base) -> None:
     head, tail = split_rank(nonzero_adapter(base, 4, 5), 2)
     plan = job(base, "a", start=head, frozen=tail)
-    (found,) = train(base, [plan], memory=PLENTY, timesteps=2)
-    assert_close(found, Reference(base, plan).train(), head)
+    (result,) = train(base, [plan], memory=PLENTY, timesteps=2)
+    assert_close(result, Reference(base, plan).train(), head)

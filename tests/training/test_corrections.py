@@ -70,16 +70,16 @@ def cohort(base: Base) -> list[TrainJob]:
 def test_mixed_cohort_matches_reference(fine: Base) -> None:
     truth = [Reference(fine, plan).train() for plan in cohort(fine)]
     jobs = cohort(fine)
-    for found, plan, wanted in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
-        assert_close(found, wanted, plan.start, DIGITS)
+    for result, plan, expected in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
+        assert_close(result, expected, plan.start, DIGITS)
 
 
 def test_zero_corrections_change_nothing(base: Base) -> None:
     """Exactly, next to a client with both; Adam would turn a rounding error into a whole step."""
     alone = train(base, [job(base, "a")], memory=PLENTY, timesteps=2)[0]
     beside = job(base, "b", proximal=1.0, correction=nonzero_adapter(base, 2, 3))
-    held = train(base, [job(base, "a"), beside], memory=PLENTY, timesteps=2)[0]
-    assert_close(held, trained_adapter(alone), job(base, "a").start, 1e-4)
+    stored = train(base, [job(base, "a"), beside], memory=PLENTY, timesteps=2)[0]
+    assert_close(stored, trained_adapter(alone), job(base, "a").start, 1e-4)
     first = dataclasses.replace(job(base, "a"), steps=1)
     plain, prox = (
         train(base, [dataclasses.replace(first, proximal=mu)], memory=PLENTY, timesteps=2)[0] for mu in (0.0, 9.0)
@@ -90,8 +90,8 @@ def test_zero_corrections_change_nothing(base: Base) -> None:
 def test_strong_proximal_term_limits_the_change(base: Base) -> None:
     def moved(mu: float) -> float:
         plan = job(base, "a", proximal=mu, optimizer="sgd", learning_rate=0.2, steps=8)
-        found = trained_adapter(train(base, [plan], memory=PLENTY, timesteps=2)[0])
-        return sum(float((found[name].b - plan.start[name].b).square().sum()) for name in found)
+        result = trained_adapter(train(base, [plan], memory=PLENTY, timesteps=2)[0])
+        return sum(float((result[name].b - plan.start[name].b).square().sum()) for name in result)
 
     assert moved(4.0) < 0.5 * moved(0.0)
 
@@ -106,10 +106,10 @@ def test_invalid_jobs_are_rejected(base: Base, changes: dict[str, object], compl
 
 def test_misshapen_correction_fails_its_own_job(base: Base) -> None:
     wrong = job(base, "wrong", correction=nonzero_adapter(base, 3, 1))
-    found = train(base, [wrong, job(base, "sound")], memory=PLENTY, timesteps=2)
-    assert isinstance(found[0], ValueError)
-    assert "correction" in str(found[0])
-    assert isinstance(found[1], TrainedAdapter)
+    result = train(base, [wrong, job(base, "sound")], memory=PLENTY, timesteps=2)
+    assert isinstance(result[0], ValueError)
+    assert "correction" in str(result[0])
+    assert isinstance(result[1], TrainedAdapter)
 
 
 def test_sgd_rows_are_independent() -> None:

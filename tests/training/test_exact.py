@@ -32,8 +32,8 @@ DIGITS = 1e-10
 def with_mixed_ranks(adapter: Adapter) -> Adapter:
     """A different rank at each site, including 0."""
     return {
-        name: Factors(f.a[: place % 4].clone(), f.b[:, : place % 4].clone())
-        for place, (name, f) in enumerate(adapter.items())
+        name: Factors(f.a[: index % 4].clone(), f.b[:, : index % 4].clone())
+        for index, (name, f) in enumerate(adapter.items())
     }
 
 
@@ -89,9 +89,9 @@ def reference_results(fine: Base) -> list[Adapter]:
 
 
 def check(base: Base, places: list[int], memory: int, reference_results: list[Adapter]) -> None:
-    jobs = [cohort(base)[place] for place in places]
-    for found, plan, place in zip(train(base, jobs, memory=memory, timesteps=2), jobs, places, strict=True):
-        assert_close(found, reference_results[place], plan.start, DIGITS)
+    jobs = [cohort(base)[index] for index in places]
+    for result, plan, index in zip(train(base, jobs, memory=memory, timesteps=2), jobs, places, strict=True):
+        assert_close(result, reference_results[index], plan.start, DIGITS)
 
 
 def test_all_jobs_together(fine: Base, reference_results: list[Adapter]) -> None:
@@ -99,8 +99,8 @@ def test_all_jobs_together(fine: Base, reference_results: list[Adapter]) -> None
 
 
 def test_one_job_at_a_time(fine: Base, reference_results: list[Adapter]) -> None:
-    for place in range(len(reference_results)):
-        check(fine, [place], PLENTY, reference_results)
+    for index in range(len(reference_results)):
+        check(fine, [index], PLENTY, reference_results)
 
 
 @given(data=st.data())
@@ -108,7 +108,7 @@ def test_one_job_at_a_time(fine: Base, reference_results: list[Adapter]) -> None
 def test_any_jobs_in_any_memory(fine: Base, reference_results: list[Adapter], data: st.DataObject) -> None:
     """From memory for one job and one entry to more than enough."""
     places = data.draw(st.lists(st.integers(0, len(reference_results) - 1), min_size=1, max_size=5, unique=True))
-    jobs = [cohort(fine)[place] for place in places]
+    jobs = [cohort(fine)[index] for index in places]
     memory = memory_for(fine, jobs, data.draw(st.integers(1, 40)), residents=data.draw(st.integers(1, len(places))))
     check(fine, places, memory, reference_results)
 
@@ -126,10 +126,10 @@ def test_units_larger_than_a_pass(fine: Base) -> None:
 
     reference_results = [Reference(fine, plan).train() for plan in jobs()]
     for memory in (memory_for(fine, jobs(), 3), memory_for(fine, jobs(), 1, residents=1), PLENTY):
-        for found, want, plan in zip(
+        for result, want, plan in zip(
             train(fine, jobs(), memory=memory, timesteps=2), reference_results, jobs(), strict=True
         ):
-            assert_close(found, want, plan.start, DIGITS)
+            assert_close(result, want, plan.start, DIGITS)
 
 
 def test_per_site_clipping(fine: Base) -> None:
@@ -156,10 +156,10 @@ def test_per_site_clipping(fine: Base) -> None:
     for reference in references[:3]:
         assert 0.1 < reference.share_clipped < 0.9
     for memory in (memory_for(fine, jobs()[::2], 2), PLENTY):
-        for found, want, plan in zip(
+        for result, want, plan in zip(
             train(fine, jobs(), memory=memory, timesteps=2), reference_results, jobs(), strict=True
         ):
-            assert_close(found, want, plan.start, DIGITS)
+            assert_close(result, want, plan.start, DIGITS)
 
 
 def test_reference_distinguishes_jobs(fine: Base) -> None:
@@ -177,12 +177,12 @@ def test_reference_distinguishes_jobs(fine: Base) -> None:
         {"batch_size": 4},
         {"rate": 0.9},
     ]
-    found = []
+    result = []
     for changed in changes:
         adapter = Reference(fine, private(fine, "a", steps=2, **changed)).train()
-        found.append(torch.cat([factor.flatten() for factors in adapter.values() for factor in factors]))
+        result.append(torch.cat([factor.flatten() for factors in adapter.values() for factor in factors]))
     start = torch.cat([factor.flatten() for factors in nonzero_adapter(fine, 2, 1).values() for factor in factors])
-    for one, other in combinations(found, 2):
+    for one, other in combinations(result, 2):
         assert float((one - other).norm()) > 1e-4 * float((one - start).norm())
 
 
@@ -196,15 +196,15 @@ def test_mixed_resolutions_in_one_call(fine: Base) -> None:
             private(fine, "private and large"),
         ]
 
-    for found, plan in zip(
+    for result, plan in zip(
         train(fine, jobs(), memory=memory_for(fine, jobs()[::3], 5), timesteps=2), jobs(), strict=True
     ):
-        assert_close(found, Reference(fine, plan).train(), plan.start, DIGITS)
+        assert_close(result, Reference(fine, plan).train(), plan.start, DIGITS)
 
 
 def test_mixed_context_lengths_in_one_call(fine: Base) -> None:
     latents, context = examples(fine, 5, 1)
     jobs = [job(fine, "long"), job(fine, "short", examples=Examples(latents, context[:, :3]))]
-    for found, plan in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, strict=True):
-        assert trained_adapter(found).keys() == plan.start.keys()
-        assert_close(found, Reference(fine, plan).train(), plan.start, DIGITS)
+    for result, plan in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, strict=True):
+        assert trained_adapter(result).keys() == plan.start.keys()
+        assert_close(result, Reference(fine, plan).train(), plan.start, DIGITS)

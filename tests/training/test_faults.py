@@ -191,12 +191,12 @@ def test_fault_does_not_affect_others(
     make, kind, message = FAULTS[fault]
     jobs = valid_jobs(fine)
     jobs.insert(1, make(fine))
-    found = train(fine, jobs, memory=memory_for(fine, jobs, 7), timesteps=2)
-    failed = found.pop(1)
+    result = train(fine, jobs, memory=memory_for(fine, jobs, 7), timesteps=2)
+    failed = result.pop(1)
     assert isinstance(failed, kind), failed
     assert message in str(failed)
-    for got, wanted, plan in zip(found, reference_results, valid_jobs(fine), strict=True):
-        assert_close(got, trained_adapter(wanted), plan.start, 1e-10)
+    for got, expected, plan in zip(result, reference_results, valid_jobs(fine), strict=True):
+        assert_close(got, trained_adapter(expected), plan.start, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_incompatible_examples_fail_their_own_job(
     cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
     bad = job(fine, "bad", examples=Examples(*cut(*examples(fine, 5, 1))))
-    failed, *found = train(fine, [bad, *valid_jobs(fine)], memory=PLENTY, timesteps=2)
+    failed, *result = train(fine, [bad, *valid_jobs(fine)], memory=PLENTY, timesteps=2)
     assert isinstance(failed, Exception)
-    for got, wanted, plan in zip(found, reference_results, valid_jobs(fine), strict=True):
-        assert_close(got, trained_adapter(wanted), plan.start, 1e-10)
+    for got, expected, plan in zip(result, reference_results, valid_jobs(fine), strict=True):
+        assert_close(got, trained_adapter(expected), plan.start, 1e-10)
 
 
 def test_rows_are_reused_after_faults(fine: Base) -> None:
@@ -232,12 +232,12 @@ def test_rows_are_reused_after_faults(fine: Base) -> None:
     jobs = [make(fine) for make in kinds]
     memory = memory_for(fine, jobs, 1 + int(2 * max(map(expected_entries, jobs))), residents=2)
     assert capacity(fine, jobs, memory).jobs == 2
-    found = train(fine, jobs, memory=memory, timesteps=2)
-    assert [isinstance(outcome, Exception) for outcome in found] == [place in (1, 3, 4, 6) for place in range(9)]
-    assert isinstance(found[6], Cancelled)
-    for place in (0, 2, 5, 7, 8):
-        plan = kinds[place](fine)
-        assert_close(found[place], Reference(fine, plan).train(), plan.start, 1e-10)
+    result = train(fine, jobs, memory=memory, timesteps=2)
+    assert [isinstance(outcome, Exception) for outcome in result] == [index in (1, 3, 4, 6) for index in range(9)]
+    assert isinstance(result[6], Cancelled)
+    for index in (0, 2, 5, 7, 8):
+        plan = kinds[index](fine)
+        assert_close(result[index], Reference(fine, plan).train(), plan.start, 1e-10)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5, 7])
@@ -251,9 +251,9 @@ def test_job_may_fail_within_a_unit(fine: Base, passes: int) -> None:
     jobs = [gone, *following()]
     memory = minimum_memory(fine, jobs)
     assert capacity(fine, jobs, memory)[:2] == (1, 1)  # one draw per pass
-    cancelled, *found = train(fine, jobs, memory=memory, timesteps=2)
+    cancelled, *result = train(fine, jobs, memory=memory, timesteps=2)
     assert isinstance(cancelled, Cancelled)
-    for got, plan in zip(found, following(), strict=True):
+    for got, plan in zip(result, following(), strict=True):
         assert_close(got, Reference(fine, plan).train(), plan.start, 1e-10)
 
 
@@ -265,10 +265,10 @@ def test_cancellation_is_checked_between_passes(base: Base) -> None:
         asked.append(1)
         return len(asked) > 3
 
-    (found,) = train(base, [job(base, "a", steps=1000, cancelled=gone)], memory=PLENTY, timesteps=2)
-    assert isinstance(found, Cancelled)
+    (result,) = train(base, [job(base, "a", steps=1000, cancelled=gone)], memory=PLENTY, timesteps=2)
+    assert isinstance(result, Cancelled)
     assert len(asked) == 4
-    assert "step 3" in str(found)
+    assert "step 3" in str(result)
 
 
 @pytest.mark.parametrize("entries", [2, 40])
@@ -279,18 +279,18 @@ def test_non_finite_private_picture_counts_as_zero(fine: Base, entries: int) -> 
         return with_latents(private(fine, "a", rate=1.0), one_nan)
 
     memory = memory_for(fine, [plan()], entries)
-    (found,) = train(fine, [plan()], memory=memory, timesteps=2)
-    assert_close(found, Reference(fine, plan()).train(), plan().start, 1e-10)
+    (result,) = train(fine, [plan()], memory=memory, timesteps=2)
+    assert_close(result, Reference(fine, plan()).train(), plan().start, 1e-10)
     everything = with_latents(private(fine, "a"), lambda x: x * math.nan)
     nobody = private(fine, "a", rate=0.0)
-    found, noise_alone = train(fine, [everything, nobody], memory=memory, timesteps=2)
-    assert_close(found, trained_adapter(noise_alone), plan().start, 1e-10)
+    result, noise_alone = train(fine, [everything, nobody], memory=memory, timesteps=2)
+    assert_close(result, trained_adapter(noise_alone), plan().start, 1e-10)
 
 
 def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
     """Buffers are kept between calls, also after faults: results equal those on a new base."""
     unseen = Base(pipeline_folder, sites=ATTENTION)
-    wanted = train(unseen, valid_jobs(unseen), memory=PLENTY, timesteps=2)
+    expected = train(unseen, valid_jobs(unseen), memory=PLENTY, timesteps=2)
     for faults in (["NaN data", "no second noise", "cancelled amid"], ["NaN at the start, private"] * 3):
         dirty = [FAULTS[fault][0](base) for fault in faults]
         bad = train(
@@ -300,7 +300,7 @@ def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
             timesteps=2,
         )
         assert all(isinstance(outcome, Exception) for outcome in bad)
-        for got, want in zip(train(base, valid_jobs(base), memory=PLENTY, timesteps=2), wanted, strict=True):
+        for got, want in zip(train(base, valid_jobs(base), memory=PLENTY, timesteps=2), expected, strict=True):
             assert_same_bits(got, want)
 
 
@@ -308,11 +308,11 @@ def test_buffers_are_reused_for_similar_jobs(base: Base, monkeypatch: pytest.Mon
     """They are not allocated in every round; jobs of another shape in between change no bit."""
     from training import buffers, cohort
 
-    made: list[buffers.CohortBuffers] = []
+    created: list[buffers.CohortBuffers] = []
 
     def counting(*args: Any) -> buffers.CohortBuffers:
-        made.append(buffers.CohortBuffers(*args))
-        return made[-1]
+        created.append(buffers.CohortBuffers(*args))
+        return created[-1]
 
     monkeypatch.setattr(cohort, "CohortBuffers", counting)
 
@@ -321,11 +321,11 @@ def test_buffers_are_reused_for_similar_jobs(base: Base, monkeypatch: pytest.Mon
 
     memory = memory_for(base, jobs(), 40)
     one = train(base, jobs(), memory=memory, timesteps=2)
-    before = len(made)
+    before = len(created)
     two = train(base, jobs(), memory=memory, timesteps=2)
-    assert len(made) == before
+    assert len(created) == before
     train(base, [job(base, "other", rank=5, frozen=nonzero_adapter(base, 3, 2))], memory=memory, timesteps=2)
-    assert len(made) == before + 1
+    assert len(created) == before + 1
     three = train(base, jobs(), memory=memory, timesteps=2)
     for first, second, third in zip(one, two, three, strict=True):
         assert_same_bits(first, second)

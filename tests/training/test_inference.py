@@ -27,10 +27,10 @@ TIMESTEPS = 3
 
 
 def measure(base: Base, pool: Examples, *, memory: int = PLENTY) -> torch.Tensor:
-    (found,) = each_loss(
+    (result,) = each_loss(
         base, [pool], [stack_adapters(base.sites, [nonzero_adapter(base, 2, 1)])], timesteps=TIMESTEPS, memory=memory
     )
-    return found
+    return result
 
 
 def without(pool: Examples, place: int) -> Examples:
@@ -44,24 +44,24 @@ def test_losses_match_single_evaluations(fine: Base) -> None:
     noises = torch.randn(
         TIMESTEPS, *pool.latents.shape[1:], generator=torch.Generator().manual_seed(derive_seed("held-out"))
     )
-    wanted = torch.zeros(4, dtype=torch.float64)
+    expected = torch.zeros(4, dtype=torch.float64)
     for k in range(4):
         for look in range(TIMESTEPS):
             t = torch.tensor([int((look + 0.5) / TIMESTEPS * len(fine.schedule))])
             x0, epsilon = pool.latents[k : k + 1], noises[look : look + 1].double()
             with torch.no_grad(), fine.use_adapters([stacks]) as denoise:
                 output = denoise(add_noise(fine.schedule, x0, epsilon, t), t, pool.context[k : k + 1])
-            wanted[k] += per_example_loss(output, target(fine.schedule, x0, epsilon, t))[0] / TIMESTEPS
-    torch.testing.assert_close(measure(fine, pool), wanted, rtol=1e-9, atol=0)
+            expected[k] += per_example_loss(output, target(fine.schedule, x0, epsilon, t))[0] / TIMESTEPS
+    torch.testing.assert_close(measure(fine, pool), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("memory", [1, PLENTY])
 def test_losses_are_independent_of_other_examples(base: Base, memory: int) -> None:
     pool = examples(base, 5, 7)
     whole = measure(base, pool, memory=memory)
-    for place in range(len(pool)):
-        rest = measure(base, without(pool, place), memory=memory)
-        assert torch.equal(rest, torch.cat([whole[:place], whole[place + 1 :]]))
+    for index in range(len(pool)):
+        rest = measure(base, without(pool, index), memory=memory)
+        assert torch.equal(rest, torch.cat([whole[:index], whole[index + 1 :]]))
 
 
 def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,16 +126,16 @@ def test_cancellation_before_any_pass(base: Base, kind: Any, passes: int) -> Non
         def cancelled(asked: Iterator[int] = asked, last: int = last) -> bool:
             return next(asked) >= last
 
-        (found,) = perform(base, [job], memory=4, timesteps=4, cancelled=cancelled)
-        assert isinstance(found, Cancelled) == (last < passes)
+        (result,) = perform(base, [job], memory=4, timesteps=4, cancelled=cancelled)
+        assert isinstance(result, Cancelled) == (last < passes)
         assert next(asked) == min(last + 1, passes)
 
 
 def test_no_examples(base: Base) -> None:
     assert each_loss(base, [], [], timesteps=2, memory=PLENTY) == []
     empty = examples(base, 0, 1)
-    (found,) = each_loss(base, [empty], [], timesteps=2, memory=PLENTY)
-    assert found.shape == (0,)
+    (result,) = each_loss(base, [empty], [], timesteps=2, memory=PLENTY)
+    assert result.shape == (0,)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -59,10 +59,10 @@ class _SingleExampleScores:
             t = int((look + 0.5) / LOOKS * len(self.signals))
             key = counter_rng.child(counter_rng.child(derive_seed("membership"), place), look)
             noise = counter_rng.normals(torch.tensor([int(key)]), x0.numel()).to(x0).view_as(x0)
-            wanted = noise
+            expected = noise
             if self.base.schedule.prediction != "epsilon":
-                wanted = self.signals[t] * noise - self.sigmas[t] * x0
-            losses.append(float((self.output(self.at(x0, noise, t), t, context) - wanted).square().mean()))
+                expected = self.signals[t] * noise - self.sigmas[t] * x0
+            losses.append(float((self.output(self.at(x0, noise, t), t, context) - expected).square().mean()))
         t = int(TIME * len(self.signals))
         start = self.noise(x0, 0, context)
         pia = (self.noise(self.at(x0, start, t), t, context) - start).pow(4).sum()
@@ -74,11 +74,11 @@ def test_scores_match_the_papers(model: Base, adapted: bool) -> None:
     pool = examples(model, 5, 1)
     adapter = nonzero_adapter(model, 2, 1) if adapted else None
     stacks = to_device(stack_adapters(model.sites, [adapter]), model.like)
-    found = membership_scores.scores(model, pool, stacks, timesteps=LOOKS, time=TIME, memory=PLENTY)
+    result = membership_scores.scores(model, pool, stacks, timesteps=LOOKS, time=TIME, memory=PLENTY)
     one = _SingleExampleScores(model, adapter)
-    wanted = [one.scores(place, pool.latents[place], pool.context[place]) for place in range(5)]
-    assert np.stack(found, axis=1) == pytest.approx(np.array(wanted), rel=1e-6)
-    assert all(values.dtype == np.float64 for values in found)
+    expected = [one.scores(index, pool.latents[index], pool.context[index]) for index in range(5)]
+    assert np.stack(result, axis=1) == pytest.approx(np.array(expected), rel=1e-6)
+    assert all(values.dtype == np.float64 for values in result)
 
 
 def test_scores_are_independent_of_the_batch(base: Base) -> None:

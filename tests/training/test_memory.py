@@ -107,8 +107,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
     """A machine with the given memory and container limits."""
 
     def set_memory(total: float, available: float, **files: str) -> None:
-        found = SimpleNamespace(total=int(total * GIB), available=int(available * GIB))
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+        result = SimpleNamespace(total=int(total * GIB), available=int(available * GIB))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: result)
         monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
         for name, text in files.items():
             (tmp_path / f"memory.{name}").write_text(text)

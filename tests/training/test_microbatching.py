@@ -41,8 +41,8 @@ SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 def entries_of_steps(steps: list[_ClientStep]) -> list[_EntryRecord]:
     """All entries in order of the queue, with distinct examples."""
-    places = [(step, place) for step in steps for place in range(step.units * step.per_unit)]
-    return [_EntryRecord(s.row, place // s.per_unit, s.per_unit, example) for example, (s, place) in enumerate(places)]
+    places = [(step, index) for step in steps for index in range(step.units * step.per_unit)]
+    return [_EntryRecord(s.row, index // s.per_unit, s.per_unit, example) for example, (s, index) in enumerate(places)]
 
 
 def push(queue: EntryQueue, steps: list[_ClientStep], records: list[_EntryRecord]) -> None:
@@ -62,9 +62,9 @@ def entries_of(pack: Microbatch, records: list[_EntryRecord]) -> list[_EntryReco
     assert (pack.phases == pack.examples / 1000).all()
     assert (pack.noise_keys == -pack.examples).all()
     assert (pack.weights == pack.examples / 7).all()
-    found = [records[example] for example in pack.examples.tolist()]
-    assert pack.rows.tolist() == [entry.row for entry in found]
-    return found
+    result = [records[example] for example in pack.examples.tolist()]
+    assert pack.rows.tolist() == [entry.row for entry in result]
+    return result
 
 
 def check(pack: Microbatch, found: list[_EntryRecord], size: int) -> None:
@@ -81,40 +81,40 @@ def check(pack: Microbatch, found: list[_EntryRecord], size: int) -> None:
 
 def pop_all(queue: EntryQueue, sizes: list[int], records: list[_EntryRecord]) -> list[Microbatch]:
     """Pop everything, in microbatches of these sizes, cyclically."""
-    packs = []
+    microbatches = []
     while len(queue):
-        size, before = sizes[len(packs) % len(sizes)], len(queue)
-        pack = queue.pop(size)
-        assert len(queue) == before - pack.size
-        check(pack, entries_of(pack, records), size)
-        packs.append(pack)
-    return packs
+        size, before = sizes[len(microbatches) % len(sizes)], len(queue)
+        microbatch = queue.pop(size)
+        assert len(queue) == before - microbatch.size
+        check(microbatch, entries_of(microbatch, records), size)
+        microbatches.append(microbatch)
+    return microbatches
 
 
 @given(steps=STEPS, sizes=SIZES)
 def test_entries_are_popped_once_in_order(steps: list[_ClientStep], sizes: list[int]) -> None:
     records = entries_of_steps(steps)
-    packs = pop_all(queue_of(steps), sizes, records)
-    assert [entry for pack in packs for entry in entries_of(pack, records)] == records
+    microbatches = pop_all(queue_of(steps), sizes, records)
+    assert [entry for microbatch in microbatches for entry in entries_of(microbatch, records)] == records
 
 
 @given(steps=STEPS, sizes=SIZES)
 def test_units_are_whole_or_in_separate_pieces(steps: list[_ClientStep], sizes: list[int]) -> None:
     records = entries_of_steps(steps)
     begun = 0  # popped entries of the unit in pieces
-    for place, pack in enumerate(pop_all(queue_of(steps), sizes, records)):
-        size, found = sizes[place % len(sizes)], entries_of(pack, records)
-        if begun or found[0].per_unit > size:
-            assert pack.piece
-            assert len({(entry.row, entry.unit) for entry in found}) == 1
-            assert pack.size == min(size, found[0].per_unit - begun)  # as much as fits
-            begun += pack.size
-            assert pack.last == (begun == found[0].per_unit)
-            begun = 0 if pack.last else begun
+    for index, microbatch in enumerate(pop_all(queue_of(steps), sizes, records)):
+        size, result = sizes[index % len(sizes)], entries_of(microbatch, records)
+        if begun or result[0].per_unit > size:
+            assert microbatch.piece
+            assert len({(entry.row, entry.unit) for entry in result}) == 1
+            assert microbatch.size == min(size, result[0].per_unit - begun)  # as much as fits
+            begun += microbatch.size
+            assert microbatch.last == (begun == result[0].per_unit)
+            begun = 0 if microbatch.last else begun
         else:
-            assert not pack.piece
-            assert pack.last
-            for unit, group in groupby(found, lambda entry: (entry.row, entry.unit, entry.per_unit)):
+            assert not microbatch.piece
+            assert microbatch.last
+            for unit, group in groupby(result, lambda entry: (entry.row, entry.unit, entry.per_unit)):
                 assert len(list(group)) == unit[2]
     assert begun == 0
 
@@ -122,10 +122,10 @@ def test_units_are_whole_or_in_separate_pieces(steps: list[_ClientStep], sizes: 
 @given(steps=STEPS, sizes=SIZES)
 def test_microbatches_are_as_full_as_possible(steps: list[_ClientStep], sizes: list[int]) -> None:
     records = entries_of_steps(steps)
-    packs = pop_all(queue_of(steps), sizes, records)
-    for place, (pack, following) in enumerate(pairwise(packs)):
-        if not pack.piece:
-            assert pack.size + records[int(following.examples[0])].per_unit > sizes[place % len(sizes)]
+    microbatches = pop_all(queue_of(steps), sizes, records)
+    for index, (microbatch, following) in enumerate(pairwise(microbatches)):
+        if not microbatch.piece:
+            assert microbatch.size + records[int(following.examples[0])].per_unit > sizes[index % len(sizes)]
 
 
 @given(steps=STEPS, sizes=SIZES, data=st.data())
@@ -140,7 +140,7 @@ def test_drop_removes_one_client(steps: list[_ClientStep], sizes: list[int], dat
     queue.drop(gone)
     rest = [entry for entry in records[len(out) :] if entry.row != gone]
     assert len(queue) == len(rest)
-    left = [entry for pack in pop_all(queue, sizes, records) for entry in entries_of(pack, records)]
+    left = [entry for microbatch in pop_all(queue, sizes, records) for entry in entries_of(microbatch, records)]
     assert left == rest
 
 
@@ -149,15 +149,15 @@ def test_padded_microbatches_have_fixed_shapes(units: int, per_unit: int, more: 
     """Padding has weight 0, forms whole units of the last client, and is not counted as its own."""
     steps = [_ClientStep(row, units, per_unit) for row in range(clients)]
     size = (clients * units + more) * per_unit
-    pack = queue_of(steps).pop(size)
-    full = pack.padded(size)
+    microbatch = queue_of(steps).pop(size)
+    full = microbatch.padded(size)
     assert full.size == size
-    assert all(len(full[place]) == size for place in range(5))
-    assert full.weights[: pack.size].tolist() == pack.weights.tolist()
-    assert full.weights[pack.size :].tolist() == [0.0] * (size - pack.size)
+    assert all(len(full[index]) == size for index in range(5))
+    assert full.weights[: microbatch.size].tolist() == microbatch.weights.tolist()
+    assert full.weights[microbatch.size :].tolist() == [0.0] * (size - microbatch.size)
     assert full.unit_sizes.tolist() == [per_unit] * (size // per_unit)
     assert full.units.tolist() == [*[units] * (clients - 1), units + more]
-    assert full.entries.tolist() == pack.entries.tolist()
+    assert full.entries.tolist() == microbatch.entries.tolist()
 
 
 def test_padded_piece_is_one_unit() -> None:
@@ -184,7 +184,10 @@ def test_queue_is_first_in_first_out(steps: list[_ClientStep], later: list[_Clie
     queue, records = queue_of(steps), entries_of_steps(steps + later)
     out = entries_of(queue.pop(sizes[0]), records) if len(queue) else []
     push(queue, later, records)
-    assert out + [entry for pack in pop_all(queue, sizes, records) for entry in entries_of(pack, records)] == records
+    assert (
+        out + [entry for microbatch in pop_all(queue, sizes, records) for entry in entries_of(microbatch, records)]
+        == records
+    )
 
 
 def test_unit_of_the_first_step() -> None:
@@ -202,5 +205,5 @@ def test_unit_of_the_first_step() -> None:
 
 @pytest.mark.parametrize("size", [4, 5, 7])
 def test_unit_of_exact_size_is_whole(size: int) -> None:
-    pack = queue_of([_ClientStep(row=0, units=3, per_unit=4)]).pop(size)
-    assert (pack.piece, pack.last, pack.size) == (False, True, 4)
+    microbatch = queue_of([_ClientStep(row=0, units=3, per_unit=4)]).pop(size)
+    assert (microbatch.piece, microbatch.last, microbatch.size) == (False, True, 4)

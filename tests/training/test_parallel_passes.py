@@ -35,8 +35,8 @@ def test_passes_are_concurrent_and_ordered() -> None:
         return part, torch.get_num_threads()
 
     before = torch.get_num_threads()
-    found = list(parallel_passes.run_passes(CPU, work, range(6)))
-    assert [part for part, _ in found] == list(range(6))
+    result = list(parallel_passes.run_passes(CPU, work, range(6)))
+    assert [part for part, _ in result] == list(range(6))
     assert torch.get_num_threads() == before
 
 
@@ -56,8 +56,8 @@ def test_cores_do_not_change_the_result(base: Base, entries: int | None, request
     single = train(base, jobs(), memory=PLENTY, timesteps=2)
     request.getfixturevalue("three_cores")
     memory = memory_for(base, jobs(), entries) if entries else PLENTY
-    for found, wanted, plan in zip(train(base, jobs(), memory=memory, timesteps=2), single, jobs(), strict=True):
-        assert_close(found, trained_adapter(wanted), plan.start)
+    for result, expected, plan in zip(train(base, jobs(), memory=memory, timesteps=2), single, jobs(), strict=True):
+        assert_close(result, trained_adapter(expected), plan.start)
 
 
 @pytest.mark.parametrize("entries", [1, 3, 40])
@@ -76,8 +76,8 @@ def test_passes_may_overwrite_earlier_results(fine: Base, entries: int, monkeypa
             )
 
         def __call__(self, entries: Entries) -> tuple[torch.Tensor, ...]:
-            found = gradients(fine, self._rows, entries)
-            for kept, values in zip(self._kept, found, strict=True):
+            result = gradients(fine, self._rows, entries)
+            for kept, values in zip(self._kept, result, strict=True):
                 kept.fill_(torch.nan)
                 kept[: len(values)] = values
             return tuple(kept[: len(entries.rows)] for kept in self._kept)
@@ -87,11 +87,11 @@ def test_passes_may_overwrite_earlier_results(fine: Base, entries: int, monkeypa
         return rows, Overwriting(rows)
 
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    wanted = train(fine, jobs(), memory=PLENTY, timesteps=2)
+    expected = train(fine, jobs(), memory=PLENTY, timesteps=2)
     monkeypatch.setattr(cohort, "_buffers", buffers)
-    found = train(fine, jobs(), memory=memory_for(fine, jobs(), entries, residents=1), timesteps=2)
+    result = train(fine, jobs(), memory=memory_for(fine, jobs(), entries, residents=1), timesteps=2)
     fine.cache.clear()
-    for got, want, plan in zip(found, wanted, jobs(), strict=True):
+    for got, want, plan in zip(result, expected, jobs(), strict=True):
         assert_close(got, trained_adapter(want), plan.start, 1e-10)
 
 

@@ -107,13 +107,13 @@ def cohort(base: Base) -> list[TrainJob]:
 def test_partial_training_matches_reference(fine: Base) -> None:
     truth = [Reference(fine, plan).train() for plan in cohort(fine)]
     jobs = cohort(fine)
-    for found, plan, wanted in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
-        assert_close(found, wanted, plan.start, DIGITS)
+    for result, plan, expected in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
+        assert_close(result, expected, plan.start, DIGITS)
     few = cohort(fine)[:3]  # also one after another, with little memory
-    for found, plan, wanted in zip(
+    for result, plan, expected in zip(
         train(fine, few, memory=memory_for(fine, few, 3, 2), timesteps=2), few, truth, strict=False
     ):
-        assert_close(found, wanted, plan.start, DIGITS)
+        assert_close(result, expected, plan.start, DIGITS)
 
 
 @pytest.mark.parametrize("trains", PARTS)
@@ -124,18 +124,18 @@ def test_fixed_factors_stay_and_get_no_noise(fine: Base, trains: str) -> None:
     assert plan.noise
     drawing = type(plan.noise).rounded_gaussian
     with patch.object(type(plan.noise), "rounded_gaussian", autospec=True, side_effect=drawing) as asked:
-        found = trained_adapter(train(fine, [plan], memory=PLENTY, timesteps=2)[0])
+        result = trained_adapter(train(fine, [plan], memory=PLENTY, timesteps=2)[0])
     numbers = sum(part.numel() for part in trained_tensors(start, trains, between).values())
     assert {call.args[1] for call in asked.call_args_list} == {numbers}
-    moved = trained_tensors(found, trains, between)
+    moved = trained_tensors(result, trains, between)
     assert all((moved[name] - was).norm() > 0.01 for name, was in trained_tensors(start, trains, between).items())
     for name, (a, b) in start.items():
         if trains != "a":
-            assert torch.equal(found[name].a, a)
+            assert torch.equal(result[name].a, a)
         if trains == "a":
-            assert torch.equal(found[name].b, b)
+            assert torch.equal(result[name].b, b)
         if between:
-            assert (found[name].b - between[name].b @ moved[f"{name}.core"]).norm() < DIGITS
+            assert (result[name].b - between[name].b @ moved[f"{name}.core"]).norm() < DIGITS
 
 
 @pytest.mark.parametrize("trains", ["both", *PARTS])
@@ -157,15 +157,15 @@ def test_no_gradients_of_fixed_factors_and_other_sites(fine: Base, trains: str) 
             memory=PLENTY,
             timesteps=2,
         )
-    wanted = {"both": (True, True), "a": (True, False)}.get(trains, (False, True))
-    assert set(kept) == {wanted}
+    expected = {"both": (True, True), "a": (True, False)}.get(trains, (False, True))
+    assert set(kept) == {expected}
     assert len(kept) % len(start) == 0
 
 
 def test_rows_hold_trained_factors_only(fine: Base) -> None:
     start = nonzero_adapter(fine, 3, 1)
     sizes = {name: sum(f.numel() for f in pair) for name, pair in start.items()}
-    for plan, wanted in (
+    for plan, expected in (
         (job(fine, "p", start=start), sum(sizes.values())),
         (job(fine, "p", start=at_some_sites(start)), sum(sizes[name] for name in at_some_sites(start))),
         (
@@ -175,8 +175,8 @@ def test_rows_hold_trained_factors_only(fine: Base) -> None:
     ):
         shape = BufferSpec.of([plan])
         rows = CohortBuffers(fine, shape, 2)
-        assert rows.adapters.shape == (2, wanted)
-        examples = row_bytes(fine, shape) - 8 * wanted * fine.full_precision.itemsize
+        assert rows.adapters.shape == (2, expected)
+        examples = row_bytes(fine, shape) - 8 * expected * fine.full_precision.itemsize
         assert 0 < examples < 20_000
 
 
@@ -185,10 +185,10 @@ def test_misshapen_bases_fail_their_own_job(fine: Base) -> None:
     start = between_bases(between, 7, fine)
     for wrong in (random_bases(fine, 3, 3), at_some_sites(between)):
         jobs = [job(fine, "wrong", start=start, lora_xs_bases=wrong, trains="cores"), job(fine, "sound")]
-        found = train(fine, jobs, memory=PLENTY, timesteps=2)
-        assert isinstance(found[0], ValueError)
-        assert "LoRA-XS bases" in str(found[0])
-        trained_adapter(found[1])
+        result = train(fine, jobs, memory=PLENTY, timesteps=2)
+        assert isinstance(result[0], ValueError)
+        assert "LoRA-XS bases" in str(result[0])
+        trained_adapter(result[1])
     with pytest.raises(ValueError, match="trains='cores' only"):
         job(fine, "none", trains="cores")
     with pytest.raises(ValueError, match="trains='cores' only"):

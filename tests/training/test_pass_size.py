@@ -20,8 +20,8 @@ ENTRY = 6_440_459  # bytes, of the glyph base
 @pytest.mark.parametrize(("assumed", "rate"), [(1, 1.0), (5, 0.6), (40, 0.1), (3000, 0.003)])
 def test_batches_are_binomial(assumed: int, rate: float) -> None:
     counts, chances = batch_size_distribution(assumed, rate)
-    wanted = [math.comb(assumed, int(k)) * rate**k * (1 - rate) ** (assumed - k) for k in counts[:50].tolist()]
-    assert chances[:50].tolist() == pytest.approx(wanted, rel=1e-9)
+    expected = [math.comb(assumed, int(k)) * rate**k * (1 - rate) ** (assumed - k) for k in counts[:50].tolist()]
+    assert chances[:50].tolist() == pytest.approx(expected, rel=1e-9)
     assert chances.sum() == pytest.approx(1, abs=1e-9)
 
 

@@ -55,10 +55,10 @@ def tail(assumed: int, rate: float, steps: int, turns: TurnCount, most: int) -> 
 )
 @pytest.mark.parametrize("turns", [TurnCount(), TurnCount(2, 3), TurnCount(2, 1, 3)])
 def test_turns_suffice_except_with_charged_probability(assumed: int, rate: float, steps: int, turns: TurnCount) -> None:
-    found = scheduled_turns(assumed, rate, steps, turns)
-    assert tail(assumed, rate, steps, turns, found) <= steps * TRUNCATION_DELTA
+    result = scheduled_turns(assumed, rate, steps, turns)
+    assert tail(assumed, rate, steps, turns, result) <= steps * TRUNCATION_DELTA
     least = next(k for k in itertools.count() if tail(assumed, rate, steps, turns, k) <= steps * TRUNCATION_DELTA)
-    assert found <= max(least + turns(assumed), 1.1 * least)
+    assert result <= max(least + turns(assumed), 1.1 * least)
 
 
 def test_full_sampling_is_never_truncated() -> None:
@@ -112,9 +112,9 @@ def test_excess_units_are_dropped(fine: Base, monkeypatch: pytest.MonkeyPatch) -
         kept.append(min(batch.size, turns - sum(kept)))
         return batch.part(slice(kept[-1]))
 
-    (found,) = train(fine, [crowded_job(fine, 16)], memory=PLENTY, timesteps=2)
+    (result,) = train(fine, [crowded_job(fine, 16)], memory=PLENTY, timesteps=2)
     monkeypatch.setattr(BatchSampler, "next", cut)
-    assert_close(found, Reference(fine, crowded_job(fine, 16)).train(), crowded_job(fine, 16).start, 1e-10)
+    assert_close(result, Reference(fine, crowded_job(fine, 16)).train(), crowded_job(fine, 16).start, 1e-10)
     assert sum(kept) == turns
     assert 0 in kept
 
@@ -140,18 +140,18 @@ def test_duration_is_independent_of_the_batches(base: Base, turns: list[int]) ->
     planned = scheduled_turns(10, 0.1, 16)
     for batches in (0, 1, 2, 16):
         turns.clear()
-        (found,) = train(base, [crowded_job(base, batches)], memory=PLENTY, timesteps=2)
-        assert len(turns) + idle_seconds(found) == planned
+        (result,) = train(base, [crowded_job(base, batches)], memory=PLENTY, timesteps=2)
+        assert len(turns) + idle_seconds(result) == planned
         assert len(turns) == min(max(10 * batches, cohort.MIN_TIMED_TURNS), planned)
     several = train(base, [crowded_job(base, 1), crowded_job(base, 2)], memory=PLENTY, timesteps=2)
-    assert [idle_seconds(found) for found in several] == [0, 0]
+    assert [idle_seconds(result) for result in several] == [0, 0]
 
 
 def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=_CrowdedBatches(0))
-    (found,) = train(base, [plan], memory=memory_for(base, [plan], 3), timesteps=2)
-    assert idle_seconds(found) > 0
+    (result,) = train(base, [plan], memory=memory_for(base, [plan], 3), timesteps=2)
+    assert idle_seconds(result) > 0
 
 
 @pytest.mark.parametrize("batches", [1, 16])
@@ -160,9 +160,9 @@ def test_overflow_keeps_duration_and_initial_adapter(
 ) -> None:
     """An error would be raised as soon as the sampled pictures are done, and a retry would draw other noise."""
     job = crowded_job(base, batches, optimizer="sgd", learning_rate=1.0, proximal=1e300)
-    (found,) = train(base, [job], memory=PLENTY, timesteps=2)
-    assert len(turns) + idle_seconds(found) == scheduled_turns(10, 0.1, 16)
-    assert isinstance(found, TrainedAdapter)
+    (result,) = train(base, [job], memory=PLENTY, timesteps=2)
+    assert len(turns) + idle_seconds(result) == scheduled_turns(10, 0.1, 16)
+    assert isinstance(result, TrainedAdapter)
     for name, factors in job.start.items():
-        assert all(torch.equal(one, other) for one, other in zip(factors, found.adapter[name], strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(factors, result.adapter[name], strict=True))
     assert "became not finite" in caplog.text

@@ -62,10 +62,10 @@ class _OpacusReference(Reference):
 
     def entry_gradients(self, batch: StepBatch) -> list[Tensor]:
         """Gradients of every parameter [n, …]."""
-        x, t, context, wanted = self.seen(batch)
+        x, t, context, expected = self.seen(batch)
         output = self.hooked(x, t, encoder_hidden_states=context).sample
         self.hooked.zero_grad()
-        (output - wanted).square().flatten(1).mean(1).mean().backward()
+        (output - expected).square().flatten(1).mean(1).mean().backward()
         return [weight.grad_sample.detach() for weight in self.parameters]  # type: ignore[attr-defined]
 
     def unit_gradients(self, batch: StepBatch) -> list[list[Tensor]]:
@@ -79,11 +79,11 @@ def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list
     rows.load(dict(enumerate(jobs)))
     for row, batch in enumerate(batches):
         queue.push(row, batch._replace(examples=batch.examples + rows.first_example(row)))
-    pack = queue.pop(len(queue))
-    found, losses = gradients(base, rows, on_device(pack, base.device))
-    assert found.shape == (pack.size, rows.layout.size)
-    assert losses.shape == (pack.size,)
-    parts = found.split([batch.size for batch in batches])
+    microbatch = queue.pop(len(queue))
+    result, losses = gradients(base, rows, on_device(microbatch, base.device))
+    assert result.shape == (microbatch.size, rows.layout.size)
+    assert losses.shape == (microbatch.size,)
+    parts = result.split([batch.size for batch in batches])
     kept = [rows.layout.mask(plan.start) for plan in jobs]
     for part, mask in zip(parts, kept, strict=True):
         assert (part[:, ~mask] == 0).all()  # padding
@@ -98,10 +98,10 @@ def max_relative_error(found: Tensor, wanted: Tensor) -> float:
 def loop_gradients(reference: Reference, batch: StepBatch) -> Tensor:
     """Weighted gradients [n, D], one example at a time."""
     rows = []
-    for place, weight in enumerate(batch.weights.tolist()):
-        (loss,) = reference.losses(batch.part(slice(place, place + 1)))
-        found = torch.autograd.grad(weight * loss, reference.parameters)
-        rows.append(torch.cat([part.flatten() for part in found]))
+    for index, weight in enumerate(batch.weights.tolist()):
+        (loss,) = reference.losses(batch.part(slice(index, index + 1)))
+        result = torch.autograd.grad(weight * loss, reference.parameters)
+        rows.append(torch.cat([part.flatten() for part in result]))
     return torch.stack(rows)
 
 
@@ -112,20 +112,20 @@ def test_gradients_match_opacus_and_a_loop(pipeline_folder: Path, sites: str) ->
     frozen = nonzero_adapter(base, 2, 9)
     jobs = [job(base, "a"), job(base, "b", rank=3, batch_size=4), job(base, "frozen underneath", frozen=frozen)]
     batches = [BatchSampler(plan).next() for plan in jobs]
-    found = one_pass(base, jobs, batches)
-    for plan, batch, mine in zip(jobs, batches, found, strict=True):
-        assert max_relative_error(mine, loop_gradients(Reference(base, plan), batch)) < 2e-5
-    for plan, batch, mine in list(zip(jobs, batches, found, strict=True))[:2]:
+    result = one_pass(base, jobs, batches)
+    for plan, batch, ours in zip(jobs, batches, result, strict=True):
+        assert max_relative_error(ours, loop_gradients(Reference(base, plan), batch)) < 2e-5
+    for plan, batch, ours in list(zip(jobs, batches, result, strict=True))[:2]:
         theirs = torch.cat([part.flatten(1) for part in _OpacusReference(base, plan).entry_gradients(batch)], dim=1)
-        assert max_relative_error(mine * batch.size, theirs) < 2e-5
+        assert max_relative_error(ours * batch.size, theirs) < 2e-5
 
 
 def test_weights_scale_gradients(base: Base) -> None:
     prior = Prior(examples=examples(base, 2, 5), weight=0.3)
     for plan in (private(base, "a", draws=3, prior=prior, count=2, rate=1.0), job(base, "b", prior=prior)):
         batch = BatchSampler(plan).next()
-        (found,) = one_pass(base, [plan], [batch])
-        assert max_relative_error(found, loop_gradients(Reference(base, plan), batch)) < 2e-5
+        (result,) = one_pass(base, [plan], [batch])
+        assert max_relative_error(result, loop_gradients(Reference(base, plan), batch)) < 2e-5
 
 
 @quiet
@@ -136,10 +136,10 @@ def test_ten_steps_match_opacus(base: Base) -> None:
         return private(base, "a", draws=1, steps=10, clip=0.03, batch_size=3)
 
     peer = _OpacusReference(base, plan())
-    wanted = peer.train()
+    expected = peer.train()
     assert 0.1 < peer.share_clipped < 0.9
     jobs = [job(base, "b", rank=3), plan(), private(base, "c")]
-    assert_close(train(base, jobs, memory=memory_for(base, jobs, 5), timesteps=2)[1], wanted, plan().start)
+    assert_close(train(base, jobs, memory=memory_for(base, jobs, 5), timesteps=2)[1], expected, plan().start)
 
 
 @pytest.mark.parametrize("entries", [3, 40])
@@ -159,8 +159,8 @@ def test_all_kinds_of_layers_train_privately(pipeline_folder: Path, entries: int
         ]
 
     references = [Reference(base, plan) for plan in jobs()]
-    found = train(base, jobs(), memory=memory_for(base, jobs(), entries), timesteps=2)
-    for got, reference in zip(found, references, strict=True):
+    result = train(base, jobs(), memory=memory_for(base, jobs(), entries), timesteps=2)
+    for got, reference in zip(result, references, strict=True):
         assert_close(got, reference.train(), reference.job.start, 1e-10)
     assert any(reference.scales and reference.share_clipped for reference in references)
     assert any(reference.scales and reference.share_clipped < 1 for reference in references)
@@ -173,7 +173,7 @@ def test_checkpointing_keeps_the_result(pipeline_folder: Path) -> None:
         prior = Prior(examples=examples(base, 2, 5))
         return [private(base, "a", steps=2, prior=prior), job(base, "b", steps=2, frozen=nonzero_adapter(base, 2, 9))]
 
-    found, calls = [], []  # calls of a layer in each pass; with checkpointing there may be fewer passes
+    result, calls = [], []  # calls of a layer in each pass; with checkpointing there may be fewer passes
     for checkpointing in (False, True):
         base = Base(pipeline_folder, sites=ATTENTION, compute="fp64")
         count: Counter[str] = Counter()
@@ -182,10 +182,10 @@ def test_checkpointing_keeps_the_result(pipeline_folder: Path) -> None:
         base.network.register_forward_hook(lambda *_, count=count: count.update(["pass"]))
         if checkpointing:
             base.network.enable_gradient_checkpointing()  # type: ignore[operator]
-        found.append(train(base, jobs(base), memory=PLENTY, timesteps=2))
+        result.append(train(base, jobs(base), memory=PLENTY, timesteps=2))
         calls.append(count["layer"] / count["pass"])
     assert calls == [1, 2]
-    for plan, before, after in zip(jobs(base), *found, strict=True):
+    for plan, before, after in zip(jobs(base), *result, strict=True):
         assert_close(after, trained_adapter(before), plan.start, 1e-10)
         assert_close(after, Reference(base, plan).train(), plan.start, 1e-10)
 
@@ -194,8 +194,8 @@ def test_half_precision_network_trains_float32_adapters(base: Base, pipeline_fol
     """The network runs in bf16; adapters stay in float32 and agree with float32 training."""
     half = Base(pipeline_folder, sites=ATTENTION, compute="bf16")
     jobs = [job(base, "a", steps=3, learning_rate=1e-3), job(base, "b", rank=3, steps=3, learning_rate=1e-3)]
-    found, wanted = (train(each, jobs, memory=PLENTY, timesteps=2) for each in (half, base))
-    for plan, low, full in zip(jobs, found, wanted, strict=True):
+    result, expected = (train(each, jobs, memory=PLENTY, timesteps=2) for each in (half, base))
+    for plan, low, full in zip(jobs, result, expected, strict=True):
         moves = []
         for adapter in (trained_adapter(low), trained_adapter(full)):
             factors = [factor for name in plan.start for factor in adapter[name]]

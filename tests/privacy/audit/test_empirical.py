@@ -98,18 +98,18 @@ PUBLISHED = {(1.0, 1000): (1.3, 1.8), (1.0, 5000): (1.3, 1.9), (0.6, 1000): (2.0
 @pytest.mark.parametrize("setting", PUBLISHED)
 def test_bounds_are_near_published_ones(setting: tuple[float, int]) -> None:
     sigma, m = setting
-    found = []
+    result = []
     for seed in range(5):
         scores, included = simulate_release(sigma, m, seed)
-        found.append(
+        result.append(
             empirical.audit(gaussian(sigma), DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6)
         )
-    one_run, f_dp = np.median([[one.one_run, one.f_dp] for one in found], axis=0)
-    wanted = PUBLISHED[setting]
-    assert 0.6 * wanted[0] <= one_run <= 1.7 * wanted[0]
-    assert 0.6 * wanted[1] <= f_dp <= 1.7 * wanted[1]
+    one_run, f_dp = np.median([[one.one_run, one.f_dp] for one in result], axis=0)
+    expected = PUBLISHED[setting]
+    assert 0.6 * expected[0] <= one_run <= 1.7 * expected[0]
+    assert 0.6 * expected[1] <= f_dp <= 1.7 * expected[1]
     assert f_dp > one_run
-    assert not any(one.refuted for one in found)
+    assert not any(one.refuted for one in result)
 
 
 def test_bounds_hold_in_95_percent_of_audits() -> None:
@@ -119,7 +119,7 @@ def test_bounds_hold_in_95_percent_of_audits() -> None:
         scores, included = simulate_release(0.5, 100, seed)
         guesses = [empirical.guess(scores, included, *shares) for shares in empirical.SHARES]
         significance = 0.05 / len(guesses)
-        wrong += any(empirical.refutes(made, tradeoff.gaussian(2.0), significance) for made in guesses)
+        wrong += any(empirical.refutes(guesses_made, tradeoff.gaussian(2.0), significance) for guesses_made in guesses)
     assert wrong <= 200 * 0.05 + 3 * math.sqrt(200 * 0.05 * 0.95)
 
 
@@ -131,11 +131,11 @@ def test_advantage_is_the_total_variation_distance(rate: float, steps: int) -> N
     sigma, shift = (1.5, 1.0) if steps == 1 else (1.5 / 2, 1.0)  # four steps equal one with half the noise
     missed, joined = norm.pdf(x, 0, sigma), norm.pdf(x, shift, sigma)
     distance = rate * np.trapezoid(np.maximum(joined - missed, 0), x)
-    found = tradeoff.advantage(gaussian(1.5, rate, steps))
+    result = tradeoff.advantage(gaussian(1.5, rate, steps))
     if rate == 1 or steps == 1:
-        assert distance - 1e-9 <= found <= 1.002 * distance
+        assert distance - 1e-9 <= result <= 1.002 * distance
     else:
-        assert distance < found < 4 * rate * np.trapezoid(np.maximum(norm.pdf(x, 1, 1.5) - norm.pdf(x, 0, 1.5), 0), x)
+        assert distance < result < 4 * rate * np.trapezoid(np.maximum(norm.pdf(x, 1, 1.5) - norm.pdf(x, 0, 1.5), 0), x)
 
 
 HALF = {1.0: (0.2, 20), 2.0: (0.2, 20), 4.0: (0.2, 20)}
@@ -154,8 +154,8 @@ def test_half_noise_is_refuted_and_honest_is_not(epsilon: float) -> None:
         for scale in refuted:
             joined = (generator.random((steps, 10_000)) < rate) & included
             seen = joined + scale * sigma * generator.standard_normal((steps, 10_000))
-            made = empirical.guess_all(empirical.summed(seen, claim), included)
-            refuted[scale] += empirical.refutes_each(made, claim, 1e-6 / 400)
+            guesses_made = empirical.guess_all(empirical.summed(seen, claim), included)
+            refuted[scale] += empirical.refutes_each(guesses_made, claim, 1e-6 / 400)
     assert refuted == {1.0: 0, 0.5: 40}
 
 
@@ -165,10 +165,10 @@ def test_chance_excess_does_not_refute() -> None:
     right = int(binom.isf(1e-3, 10_000, (1 + tradeoff.advantage(claim)) / 2))
     scores = np.where(np.arange(10_000) < right, 2.0 * included - 1, 1 - 2.0 * included)
     scores = scores * np.random.default_rng(0).random(10_000)
-    found = empirical.audit(claim, DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6)
-    assert found.guesses.correct == right
-    assert found.independent >= found.claimed.value
-    assert not found.refuted
+    result = empirical.audit(claim, DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6)
+    assert result.guesses.correct == right
+    assert result.independent >= result.claimed.value
+    assert not result.refuted
 
 
 def test_bounds_depend_on_noise_and_canaries() -> None:
@@ -184,20 +184,20 @@ def test_bounds_depend_on_noise_and_canaries() -> None:
 
 def test_random_guesses_give_no_bound() -> None:
     scores, included = simulate_release(1.0, 500, 0)
-    found = empirical.audit(
+    result = empirical.audit(
         gaussian(1.0), DELTA, {"coins": np.zeros_like(scores)}, included, confidence=0.95, false_alarms=1e-6
     )
-    assert (found.bound, found.noise_multiplier, found.refuted) == (0.0, None, False)
+    assert (result.bound, result.noise_multiplier, result.refuted) == (0.0, None, False)
 
 
 def test_perfect_guesses_refute_any_claim() -> None:
     included = np.arange(600) % 2 == 0
-    found = empirical.audit(
+    result = empirical.audit(
         gaussian(1.0), DELTA, {"sees all": 2.0 * included - 1}, included, confidence=0.95, false_alarms=1e-6
     )
-    assert found.refuted
-    assert found.f_dp > 1.5 * found.claimed.value
-    assert found.guesses.correct == found.guesses.made
+    assert result.refuted
+    assert result.f_dp > 1.5 * result.claimed.value
+    assert result.guesses.correct == result.guesses.made
 
 
 def test_smallest_refuted_noise_gives_the_bound() -> None:
@@ -216,14 +216,14 @@ def test_smallest_refuted_noise_gives_the_bound() -> None:
 def test_likelihood_ratio_matches_densities(steps: int, rate: float, sigma: float) -> None:
     seen = np.random.default_rng(steps).normal(0.5, 2, (steps, 7))
     missed, joined = norm.pdf(seen, 0, sigma), norm.pdf(seen, 1, sigma)
-    wanted = np.log((1 - rate) + rate * joined / missed).sum(0)
-    assert empirical.log_likelihood_ratio(seen, gaussian(sigma, rate, steps)) == pytest.approx(wanted)
+    expected = np.log((1 - rate) + rate * joined / missed).sum(0)
+    assert empirical.log_likelihood_ratio(seen, gaussian(sigma, rate, steps)) == pytest.approx(expected)
 
 
 def test_full_sampling_orders_by_the_sum() -> None:
     seen = np.random.default_rng(0).normal(size=(4, 50))
-    found = empirical.log_likelihood_ratio(seen, gaussian(1.0, 1.0, 4))
-    assert np.array_equal(np.argsort(found), np.argsort(seen.sum(0)))
+    result = empirical.log_likelihood_ratio(seen, gaussian(1.0, 1.0, 4))
+    assert np.array_equal(np.argsort(result), np.argsort(seen.sum(0)))
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])

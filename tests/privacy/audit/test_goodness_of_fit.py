@@ -73,16 +73,16 @@ BROKEN: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_noise_is_detected_by_its_test(name: str) -> None:
     breaks, finder = BROKEN[name]
-    found = {check.name: check.p_value for check in fit.battery([breaks(normal_numbers(2**16))])}
-    assert found[finder] < SIGNIFICANCE
+    result = {check.name: check.p_value for check in fit.battery([breaks(normal_numbers(2**16))])}
+    assert result[finder] < SIGNIFICANCE
 
 
 def test_repeated_release_is_detected() -> None:
     one, other = normal_numbers(2, 500)
     assert smallest_p_value([one, other]).p_value > 1e-3
     for again in (one, -one, 0.6 * one + 0.8 * other):
-        found = {check.name: check.p_value for check in fit.battery([one, again])}
-        assert found["between releases"] < SIGNIFICANCE
+        result = {check.name: check.p_value for check in fit.battery([one, again])}
+        assert result["between releases"] < SIGNIFICANCE
 
 
 def test_infinite_numbers_are_rejected() -> None:
@@ -139,13 +139,13 @@ def test_repeats_are_detected_anywhere() -> None:
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 1000.0])
 def test_integers_transform_to_normal(deviation: float) -> None:
     integers = np.rint(deviation * normal_numbers(100_000)).astype(np.int64)
-    found = fit.normal_from_integers(integers, deviation, np.random.default_rng(1))
-    assert smallest_p_value([found]).p_value > 1e-3
+    result = fit.normal_from_integers(integers, deviation, np.random.default_rng(1))
+    assert smallest_p_value([result]).p_value > 1e-3
     assert (
         smallest_p_value([fit.normal_from_integers(integers, 1.05 * deviation, np.random.default_rng(1))]).p_value
         < SIGNIFICANCE
     )
-    assert np.sign(found[integers != 0]) == pytest.approx(np.sign(integers[integers != 0]))
+    assert np.sign(result[integers != 0]) == pytest.approx(np.sign(integers[integers != 0]))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])

@@ -44,9 +44,9 @@ def test_auc_is_the_mean_over_matched_pairs(rows: list[tuple[int, bool, int]]) -
         for own in inside
         for other in outside
     ]
-    wanted = sum(w * won for w, won in pairs) / sum(w for w, _ in pairs)
+    expected = sum(w * won for w, won in pairs) / sum(w for w, _ in pairs)
     assert roc(trial(*zip(*[row[:2] for row in rows], strict=True), None, [r[2] for r in rows])).auc == pytest.approx(
-        wanted
+        expected
     )
 
 
@@ -54,15 +54,15 @@ def test_auc_is_the_mean_over_matched_pairs(rows: list[tuple[int, bool, int]]) -
 def test_auc_matches_the_rank_formula(rows: list[tuple[int, bool]]) -> None:
     scores, members = map(np.array, zip(*rows, strict=True))
     n1, n0 = members.sum(), (~members).sum()
-    wanted = (rankdata(scores)[members].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
-    assert roc(trial(scores, members)).auc == pytest.approx(wanted)
+    expected = (rankdata(scores)[members].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
+    assert roc(trial(scores, members)).auc == pytest.approx(expected)
 
 
 @given(coins, st.floats(0, 1))
 def test_tpr_uses_the_best_allowed_threshold(rows: list[tuple[int, bool]], allowed: float) -> None:
     scores, members = map(np.array, zip(*rows, strict=True))
     rates = [(np.mean(scores[~members] >= at), np.mean(scores[members] >= at)) for at in [*scores, np.inf]]
-    best = max(found for alarms, found in rates if alarms <= allowed + 1e-12)
+    best = max(result for alarms, result in rates if alarms <= allowed + 1e-12)
     assert roc(trial(scores, members)).tpr_at(allowed + 1e-12) == pytest.approx(best)
 
 
@@ -107,11 +107,11 @@ def test_intervals_over_writers_have_coverage() -> None:
 
 
 def test_real_difference_is_detected() -> None:
-    found = judge(clustered(1, shift=2.0), resamples=300)
-    assert found.auc.low > 0.7
-    assert found.tpr.value > 0.1
-    assert (found.members, found.others) == (400, 400)
-    assert judge(clustered(1, shift=2.0), resamples=300).auc == found.auc
+    result = judge(clustered(1, shift=2.0), resamples=300)
+    assert result.auc.low > 0.7
+    assert result.tpr.value > 0.1
+    assert (result.members, result.others) == (400, 400)
+    assert judge(clustered(1, shift=2.0), resamples=300).auc == result.auc
 
 
 def test_invalid_trials_are_rejected() -> None:

@@ -53,8 +53,8 @@ normals = st.tuples(st.floats(-3, 3), st.floats(0.1, 3))
 @given(p=normals, q=normals, eps=st.floats(0, 3))
 def test_hockey_stick_matches_the_integral(p: tuple[float, float], q: tuple[float, float], eps: float) -> None:
     excess = norm.pdf(GRID, *p) - math.exp(eps) * norm.pdf(GRID, *q)
-    wanted = float(np.clip(excess, 0, None).sum() * (GRID[1] - GRID[0]))
-    assert tradeoff.hockey_stick(p, q, eps) == pytest.approx(wanted, abs=2e-4)
+    expected = float(np.clip(excess, 0, None).sum() * (GRID[1] - GRID[0]))
+    assert tradeoff.hockey_stick(p, q, eps) == pytest.approx(expected, abs=2e-4)
 
 
 def test_hockey_stick_of_equal_deviations_matches_accountant() -> None:
@@ -65,7 +65,7 @@ def test_hockey_stick_of_equal_deviations_matches_accountant() -> None:
 
 def test_hockey_stick_is_accurate_in_the_tails() -> None:
     """At ε = 300 the two terms are differences of huge numbers, unless each tail is computed by itself."""
-    found = tradeoff.hockey_stick((1.0, 0.04), (0.0, 0.04), 300.0)
-    wanted = norm.sf((300 * 0.04**2 + 0.5 - 1) / 0.04) - math.exp(300) * norm.sf((300 * 0.04**2 + 0.5) / 0.04)
-    assert found == pytest.approx(wanted, rel=1e-6)
-    assert 0 < found < 1
+    result = tradeoff.hockey_stick((1.0, 0.04), (0.0, 0.04), 300.0)
+    expected = norm.sf((300 * 0.04**2 + 0.5 - 1) / 0.04) - math.exp(300) * norm.sf((300 * 0.04**2 + 0.5) / 0.04)
+    assert result == pytest.approx(expected, rel=1e-6)
+    assert 0 < result < 1

@@ -29,16 +29,16 @@ ROUNDS = 3
 @pytest.fixture(params=STORED_DEVICES)
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDevice:
     """A device that answered some rounds."""
-    found: StoredDevice = request.param(tmp_path)
-    answer_rounds(DeviceLedger(found.storage()), ROUNDS)
-    return found
+    result: StoredDevice = request.param(tmp_path)
+    answer_rounds(DeviceLedger(result.storage()), ROUNDS)
+    return result
 
 
 def answer_rounds(ledger: DeviceLedger, rounds: int, run: str = "run") -> None:
     for number in range(1, rounds + 1):
-        made = replace(FIRST, run=run, round=number)
-        ledger.reserve(made, free)
-        ledger.seal(made, b"reply")
+        reservation = replace(FIRST, run=run, round=number)
+        ledger.reserve(reservation, free)
+        ledger.seal(reservation, b"reply")
 
 
 def assert_refused(kept: StoredDevice, match: str) -> None:
@@ -69,16 +69,16 @@ def assert_not_charged(kept: StoredDevice, match: str) -> None:
 def test_changed_lines_are_detected(kept: StoredDevice) -> None:
     complete_ledger = kept.lines()
     assert len(complete_ledger) == 1 + 2 * ROUNDS
-    for place, line in enumerate(complete_ledger):
-        number = place + 1
+    for index, line in enumerate(complete_ledger):
+        number = index + 1
         edited = line.replace(b'"at":"2', b'"at":"1')
         assert edited != line
-        kept.put_lines([*complete_ledger[:place], edited, *complete_ledger[number:]])
+        kept.put_lines([*complete_ledger[:index], edited, *complete_ledger[number:]])
         last = number == len(complete_ledger)
         assert_refused(kept, rf":{number}: not the line" if last else rf":{number + 1}: doesn't follow")
-        kept.put_lines([*complete_ledger[:place], *complete_ledger[number:]])
+        kept.put_lines([*complete_ledger[:index], *complete_ledger[number:]])
         assert_refused(kept, "cut short" if last else rf":{number}: doesn't follow")
-        kept.put_lines([*complete_ledger[:place], line, *complete_ledger[place:]])
+        kept.put_lines([*complete_ledger[:index], line, *complete_ledger[index:]])
         assert_refused(kept, rf":{number + 1}: doesn't follow")
     for one, other in combinations(range(len(complete_ledger)), 2):
         swapped = list(complete_ledger)
@@ -216,9 +216,9 @@ def test_clone_of_another_device_is_refused(tmp_path: Path) -> None:
 def test_restored_backup_is_detected(tmp_path: Path) -> None:
     kept = FileDevice(tmp_path)
     for number in range(1, 4):
-        made = replace(FIRST, round=number)
-        DeviceLedger(kept.storage()).reserve(made, free)
-        DeviceLedger(kept.storage()).seal(made, b"reply")
+        reservation = replace(FIRST, round=number)
+        DeviceLedger(kept.storage()).reserve(reservation, free)
+        DeviceLedger(kept.storage()).seal(reservation, b"reply")
         shutil.copytree(tmp_path / "device", tmp_path / f"backup-{number}")
     for number in (1, 2, 3):
         shutil.rmtree(tmp_path / "device")
@@ -239,10 +239,10 @@ def complete_ledger(tmp_path: Path) -> dict[Path, bytes]:
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_flipped_bit_is_detected(complete_ledger: dict[Path, bytes], at: int, bit: int) -> None:
     """In the journal it breaks a link or contradicts the head; in the head it contradicts the journal."""
-    places = [(file, place) for file, data in complete_ledger.items() for place in range(len(data))]
-    file, place = places[at % len(places)]
+    places = [(file, index) for file, data in complete_ledger.items() for index in range(len(data))]
+    file, index = places[at % len(places)]
     damaged = bytearray(complete_ledger[file])
-    damaged[place] ^= 1 << bit
+    damaged[index] ^= 1 << bit
     file.write_bytes(damaged)
     with pytest.raises(AntherError):
         DeviceLedger(FileStorage(file.parent.with_name("device"))).entries()
@@ -260,9 +260,9 @@ def test_concurrent_processes_keep_one_chain(form: type[FileDevice], tmp_path: P
             try:
                 ledger = DeviceLedger(form(tmp_path).storage())
                 for number in range(1, 6):
-                    made = replace(FIRST, run=f"run {child}", round=number)
-                    ledger.reserve(made, free)
-                    ledger.seal(made, str(child).encode())
+                    reservation = replace(FIRST, run=f"run {child}", round=number)
+                    ledger.reserve(reservation, free)
+                    ledger.seal(reservation, str(child).encode())
                 status = 0
             finally:
                 os._exit(status)

@@ -27,16 +27,16 @@ def test_events_roundtrip(count: int) -> None:
 @given(st.integers(2, 6), st.data())
 def test_changed_lines_are_detected(count: int, data: st.DataObject) -> None:
     lines = make_lines(count)
-    place = data.draw(st.integers(0, count - 2))  # a changed last line is detected by the head only
-    edited = lines[place].replace(b'"number":', b'"number":9')
+    index = data.draw(st.integers(0, count - 2))  # a changed last line is detected by the head only
+    edited = lines[index].replace(b'"number":', b'"number":9')
     spoilt = data.draw(
         st.sampled_from(
             [
-                [*lines[:place], edited, *lines[place + 1 :]],
-                [*lines[:place], *lines[place + 1 :]],
-                [*lines[:place], lines[place + 1], lines[place], *lines[place + 2 :]],
-                [*lines[: place + 1], *lines[place:]],
-                [*lines[:place], b"{", *lines[place + 1 :]],
+                [*lines[:index], edited, *lines[index + 1 :]],
+                [*lines[:index], *lines[index + 1 :]],
+                [*lines[:index], lines[index + 1], lines[index], *lines[index + 2 :]],
+                [*lines[: index + 1], *lines[index:]],
+                [*lines[:index], b"{", *lines[index + 1 :]],
             ]
         )
     )

@@ -54,8 +54,8 @@ def free(_past: Sequence[Mechanism], _new: Mechanism) -> None:
 
 @pytest.fixture(params=STORED_DEVICES)
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDevice:
-    found: StoredDevice = request.param(tmp_path)
-    return found
+    result: StoredDevice = request.param(tmp_path)
+    return result
 
 
 def test_round_from_reservation_to_delivery(kept: StoredDevice) -> None:
@@ -77,9 +77,9 @@ def test_round_from_reservation_to_delivery(kept: StoredDevice) -> None:
 
 def test_only_earlier_rounds_of_the_run_are_settled(kept: StoredDevice) -> None:
     ledger = DeviceLedger(kept.storage())
-    for made in (FIRST, replace(FIRST, purpose=MEASURE), replace(FIRST, run="another"), replace(FIRST, round=3)):
-        ledger.reserve(made, free)
-        ledger.seal(made, b"reply")
+    for reservation in (FIRST, replace(FIRST, purpose=MEASURE), replace(FIRST, run="another"), replace(FIRST, round=3)):
+        ledger.reserve(reservation, free)
+        ledger.seal(reservation, b"reply")
     ledger.reserve(replace(FIRST, round=4), free)
     assert [entry.state for entry in ledger.entries()] == [SEALED] * 4 + [RESERVED]
     ledger.reserve(replace(FIRST, round=3), free, settles=True)  # again, as after a crash
@@ -91,14 +91,14 @@ def test_only_earlier_rounds_of_the_run_are_settled(kept: StoredDevice) -> None:
 
 
 def test_both_storages_have_the_same_lines(tmp_path: Path) -> None:
-    found = []
+    result = []
     for form in STORED_DEVICES:
         kept = form(tmp_path)
         ledger = DeviceLedger(kept.storage())
         ledger.reserve(FIRST, free)
         ledger.seal(FIRST, b"reply")
-        found.append(([without_random_fields(line) for line in kept.lines()], kept.blobs()))
-    assert found[0] == found[1]
+        result.append(([without_random_fields(line) for line in kept.lines()], kept.blobs()))
+    assert result[0] == result[1]
 
 
 def without_random_fields(line: bytes) -> dict[str, object]:
@@ -155,10 +155,12 @@ def test_cached_history_equals_replayed_history(kept: StoredDevice) -> None:
     """After its own events, a ledger doesn't read its lines again: its cache must equal a replay of the lines."""
     ledger = DeviceLedger(kept.storage())
     for number, mechanism in enumerate((GAUSSIAN, NonPrivate(), GAUSSIAN), start=1):
-        made = replace(FIRST, round=number, mechanism=mechanism, clip=None if mechanism == NonPrivate() else 0.1 + 0.2)
-        known = [ledger.reserve(made, free, settles=True)]
+        reservation = replace(
+            FIRST, round=number, mechanism=mechanism, clip=None if mechanism == NonPrivate() else 0.1 + 0.2
+        )
+        known = [ledger.reserve(reservation, free, settles=True)]
         read = [entries.replay(kept.lines(), "ledger")]
-        ledger.seal(made, b"reply")
+        ledger.seal(reservation, b"reply")
         known.append(ledger.history())
         read.append(entries.replay(kept.lines(), "ledger"))
         assert known == read
@@ -166,7 +168,7 @@ def test_cached_history_equals_replayed_history(kept: StoredDevice) -> None:
 
 
 def test_history_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("privacy.ledger.ledger._histories", _HistoryCache(most=2))
+    monkeypatch.setattr("privacy.ledger.ledger._histories", _HistoryCache(max_size=2))
     ledgers = [DeviceLedger(FileDevice(tmp_path / str(number)).storage()) for number in range(4)]
     for number in (1, 2, 3):
         for ledger in ledgers:
