@@ -44,7 +44,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "conf.schemas.server:ServeConfig",
             groups=True,
         ),
-        "keys": Command("server.gateway.keys", "manage tickets and devices: ticket, list, revoke"),
+        "keys": Command("server.supervisor.keys", "manage tickets and devices: ticket, list, revoke"),
         "results": Command("server.report.results", "write the report of a server's run again"),
     },
     "Device": {
@@ -62,10 +62,10 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "device forget": Command("client.cli.forget", "delete what was learned"),
     },
     "Files": {
-        "pack": Command("models.quantization.pack", "quantize a base once, for all devices"),
+        "pack": Command("models.base.pack", "quantize a base once, for all devices"),
         "fuse": Command("models.export.fuse", "fuse an adapter into its base"),
         "assets": Command(
-            "models.base.assets", "copy the built-in base and data to ANTHER_HOME, and show where they are"
+            "models.files.assets", "copy the built-in base and data to ANTHER_HOME, and show where they are"
         ),
     },
     "Shell": {

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from client.cli.paths import device_files
 from client.data import METADATA, WHITE, Pictures, load_folder
+from client.paths import device_files
 from client.planning import preflight, throughput
 from client.power.conditions import Conditions
 from client.power.meter import TrainingCost

@@ -15,8 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.errors import AntherError
 from conf.compose import compose
-from models.base import assets
 from models.base.base import load
+from models.files import assets
 from models.lora.adapter import adapter_shapes
 from privacy.storage import FileStorage
 from protocol.tensor_codec import max_payload
@@ -29,9 +29,9 @@ from server.rounds.state import Round
 from server.supervisor.run_dirs import mark_finished, run_folder, save_refusal
 from server.supervisor.run_log import log_through_flower
 from server.supervisor.superlink import save_largest_adapter
-from strategies.build import build
 from strategies.clock import WallClock
-from strategies.planning.full_plan import training_plan
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 
 log = logging.getLogger(__name__)
 

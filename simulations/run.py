@@ -119,15 +119,15 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         from simulations.grid import ray  # before other imports of Flower, for which it sets environment variables
 
         ray.require()
-    from models.base import assets  # slow imports, after the first line was printed
+    from models.files import assets
     from privacy.storage import FileStorage
     from server.ledger import ServerLedger
     from simulations import setup
     from simulations.fleet import participants
     from simulations.fleet.virtual_fleet import build_virtual_fleet
     from simulations.grid.build import open_grid
-    from strategies.build import build
-    from strategies.planning.full_plan import training_plan
+    from strategies.factory.full_plan import training_plan
+    from strategies.factory.strategy import build
 
     base, people, database = simulation = setup.build(config, folder)
     evaluated = participants.select_evaluated(people, config.evaluation.devices)

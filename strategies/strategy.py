@@ -49,7 +49,6 @@ from strategies.download import FP32, add_residual, encode_download, quantizatio
 from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
 from strategies.planning.site_selection import SiteSelector
-from strategies.private_evaluation import EvaluationPolicy
 from strategies.robust.replay import ReplayFilter
 from strategies.round.connected_devices import ConnectedDevices, RegisteredGrid, nodes_by_name
 from strategies.round.history import TrainingHistory
@@ -64,6 +63,7 @@ from strategies.round.metrics import (
     train_metrics,
 )
 from strategies.round.plausibility import cap_to_median, plausible_cost
+from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.round.update_spool import UpdateKey, UpdateSpool, update_bytes
 from strategies.round.updates import RoundRequest, RoundUpdates
 from strategies.round.validation import ReceivedReply, ReplyValidator, error_rejection, validate_replies

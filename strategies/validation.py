@@ -9,8 +9,8 @@ from strategies.central_dp import CentralDP
 from strategies.download import FP32
 from strategies.planning.plan import PlanLimits
 from strategies.planning.site_selection import SiteSelector
-from strategies.private_evaluation import EvaluationPolicy
 from strategies.robust.replay import ReplayFilter
+from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection import Selection
 from strategies.selection.poisson import Poisson
 from strategies.server_optimizers import ServerOptimizer
@@ -33,7 +33,7 @@ def check_combination(
 ) -> None:
     """Check the arguments of `strategies.strategy.FederatedStrategy`, which documents them.
 
-    This is the last check. A configured run is checked earlier, with messages that name its keys (`strategies.build`).
+    This is the last check. A configured run is checked earlier, with messages that name its keys (`strategies.factory.strategy`).
 
     Raises:
         ValueError: arguments contradict each other.

@@ -2,7 +2,7 @@
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -33,7 +33,7 @@ SAME_LAYER_IMPORTS = {
 SERVER_ONLY = {"server", "strategies", "simulations", "typefaces", "bench"}
 ON_DEVICE = {"client", "training", "models", "privacy", "protocol", "conf", "common"}  # packages that run on a device
 FLOWER_MODULES = {
-    "client/app.py",
+    "client/runtime/client_app.py",
     "client/runtime/supernode.py",  # SuperNode with our ClientApp instead of the server's
     "server/app.py",
     "server/rounds/loop.py",
@@ -179,7 +179,7 @@ def test_planted_violation_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("client/app.py", "import flwr.app"),
+        ("client/runtime/client_app.py", "import flwr.app"),
         ("simulations/run.py", "from typefaces import judge"),
         ("server/rounds/loop.py", "from strategies.strategy import FederatedStrategy"),
         ("typefaces/judge.py", "from models.base.base import Base"),
@@ -190,3 +190,48 @@ def test_planted_violation_is_found(path: str, source: str) -> None:
 )
 def test_allowed_import_is_not_found(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+def room(path: str) -> str:
+    """Return the innermost package of a file that has sub-packages around it, or the file itself at a package's root."""
+    parts = path.split("/")
+    return "/".join(parts[:2]) if len(parts) > 2 else path.removesuffix(".py")
+
+
+def room_imports(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Map each room to the rooms of the same package that it imports, from the sources of files by path."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    arrows: dict[str, set[str]] = {room(path): set() for path in sources}
+    for path, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+                targets = [name if name in modules else node.module for name in named]
+            elif isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            else:
+                continue
+            for target in targets:
+                other = modules.get(target)
+                same = other is not None and other.split("/")[0] == path.split("/")[0]
+                if same and room(str(other)) != room(path):
+                    arrows[room(path)].add(room(str(other)))
+    return arrows
+
+
+def test_rooms_of_a_package_have_no_circle() -> None:
+    files = [path for package in LAYERS for path in (ROOT / package).rglob("*.py")]
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    arrows = room_imports(sources)
+    assert len(arrows) > 50
+    assert arrows["client/runtime"] >= {"client/rounds", "client/device"}
+    TopologicalSorter(arrows).prepare()  # CycleError names the circle
+
+
+def test_planted_circle_is_found() -> None:
+    sources = {
+        "models/a/one.py": "from models.b import two",
+        "models/b/two.py": "def f():\n    import models.a.one",
+    }
+    with pytest.raises(CycleError):
+        TopologicalSorter(room_imports(sources)).prepare()

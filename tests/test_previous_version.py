@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client.cli.paths import own
+from client.paths import own
 from client.store.open import open_store
 from common.errors import AntherError
 from conf.schemas.node import compose as compose_node

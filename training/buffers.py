@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.lora.adapter import Adapter, Factors, Sites, rank
 from models.lora.batched_lora import BatchedAdapter, Layout
 from models.lora.trainable import PartialLayout

@@ -10,7 +10,7 @@ import torch
 
 from common.errors import AntherError
 from common.units import GIB
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.lora.batched_lora import BatchedAdapter
 from training import memory
 from training.buffers import BufferSpec, CohortBuffers, row_bytes, shared_bytes

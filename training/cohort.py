@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.errors import AntherError
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from training.batches import BatchSampler, StepBatch
 from training.buffers import BufferSpec, CohortBuffers, check_job
 from training.capacity import InsufficientMemoryError, capacity, entry_bytes, max_pass_size

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from training.buffers import CohortBuffers
 from training.step import Entries, gradients
 

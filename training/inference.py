@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.base.base import Base
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import num_noises, sample
 from models.lora.adapter import Adapter

@@ -98,6 +98,10 @@ class Cancelled(Exception):  # noqa: N818 - nothing went wrong
     """The job was cancelled by its requester."""
 
 
+class OutOfMemory(Cancelled):
+    """The job was cancelled because the device runs out of memory, to which the job itself may contribute."""
+
+
 def never() -> bool:
     return False
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common import counter_rng
 from common.seeding import derive_seed
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import Schedule, add_noise, per_example_loss, predict_x0_and_noise, target
 from models.lora.batched_lora import BatchedAdapter
 from training.capacity import max_pictures_per_pass

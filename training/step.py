@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common import counter_rng
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import add_noise, per_example_loss, target
 from privacy.clipping import ClippedGradients, sum_segments
 from training.buffers import CohortBuffers

@@ -36,11 +36,11 @@ from bench.lib.machine import machine, memory, versions
 from bench.lib.workloads import schedule
 from bench.memory import published_bases, weights_memory
 from common import low_memory
-from models.base.denoiser import Denoiser
-from models.base.paging import mark_mapped, release_pages
+from models.base.pack import pack
+from models.diffusion.denoiser import Denoiser
 from models.families.known import BaseSpec, find_base
+from models.files.paging import mark_mapped, release_pages
 from models.quantization import packed
-from models.quantization.pack import pack
 from training import cohort
 from training.buffers import BufferSpec
 from training.capacity import entry_bytes

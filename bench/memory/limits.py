@@ -38,8 +38,8 @@ from client.planning.plan_search import FootprintPredictor, TrainingOption, Trai
 from common import low_memory
 from common.units import GIB, MIB
 from conf.schemas.planning import PlanConfig, compose_plan, devices
+from models.base.pack import pack
 from models.footprint.footprint import Footprint
-from models.quantization.pack import pack
 
 MIN_REFUSED_SHARE = 0.9  # smallest share of the limit that a refused option must use
 GROUPS = Path("/sys/fs/cgroup")

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.lib.machine import machine, versions
 from common.units import GIB, MIB
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.families.known import BaseSpec, find_base
 from models.footprint.footprint import CHECKPOINTING_MODES, MARGIN, Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import PassCosts, pass_costs

@@ -42,13 +42,13 @@ from client.planning.plan_search import pass_seconds
 from common import low_memory
 from common.units import MIB
 from conf.schemas.planning import DeviceProfileConfig, compose_plan
-from models.base.denoiser import Denoiser
+from models.base.pack import pack
+from models.diffusion.denoiser import Denoiser
 from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
 from models.lora.adapter import init_adapter
 from models.quantization import packed
-from models.quantization.pack import pack
 from privacy.noise import SimulatedNoise
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainJob

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.lib.workloads import RANK, TOKENS
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.families.family import pack
 from models.families.known import BaseSpec
 from models.families.pixart import PIXART

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.lib.machine import memory
+from models.base.pack import pack
 from models.families.known import BaseSpec, find_base
-from models.quantization.pack import pack
 from models.quantization.packed import FILE
 
 OURS = ("int8", "mixed", "nf4")

@@ -2,7 +2,7 @@
 
     anther bench membership [--seeds 0 1 2] [--jobs 1] [key=value …]
 
-Runs the attacks of `simulations.audit.run` against the shared adapters of `bench.privacy.utility`, which are trained
+Runs the attacks of `simulations.audit.run` against the shared adapters of `bench.quality.utility`, which are trained
 first if missing: without privacy and at ε = 8 per image, with the same writers, pictures, rounds and steps. As a
 positive control, it also attacks an adapter that is overfitted on purpose, on development writers:
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.privacy.utility import COMMON, FORMS, TEST, command, run
+from bench.quality.utility import COMMON, FORMS, TEST, command, run
 from conf.schemas.audit import AuditConfig, MembershipConfig
 from privacy.audit.membership import MembershipResult
 from simulations.audit.membership import RunGroup

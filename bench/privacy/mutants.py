@@ -445,10 +445,10 @@ DEVICE_MUTANTS = (
     ),
     Mutant(
         "amplification by a sample that is not secret",
-        "strategies/build.py",
+        "strategies/factory/strategy.py",
         "rate = 1.0 if cohort.sampling_rate is None else cohort.sampling_rate",
         "rate = size / devices if cohort.sampling_rate is None else cohort.sampling_rate",
-        "tests/strategies/test_build.py::test_participations_are_charged_without_amplification",
+        "tests/strategies/factory/test_strategy.py::test_participations_are_charged_without_amplification",
     ),
     Mutant(
         "aborted round refunded",
@@ -522,16 +522,16 @@ DEVICE_MUTANTS = (
     ),
     Mutant(
         "simulated noise on a real server",
-        "strategies/build.py",
+        "strategies/factory/strategy.py",
         "seed = config.seed if accept_simulated else None",
         "seed = config.seed",
-        "tests/strategies/test_build.py::test_reproducible_noise_requires_a_test",
+        "tests/strategies/factory/test_strategy.py::test_reproducible_noise_requires_a_test",
     ),
     Mutant(
         "device gains with another round's noise",
-        "strategies/private_evaluation.py",
+        "strategies/round/private_evaluation.py",
         "count=central.devices,\n                noise=central.noise(round),",
         "count=central.devices,\n                noise=central.noise(round + 1),",
-        "tests/strategies/test_private_evaluation.py::test_gains_with_central_noise",
+        "tests/strategies/round/test_private_evaluation.py::test_gains_with_central_noise",
     ),
 )

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from bench.privacy.utility import run_once
 from bench.quality.federation import bootstrap_interval
+from bench.quality.utility import run_once
 from simulations.fleet.participants import slug
 
 COMMON = (

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.privacy.utility import run_once
+from bench.quality.utility import run_once
 
 TARGET_SHARE = 0.8
 DEVICES, COHORT_SIZE = 40, 8

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.privacy.utility import COMMON, FORMS, run, share
+from bench.quality.utility import COMMON, FORMS, run, share
 
 TARGETS = {"int8": 0.97, "mixed": 0.93, "nf4": 0.85}
 MODES = ("fp32", *TARGETS)

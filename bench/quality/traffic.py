@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.lib.machine import machine, versions
-from bench.privacy.utility import run_once, share
-from models.base.denoiser import find_sites
+from bench.quality.utility import run_once, share
+from models.diffusion.denoiser import find_sites
 from models.families.known import find_base
 from models.lora.adapter import Sites, adapter_shapes, from_tensors
 from models.lora.trainable import trained_shapes

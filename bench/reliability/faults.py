@@ -248,7 +248,7 @@ def shift_clock(scene: FaultScene) -> str:
 def rotate_certificate(scene: FaultScene) -> None:
     """Rotate the server's key and certificate while the federation runs."""
     scene.pause(4)
-    process = run_module("server.gateway.keys", "rotate", home=scene.federation.server.home)
+    process = run_module("server.supervisor.keys", "rotate", home=scene.federation.server.home)
     assert process.returncode == 0, process.stderr
 
 

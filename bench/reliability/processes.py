@@ -228,7 +228,7 @@ class LocalFederation:
 
     def ticket(self, holder: str = "owner") -> str:
         """Issue an enrollment ticket."""
-        process = run_module("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
+        process = run_module("server.supervisor.keys", "ticket", "--holder", holder, home=self.server.home)
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()
 

@@ -121,8 +121,8 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     from server.rounds.federation import federate
     from simulations import evaluation, setup
     from simulations.grid.cohort import CohortGrid
-    from strategies.build import build
-    from strategies.planning.full_plan import training_plan
+    from strategies.factory.full_plan import training_plan
+    from strategies.factory.strategy import build
     from training.memory import budget
     from typefaces import dataset
 

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.lib.tiny_pipelines import PIPELINES, save
-from models.base import loading
 from models.base.base import Base
 from models.families.known import find_base
+from models.files import loading
 
 _SIDES = {"sdxl": 64, "sana": 32}
 _VALUES: tuple[Any, ...] = (

@@ -44,7 +44,7 @@ from bench.reliability.processes import (
     write_letter_folders,
 )
 from common.atomic_files import write
-from models.base import assets
+from models.files import assets
 from server.supervisor import database
 
 OUT = Path("bench/results/gateway.json")

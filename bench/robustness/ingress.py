@@ -17,10 +17,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from bench.robustness.attack_corpus import Delivery, MessageAttack, WireMessage
 from bench.robustness.invariants import ExpectedMessage, parse, violations
-from client.app import parse_request
 from client.data import Pictures
 from client.device import Device
 from client.rounds.handler import handle
+from client.runtime.client_app import parse_request
 from client.store.store import Store
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, Sites, adapter_shapes, init_adapter, to_tensors
@@ -33,7 +33,7 @@ from server.grid.validating_grid import ValidatingGrid
 from simulations.grid.cohort import InProcessGrid, set_message_id
 from strategies.aggregation import Aggregated, Linearity, Updates, in_every_round
 from strategies.planning.plan import PlanLimits
-from strategies.private_evaluation import EvaluationPolicy
+from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection.everyone import Everyone
 from strategies.strategy import FederatedStrategy
 from training.jobs import Picture

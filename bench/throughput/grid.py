@@ -37,8 +37,8 @@ from protocol.tensor_codec import encode
 from simulations.fleet.participants import participants
 from simulations.fleet.storage import FILE, Database
 from simulations.grid.cohort import CohortGrid, commit_each_write
-from strategies.build import build
-from strategies.planning.full_plan import training_plan
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from training.jobs import EncodeJob, Examples, Job, Result, TrainedAdapter, TrainJob
 
 WARM_UP = 2  # warm-up rounds that are not counted

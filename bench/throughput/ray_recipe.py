@@ -48,8 +48,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from bench.lib.workloads import EXAMPLES, PRIVACY, SITES
 from bench.throughput.peers import OpacusPeer, add_lora
 from common.seeding import derive_seed
-from models.base import assets
 from models.diffusion.objective import diffusion
+from models.files import assets
 from training.jobs import Examples
 
 CLIENTS, STEPS, SEED = 20, 4, 0

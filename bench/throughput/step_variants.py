@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, SITES, Workload, build, examples, jobs, schedule
 from bench.throughput.opacus_baseline import HooksPeer
 from bench.throughput.peers import FactorPrecision, OpacusPeer, Peer, PeftPeer
-from models.base.denoiser import PRECISIONS, Denoiser
+from models.diffusion.denoiser import PRECISIONS, Denoiser
 from models.diffusion.objective import Schedule
 from training.cohort import train
 from training.jobs import Examples

@@ -27,10 +27,10 @@ from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
 from common.units import GIB, MIB
 from conf.schemas.planning import DeviceProfileConfig, compose_plan, devices
-from models.base import assets
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.families.known import BaseSpec
 from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.files import assets
 from models.footprint.footprint import (
     DUMMY_SCHEDULE,
     Footprint,

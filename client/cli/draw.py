@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.cli.paths import owner_parser, run
+from client.cli.common import owner_parser, run
 from client.store.open import inspect_store
 from common.errors import AntherError
 from models.diffusion.decoding import TILE

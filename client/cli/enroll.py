@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from client.cli import paths
+from client import paths
 from client.runtime import server_connection
 from common.atomic_files import write
 from common.errors import AntherError, refused

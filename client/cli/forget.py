@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from client.cli.paths import owner_parser, run
+from client.cli.common import owner_parser, run
 from client.store import layout, migrate
 from client.store.open import check_store_exists, last_federation
 from common import atomic_files, file_lock

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from client.cli.paths import config_file, keys_folder, owner_parser, run
+from client.cli.common import owner_parser, run
+from client.paths import config_file, keys_folder
 from common import atomic_files, file_lock
 from common.errors import AntherError
 from privacy.storage import FileStorage

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from client.cli.paths import owner_parser, run
+from client.cli.common import owner_parser, run
 from client.store import keyring, layout, migrate
 from client.store.open import check_store_exists, inspect_store
 from common import file_lock

@@ -28,11 +28,11 @@ from common.errors import REPORTED_ERRORS, AntherError, told
 from common.units import HOUR, MIB
 from conf.key_help import key_help
 from conf.schemas.planning import PlanConfig, compose_plan, devices
-from models.base import assets
 from models.families.family import ATTENTION
 from models.families.flux import FLUX
 from models.families.known import BaseSpec, find_base
 from models.families.sd3 import SD3
+from models.files import assets
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser, resident_bytes
 from models.quantization.modes import WEIGHT_MODES
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from client.cli.paths import owner_parser, run
+from client.cli.common import owner_parser, run
 from client.store.open import check_store_exists, inspect_store, open_for_owner
 from privacy.storage import FileStorage
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from client.cli.paths import config_file, keys_folder, owner_parser, run
+from client.cli.common import owner_parser, run
+from client.paths import config_file, keys_folder
 from client.store.open import inspect_store
 from common import file_lock
 from conf.schemas.node import NodeConfig, compose

@@ -6,9 +6,9 @@ import hashlib
 from dataclasses import astuple, dataclass
 
 from client.store.store import Store
-from models.base import assets
 from models.base.base import Base
 from models.families.known import find_base
+from models.files import assets
 from models.footprint.footprint import copy_for_dry_run, example_shapes, footprint
 
 PROFILE = "device.yaml"  # `client.cli.plan`'s, whose imports are slow

@@ -13,7 +13,6 @@ from client.device import Device
 from client.rounds.helpers import encode_split, expect, training_cost
 from client.rounds.local_factors import with_local_factors
 from client.rounds.received_adapter import receive_adapter
-from client.runtime.throttled_jobs import OutOfMemory
 from client.store.store import PersonalAdapter
 from common.errors import AntherError
 from common.seeding import derive_seed
@@ -22,7 +21,7 @@ from models.lora.norm_bound import norm_violation
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
-from training.jobs import Cancelled, Examples, GeneratedImages, Job, Result, TrainedAdapter
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, TrainedAdapter
 
 PERSONAL = "personal"
 PREVIEW_STEPS = 8

@@ -16,7 +16,7 @@ from client.runtime import resumable_download
 from common import atomic_files, file_lock
 from common.errors import AntherError
 from conf.schemas.node import FetchConfig
-from models.base import assets, chunk_manifest, hub
+from models.files import assets, chunk_manifest, hub
 
 GetBytes = Callable[[str, int, int | None], Iterator[bytes]]
 """Reads bytes of a path on the server: (path, offset, length); length None: all.

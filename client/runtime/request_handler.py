@@ -15,8 +15,8 @@ from client.runtime.throttle import Throttle
 from client.runtime.throttled_jobs import Perform, wait, with_meter, with_throttle
 from client.store.store import Store
 from common.errors import AntherError
-from models.base import assets
 from models.base.base import Base, load
+from models.files import assets
 from models.lora.adapter import adapter_shapes
 from privacy.policy import RequestRefusedError
 from protocol.messages import Evaluate, Personalize, Query, Reply, Request, payloads

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from common import atomic_files
 from common.errors import AntherError
-from models.base import chunk_manifest
-from models.base.chunk_manifest import ChunkManifest, ManifestFile
+from models.files import chunk_manifest
+from models.files.chunk_manifest import ChunkManifest, ManifestFile
 
 ReadRange = Callable[[int, int, int], Iterable[bytes]]
 """Reads bytes of the n-th file: (n, offset, length); AntherError if they are unavailable."""

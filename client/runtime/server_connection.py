@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from client.cli import paths
+from client import paths
 from common import strict_json
 from common.atomic_files import write
 from common.errors import AntherError, shown

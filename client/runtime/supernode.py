@@ -47,7 +47,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.app import app
+from client.runtime.client_app import app
 from common.atomic_files import write
 from common.processes import end_with_parent
 

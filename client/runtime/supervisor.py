@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from client.cli import paths
+from client import paths
 from client.runtime import server_connection
 from client.runtime.server_connection import ServerConnection, ServerUnavailable
 from common import low_memory, processes, strict_json
@@ -31,7 +31,7 @@ from common.flower import environment
 from common.processes import end_with_parent
 from common.service import SignalReceived, raise_on_sigterm, say
 from conf.schemas.node import NodeConfig, compose
-from models.base import assets
+from models.files import assets
 from privacy import policy
 
 DONE, USAGE = 0, 2

@@ -15,13 +15,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from client.runtime.throttle import Throttle
-from training.jobs import Cancelled, Job, Result, TrainJob
+from training.jobs import Cancelled, Job, OutOfMemory, Result, TrainJob
 
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
-
-
-class OutOfMemory(Cancelled):
-    """The throttle stopped for lack of memory, which the request itself may have caused."""
 
 
 def with_throttle(perform: Perform, throttle: Throttle) -> Perform:

@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from types import FrameType
 
-from client.cli.paths import device_files
 from client.device import WATTS
+from client.paths import device_files
 from client.power.meter import Meter
 from client.power.sensors import choose_sensors
 from client.runtime import ipc, request_handler

@@ -1,1 +1,1 @@
-"""The frozen base: files, loading, hashes, and the network that jobs share."""
+"""The frozen base that jobs share, and the command that packs it."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from common.errors import AntherError, summary
-from models.base import assets
-from models.base.denoiser import Denoise, Denoiser
 from models.diffusion import decoding
+from models.diffusion.denoiser import Denoise, Denoiser
 from models.families.checkpoint import recognize
+from models.files import assets
 from models.lora.batched_lora import BatchedAdapter
 from models.quantization import packed
 
@@ -229,7 +229,7 @@ def load(path: str, *, sites: str | None = None, device: str = "cpu", **options:
     """Load the base of this name, hash, or folder.
 
     Args:
-        path: see `models.base.assets.locate`.
+        path: see `models.files.assets.locate`.
         sites: see `Base`.
         device: torch device, or 'auto'.
         options: further arguments of `Base`.

@@ -1,1 +1,1 @@
-"""Forward process, sampling, and decoding of latents."""
+"""Forward process, denoiser, sampling, and decoding of latents."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AntherError
-from models.base.loading import load_network
+from models.files.loading import load_network
 
 TILE = 256  # side in pixels: a VAE needs more memory than the network, in proportion to the decoded area
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import AntherError
-from models.base.denoiser import Denoise
+from models.diffusion.denoiser import Denoise
 from models.diffusion.objective import Schedule, predict_x0_and_noise
 
 SAMPLERS = ("ddim", "dpm", "lcm", "ancestral")

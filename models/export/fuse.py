@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from common.errors import REPORTED_ERRORS, AntherError, told
 from common.moved_commands import refuse_key_value
-from models.base import assets
 from models.families.checkpoint import recognize
+from models.files import assets
 from models.quantization.packed import is_packed
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

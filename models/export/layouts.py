@@ -1,4 +1,4 @@
-"""Export adapters for other tools: in diffusers' layout (peft keys) and in kohya's (`models.export.kohya`).
+"""Export adapters for other tools: in diffusers' layout (peft keys) and in kohya's (`models.families.kohya`).
 
 The scale is folded into B, so α = rank. All sites are zero-padded to the largest rank, because diffusers loses the α of
 individual attention layers in kohya's layout. Files are byte-for-byte reproducible.
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import AntherError
-from models.export.kohya import KOHYA_PREFIX, PartFactors, merge_parts, swap_halves
 from models.families.family import Family
+from models.families.kohya import KOHYA_PREFIX, PartFactors, merge_parts, swap_halves
 from models.lora.adapter import Adapter, Sites, rank
 
 LAYOUTS = ("diffusers", "kohya")

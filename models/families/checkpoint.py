@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AntherError, shown
-from models.base import loading
 from models.diffusion.objective import Schedule
 from models.families import encoders
 from models.families.checks import check
@@ -23,6 +22,7 @@ from models.families.schedules import parse_schedule
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.files import loading
 from models.quantization import packed
 
 FAMILIES = {family.pipeline: family for family in (STABLE_DIFFUSION, SDXL, PIXART, SD3, FLUX, SANA)}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AntherError, shown
-from models.base import loading
 from models.families import sentencepiece
+from models.files import loading
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Gemma2Model")
 TOKENIZERS = tuple(f"{kind}Tokenizer{end}" for kind in ("CLIP", "T5", "Gemma") for end in ("", "Fast"))

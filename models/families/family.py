@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base.denoiser import Forward
-from models.export.kohya import KohyaFormat
+from models.diffusion.denoiser import Forward
+from models.families.kohya import KohyaFormat
 
 ATTENTION = r".*\.attn[12]?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
 """Projections of all attention layers, including those of text tokens in joint attention: the usual LoRA targets."""

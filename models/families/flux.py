@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.export.kohya import FusedPart, KohyaFormat, map_names, map_qkv
 from models.families.family import Family, Latents, pack, packed_caption_shape, unpack
+from models.families.kohya import FusedPart, KohyaFormat, map_names, map_qkv
 
 _SIDE = 128  # latents of 1024 pixels: the pipeline's default, because the network's configuration has none
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from common.errors import AntherError, summary
-from models.base import assets
 from models.families.checkpoint import recognize
 from models.families.family import Family
 from models.families.flux import FLUX
@@ -24,6 +23,7 @@ from models.families.sana import SANA
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.files import assets
 
 
 @dataclass(frozen=True, kw_only=True)

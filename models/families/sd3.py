@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.export.kohya import KohyaFormat, map_names, map_qkv
 from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
+from models.families.kohya import KohyaFormat, map_names, map_qkv
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:

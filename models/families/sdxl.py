@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.export.kohya import UNET_KOHYA
 from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
+from models.families.kohya import UNET_KOHYA
 
 _SCALE = 8  # pixels per latent, of every SDXL VAE
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.base.denoiser import call_unet
-from models.export.kohya import UNET_KOHYA
+from models.diffusion.denoiser import call_unet
 from models.families.family import Family, configured_latents
+from models.families.kohya import UNET_KOHYA
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:

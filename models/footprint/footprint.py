@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import AntherError
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import per_example_loss, rectified_flow
 from models.families.known import BaseSpec
 from models.footprint.dry_run import DryRun, fake_parameters
@@ -44,7 +44,7 @@ class Footprint:
     """One forward and backward pass of one microbatch, at the moment of peak memory."""
 
     base_bytes: int
-    """Frozen weights that stay in memory; codes of a packed base don't, as their file is mapped (`models.base.paging`)."""
+    """Frozen weights that stay in memory; codes of a packed base don't, as their file is mapped (`models.files.paging`)."""
     activations_bytes: int = 0
     """Tensors of the pass: saved by autograd, intermediate gradients, and inputs."""
     workspace_bytes: int = 0

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import per_example_loss
 from models.footprint.dry_run import OPS_PER_BYTE, DryRun
 from models.footprint.footprint import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base.paging import release_pages
+from models.files.paging import release_pages
 
 BLOCK_SIZES = {"nf4": 32, "int8": 64}  # weights that share a scale
 

@@ -1,7 +1,7 @@
 """A packed network: a memory-mapped safetensors file with quantized weights, and its manifest.
 
 It replaces the weights in a pipeline's folder, so that a packed base is a folder like any other, identified by the same
-hash (`models.base.assets.digest`). Nothing is read before it is used, converted, or copied to floating point.
+hash (`models.files.assets.digest`). Nothing is read before it is used, converted, or copied to floating point.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from common.errors import AntherError, summary
-from models.base import assets, paging
+from models.files import assets, paging
 from models.quantization.modes import WEIGHT_MODES, quantize_meta
 
 FILE, MANIFEST, CONFIG = "packed.safetensors", "packed.json", "config.json"

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.base import chunk_manifest
-from models.base.chunk_manifest import ChunkManifest
+from models.files import chunk_manifest
+from models.files.chunk_manifest import ChunkManifest
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -28,7 +28,7 @@ class BaseFiles:
     """Files of bases by content hash. Construction reads all files once; devices reject files that change later.
 
     Args:
-        folders: folders of bases, as `models.base.assets.locate` finds them.
+        folders: folders of bases, as `models.files.assets.locate` finds them.
 
     Raises:
         AntherError: a base can't be read or distributed.

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from common.errors import AntherError
 from server.gateway.app import Gateway
 from server.gateway.connections import Connection, ConnectionPhase, ConnectionTable, Listener
-from server.supervisor.superlink import Certificates
+from server.gateway.pki import Certificates
 
 _HEAD = 16 << 10  # bytes of a request's head
 _BACKLOG = 512

@@ -10,6 +10,7 @@ import hashlib
 import ipaddress
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
@@ -27,6 +28,14 @@ from common.errors import AntherError
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 _SKEW = timedelta(hours=24)  # clocks of small boards without a battery run behind
+
+
+class Certificates(NamedTuple):
+    """Certificate files, in the order of Flower's options."""
+
+    authority: Path
+    certificate: Path
+    key: Path
 
 
 class KeyPair(NamedTuple):

@@ -22,9 +22,9 @@ from common import atomic_files
 from common.errors import REPORTED_ERRORS, AntherError, told
 from conf.compose import compose
 from conf.schemas.simulation import SimulationConfig
-from models.base import assets
 from models.base.base import Base, load
 from models.export import adapter_files
+from models.files import assets
 from server.report import totals
 from server.report.page import Report, write
 from server.report.snippet import loading_snippet

@@ -22,7 +22,7 @@ license = "Apache-2.0"
 
 [tool.flwr.app]
 publisher = "anther"
-fab-include = ["**/*.py", "**/*.yaml", "models/base/manifest.json"]
+fab-include = ["**/*.py", "**/*.yaml", "models/files/manifest.json"]
 
 [tool.flwr.app.components]
 serverapp = "server.app:app"

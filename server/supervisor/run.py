@@ -29,16 +29,16 @@ from common.service import SignalReceived, raise_on_sigterm, say
 from conf.cli import hydra_application, program
 from conf.compose import compose
 from conf.schemas.server import ServeConfig
-from models.base import assets, chunk_manifest
+from models.files import assets, chunk_manifest
 from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
 from server.gateway import base_files
 from server.gateway.app import Gateway, now
 from server.gateway.device_registry import DeviceRegistry
-from server.gateway.enrolled_nodes import EnrolledNodes
 from server.gateway.listening import reload_certificate, serve
 from server.supervisor import run_dirs, server_dir
 from server.supervisor.bundle import assemble, version
+from server.supervisor.enrolled_nodes import EnrolledNodes
 from server.supervisor.run_log import log_to_console, print_log
 from server.supervisor.server_dir import ServerDir
 from server.supervisor.superlink import SuperLinkProcess, largest_adapter, stop_leftovers

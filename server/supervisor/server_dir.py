@@ -22,9 +22,10 @@ from common import strict_json
 from common.atomic_files import make_folder, write
 from common.errors import AntherError
 from conf.schemas.server import ServerConfig
-from models.base import assets
+from models.files import assets
 from server.gateway import pki
-from server.supervisor.superlink import LOOPBACK, Certificates
+from server.gateway.pki import Certificates
+from server.supervisor.superlink import LOOPBACK
 
 _RENEWED = 30.0  # days before its expiry at which a server certificate is replaced
 

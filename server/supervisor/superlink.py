@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
@@ -25,6 +25,7 @@ from common.atomic_files import write
 from common.errors import AntherError
 from common.flower import environment
 from common.processes import end_with_parent, python
+from server.gateway.pki import Certificates
 from server.supervisor import database
 from server.supervisor.control import ControlClient
 from server.supervisor.local_superlink import UNGUARDED
@@ -39,14 +40,6 @@ _ADAPTER = 64 << 20  # bytes, until a ServerApp has stored the size
 _MAX_LOG = 64 << 20  # bytes of a log file above which the next start begins a new one
 
 _READY = 60.0  # seconds for the start
-
-
-class Certificates(NamedTuple):
-    """Certificate files, in the order of Flower's options."""
-
-    authority: Path
-    certificate: Path
-    key: Path
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.base.base import Base
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.lora.adapter import Adapter, Factors, init_adapter
 from privacy.audit.goodness_of_fit import Check
 from privacy.noise import SecureNoise

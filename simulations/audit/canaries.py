@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import diffusion
 from models.lora.adapter import Adapter, Factors
 from privacy.accounting import PoissonGaussian

@@ -12,8 +12,8 @@ from functools import cache
 from common.errors import AntherError
 from conf.schemas.fleet import FleetConfig, ProfileConfig
 from conf.schemas.planning import DeviceProfileConfig, device_profile
-from models.base import assets
 from models.base.base import Base
+from models.files import assets
 from protocol.messages import TrainingPlan
 from simulations.fleet.costs import Costs
 

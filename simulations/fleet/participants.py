@@ -23,8 +23,8 @@ from common.seeding import derive_seed
 from conf.schemas.fleet import ProfileConfig
 from conf.schemas.simulation import SimulationConfig
 from conf.schemas.training import DataConfig
-from models.base import assets
 from models.base.base import Base
+from models.files import assets
 from privacy.noise import noise_source
 from privacy.policy import Policy
 from privacy.storage import Storage

@@ -15,10 +15,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import parse_request, reply_message
 from client.device import Device
 from client.rounds.handler import handle
 from client.rounds.scheduler import RequestHandler, run_handlers
+from client.runtime.client_app import parse_request, reply_message
 from protocol.messages import Reply
 from training.jobs import Job, Result
 

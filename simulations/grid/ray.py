@@ -34,9 +34,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from omegaconf import OmegaConf
 
-from client.app import parse_request, reply_message
 from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
+from client.runtime.client_app import parse_request, reply_message
 from common import strict_json
 from common.errors import AntherError
 from conf.cli import to_object

@@ -15,8 +15,8 @@ from itertools import islice
 
 from flwr.app import Message
 
-from client.app import parse_request, reply_message
 from client.device import Device
+from client.runtime.client_app import parse_request, reply_message
 from common.units import HOUR, MEGABITS
 from privacy.policy import RequestRefusedError
 from protocol.messages import DeviceReport, Reply, Train, Update

@@ -13,9 +13,9 @@ from typing import Any
 
 from common import atomic_files
 from conf.schemas.simulation import SimulationConfig
-from models.base import assets
 from models.base.base import Base
 from models.export import adapter_files
+from models.files import assets
 from models.lora.adapter import Adapter, concatenate
 from server.report import totals
 from server.report.page import write

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
 from strategies.robust import Filtering
+from strategies.round.updates import Sketches
 from strategies.round.validation import ReplyRejectedError
 from strategies.server_optimizers import StrategyState, Tensors, as_stored
 
@@ -31,8 +32,6 @@ _BITS, _WORDS = 16, 4  # a seed as numbers that float32 represents exactly
 
 Probes = Sequence[tuple[Tensor, Tensor]]
 """Signs u `[n, out]` and v `[n, in]` for each site, float64."""
-Sketches = list[tuple[str, Tensor]]
-"""Device name and sketch of each update, accepted or not, of a round that isn't finished."""
 
 
 class ReplayFilter:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from models.lora.adapter import Adapter
 from protocol.messages import DeviceReport, TrainingPlan, Update
-from strategies.robust.replay import Sketches
 from strategies.round.update_spool import UpdateKey, UpdateSpool
 from strategies.scaffold import ControlUpdate
+
+Sketches = list[tuple[str, Tensor]]
+"""Device name and sketch [sites, 1 + n] of each update that arrived in the current round, accepted or not."""
 
 
 @dataclass(frozen=True, kw_only=True)

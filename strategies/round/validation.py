@@ -21,7 +21,7 @@ from models.lora.trainable import from_trained_tensors, trained_shapes, trained_
 from protocol import quantization, records, tensor_codec
 from protocol.messages import DeviceReport, Evaluation, Personalized, TrainingPlan, Update
 from protocol.tensor_codec import CodecError
-from strategies.private_evaluation import EvaluationPolicy
+from strategies.round.private_evaluation import EvaluationPolicy
 
 log = logging.getLogger(__name__)
 

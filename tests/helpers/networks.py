@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.footprint.footprint import DUMMY_SCHEDULE

@@ -19,8 +19,8 @@ from protocol.messages import Update
 from server.rounds.loop import run_rounds
 from server.rounds.state import RunState
 from simulations.grid.cohort import CohortGrid
-from strategies.build import build
-from strategies.planning.full_plan import training_plan
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from strategies.registry import AGGREGATIONS
 from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import REPORT, SITES, FakeDevice, bases_file, handle, perform

@@ -10,8 +10,8 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from PIL import Image
 
-from client.app import app
 from client.device import from_config
+from client.runtime.client_app import app
 from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Evaluate, ExamplePrivacy, Personalize, Query, Train, TrainingPlan

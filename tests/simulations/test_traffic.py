@@ -18,8 +18,8 @@ from server.rounds.loop import run_rounds
 from server.rounds.state import RunState
 from simulations.fleet.participants import participants
 from simulations.grid.cohort import CohortGrid
-from strategies.build import build
-from strategies.planning.full_plan import training_plan
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from training.engine import perform
 
 TINY = (

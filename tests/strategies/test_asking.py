@@ -23,8 +23,8 @@ from server.rounds.loop import run_rounds
 from server.rounds.state import RunState
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.ffa import FFA
-from strategies.build import build
 from strategies.central_dp import BudgetExhausted
+from strategies.factory.strategy import build
 from strategies.planning.plan import PlanLimits
 from strategies.planning.site_selection import SiteSelector
 from strategies.round.connected_devices import ConnectedDevices

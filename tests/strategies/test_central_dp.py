@@ -27,7 +27,7 @@ from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedsb import FedSB
 from strategies.central_dp import BudgetExhausted, changes
-from strategies.private_evaluation import CentralDPEvaluation, EvaluationPolicy
+from strategies.round.private_evaluation import CentralDPEvaluation, EvaluationPolicy
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.central import BUDGET, CLIP, EXPECTED, Z, central_dp, poisson, private, simulated

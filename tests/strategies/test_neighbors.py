@@ -31,7 +31,7 @@ from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsb import FedSB
 from strategies.central_dp import CentralDP, DeviceBudget
 from strategies.planning.plan import PlanLimits
-from strategies.private_evaluation import CentralDPEvaluation, EvaluationPolicy
+from strategies.round.private_evaluation import CentralDPEvaluation, EvaluationPolicy
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.strategy import FederatedStrategy

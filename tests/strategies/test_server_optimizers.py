@@ -14,10 +14,10 @@ from protocol.tensor_codec import encode
 from server.rounds import checkpoint
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
-from strategies.aggregation.build import build_aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flora import FLoRA
+from strategies.factory.aggregation import build_aggregation
 from strategies.registry import AGGREGATIONS
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt

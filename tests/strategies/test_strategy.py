@@ -16,8 +16,8 @@ from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.planning.plan import CosineDecay, PlanLimits
-from strategies.private_evaluation import EvaluationPolicy
 from strategies.round.metrics import DeviceMetrics
+from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection.sample import Sample
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
 

@@ -6,9 +6,9 @@ import pytest
 
 from common.errors import AntherError
 from conf.compose import compose
-from strategies.aggregation.build import build_aggregation
-from strategies.build import build
-from strategies.planning.full_plan import training_plan
+from strategies.factory.aggregation import build_aggregation
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from strategies.unused_settings import refuse_unused
 from tests.helpers.fleet import SITES
 

@@ -20,8 +20,8 @@ from simulations.grid.cohort import CohortGrid
 from strategies import registry
 from strategies.aggregation import Linearity
 from strategies.aggregation.fedit import FedIT
-from strategies.build import build, combination
-from strategies.planning.full_plan import training_plan
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build, combination
 from strategies.registry import (
     AGGREGATIONS,
     AXES,

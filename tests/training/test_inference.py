@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.base.base import Base
-from models.base.denoiser import Denoise
+from models.diffusion.denoiser import Denoise
 from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import SAMPLERS
 from models.lora.batched_lora import BatchedAdapter, stack_adapters

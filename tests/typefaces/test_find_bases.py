@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from conf.compose import compose
-from models.base import assets
 from models.base.base import load
+from models.files import assets
 from models.lora.lora_xs import load_bases
 from typefaces.find_bases import RANK, SITES, compute_bases, leading_eigenvectors
 

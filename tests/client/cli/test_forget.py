@@ -10,7 +10,7 @@ import pytest
 
 from client.cli import ledger
 from client.cli.forget import main
-from client.cli.paths import device_files
+from client.paths import device_files
 from client.store.open import inspect_store, open_store
 from privacy.ledger.ledger import JOURNAL
 from privacy.storage import FileStorage

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.cli.leave import main
-from client.cli.paths import device_files
+from client.paths import device_files
 from client.store.open import inspect_store, open_store
 from client.store.store import PersonalAdapter
 from tests.client.store.test_open import FEDERATION

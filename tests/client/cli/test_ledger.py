@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from client.cli.ledger import FRESH, main
-from client.cli.paths import device_files
+from client.paths import device_files
 from client.store.store import LOCAL_FACTORS, RESIDUAL, VARIATE
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger.ledger import JOURNAL, MARKER, MEASURE, DeviceLedger

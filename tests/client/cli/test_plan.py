@@ -12,7 +12,7 @@ import torch
 from client.cli import plan
 from client.planning.plan_search import TrainingSetting
 from conf.schemas.planning import compose_plan
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.families.known import KNOWN_BASES
 from models.footprint.footprint import MARGIN, Footprint, footprint, resident_bytes
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from client.cli.paths import device_files, keys_folder
 from client.cli.status import NOT_ENROLLED, main
+from client.paths import device_files, keys_folder
 from common import file_lock
 from privacy.accounting import NonPrivate
 from privacy.ledger.ledger import MEASURE, DeviceLedger

@@ -15,13 +15,13 @@ from PIL import Image
 from client.device import Device
 from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
-from client.runtime.throttled_jobs import OutOfMemory
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, rank
 from privacy.policy import Policy
 from protocol.messages import Evaluate, EvaluationPrivacy, Personalize, Request, to_json
 from tests.helpers.devices import PICTURES, SITES, Performer, adapter, make_device, to_bytes, train_request
 from training import jobs
+from training.jobs import OutOfMemory
 
 RANK = 3
 FIRST, SECOND, THIRD = (adapter(RANK, seed=seed) for seed in (1, 2, 3))

@@ -20,7 +20,7 @@ from client.runtime.downloads import fetch
 from client.runtime.http_source import http_get
 from common.errors import AntherError
 from conf.schemas.node import FetchConfig
-from models.base import assets, chunk_manifest, hub
+from models.files import assets, chunk_manifest, hub
 from server.gateway.base_files import BaseFiles, routes
 from tests.helpers.kills import counted, killed_before
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.cli.paths import device_files
+from client.paths import device_files
 from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.runtime import request_handler

@@ -23,8 +23,8 @@ from protocol.ticket import Ticket
 from server.gateway import pki
 from server.gateway.app import Gateway
 from server.gateway.device_registry import DeviceRegistry
-from server.gateway.keys import issue_ticket
 from server.gateway.listening import serve
+from server.supervisor.keys import issue_ticket
 from server.supervisor.server_dir import ServerDir
 
 BASE = "b" * 64

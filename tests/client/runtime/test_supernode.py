@@ -12,8 +12,8 @@ import pytest
 from flwr.common.config import get_fused_config_from_fab
 from flwr.supercore.run import Run
 
-from client.app import app
 from client.runtime import supernode
+from client.runtime.client_app import app
 
 
 def bundle(megabytes):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from client.cli.paths import device_files
+from client.paths import device_files
 from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.runtime import ipc, request_handler

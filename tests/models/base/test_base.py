@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from bench.lib.tiny import ATTENTION, save_pipeline
 from common.errors import AntherError
-from models.base import assets
 from models.base.base import Base, load
 from models.export.layouts import diffusers_keys, export, kohya_keys
 from models.families.checkpoint import Checkpoint, recognize
 from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.files import assets
 from models.lora.adapter import Adapter, Site, concatenate, rank
 from models.lora.batched_lora import BatchedAdapter, Layout, stack_adapters
 from tests.helpers.adapters import random_adapter

@@ -11,13 +11,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from common.errors import AntherError
-from models.base import assets
 from models.base.base import Base
+from models.base.pack import pack
 from models.export import adapter_files
 from models.export.fuse import fuse, main
 from models.export.layouts import export
+from models.files import assets
 from models.lora.adapter import Adapter
-from models.quantization.pack import pack
 from tests.helpers.adapters import random_adapter
 
 

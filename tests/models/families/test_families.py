@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from common.errors import AntherError
 from models.base.base import Base
-from models.base.denoiser import call_unet
+from models.base.pack import pack
+from models.diffusion.denoiser import call_unet
 from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import sample
 from models.export.layouts import export, kohya_keys
 from models.families.checkpoint import recognize
 from models.lora.adapter import Adapter, init_adapter
 from models.lora.batched_lora import BatchedFactors, stack_adapters, to_device
-from models.quantization.pack import pack
 from privacy.noise import SimulatedNoise
 from tests.helpers.adapters import random_adapter
 from tests.models.conftest import TinyPipeline

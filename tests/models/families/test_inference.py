@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from models.base.base import Base
+from models.base.pack import pack
 from models.export import adapter_files
-from models.quantization.pack import pack
 from server.report.snippet import loading_snippet
 from tests.helpers.adapters import random_adapter
 from tests.models.conftest import TinyPipeline

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from common.errors import AntherError
-from models.base.denoiser import find_sites
+from models.diffusion.denoiser import find_sites
 from models.families.known import KNOWN_BASES, find_base
 
 PUBLISHED = {  # millions of parameters, as their makers count them

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from models.base.denoiser import Denoiser
+from models.diffusion.denoiser import Denoiser
 from models.footprint.dry_run import OPS_PER_BYTE
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import TRAINED_BYTES, PassCosts, pass_costs

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from common.errors import AntherError
-from models.base import assets, chunk_manifest
+from models.files import assets, chunk_manifest
 from server.gateway.base_files import BaseFiles, routes
 
 

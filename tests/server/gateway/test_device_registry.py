@@ -9,8 +9,8 @@ import pytest
 from common import strict_json
 from common.atomic_files import write
 from common.errors import AntherError
-from server.gateway import keys
 from server.gateway.device_registry import FILE, DeviceRegistry, ticket_name
+from server.supervisor import keys
 from server.supervisor.server_dir import ServerAddress
 
 

@@ -17,7 +17,7 @@ from server.rounds.loop import personalize, run_rounds
 from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.fedit import FedIT
-from strategies.private_evaluation import EvaluationPolicy
+from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection import Sampling
 from strategies.selection.sample import Sample
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy

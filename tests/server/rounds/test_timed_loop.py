@@ -19,9 +19,9 @@ from server.rounds.sync import RoundLimits
 from simulations.fleet.availability import DailySchedule
 from strategies.aggregation import exact
 from strategies.aggregation.fedit import FedIT
-from strategies.build import build
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from strategies.fedbuff import PLANS_PER_ROUND, rebase_factors, rebase_product
-from strategies.planning.full_plan import training_plan
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample

@@ -33,8 +33,8 @@ from server.rounds import checkpoint
 from server.rounds.federation import federate
 from server.supervisor.run import run_overrides
 from simulations.grid.cohort import CohortGrid
-from strategies.build import build
-from strategies.planning.full_plan import training_plan
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from training.engine import perform
 
 RUN = (

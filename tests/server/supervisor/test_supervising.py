@@ -11,8 +11,8 @@ import pytest
 
 from common.errors import AntherError
 from conf.schemas.server import ServerConfig
-from server.gateway.enrolled_nodes import EnrolledNodes
 from server.supervisor import run_dirs
+from server.supervisor.enrolled_nodes import EnrolledNodes
 from server.supervisor.run import ServerSupervisor
 
 WORDS = ["rounds=3"]

@@ -14,8 +14,8 @@ from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.policy import Policy, RequestRefusedError
 from privacy.storage import FileStorage
 from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated, slug, writers
-from strategies.planning.full_plan import training_plan
-from strategies.private_evaluation import evaluation_mechanisms, evaluation_policy
+from strategies.factory.full_plan import training_plan
+from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
 from tests.simulations.test_run import own_pictures
 
 

@@ -21,7 +21,6 @@ from server.rounds.loop import run_rounds
 from server.rounds.state import RunState
 from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
-from strategies.aggregation.build import build_aggregation, build_replay_filter
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -29,9 +28,10 @@ from strategies.aggregation.fedsb import FedSB
 from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.build import build
+from strategies.factory.aggregation import build_aggregation, build_replay_filter
+from strategies.factory.full_plan import training_plan
+from strategies.factory.strategy import build
 from strategies.fedbuff import rebase_product
-from strategies.planning.full_plan import training_plan
 from strategies.robust.replay import ReplayFilter, draw_probes, relative_distances, sketch
 from strategies.round.validation import ReplyRejectedError
 from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy

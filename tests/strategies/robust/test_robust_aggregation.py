@@ -14,11 +14,11 @@ from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adap
 from protocol.tensor_codec import decode, encode
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
-from strategies.aggregation.build import build_aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.hetlora import HetLoRA
+from strategies.factory.aggregation import build_aggregation
 from strategies.registry import ROBUST_RULES
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from client.cli import forget, leave, ledger, paths
-from client.cli.paths import device_files, enrolled_files, find_files, remember
+from client import paths
+from client.cli import forget, leave, ledger
+from client.paths import device_files, enrolled_files, find_files, remember
 from client.runtime import supervisor
 from client.runtime.server_connection import ServerConnection
 from common.errors import AntherError

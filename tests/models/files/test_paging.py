@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from bench.lib.tiny import ATTENTION
 from models.base.base import Base
-from models.base.paging import _MARKED, mark_mapped, release_pages
+from models.base.pack import pack
+from models.files.paging import _MARKED, mark_mapped, release_pages
 from models.quantization.blockwise import QuantizedTensor, quantize
 from models.quantization.layers import QuantizedLinear
-from models.quantization.pack import pack
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from bench.privacy.utility import (
+from bench.quality.utility import (
     DEVELOPMENT,
     FORMS,
     TEST,

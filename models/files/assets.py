@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import REPORTED_ERRORS, AntherError, refused, told
-from models.base import hub
+from models.files import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # suffixes that count; cards and images don't
 MANIFEST = Path(__file__).with_name("manifest.json")

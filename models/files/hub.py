@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from common.errors import AntherError, summary
-from models.base.loading import quiet_libraries
+from models.files.loading import quiet_libraries
 
 
 def is_repo_id(text: str) -> bool:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.lib.tiny import ATTENTION
 from common.errors import AntherError
-from models.base.denoiser import Denoiser, find_sites
+from models.diffusion.denoiser import Denoiser, find_sites
 from models.diffusion.objective import add_noise, diffusion, per_example_loss, target
 from models.lora.adapter import Site
 from models.lora.batched_lora import BatchedFactors, SlotLayer, slot_layers, stack_adapters, to_device

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bench.lib.tiny import ATTENTION, as_variant, save_pipeline
 from common.errors import AntherError
-from models.base import assets
 from models.base.base import Base
+from models.base.pack import main, pack
+from models.files import assets
 from models.quantization.layers import QuantizedLayer
 from models.quantization.modes import quant_types
-from models.quantization.pack import main, pack
 from models.quantization.packed import FILE, MANIFEST, PackedManifest, load, skeleton
 
 NETWORK = "UNet2DConditionModel"

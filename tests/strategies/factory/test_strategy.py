@@ -10,17 +10,17 @@ from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.noise import SecureNoise, SimulatedNoise
 from privacy.storage import FileStorage
 from server.ledger import ServerLedger
-from strategies.aggregation.build import build_aggregation, build_server_optimizer
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.flora import FLoRA
-from strategies.build import build, combination
-from strategies.planning.full_plan import training_plan
+from strategies.factory.aggregation import build_aggregation, build_server_optimizer
+from strategies.factory.full_plan import training_plan
+from strategies.factory.selection import build_selection
+from strategies.factory.strategy import build, combination
 from strategies.registry import AGGREGATIONS, ROBUST_RULES, refusal_reason
 from strategies.robust.krum import MultiKrum
 from strategies.robust.robust_aggregation import RobustAggregation
-from strategies.selection.build import build_selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligibility
 from strategies.selection.energy import Energy

@@ -10,23 +10,23 @@ from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.schemas.cohort import EligibilityConfig
 from conf.schemas.simulation import SimulationConfig
-from models.base import assets
 from models.base.base import Base
+from models.files import assets
 from models.lora.adapter import Adapter, Sites
 from models.lora.lora_xs import load_bases
 from privacy.accounting import noise_multiplier_for
 from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import NoiseSource, noise_source
 from protocol.messages import TrainingPlan
-from strategies.aggregation.build import build_aggregation, build_replay_filter, build_server_optimizer
 from strategies.central_dp import CentralDP, ChargeLedger, DeviceBudget
 from strategies.clock import Clock
+from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
+from strategies.factory.selection import build_evaluation_selection, build_selection
 from strategies.fedbuff import BUFFER_SIZE
 from strategies.planning.plan import CosineDecay, PlanLimits
 from strategies.planning.site_selection import SiteSelector, base_pass_costs
-from strategies.private_evaluation import evaluation_mechanisms, evaluation_policy
 from strategies.registry import AGGREGATIONS, Combination, incompatibility, refusal_reason
-from strategies.selection.build import build_evaluation_selection, build_selection
+from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
 from strategies.selection.eligible import Eligibility
 from strategies.strategy import FederatedStrategy
 from strategies.unused_settings import refuse_unused

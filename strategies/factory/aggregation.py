@@ -51,7 +51,7 @@ def build_aggregation(config: SimulationConfig) -> Aggregation:
     entrywise = {"median": Median(), "trimmed_mean": TrimmedMean(outliers=outliers)}
     if unknown := [name for name in robust.rules if name not in {"replay", *reweighting, *entrywise}]:
         raise AntherError(
-            f"robust.rules={unknown[0]}: registered, but strategies/aggregation/build.py does not create it"
+            f"robust.rules={unknown[0]}: registered, but strategies/factory/aggregation.py does not create it"
         )
     last = robust.rules[-1]
     parts = {rule.trains(number) for number in (1, 2)} - {"both"}
@@ -151,7 +151,7 @@ def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> Serve
         return FedAvgM(lr=settings.lr or 1.0, momentum=momentum)
     if settings.name not in ("fedadam", "fedyogi"):
         raise AntherError(
-            f"server_optimizer.name={settings.name}: registered, but strategies/aggregation/build.py does not create it"
+            f"server_optimizer.name={settings.name}: registered, but strategies/factory/aggregation.py does not create it"
         )
     return FedOpt(
         lr=settings.lr or 0.003,

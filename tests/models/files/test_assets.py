@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from models.base import assets
+from models.files import assets
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = json.loads(assets.MANIFEST.read_text())

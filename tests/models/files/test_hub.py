@@ -11,9 +11,9 @@ import pytest
 
 from bench.lib.tiny import ATTENTION, save_pipeline
 from common.errors import AntherError
-from models.base import assets
 from models.base.base import load
-from models.base.hub import is_repo_id
+from models.files import assets
+from models.files.hub import is_repo_id
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from common.errors import REPORTED_ERRORS, AntherError, told
 from common.moved_commands import refuse_key_value
-from models.base import assets, loading
 from models.families.checkpoint import recognize
+from models.files import assets, loading
 from models.quantization.blockwise import empty_quantized, quantize
 from models.quantization.modes import WEIGHT_MODES, quant_types
 from models.quantization.packed import FILE, FORMAT, PackedManifest, is_packed, skeleton

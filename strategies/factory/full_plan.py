@@ -7,8 +7,8 @@ from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
-from strategies.aggregation.build import build_aggregation
-from strategies.private_evaluation import evaluation_mechanisms
+from strategies.factory.aggregation import build_aggregation
+from strategies.round.private_evaluation import evaluation_mechanisms
 
 
 def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingPlan:

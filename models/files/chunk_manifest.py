@@ -1,6 +1,6 @@
 """Manifest of a base's files and 4 MiB chunks, so that a base can be transferred and verified piece by piece.
 
-The receiver of a base knows its content hash (`models.base.assets.digest`), which follows from the names and hashes of
+The receiver of a base knows its content hash (`models.files.assets.digest`), which follows from the names and hashes of
 its files. A manifest is checked against it before any content is requested. Chunk hashes are the sender's claim: they
 detect a damaged chunk early, and every whole file is checked against its own hash regardless. A manifest is untrusted:
 its size is limited, and its names are checked before any path is built from them.
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import AntherError
-from models.base import assets
+from models.files import assets
 
 FORMAT = 1
 CHUNK = 4 << 20  # bytes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.errors import AntherError
-from models.base import assets, chunk_manifest
+from models.files import assets, chunk_manifest
 
 ROOT = Path(__file__).parents[3]
 

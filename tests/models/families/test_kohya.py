@@ -18,9 +18,9 @@ from torch import Tensor
 from common.errors import AntherError
 from models.base.base import Base
 from models.export.adapter_files import CONTENTS, describe, write
-from models.export.kohya import FusedPart
 from models.export.layouts import diffusers_keys, export, kohya_keys
 from models.families.flux import FLUX
+from models.families.kohya import FusedPart
 from models.families.sd3 import SD3
 from models.lora.adapter import Adapter, Site, Sites
 from tests.helpers.adapters import random_adapter

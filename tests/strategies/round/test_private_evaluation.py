@@ -14,8 +14,8 @@ from privacy.bounded_sum import STEPS_PER_CLIP
 from privacy.noise import SecureNoise, SimulatedNoise
 from protocol.messages import Evaluation, EvaluationPrivacy
 from server.rounds.state import Round
-from strategies.planning.full_plan import training_plan
-from strategies.private_evaluation import (
+from strategies.factory.full_plan import training_plan
+from strategies.round.private_evaluation import (
     CentralDPEvaluation,
     EvaluationPolicy,
     evaluation_mechanisms,

@@ -66,7 +66,7 @@ def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
         case "random":
             return Sample(size=size, seed=config.seed)
     raise AntherError(
-        f"selection={settings.name}: strategies/selection/build.py does not create it; known are {', '.join(SELECTIONS)}"
+        f"selection={settings.name}: strategies/factory/selection.py does not create it; known are {', '.join(SELECTIONS)}"
     )
 
 

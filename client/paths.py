@@ -1,26 +1,16 @@
-"""Locate a device's files: by its name in ANTHER_HOME, unless its owner chose another folder.
-
-This module is shared by the owner's commands, such as `anther device ledger`. They take the same two options, print to
-standard output, and report an error in one line.
-"""
+"""Locate a device's files: by its name in ANTHER_HOME, unless its owner chose another folder."""
 
 from __future__ import annotations
 
-import argparse
 import platform
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.atomic_files import write
-from common.errors import REPORTED_ERRORS, AntherError, told
-from common.terminal import use_plain_output
-from models.base import assets
+from common.errors import AntherError
+from models.files import assets
 from privacy.ledger.anchors import parse_marker
 from privacy.ledger.ledger import JOURNAL, MARKER
 from privacy.storage import FileStorage
-
-DONE, USAGE = 0, 2
 
 
 def device_files(name: str, store: str | Path | None = None) -> FileStorage:
@@ -116,42 +106,3 @@ def config_file() -> Path:
 def keys_folder() -> Path:
     """Return the folder of the device's keys for its federation."""
     return assets.home() / "link"
-
-
-def owner_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Build the parser of an owner's command about one device."""
-    parser = argparse.ArgumentParser(
-        prog=f"anther device {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--store", type=Path, metavar="DIR", help="folder of the device's store (default: in ANTHER_HOME)"
-    )
-    parser.add_argument(
-        "--name", help="the device's name (default: as enrolled, else the store's or the machine's name)"
-    )
-    return parser
-
-
-def run(
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    act: Callable[[FileStorage, argparse.Namespace], str],
-) -> int:
-    """Run an owner's command.
-
-    Args:
-        parser: the command's parser.
-        arguments: the command line; None: that of the process.
-        act: carries out the command and returns the text to print.
-
-    Returns:
-        The exit status: DONE, or USAGE with one line on standard error.
-    """
-    use_plain_output()
-    options = parser.parse_args(arguments)
-    try:
-        print(act(find_files(options.store, options.name), options))
-    except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return USAGE
-    return DONE

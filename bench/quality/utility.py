@@ -256,7 +256,7 @@ def main() -> None:
     for (cohort, seed, name), result in zip(work, results_of_runs, strict=True):
         results.setdefault((cohort, seed), {})[name] = result
     record = {
-        "command": " ".join(["python -m bench.privacy.utility", *sys.argv[1:]]),
+        "command": " ".join(["python -m bench.quality.utility", *sys.argv[1:]]),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers", "flwr", "dp-accounting"),
         "results": [

@@ -1,0 +1,54 @@
+"""What the commands of a device's owner share: options that select a device, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from client import paths
+from common.errors import REPORTED_ERRORS, told
+from common.terminal import use_plain_output
+from privacy.storage import FileStorage
+
+DONE, USAGE = 0, 2
+
+
+def owner_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Build the parser of an owner's command about one device."""
+    parser = argparse.ArgumentParser(
+        prog=f"anther device {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder of the device's store (default: in ANTHER_HOME)"
+    )
+    parser.add_argument(
+        "--name", help="the device's name (default: as enrolled, else the store's or the machine's name)"
+    )
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    act: Callable[[FileStorage, argparse.Namespace], str],
+) -> int:
+    """Run an owner's command.
+
+    Args:
+        parser: the command's parser.
+        arguments: the command line; None: that of the process.
+        act: carries out the command and returns the text to print.
+
+    Returns:
+        The exit status: DONE, or USAGE with one line on standard error.
+    """
+    use_plain_output()
+    options = parser.parse_args(arguments)
+    try:
+        print(act(paths.find_files(options.store, options.name), options))
+    except REPORTED_ERRORS as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return USAGE
+    return DONE

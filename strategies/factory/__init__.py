@@ -1,0 +1,1 @@
+"""Build a strategy from a configuration."""
