@@ -77,7 +77,7 @@ def test_every_key_that_is_named_alone_is_one_of_a_schema() -> None:
     named = {key for part in code("docs/deploy.md") for key in re.findall(rf"^((?:{heads})\.[a-z_.]+)$", part)}
     named = {
         key for key in named if not (ROOT / f"{key.replace('.', '/')}.py").exists()
-    }  # server.gateway.keys is a module
+    }  # server.supervisor.keys is a module
     assert len(named) > 8
     assert named - KEYS - {"server.conf"} == set()
 

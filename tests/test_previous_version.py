@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client.paths import own
+from client.paths import enrolled_files
 from client.store.open import open_store
 from common.errors import AntherError
 from conf.schemas.node import compose as compose_node
@@ -85,7 +85,7 @@ def test_device_store_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (node.name, node.max_rank, node.fetch.source) == ("owner-0", 1, "server")
     assert (node.throttle.require_charging, node.throttle.min_free_mib) == (False, 50.0)
     assert (node.connection.address, node.connection.poll_seconds) == ("127.0.0.1:41865", 0.1)
-    with open_store(own("owner-0", node.store), federation=node.federation) as opened:
+    with open_store(enrolled_files("owner-0", node.store), federation=node.federation) as opened:
         history = DeviceLedger(opened.storage).history()
         rounds = [entry.reservation.round for entry in history.entries.values()]
         assert (rounds, history.events) == ([1, 2], 6)
