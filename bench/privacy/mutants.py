@@ -482,7 +482,7 @@ DEVICE_MUTANTS = (
         "clip count without noise",
         "privacy/central.py",
         "count = clipped.below.add_noise(2 * self.adaptive.noise_stddev, noise)",
-        "count = clipped.below.value",
+        "count = clipped.below.steps.double() * clipped.below.step",
         "tests/privacy/test_central.py::test_adaptive_clip_matches_the_paper",
     ),
     Mutant(
