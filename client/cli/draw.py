@@ -92,14 +92,14 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     written = []
     for number, (caption, picture) in enumerate(zip(options.captions, pictures, strict=True), start=1):
-        under = "" if options.under == "personal" else f"-{options.under}"  # so that they can lie side by side
-        written.append(options.out / f"{number:02}{under}-{_slug(caption)}.png")
+        suffix = "" if options.under == "personal" else f"-{options.under}"  # different names in one folder
+        written.append(options.out / f"{number:02}{suffix}-{_slug(caption)}.png")
         Image.fromarray(picture).save(written[-1])
     return "\n".join(map(str, written))
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What would fail only after the base was loaded."""
+    """Check the options that would otherwise fail only after the base was loaded."""
     for name, valid, rule in (
         ("steps", 1 <= options.steps <= 1000, "1 to 1000"),
         ("guidance", 1 <= options.guidance <= 1000, "1 to 1000"),

@@ -80,7 +80,7 @@ def show(files: FileStorage, *, as_json: bool = False) -> str:
 
 
 def reset(files: FileStorage, *, confirmed: bool) -> str:
-    """Set the ledger aside; return a text that says what this means. AntherError without `sure`."""
+    """Set the ledger aside; return a text that says what this means. AntherError without `confirmed`."""
     if not confirmed:
         raise AntherError(
             "reset discards the record of everything shared so far: ε is counted from 0 again. Confirm with "

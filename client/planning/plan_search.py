@@ -21,7 +21,7 @@ class TrainingSetting:
 
     resolution: int  # side of a picture in pixels
     sites: str  # name of a set of sites
-    weights: str  # one of `models.quantization.modes.MODES`
+    weights: str  # one of `models.quantization.modes.WEIGHT_MODES`
     checkpointing: str = CHECKPOINTING_MODES[-1]
     batch: int = 1  # pictures per microbatch
 

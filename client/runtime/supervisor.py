@@ -249,10 +249,10 @@ class WorkerProcess:
 
 @dataclass
 class SuperNodeProcess:
-    """`client.runtime.supernode`: Flower's SuperNode, started again with a pause whenever it ends."""
+    """The process `client.runtime.supernode`, Flower's SuperNode, restarted after a pause whenever it ends."""
 
     node: NodeConfig
-    link: ServerConnection
+    server: ServerConnection
     socket_path: str
     _process: subprocess.Popen | None = None
     _started: float = 0.0
@@ -273,18 +273,18 @@ class SuperNodeProcess:
             "ANTHER_SLOW_POLL_SECONDS": str(self.node.connection.max_poll_seconds),
         }
         credentials = ["--insecure"]
-        if not self.link.insecure:
+        if not self.server.insecure:
             credentials = [
                 "--root-certificates",
-                str(self.link.authority),
+                str(self.server.authority),
                 "--auth-supernode-private-key",
-                str(self.link.key),
+                str(self.server.key),
             ]
         own_address = f"127.0.0.1:{_free_port()}"
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             processes.python(
-                "client.runtime.supernode", own_address, "--", "--superlink", self.link.address, *credentials
+                "client.runtime.supernode", own_address, "--", "--superlink", self.server.address, *credentials
             ),
             env={"FLWR_LOG_LEVEL": "WARNING", **environment(folder), **variables},
             stdin=subprocess.DEVNULL,

@@ -88,7 +88,7 @@ class _Reading(NamedTuple):
 class Throttle:
     """Callable checked between passes: False to continue, True to stop and release memory.
 
-    While there is a `pause_reason`, the call blocks, for at most `settings.patience` seconds. It returns True
+    While there is a `pause_reason`, the call blocks, for at most `settings.max_wait_seconds`. It returns True
     immediately if memory is short or `stop` is set. Unreadable sensors are a reason to pause.
 
     Args:
@@ -163,7 +163,7 @@ class Throttle:
         return reading
 
     def _wait(self, cause: str, started: float) -> _Reading:
-        """Read sensors repeatedly until there is no reason to pause, a reason to stop, or patience has run out."""
+        """Read sensors repeatedly until there is no reason to pause, a reason to stop, or the maximum wait is over."""
         reading = _Reading(wait=cause)
         while reading.stop is None and reading.wait is not None:
             left = self.settings.max_wait_seconds - (self._clock() - started)

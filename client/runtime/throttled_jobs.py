@@ -23,7 +23,7 @@ Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 def with_throttle(perform: Perform, throttle: Throttle) -> Perform:
     """Check the throttle before every batch of jobs, and after every pass of training.
 
-    Within other jobs, `training.inference` checks it.
+    Within other jobs, `training.engine.perform` checks it.
     """
 
     def throttled(batch: list[Job]) -> Sequence[Result | Exception]:

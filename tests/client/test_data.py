@@ -1,4 +1,4 @@
-"""A person's folder of pictures: what is read, and one line for each mistake."""
+"""Reading a folder of pictures: accepted content, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def album(folder: Path, count: int = 10) -> Path:
     return folder
 
 
-def test_a_fifth_each_is_held_out_always_the_same(tmp_path: Path) -> None:
+def test_splits_are_stable(tmp_path: Path) -> None:
     pictures = load_folder(album(tmp_path))
     assert [len(split) for split in pictures] == [6, 2, 2]
     assert {p.caption for split in pictures for p in split} == {f"picture {number}" for number in range(10)}
     assert all(int(p.caption.split()[1]) == p.pixels[0, 0, 0] for split in pictures for p in split)
     lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
     (tmp_path / "metadata.jsonl").write_text("\n".join(reversed(lines)))
-    again = load_folder(str(tmp_path))
-    assert [fingerprint(split) for split in again] == [fingerprint(split) for split in pictures]
+    repeated = load_folder(str(tmp_path))
+    assert [fingerprint(split) for split in repeated] == [fingerprint(split) for split in pictures]
 
 
 def splits(folder: Path) -> dict[str, str]:
-    """Caption -> split."""
-    found = load_folder(folder)
-    return {p.caption: name for name, split in zip(Pictures._fields, found, strict=True) for p in split}
+    """Return {caption: split}."""
+    pictures = load_folder(folder)
+    return {p.caption: name for name, split in zip(Pictures._fields, pictures, strict=True) for p in split}
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.from_regex(r"[a-zé]{1,3}(/[a-z])?[0-9]{0,3}", fullmatch=True), min_size=1, max_size=5, unique=True))
-def test_a_picture_more_moves_no_other(names: list[str]) -> None:
-    """Whatever is there and whatever is added: each of the others is in the split where it was."""
-    with TemporaryDirectory() as place:
-        folder = Path(place)
+def test_added_picture_moves_no_other(names: list[str]) -> None:
+    """Whatever pictures there are, adding one leaves every other in its split."""
+    with TemporaryDirectory() as index:
+        folder = Path(index)
         first = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "train")
         captions: dict[str, object] = {first: "the first"}
         save(folder / first)
@@ -76,20 +76,20 @@ def test_a_picture_more_moves_no_other(names: list[str]) -> None:
             before = after
 
 
-def test_names_in_a_row_take_turns_and_others_fall_as_they_may() -> None:
+def test_consecutive_names_alternate() -> None:
     for start in (0, 7, 998):
         row = [split_of(f"IMG_{number}.jpg") for number in range(start, start + 5)]
         assert sorted(row) == ["test", "train", "train", "train", "validation"]
     letters = "abcdefghij"
-    drawn = Counter(split_of(f"{a}{b}{c}.png") for a in letters for b in letters for c in letters)
-    assert [round(drawn[name] / 1000, 1) for name in Pictures._fields] == [0.6, 0.2, 0.2]
+    counts = Counter(split_of(f"{a}{b}{c}.png") for a in letters for b in letters for c in letters)
+    assert [round(counts[name] / 1000, 1) for name in Pictures._fields] == [0.6, 0.2, 0.2]
     assert split_of("a/0012.png") == split_of("a/12.jpg")
 
 
-def test_a_folder_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
-    held = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "test")
-    save(tmp_path / held)
-    caption(tmp_path, **{held: "a"})
+def test_folder_without_training_pictures_is_refused(tmp_path: Path) -> None:
+    pictures = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "test")
+    save(tmp_path / pictures)
+    caption(tmp_path, **{pictures: "a"})
     with pytest.raises(AntherError, match=r"none of the 1 pictures is for training; add some"):
         load_folder(tmp_path)
 
@@ -105,29 +105,29 @@ def test_split_folders(tmp_path: Path, sheets: str) -> None:
     assert [[p.caption for p in split] for split in load_folder(tmp_path)] == [["train"], ["validation"], ["test"]]
 
 
-def test_held_out_folders_may_be_left_out(tmp_path: Path) -> None:
+def test_held_out_folders_are_optional(tmp_path: Path) -> None:
     save(tmp_path / "train/a.png")
     caption(tmp_path / "train", **{"a.png": "a"})
     assert [len(split) for split in load_folder(tmp_path)] == [1, 0, 0]
 
 
-def test_pixels_are_as_stored_and_upright(tmp_path: Path) -> None:
+def test_pixels_are_upright(tmp_path: Path) -> None:
     folder = album(tmp_path, 3)
     save(folder / "0.png", mode="L", value=7)
     upside_down = Image.new("RGB", (12, 10))
     exif = upside_down.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     upside_down.save(folder / "1.jpg", exif=exif)
     (folder / "1.png").unlink()
     caption(folder, **{"0.png": " grey ", "1.jpg": "turned", "2.png": "Größe"})
-    found = {p.caption: p.pixels for split in load_folder(folder) for p in split}
-    assert found["grey"].shape == (10, 12)
-    assert found["turned"].shape == (12, 10, 3)
-    assert found["Größe"].shape == (10, 12, 3)
-    assert all(pixels.dtype == np.uint8 for pixels in found.values())
+    pictures = {p.caption: p.pixels for split in load_folder(folder) for p in split}
+    assert pictures["grey"].shape == (10, 12)
+    assert pictures["turned"].shape == (12, 10, 3)
+    assert pictures["Größe"].shape == (10, 12, 3)
+    assert all(pixels.dtype == np.uint8 for pixels in pictures.values())
 
 
-def test_hidden_files_and_other_files_are_no_pictures(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_ignored(tmp_path: Path) -> None:
     folder = album(tmp_path, 3)
     save(folder / ".thumbnails/x.png")
     (folder / "._0.png").write_bytes(b"")
@@ -174,7 +174,7 @@ def write_sheet(line: str) -> Callable[[Path], object]:
         (write_sheet('{"file_name": "", "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
     ],
 )
-def test_every_mistake_is_one_line_that_names_the_file_and_the_mend(
+def test_errors_are_one_line_with_file_and_remedy(
     tmp_path: Path, spoil: Callable[[Path], object], named: str, mend: str
 ) -> None:
     folder = album(tmp_path / "photos", 3)
@@ -187,12 +187,12 @@ def test_every_mistake_is_one_line_that_names_the_file_and_the_mend(
     assert "\n" not in line
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match=r"photos: no such folder"):
         load_folder(tmp_path / "photos")
 
 
-def test_a_fingerprint_tells_any_change() -> None:
+def test_fingerprint_detects_any_change() -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     changed = pixels.copy()
     changed[7, 7, 2] = 1
@@ -210,11 +210,11 @@ def test_a_fingerprint_tells_any_change() -> None:
     assert fingerprint([first]) == fingerprint(iter([first]))
 
 
-def test_what_cannot_be_used_is_absent_in_its_place(tmp_path: Path) -> None:
-    """For private jobs: a missing file, a damaged one and one that isn't described; the rest is as it was."""
+def test_unusable_picture_keeps_its_position(tmp_path: Path) -> None:
+    """For private jobs: a missing file, a damaged file and a bad line; the other pictures are unchanged."""
     files = [f"train/{letter}.png" for letter in "abcdef"]
-    for place, file in enumerate(files):
-        save(tmp_path / file, value=place)
+    for index, file in enumerate(files):
+        save(tmp_path / file, value=index)
     caption(tmp_path, **{file: f"text {file}" for file in files})
     whole = load_folder(tmp_path).train
     lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
@@ -222,25 +222,25 @@ def test_what_cannot_be_used_is_absent_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, "no JSON"]))
     (tmp_path / files[1]).unlink()
     (tmp_path / files[3]).write_bytes(b"damaged")
-    said: list[AntherError] = []
-    found = load_folder(tmp_path, on_error=said.append).train
-    assert [isinstance(one, MissingPicture) for one in found] == [False, True, False, True, True, False]
-    for place in (0, 2, 5):
-        assert fingerprint([found[place]]) == fingerprint([whole[place]])
+    output: list[AntherError] = []
+    pictures = load_folder(tmp_path, on_error=output.append).train
+    assert [isinstance(one, MissingPicture) for one in pictures] == [False, True, False, True, True, False]
+    for index in (0, 2, 5):
+        assert fingerprint([pictures[index]]) == fingerprint([whole[index]])
     for words in ("b.png doesn't exist", "d.png", "e.png has no caption", "JSON object"):
-        assert any(words in str(error) for error in said), said
+        assert any(words in str(error) for error in output), output
     with pytest.raises(AntherError):
         load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("make", [lambda root: root / "nowhere", lambda root: root])
-def test_a_folder_that_cannot_be_used_has_no_pictures(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    said: list[AntherError] = []
-    assert load_folder(make(tmp_path), on_error=said.append) == Pictures((), (), ())
-    assert len(said) == 1
+def test_unusable_folder_has_no_pictures(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    output: list[AntherError] = []
+    assert load_folder(make(tmp_path), on_error=output.append) == Pictures((), (), ())
+    assert len(output) == 1
 
 
-def test_fingerprints_of_pixels_in_memory_stay_what_they_were() -> None:
+def test_fingerprints_in_memory_are_unchanged() -> None:
     """They key cached latents and the random streams of private jobs: by shape, caption and pixels."""
     pixels = np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3)
     text = repr(((8, 8, 3), 3, "cat")).encode()

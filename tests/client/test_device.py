@@ -1,4 +1,4 @@
-"""A device as its own node's configuration describes it."""
+"""A device built from its node's configuration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from common.errors import AntherError
 from privacy.noise import SecureNoise, SimulatedNoise
 from tests.helpers.devices import BASE, SITES
 
-HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, resolution=64)  # all that is asked of a base
+HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, resolution=64)  # the attributes of a base that are used
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two owners of three pictures each."""
+    """Create two owners with three pictures each."""
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
     for owner in ("bob", "ann"):
         folder = tmp_path / "owners" / owner
@@ -38,26 +38,26 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "owners"
 
 
-def test_a_real_device_draws_secure_noise_and_keeps_its_seed(root: Path) -> None:
+def test_real_device_uses_secure_noise_and_stored_seed(root: Path) -> None:
     device = from_config({"data": str(root / "ann"), "name": "tablet"}, HELD)
     assert device.name == device.report.device == "tablet"
     assert device.store.where == str(root.parent / "home/devices/tablet")
     assert device.pictures().train[0].caption == "ann"
     assert isinstance(device.noise(1, "shared"), SecureNoise)
     assert device.noise(1, "shared").release
-    again = from_config({"data": str(root / "ann"), "name": "tablet", "seed": 3}, HELD)
-    assert again.seed == device.seed  # nobody else chooses it
+    repeated = from_config({"data": str(root / "ann"), "name": "tablet", "seed": 3}, HELD)
+    assert repeated.seed == device.seed  # random
 
 
 @pytest.mark.parametrize("test", [True, "true"])
-def test_a_declared_test_is_reproducible_and_no_release(root: Path, test: object) -> None:
+def test_declared_test_is_reproducible_and_no_release(root: Path, test: object) -> None:
     config = {"data": str(root / "ann"), "name": "tablet", "test": test, "seed": 3}
-    device, again = (from_config(config, HELD) for _ in range(2))
+    device, repeated = (from_config(config, HELD) for _ in range(2))
     assert isinstance(device.noise(1, "shared"), SimulatedNoise)
     assert not device.noise(1, "shared").release
     assert device.seed == 3
     assert torch.equal(
-        device.noise(1, "shared").rounded_gaussian(3, 1e9), again.noise(1, "shared").rounded_gaussian(3, 1e9)
+        device.noise(1, "shared").rounded_gaussian(3, 1e9), repeated.noise(1, "shared").rounded_gaussian(3, 1e9)
     )
 
 
@@ -70,7 +70,7 @@ def test_simulated_owners_by_partition(root: Path) -> None:
     assert devices[0].store.where != devices[1].store.where
 
 
-def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Path) -> None:
+def test_report_is_coarse(root: Path, tmp_path: Path) -> None:
     stated = {"examples-per-second": "25", "watts": 6, "metered": "true", "store": str(tmp_path / "s")}
     device = from_config({"data": str(root / "ann")} | stated, HELD)
     report = device.report
@@ -97,22 +97,22 @@ def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Pat
         (Conditions(battery_celsius=40.1), {"hot": True}),
         (Conditions(throttled=True), {"hot": True}),
         (Conditions(owner_active=True, metered=True), {"busy": True, "metered": True}),
-        (Conditions(free_mib=12.3, watts=4.5, owner_active=False, metered=False), {}),  # nobody's business
+        (Conditions(free_mib=12.3, watts=4.5, owner_active=False, metered=False), {}),  # not sent to the server
     ],
 )
-def test_the_report_says_coarsely_what_sensors_do(root: Path, now: Conditions, told: dict[str, Any]) -> None:
+def test_report_rounds_sensor_readings(root: Path, now: Conditions, told: dict[str, Any]) -> None:
     config = {"data": str(root / "ann"), "name": "tablet"}
     plain = from_config(config, HELD).report
     assert from_config(config, HELD, read=lambda: now).report == dataclasses.replace(plain, **told)
     assert (plain.battery, plain.charging, plain.busy, plain.hot, plain.metered) == (None, False, False, False, False)
 
 
-def test_an_owner_who_says_metered_knows_better(root: Path) -> None:
+def test_configured_metered_overrides_sensors(root: Path) -> None:
     config = {"data": str(root / "ann"), "metered": True}
     assert from_config(config, HELD, read=lambda: Conditions(metered=False)).report.metered
 
 
-def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
+def test_policy_is_loaded(root: Path, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text("max_epsilon = 2.5")
     device = from_config({"data": str(root / "ann"), "store": str(tmp_path)}, HELD)
     assert device.policy.max_epsilon == 2.5
@@ -137,13 +137,13 @@ def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("root")
-def test_mistakes_name_their_key(config: dict[str, object], named: str) -> None:
+def test_errors_name_their_key(config: dict[str, object], named: str) -> None:
     with pytest.raises(AntherError, match=named) as raised:
         from_config(config, HELD)
     assert "\n" not in str(raised.value)
 
 
-def test_a_device_imports_nothing_of_the_servers_and_nothing_of_flower() -> None:
+def test_device_imports_neither_server_nor_flower() -> None:
     script = (
         "import sys, client.rounds.handler, client.device, client.rounds.scheduler\n"
         "heavy = {'flwr', 'diffusers', 'transformers', 'PIL', 'dp_accounting', 'psutil'}\n"
@@ -151,5 +151,5 @@ def test_a_device_imports_nothing_of_the_servers_and_nothing_of_flower() -> None
         "print(sorted((heavy | rooms) & {name.split('.')[0] for name in sys.modules}))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Plans of a part of the adapter, or of some sites: what is trained, what stays, what comes back and what is kept."""
+"""Plans for one factor or some sites: trained, frozen, uploaded and stored parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from privacy.noise import SimulatedNoise
 from privacy.policy import RequestRefusedError
 from protocol import tensor_codec
 from protocol.messages import Evaluate, EvaluationPrivacy, Personalize, Train, Update
-from tests.helpers.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
+from tests.helpers.devices import SITES, Performer, adapter, cache_epsilon, make_device, to_bytes, train_request
 from training import jobs
 from training.jobs import Result, TrainedAdapter
 
@@ -29,7 +29,7 @@ SENT = adapter(3)
 
 
 class Shifted(Performer):
-    """Moves every factor by its round's number: training can be repeated."""
+    """Shifts every factor by its round's number, so that training is repeatable."""
 
     def _perform(self, job: jobs.Job) -> Result:
         if not isinstance(job, jobs.TrainJob):
@@ -42,16 +42,16 @@ class Shifted(Performer):
 
 @pytest.fixture(autouse=True, scope="module")
 def _epsilon_is_known() -> None:
-    know_epsilon(3)
+    cache_epsilon(3)
 
 
 def request(number: int = 1, *, rank: int = 2, private: bool = False, **changes: Any) -> Train:
-    asked = train_request(number=number, rank=rank, private=private, sent=to_bytes(SENT))
-    return dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, **changes))
+    requested = train_request(number=number, rank=rank, private=private, sent=to_bytes(SENT))
+    return dataclasses.replace(requested, plan=dataclasses.replace(requested.plan, **changes))
 
 
-def ask(device: Device, asked: Any, perform: Performer | None = None) -> Any:
-    reply = run_handlers({"d": handle(asked, device)}, perform or Shifted())["d"]
+def answer_request(device: Device, request_: Any, perform: Performer | None = None) -> Any:
+    reply = run_handlers({"d": handle(request_, device)}, perform or Shifted())["d"]
     if isinstance(reply, Exception):
         raise reply
     return reply
@@ -69,9 +69,9 @@ def equal(one: Adapter, other: Adapter) -> bool:
 
 @pytest.mark.parametrize("private", [False, True], ids=["open", "private"])
 @pytest.mark.parametrize("rank", [2, 3])
-def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Path, private: bool, rank: int) -> None:
+def test_plan_sites_are_trained_others_frozen(tmp_path: Path, private: bool, rank: int) -> None:
     perform = Shifted()
-    reply = ask(make_device(tmp_path), request(rank=rank, private=private, sites=(FIRST,)), perform)
+    reply = answer_request(make_device(tmp_path), request(rank=rank, private=private, sites=(FIRST,)), perform)
     job, (head, tail) = trained(perform), split_rank(SENT, rank)
     assert equal(job.start, {FIRST: head[FIRST]})
     assert job.frozen is not None
@@ -89,39 +89,42 @@ def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Pa
         ((FIRST, FIRST), "the plan names 2 sites to train, 1 of them different"),
     ],
 )
-def test_sites_that_are_none_are_refused_before_anything_is_charged(tmp_path: Path, sites: Any, words: str) -> None:
+def test_invalid_sites_are_refused_without_charge(tmp_path: Path, sites: Any, words: str) -> None:
     device, perform = make_device(tmp_path), Performer()
     with pytest.raises(RequestRefusedError, match=words):
-        ask(device, request(private=True, sites=sites), perform)
+        answer_request(device, request(private=True, sites=sites), perform)
     assert not perform.jobs
     assert not device.store.ledger.entries()
 
 
-def test_memory_is_asked_for_where_the_plan_trains(tmp_path: Path) -> None:
-    asked: list[tuple[int, list[str]]] = []
-    device = make_device(tmp_path, check_memory=lambda rank, sites: asked.append((rank, list(sites))))
-    ask(device, request(1, sites=(FIRST,)))
-    ask(device, request(2))
-    assert asked == [(2, [FIRST]), (2, list(SITES))]
+def test_memory_check_uses_plan_sites(tmp_path: Path) -> None:
+    requested: list[tuple[int, list[str]]] = []
+    device = make_device(tmp_path, check_memory=lambda rank, sites: requested.append((rank, list(sites))))
+    answer_request(device, request(1, sites=(FIRST,)))
+    answer_request(device, request(2))
+    assert requested == [(2, [FIRST]), (2, list(SITES))]
 
 
 @pytest.mark.parametrize("trains", ["a", "b"])
-def test_one_factor_is_trained_and_comes_back_alone(tmp_path: Path, trains: str) -> None:
+def test_only_trained_factor_is_uploaded(tmp_path: Path, trains: str) -> None:
     perform = Shifted()
-    reply = ask(make_device(tmp_path), request(trains=trains), perform)
+    reply = answer_request(make_device(tmp_path), request(trains=trains), perform)
     assert trained(perform).trains == trains
-    found = tensor_codec.decode(reply.adapter, trained_shapes(SITES, 2, trains))
-    assert all(name.endswith(f"lora_{trains.upper()}") for name in found)
+    decoded = tensor_codec.decode(reply.adapter, trained_shapes(SITES, 2, trains))
+    assert all(name.endswith(f"lora_{trains.upper()}") for name in decoded)
     assert not (tmp_path / LOCAL_FACTORS).exists()
 
 
 @pytest.mark.parametrize("changes", [{"sites": (FIRST,)}, {"trains": "b"}])
-def test_what_rounding_left_is_for_rounds_of_the_same_part(tmp_path: Path, changes: Any) -> None:
-    device, alone = make_device(tmp_path / "1"), make_device(tmp_path / "2")
+def test_residual_belongs_to_same_trained_part(tmp_path: Path, changes: Any) -> None:
+    device, separate = make_device(tmp_path / "1"), make_device(tmp_path / "2")
     small = {"update": "int4", "feedback": True}
-    ask(device, request(1, **small))
+    answer_request(device, request(1, **small))
     assert (tmp_path / "1" / RESIDUAL).exists()
-    assert ask(device, request(2, **small, **changes)).adapter == ask(alone, request(2, **small, **changes)).adapter
+    assert (
+        answer_request(device, request(2, **small, **changes)).adapter
+        == answer_request(separate, request(2, **small, **changes)).adapter
+    )
 
 
 def own_b(job: jobs.TrainJob) -> dict[str, torch.Tensor]:
@@ -132,21 +135,21 @@ def split(number: int = 1, **changes: Any) -> Train:
     return request(number, rank=3, trains="split", **changes)
 
 
-def round_of(device: Device, asked: Train) -> tuple[jobs.TrainJob, Update]:
+def round_of(device: Device, request_: Train) -> tuple[jobs.TrainJob, Update]:
     perform = Shifted()
-    reply = ask(device, asked, perform)
+    reply = answer_request(device, request_, perform)
     return trained(perform), reply
 
 
 def after(job: jobs.TrainJob) -> Adapter:
-    found = Shifted()._perform(job)
-    assert isinstance(found, TrainedAdapter)
-    return found.adapter
+    result = Shifted()._perform(job)
+    assert isinstance(result, TrainedAdapter)
+    return result.adapter
 
 
 @pytest.mark.parametrize("private", [False, True], ids=["open", "private"])
-def test_a_goes_up_and_b_stays_for_the_next_round(tmp_path: Path, private: bool) -> None:
-    """As FedSA-LoRA has it: the next round begins with the A that is sent and the device's own B."""
+def test_a_is_uploaded_and_b_stays(tmp_path: Path, private: bool) -> None:
+    """FedSA-LoRA: the next round starts with the received A and the device's own B."""
     device = make_device(tmp_path)
     first, reply = round_of(device, split(1, private=private))
     assert first.trains == "both"
@@ -158,28 +161,28 @@ def test_a_goes_up_and_b_stays_for_the_next_round(tmp_path: Path, private: bool)
     assert all(torch.equal(second.start[name].a, SENT[name].a) for name in SITES)
 
 
-def test_a_round_that_is_done_again_begins_as_it_did(tmp_path: Path) -> None:
+def test_repeated_round_starts_the_same(tmp_path: Path) -> None:
     device = make_device(tmp_path)
-    ask(device, split(1))
+    answer_request(device, split(1))
     first, reply = round_of(device, split(2))
-    again, same = round_of(make_device(tmp_path), split(2))
-    assert equal(first.start, again.start)
+    repeated, same = round_of(make_device(tmp_path), split(2))
+    assert equal(first.start, repeated.start)
     assert reply.adapter == same.adapter
 
 
-def test_b_is_of_its_run_and_of_what_was_promised(tmp_path: Path) -> None:
-    """Nor does a B that simulated noise hides enter a round whose noise is real."""
+def test_b_belongs_to_run_and_guarantee(tmp_path: Path) -> None:
+    """A B protected by simulated noise never enters a round with real noise."""
     simulated = SimulatedNoise(seed=0, client="d", round=1, purpose="shared")
-    ask(make_device(tmp_path / "1", noise=simulated), split(1, private=True))
+    answer_request(make_device(tmp_path / "1", noise=simulated), split(1, private=True))
     job, _ = round_of(make_device(tmp_path / "1"), split(2, private=True))
     assert equal(job.start, SENT)
     device = make_device(tmp_path / "2")
-    ask(device, split(1))
+    answer_request(device, split(1))
     job, _ = round_of(device, split(2, run="another"))
     assert equal(job.start, SENT)
 
 
-def test_a_plan_of_some_sites_has_the_devices_b_at_all(tmp_path: Path) -> None:
+def test_partial_plan_uses_device_b_at_all_sites(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     first, _ = round_of(device, split(1))
     job, _ = round_of(device, split(2, sites=(FIRST,)))
@@ -187,15 +190,15 @@ def test_a_plan_of_some_sites_has_the_devices_b_at_all(tmp_path: Path) -> None:
     assert job.frozen is not None
     assert all(torch.equal(job.frozen[name].b, after(first)[name].b) for name in OTHERS)
     third, _ = round_of(device, split(3))
-    wanted = after(first) | after(job)
-    assert all(torch.equal(b, wanted[name].b) for name, b in own_b(third).items())
+    expected = after(first) | after(job)
+    assert all(torch.equal(b, expected[name].b) for name, b in own_b(third).items())
 
 
-def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Path) -> None:
+def test_evaluation_and_personalizing_use_own_b(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     first, _ = round_of(device, split(1))
     perform = Shifted()
-    ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT)), perform)
+    answer_request(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT)), perform)
     personalise = Personalize(
         run="run",
         round=1,
@@ -207,32 +210,32 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
         look_every=1,
         patience=1,
     )
-    ask(device, personalise, perform)
+    answer_request(device, personalise, perform)
     measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob) and job.adapter]
     frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.TrainJob) and job.frozen]
-    kept = device.store.personal(SITES)
-    assert kept is not None
-    for found in (*measured, *frozen, kept.shared):  # some of them with a personal adapter beside
-        assert all(torch.equal(found[name].b[:, :3], after(first)[name].b) for name in SITES)
-        assert all(torch.equal(found[name].a[:3], SENT[name].a) for name in SITES)
+    stored = device.store.personal(SITES)
+    assert stored is not None
+    for result in (*measured, *frozen, stored.shared):  # some with a personal adapter in addition
+        assert all(torch.equal(result[name].b[:, :3], after(first)[name].b) for name in SITES)
+        assert all(torch.equal(result[name].a[:3], SENT[name].a) for name in SITES)
 
 
 @pytest.mark.parametrize("release", [True, False])
-def test_a_noised_gain_is_measured_with_a_b_of_the_same_promise_alone(tmp_path: Path, release: bool) -> None:
+def test_noised_gain_uses_b_of_same_guarantee(tmp_path: Path, release: bool) -> None:
     noise = None if release else SimulatedNoise(seed=0, client="d", round=1, purpose="shared")
-    ask(make_device(tmp_path, noise=noise), split(1, private=True))
+    answer_request(make_device(tmp_path, noise=noise), split(1, private=True))
     device, perform = make_device(tmp_path), Shifted()
-    kept = with_local_factors(SENT, "run", device)
-    assert not equal(kept, SENT)
+    stored = with_local_factors(SENT, "run", device)
+    assert not equal(stored, SENT)
     hidden = EvaluationPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
-    ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT), privacy=hidden), perform)
+    answer_request(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT), privacy=hidden), perform)
     (measured,) = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureEachJob) and job.adapter]
-    assert equal(measured, kept if release else SENT)
+    assert equal(measured, stored if release else SENT)
 
 
-def test_a_damaged_b_is_none(tmp_path: Path) -> None:
+def test_damaged_b_is_ignored(tmp_path: Path) -> None:
     device = make_device(tmp_path)
-    ask(device, split(1))
+    answer_request(device, split(1))
     (tmp_path / LOCAL_FACTORS).write_bytes(b"nonsense")
     job, _ = round_of(device, split(2))
     assert equal(job.start, SENT)

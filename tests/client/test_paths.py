@@ -84,7 +84,7 @@ def test_new_device_next_to_simulated_ones(anther: Path) -> None:
 
 def test_forget_after_leave_finds_store(anther: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shares("ada-laptop")
-    (anther / "node.conf").write_text("name=ada-laptop\nlink.address=leaf.example:9092\n")
+    (anther / "node.conf").write_text("name=ada-laptop\nconnection.address=leaf.example:9092\n")
     (anther / "devices" / "ada-laptop" / "personal.safetensors").write_bytes(b"learnt")
     assert leave.main(["--yes"]) == 0
     assert forget.main(["--yes"]) == 0
@@ -98,9 +98,9 @@ def test_forget_after_leave_finds_store(anther: Path, tmp_path: Path, capsys: py
 
 
 def node(data: Path) -> NodeConfig:
-    found = NodeConfig(data=str(data), name="pi")
-    found.link.address = "127.0.0.1:1"
-    return found
+    result = NodeConfig(data=str(data), name="pi")
+    result.connection.address = "127.0.0.1:1"
+    return result
 
 
 def test_errors_come_before_any_request(anther: Path, tmp_path: Path) -> None:

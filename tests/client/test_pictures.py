@@ -1,4 +1,4 @@
-"""Pictures of any kind become what a person sees, or one line that names the file."""
+"""Decoding of pictures of any kind, with one line that names the file if that fails."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from common.errors import AntherError
 WHITE, BLACK = 255, 0
 
 
-def listed(folder: Path, name: str = "a.png", text: str = "a thing") -> Path:
-    """Where to put a training picture that a sheet lists."""
+def new_picture(folder: Path, name: str = "a.png", text: str = "a thing") -> Path:
+    """Return the path of a training picture, after writing its metadata line."""
     (folder / "train").mkdir(parents=True, exist_ok=True)
     line = json.dumps({"file_name": name, "text": text})
     (folder / "train" / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
@@ -38,13 +38,13 @@ def only(folder: Path, **options: str) -> np.ndarray:
     return load_folder(folder, **options).train[0].pixels
 
 
-def ink(mode: str) -> Image.Image:
-    """A black square of 8×8 on a transparent picture of 16×16 whose hidden pixels are black, or red, too."""
+def transparent_square(mode: str) -> Image.Image:
+    """Return a black 8×8 square in a transparent 16×16 picture, whose hidden pixels are black or red."""
     if mode in ("RGBA", "LA"):
         image = Image.new(mode, (16, 16), (255, 0, 0, 0) if mode == "RGBA" else (0, 0))
         image.paste((0, 0, 0, 255) if mode == "RGBA" else (0, 255), (4, 4, 12, 12))
         return image
-    image = Image.new(mode, (16, 16), 7 if mode != "RGB" else (7, 7, 7))  # 7 is what is transparent
+    image = Image.new(mode, (16, 16), 7 if mode != "RGB" else (7, 7, 7))  # index 7 is transparent
     if mode == "P":
         image.putpalette([0, 0, 0] * 7 + [255, 0, 0] + [0, 0, 0] * 248)
     image.paste(0, (4, 4, 12, 12))
@@ -53,10 +53,10 @@ def ink(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
 @pytest.mark.parametrize(("background", "value"), [("white", WHITE), ("black", BLACK), ("#808080", 128)])
-def test_transparent_parts_show_the_background(tmp_path: Path, mode: str, background: str, value: int) -> None:
-    file = listed(tmp_path)
+def test_background_shows_through_transparency(tmp_path: Path, mode: str, background: str, value: int) -> None:
+    file = new_picture(tmp_path)
     hidden = {"P": 7, "L": 7, "RGB": (7, 7, 7)}.get(mode)
-    ink(mode).save(file, **({} if hidden is None else {"transparency": hidden}))
+    transparent_square(mode).save(file, **({} if hidden is None else {"transparency": hidden}))
     pixels = only(tmp_path, background=background)
     expected = np.full((16, 16), value, np.uint8)
     expected[4:12, 4:12] = 0
@@ -64,8 +64,8 @@ def test_transparent_parts_show_the_background(tmp_path: Path, mode: str, backgr
     assert np.array_equal(pixels if pixels.ndim == 2 else pixels[..., 1], expected)
 
 
-def test_half_transparent_is_mixed_and_opaque_is_untouched(tmp_path: Path) -> None:
-    file = listed(tmp_path)
+def test_partial_transparency_is_blended(tmp_path: Path) -> None:
+    file = new_picture(tmp_path)
     Image.new("RGBA", (16, 16), (0, 0, 0, 128)).save(file)
     assert set(only(tmp_path).ravel()) == {127}
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
@@ -74,14 +74,14 @@ def test_half_transparent_is_mixed_and_opaque_is_untouched(tmp_path: Path) -> No
     assert np.array_equal(only(tmp_path), pixels[..., :3])
 
 
-def test_background_is_part_of_the_fingerprint(tmp_path: Path) -> None:
-    ink("RGBA").save(listed(tmp_path))
+def test_background_is_part_of_fingerprint(tmp_path: Path) -> None:
+    transparent_square("RGBA").save(new_picture(tmp_path))
     prints = {fingerprint(load_folder(tmp_path, background=color).train) for color in ("white", "black")}
     assert len(prints) == 2
 
 
 def exif(entries: list[tuple[int, int, int, bytes]], order: str = "<") -> bytes:
-    """An EXIF block with these entries: tag, type, count, value."""
+    """Return an EXIF block with these entries: tag, type, count, value."""
     at, head, tail = 8 + 2 + 12 * len(entries) + 4, b"", b""
     for tag, kind, count, value in entries:
         where = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(order + "L", at + len(tail))
@@ -99,21 +99,21 @@ TURN = (0x112, 3, 1, struct.pack("<H", 6))
     [
         (0x100, 9, 1, struct.pack("<l", -5)),  # a width of -5
         (0x11A, 2, 4, b"72\0\0"),  # a resolution as text
-        (0x132, 5, 1, struct.pack("<LL", 1, 0)),  # a date that is 1/0
+        (0x132, 5, 1, struct.pack("<LL", 1, 0)),  # a date of 1/0
         (0x9003, 12, 1, b"\xff" * 8),
-        (0x8769, 4, 1, struct.pack("<L", 1 << 31)),  # a further block that isn't there
+        (0x8769, 4, 1, struct.pack("<L", 1 << 31)),  # a pointer to a missing block
     ],
 )
-def test_turned_picture_with_wrong_exif_is_turned(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
+def test_orientation_with_invalid_exif(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
     for name in ("a.jpg", "a.png", "a.webp"):
-        Image.new("RGB", (32, 24)).save(listed(tmp_path, name), exif=exif(sorted([TURN, entry])))
+        Image.new("RGB", (32, 24)).save(new_picture(tmp_path, name), exif=exif(sorted([TURN, entry])))
         assert only(tmp_path).shape == (32, 24, 3)
         (tmp_path / "train" / name).unlink()
 
 
-def test_random_exif_never_escapes(tmp_path: Path) -> None:
+def test_random_exif_never_raises(tmp_path: Path) -> None:
     coin = random.Random(0)
-    file = listed(tmp_path, "a.jpg")
+    file = new_picture(tmp_path, "a.jpg")
     for _ in range(150):
         entries = [TURN] + [
             (
@@ -130,22 +130,22 @@ def test_random_exif_never_escapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("turn", "corner"), [(1, 0), (2, 1), (3, 3), (4, 2), (5, 0), (6, 2), (7, 3), (8, 1), (99, 0)])
-def test_each_turn_brings_its_corner_up(tmp_path: Path, turn: int, corner: int) -> None:
-    """Corners are numbered in reading order; the EXIF standard says which one is shown at the upper left."""
+def test_each_orientation(tmp_path: Path, turn: int, corner: int) -> None:
+    """Corners are numbered in reading order; the EXIF standard defines which one is shown at the upper left."""
     pixels = np.zeros((16, 24), np.uint8)
     for number, (y, x) in enumerate([(0, 0), (0, 16), (8, 0), (8, 16)]):
         pixels[y : y + 8, x : x + 8] = 60 * (number + 1)
     image = Image.fromarray(pixels)
     info = image.getexif()
     info[0x112] = turn
-    image.save(listed(tmp_path), exif=info)
-    found = only(tmp_path)
-    assert found[0, 0] == 60 * (corner + 1)
-    assert found.shape == ((24, 16) if turn in (5, 6, 7, 8) else (16, 24))
+    image.save(new_picture(tmp_path), exif=info)
+    result = only(tmp_path)
+    assert result[0, 0] == 60 * (corner + 1)
+    assert result.shape == ((24, 16) if turn in (5, 6, 7, 8) else (16, 24))
 
 
 def png(width: int, height: int) -> bytes:
-    """A black PNG of 1 bit a pixel, made without Pillow."""
+    """Return a black PNG with 1 bit per pixel, made without Pillow."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -157,9 +157,9 @@ def png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [8001, 10000, 20000, 40000])
-def test_too_many_pixels_say_so(tmp_path: Path, side: int) -> None:
+def test_too_many_pixels_are_refused(tmp_path: Path, side: int) -> None:
     assert side**2 > MAX_PIXELS
-    listed(tmp_path).write_bytes(png(side, side))
+    new_picture(tmp_path).write_bytes(png(side, side))
     with pytest.raises(AntherError, match=r"a\.png: too many pixels.*; save a smaller copy"):
         load_folder(tmp_path)
 
@@ -168,20 +168,20 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpa
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.eps"])
-def test_no_postscript_reaches_an_interpreter(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_is_never_interpreted(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
     started: list[object] = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **_: started.append(args))
-    listed(tmp_path, name).write_bytes(EPS)
+    new_picture(tmp_path, name).write_bytes(EPS)
     with pytest.raises(AntherError, match=f"{name}: can't be read as a picture"):
         load_folder(tmp_path)
     assert started == []
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "DDS", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "SGI"])
-def test_other_decoders_are_never_tried(tmp_path: Path, kind: str) -> None:
-    file = listed(tmp_path)
+def test_other_decoders_are_never_used(tmp_path: Path, kind: str) -> None:
+    file = new_picture(tmp_path)
     try:
         Image.new("RGB", (16, 16)).save(file, format=kind)
     except (KeyError, OSError):
@@ -190,8 +190,8 @@ def test_other_decoders_are_never_tried(tmp_path: Path, kind: str) -> None:
         load_folder(tmp_path)
 
 
-def test_pixels_stay_on_the_disk(tmp_path: Path) -> None:
-    file = listed(tmp_path)
+def test_pixels_stay_on_disk(tmp_path: Path) -> None:
+    file = new_picture(tmp_path)
     Image.new("L", (16, 16), 9).save(file)
     picture = load_folder(tmp_path).train[0]
     before = fingerprint([picture])
@@ -201,19 +201,19 @@ def test_pixels_stay_on_the_disk(tmp_path: Path) -> None:
         _ = picture.pixels
 
 
-def test_photo_is_read_near_the_size_that_is_asked_for(tmp_path: Path) -> None:
+def test_photo_is_decoded_near_requested_size(tmp_path: Path) -> None:
     side = np.linspace(0, 255, 1024).astype(np.uint8)
     gradient = np.stack([np.broadcast_to(side, (1024, 1024)), np.broadcast_to(side[:, None], (1024, 1024))], -1)
     image = Image.fromarray(np.dstack([gradient, gradient[..., :1]]))
     for name in ("a.jpg", "a.png"):
-        image.save(listed(tmp_path, name))
+        image.save(new_picture(tmp_path, name))
         picture = load_folder(tmp_path).train[0]
         near = picture.at_least(64)
         assert near.shape == (128, 128, 3)
         assert picture.pixels.shape == (1024, 1024, 3)
         exact = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS), float)
-        found = np.asarray(Image.fromarray(near).resize((64, 64), Image.Resampling.LANCZOS), float)
-        assert np.abs(found - exact).mean() < 1.5
+        result = np.asarray(Image.fromarray(near).resize((64, 64), Image.Resampling.LANCZOS), float)
+        assert np.abs(result - exact).mean() < 1.5
         assert np.array_equal(picture.at_least(512), picture.pixels)
         (tmp_path / "train" / name).unlink()
 
@@ -271,7 +271,7 @@ def test_split_folders_under_other_names(tmp_path: Path, names: tuple[str, ...],
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (("train", "train_images"), "both look like train"),
         (("val", "validation", "train"), "both look like validation"),
@@ -280,7 +280,7 @@ def test_split_folders_under_other_names(tmp_path: Path, names: tuple[str, ...],
         (("cats/train", "dogs/val"), "looks like a split but is nested"),
     ],
 )
-def test_doubtful_split_folders_are_refused(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+def test_ambiguous_split_folders_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     lines = []
     for name in names:
         for number in range(5):
@@ -289,7 +289,7 @@ def test_doubtful_split_folders_are_refused(tmp_path: Path, names: tuple[str, ..
             Image.new("L", (9, 9)).save(file)
             lines.append(json.dumps({"file_name": f"{name}/{number}.png", "text": name}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(AntherError, match=said):
+    with pytest.raises(AntherError, match=message):
         load_folder(tmp_path)
 
 
@@ -298,7 +298,7 @@ def gray(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"file_name": "a\\u0000.png", "text": "x"}', "holds a NUL"),
         ('{"file_name": "a\\ud83d.png", "text": "x"}', "half a character"),
@@ -313,34 +313,36 @@ def gray(file: Path) -> None:
         ('{"file_name": "two\\nlines", "text": "x"}', "doesn't exist"),
     ],
 )
-def test_odd_lines_are_one_line(tmp_path: Path, line: str, said: str) -> None:
-    gray(listed(tmp_path))
+def test_invalid_metadata_gives_one_line(tmp_path: Path, line: str, message: str) -> None:
+    gray(new_picture(tmp_path))
     (tmp_path / "train/metadata.jsonl").write_text(line)
-    with pytest.raises(AntherError, match=said) as raised:
+    with pytest.raises(AntherError, match=message) as raised:
         load_folder(tmp_path)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500
 
 
-@pytest.mark.parametrize(("encoding", "said"), [("utf-16", "UTF-16"), ("utf-32", "UTF-16"), ("latin-1", "isn't UTF-8")])
-def test_other_encodings_are_named(tmp_path: Path, encoding: str, said: str) -> None:
-    gray(listed(tmp_path))
+@pytest.mark.parametrize(
+    ("encoding", "message"), [("utf-16", "UTF-16"), ("utf-32", "UTF-16"), ("latin-1", "isn't UTF-8")]
+)
+def test_other_encodings_are_refused(tmp_path: Path, encoding: str, message: str) -> None:
+    gray(new_picture(tmp_path))
     (tmp_path / "train/metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "Größe"}'.encode(encoding))
-    with pytest.raises(AntherError, match=said):
+    with pytest.raises(AntherError, match=message):
         load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
-def test_accents_put_together_otherwise_are_the_same_name(tmp_path: Path, forms: tuple[str, str]) -> None:
-    there, listed_as = (unicodedata.normalize(form, "Größe é.png") for form in forms)
-    gray(listed(tmp_path, there, text=there))
+def test_unicode_normalization_of_names(tmp_path: Path, forms: tuple[str, str]) -> None:
+    existing, listed_as = (unicodedata.normalize(form, "Größe é.png") for form in forms)
+    gray(new_picture(tmp_path, existing, text=existing))
     line = json.dumps({"file_name": listed_as, "text": unicodedata.normalize("NFD", "Größe")})
     (tmp_path / "train/metadata.jsonl").write_text(line)
     assert load_folder(tmp_path).train[0].caption == unicodedata.normalize("NFC", "Größe")
 
 
-def test_link_inside_the_folder_keeps_its_caption(tmp_path: Path) -> None:
-    file = listed(tmp_path)
+def test_link_inside_folder_keeps_caption(tmp_path: Path) -> None:
+    file = new_picture(tmp_path)
     (tmp_path / "train/store").mkdir()
     gray(tmp_path / "train/store/1.png")
     file.symlink_to("store/1.png")
@@ -351,8 +353,8 @@ def test_link_inside_the_folder_keeps_its_caption(tmp_path: Path) -> None:
         load_folder(tmp_path)
 
 
-def test_what_machines_leave_is_no_picture(tmp_path: Path) -> None:
-    gray(listed(tmp_path))
+def test_system_files_are_ignored(tmp_path: Path) -> None:
+    gray(new_picture(tmp_path))
     for junk in ("train/@eaDir/a.png/THUMB.jpg", "__MACOSX/train/._a.png", "train/._a.png", "train/.thumbs/x.jpg"):
         (tmp_path / junk).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / junk).write_bytes(b"x")
@@ -361,8 +363,8 @@ def test_what_machines_leave_is_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jfif", "HEIC", "avif", "webp"])
-def test_one_picture_without_a_line_is_named(tmp_path: Path, suffix: str) -> None:
-    gray(listed(tmp_path))
+def test_picture_without_metadata_is_named(tmp_path: Path, suffix: str) -> None:
+    gray(new_picture(tmp_path))
     (tmp_path / f"train/b.{suffix}").write_bytes(b"x")
     (tmp_path / f"train/c.{suffix}").write_bytes(b"x")
     with pytest.raises(AntherError, match=rf"b\.{suffix}: has no caption \(and 1 more\)"):
@@ -371,7 +373,7 @@ def test_one_picture_without_a_line_is_named(tmp_path: Path, suffix: str) -> Non
 
 @pytest.fixture
 def another_user() -> Iterator[Path]:
-    """A folder that this process reads as a user who isn't root."""
+    """Yield a folder that this process reads as a user other than root."""
     with tempfile.TemporaryDirectory() as folder:
         root, own = os.geteuid() == 0, Path(folder)
         own.chmod(0o755)
@@ -385,7 +387,7 @@ def another_user() -> Iterator[Path]:
                 os.seteuid(0)
 
 
-def test_folder_that_can_be_entered_and_not_listed(another_user: Path) -> None:
+def test_accessible_but_unlistable_folder(another_user: Path) -> None:
     gray(another_user / "0.png")
     (another_user / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
     name = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "train")
@@ -404,13 +406,13 @@ def test_folder_that_can_be_entered_and_not_listed(another_user: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["train", "train/metadata.jsonl", "train/a.png", "."])
-def test_permissions_are_named(another_user: Path, closed: str) -> None:
-    gray(listed(another_user / "photos"))
-    place = another_user / "photos" / closed
-    mode = stat.S_IMODE(place.stat().st_mode)
-    place.chmod(0)
+def test_permission_errors_name_the_file(another_user: Path, closed: str) -> None:
+    gray(new_picture(another_user / "photos"))
+    index = another_user / "photos" / closed
+    mode = stat.S_IMODE(index.stat().st_mode)
+    index.chmod(0)
     try:
         with pytest.raises(AntherError, match="no permission"):
             load_folder(another_user / "photos")
     finally:
-        place.chmod(mode)
+        index.chmod(mode)

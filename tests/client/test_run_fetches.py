@@ -1,4 +1,4 @@
-"""A device that lacks its base waits for it: whatever kept it from coming, it is asked for again."""
+"""A device without its base keeps trying to download it, whatever prevented it before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_connection_does_not_end_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: Iterator[object] = iter([AntherError("the link was cut 7 times"), AntherError("again"), Path("there")])
     hello = ServerHello(
         oldest=OLDEST,
@@ -40,11 +40,11 @@ def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
     def fetched(*_: object, **__: object) -> Path:
-        found = next(tries)
-        if isinstance(found, Exception):
-            raise found
-        assert isinstance(found, Path)
-        return found
+        result = next(tries)
+        if isinstance(result, Exception):
+            raise result
+        assert isinstance(result, Path)
+        return result
 
     monkeypatch.setattr(downloads, "fetch", fetched)
     monkeypatch.setattr(ServerConnection, "hello", lambda _: hello)
@@ -55,13 +55,15 @@ def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(waited) == 2
 
 
-def test_a_network_that_is_paid_by_volume_is_left_alone(home: Path) -> None:
+def test_metered_network_is_not_used(home: Path) -> None:
     (home / "sensors.json").write_text(json.dumps({"metered": True}))
     node = NodeConfig(
         power=PowerConfig(meter="file", file=str(home / "sensors.json")), fetch=FetchConfig(source="server")
     )
     with pytest.raises(ServerUnavailable, match="network is metered"):
         supervisor.ensure_base(node, LINK, BASE)
-    with pytest.raises(ServerUnavailable, match="can't be fetched") as refused:  # nobody is there, but it was asked
+    with pytest.raises(
+        ServerUnavailable, match="can't be fetched"
+    ) as refused:  # no server is there, but the download was attempted
         supervisor.ensure_base(replace(node, fetch=FetchConfig(source="folder", allow_metered=True)), LINK, BASE)
     assert "network is metered" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""A device with tiny pictures and sites, and a stand-in for whoever performs its jobs."""
+"""A device with tiny pictures and sites, and a performer that replaces training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,16 @@ def make_device(
     noise: NoiseSource | None = None,
     check_memory: Callable[[int, Collection[str]], None] = lambda _, __: None,
 ) -> Device:
-    """A device that keeps its files in a folder, or that uses the given storage."""
+    """Create a device that stores its files in a folder, or that uses the given storage.
+
+    Args:
+        storage: folder or storage.
+        name: the device's name.
+        pictures: the owner's pictures.
+        policy: the owner's policy; None: only δ is set.
+        noise: the noise source; None: secure noise.
+        check_memory: see `Device.check_memory`.
+    """
     report = DeviceReport(
         device=name,
         base=BASE,
@@ -54,11 +63,11 @@ def make_device(
         uplink_mbps=1,
         downlink_mbps=1,
     )
-    kept = FileStorage(storage) if isinstance(storage, Path) else storage
+    files = FileStorage(storage) if isinstance(storage, Path) else storage
     return Device(
         name=name,
         report=report,
-        store=Store(kept),
+        store=Store(files),
         pictures=lambda: pictures,
         sites=SITES,
         policy=policy or Policy(delta=PRIVACY.delta),
@@ -70,22 +79,22 @@ def make_device(
 
 
 def adapter(rank: int, seed: int = 0) -> Adapter:
-    """One whose product is not zero, of a norm that a device takes."""
+    """Return an adapter whose product isn't zero, with a norm that a device accepts."""
 
-    def counted(b: Tensor) -> Tensor:
+    def numbered(b: Tensor) -> Tensor:
         numbers = torch.arange(b.numel(), dtype=torch.float32).view_as(b)
         return numbers / numbers.norm().clamp_min(10.0)
 
-    return {name: Factors(a, counted(b)) for name, (a, b) in init_adapter(SITES, rank, seed).items()}
+    return {name: Factors(a, numbered(b)) for name, (a, b) in init_adapter(SITES, rank, seed).items()}
 
 
-def know_epsilon(most: int) -> None:
-    """Compute what up to so many rounds of `train_request` cost: it is kept, so that child processes need not."""
+def cache_epsilon(max_rounds: int) -> None:
+    """Compute the cost of up to `max_rounds` rounds of `train_request`, so that child processes find it cached."""
     plan = train_request().plan
     event = PoissonGaussian(
         noise_multiplier=PRIVACY.noise_multiplier, sampling_rate=PRIVACY.sampling_rate, steps=plan.steps
     )
-    for rounds in range(1, most + 1):
+    for rounds in range(1, max_rounds + 1):
         epsilon([event] * rounds, PRIVACY.delta)
 
 
@@ -112,7 +121,7 @@ def train_request(*, number: int = 1, rank: int = 2, private: bool = True, sent:
 
 
 class Performer:
-    """Performs jobs in a trice and keeps them; what it trains differs each time, as with secure noise."""
+    """Performs jobs immediately and records them; each training has a different result, as with secure noise."""
 
     def __init__(self) -> None:
         self.jobs: list[jobs.Job] = []

@@ -1,4 +1,4 @@
-"""Kill what is done on a disk at every durable step of it: a fork that counts its own calls, and ends itself."""
+"""Kill disk operations at every durable step: a fork counts its own calls and kills itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLS = (
 
 
 def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> int:
-    """Run in a fork, which is killed after so many seconds; its exit status, negative for a signal."""
+    """Run in a fork, which is killed after this many seconds; return its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -33,7 +33,7 @@ def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> in
             work()
             status = 0
         except Exception:
-            traceback.print_exc()  # nobody else would tell of it
+            traceback.print_exc()  # otherwise the error would be lost
         finally:
             os._exit(status)
     if kill_after is not None:
@@ -42,21 +42,21 @@ def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> in
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def counted(work: Callable[[], None], trace: Path) -> list[str]:
-    """Which durable calls it makes when nobody kills it; done in a fork."""
+def durable_calls(work: Callable[[], None], trace: Path) -> list[str]:
+    """List the durable calls of a run without a kill, in a fork."""
     assert in_child(lambda: _until(-1, work, trace)) == 0
     return trace.read_text().split()
 
 
 def killed_before(call: int, work: Callable[[], None]) -> None:
-    """Do it in a fork that is killed before its n-th durable call."""
+    """Run in a fork that is killed before its n-th durable call."""
     assert in_child(lambda: _until(call, work, None)) == -signal.SIGKILL
 
 
 def _until(call: int, work: Callable[[], None], trace: Path | None) -> None:
     calls: list[str] = []
 
-    def wrapped(name: str, durable: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(name: str, durable: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if len(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -66,7 +66,7 @@ def _until(call: int, work: Callable[[], None], trace: Path | None) -> None:
         return wrapper
 
     for name in CALLS:
-        setattr(os, name, wrapped(name, getattr(os, name)))
+        setattr(os, name, counting(name, getattr(os, name)))
     work()
     if trace:
         trace.write_text(" ".join(calls))

@@ -1,4 +1,4 @@
-"""A system made of a folder of files and of commands that are shell scripts."""
+"""A fake system: a folder of files, and shell scripts as commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from client.power.system import System
 
-# As a Pi 5 printed it (github.com/jfikar/RPi5-power): about 13 W, of which its cores take most.
+# Printed by a Pi 5 (github.com/jfikar/RPi5-power): about 13 W, most of it for the cores.
 PMIC = """ 3V7_WL_SW_A current(0)=0.00000000A
    3V3_SYS_A current(1)=0.06245952A
    1V8_SYS_A current(2)=0.16102850A
@@ -36,7 +36,13 @@ UNPLUGGED = LAPTOP | {"AC/online": "0", "BAT0/status": "Discharging"}
 
 
 def system(tmp_path: Path, files: Mapping[str, str] | None = None, commands: Mapping[str, str] | None = None) -> System:
-    """Files by their path, and what each command prints; one that is to fail prints nothing."""
+    """Create a fake system.
+
+    Args:
+        tmp_path: folder for its files and commands.
+        files: content of each file by path.
+        commands: output of each command; an empty one fails.
+    """
     root, path = tmp_path / "root", tmp_path / "bin"
     root.mkdir(parents=True, exist_ok=True)
     path.mkdir(exist_ok=True)
@@ -50,11 +56,11 @@ def system(tmp_path: Path, files: Mapping[str, str] | None = None, commands: Map
 
 
 def supplies(files: Mapping[str, str]) -> dict[str, str]:
-    """Of /sys/class/power_supply."""
+    """Return paths below /sys/class/power_supply."""
     return {f"sys/class/power_supply/{name}": text for name, text in files.items()}
 
 
 def write(file: Path, text: str) -> None:
-    """With the folders it lies in, and a line's end as the kernel writes it."""
+    """Write a file with its folders, and with a line end like the kernel's."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n")

@@ -26,7 +26,7 @@ from protocol.messages import Update
 from simulations.fleet.storage import FILE, Database
 from simulations.grid.cohort import CohortGrid
 from tests.client.rounds.test_crash import append, in_child
-from tests.helpers.devices import Performer, know_epsilon, make_device, train_request
+from tests.helpers.devices import Performer, cache_epsilon, make_device, train_request
 from training import jobs
 
 ROUNDS, NAMES = 2, ("a", "b", "c")
@@ -118,7 +118,7 @@ def finish(folder: Path) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _epsilon_is_known() -> None:
-    know_epsilon(ROUNDS)
+    cache_epsilon(ROUNDS)
 
 
 def test_a_kill_at_every_statement(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from strategies.aggregation.fedit import FedIT
 from strategies.fedbuff import PLANS_PER_ROUND, plan_number, rebase_factors, rebase_product, staleness_weight
 from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.robust.trimmed import Median
-from tests.helpers.devices import Performer, know_epsilon, make_device, train_request
+from tests.helpers.devices import Performer, cache_epsilon, make_device, train_request
 from tests.helpers.fleet import SITES
 
 
@@ -94,7 +94,7 @@ def test_plan_numbers_are_ordered_and_encode_the_round():
 
 def test_ledger_charges_each_update_of_a_round(tmp_path):
     """A sealed reply answers only its own number, and both numbers are charged."""
-    know_epsilon(2)
+    cache_epsilon(2)
     device, replies = make_device(tmp_path), []
     for index in (0, 1):
         replies.append(

@@ -33,11 +33,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         def perf_counter(self) -> float:
             return self.now
 
-    found = Clock()
-    monkeypatch.setattr(benchmark, "time", found)
+    result = Clock()
+    monkeypatch.setattr(benchmark, "time", result)
 
     def take(seconds: float) -> None:
-        found.now += seconds
+        result.now += seconds
 
     return take
 
@@ -90,10 +90,10 @@ def test_slowdown_is_measured_over_predicted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(benchmark, "convolution_rate", lambda _: 10e9)
     monkeypatch.setattr(benchmark, "bandwidth", lambda _: 4e9)
     like = compose_plan(["device=pixel8"], Path("/nowhere")).device
-    found: DeviceProfileConfig = benchmark.measure(like, 1.0)
-    assert pass_seconds(benchmark.predicted_step(), found) == pytest.approx(0.05)
-    assert (found.matrix_gflops, found.convolution_gflops, found.bandwidth_gbs) == (20, 10, 4)
-    assert found.runtime_mib == 300
+    profile: DeviceProfileConfig = benchmark.measure(like, 1.0)
+    assert pass_seconds(benchmark.predicted_step(), profile) == pytest.approx(0.05)
+    assert (profile.matrix_gflops, profile.convolution_gflops, profile.bandwidth_gbs) == (20, 10, 4)
+    assert profile.runtime_mib == 300
 
 
 def test_busy_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

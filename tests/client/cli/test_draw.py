@@ -34,8 +34,8 @@ def fresh(pipeline_folder: Path) -> Base:
 
 def live(base: Base, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    made = init_adapter(base.sites, 2, seed)
-    return {name: Factors(a, torch.randn(b.shape, generator=generator)) for name, (a, b) in made.items()}
+    created = init_adapter(base.sites, 2, seed)
+    return {name: Factors(a, torch.randn(b.shape, generator=generator)) for name, (a, b) in created.items()}
 
 
 def merged(folder: Path, *adapters: Adapter) -> list[np.ndarray]:
@@ -45,7 +45,7 @@ def merged(folder: Path, *adapters: Adapter) -> list[np.ndarray]:
         for name, (a, b) in adapter.items():
             base.network.get_submodule(name).base.weight += b @ a
     seeds = [derive_seed(0, caption, "draw") for caption in CAPTIONS]
-    latents = inference.draw(
+    latents = inference.generate(
         base, CAPTIONS, seeds, [], [0, 0], sampler="dpm", steps=3, guidance=2.0, memory=budget(None, base.device)
     )
     return list(base.decode(latents))
@@ -62,11 +62,11 @@ def test_drawing_equals_merged_weights(
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     part = "" if under == "personal" else f"-{under}"  # the two are added
     assert [file.name for file in files] == [f"01{part}-a-b.png", f"02{part}-c.png"]
-    wanted = merged(fresh.folder, *(shared, personal)[:parts])
-    for file, picture in zip(files, wanted, strict=True):
+    expected = merged(fresh.folder, *(shared, personal)[:parts])
+    for file, picture in zip(files, expected, strict=True):
         assert np.abs(np.asarray(Image.open(file)).astype(int) - picture.astype(int)).max() <= 1
     if parts:
-        assert (wanted[0] != merged(fresh.folder)[0]).any()
+        assert (expected[0] != merged(fresh.folder)[0]).any()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from client.store.open import inspect_store, open_store
 from privacy.ledger.ledger import JOURNAL
 from privacy.storage import FileStorage
 from tests.client.store.test_open import FEDERATION, fill
-from tests.helpers.kills import counted, killed_before
+from tests.helpers.kills import durable_calls, killed_before
 from tests.privacy.ledger.test_ledger import FIRST, free, replace
 
 KEPT = ("ledger.jsonl", "enrolled", "seed", "version", "lock", "policy.toml", "federation")
@@ -33,17 +33,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def files(home: Path) -> FileStorage:
     """Files of a device that was in three federations, one of them without an id, and whose ledger was reset once."""
     assert home.name == "home"
-    found = device_files("pi")
-    with open_store(found) as mine:
-        fill(mine.store)
-    ledger.reset(found, confirmed=True)
+    result = device_files("pi")
+    with open_store(result) as opened:
+        fill(opened.store)
+    ledger.reset(result, confirmed=True)
     for federation in (None, "a" * 64, FEDERATION):
-        with open_store(found, federation=federation) as mine:
-            fill(mine.store)
-    (found.folder / "policy.toml").write_text("max_epsilon = 4.0\n")
-    (found.folder / "notes.txt").write_text("the owner's own")
-    (found.folder / ".personal.safetensors.abcdefg_").write_bytes(b"left by a killed write")
-    return found
+        with open_store(result, federation=federation) as opened:
+            fill(opened.store)
+    (result.folder / "policy.toml").write_text("max_epsilon = 4.0\n")
+    (result.folder / "notes.txt").write_text("the owner's own")
+    (result.folder / ".personal.safetensors.abcdefg_").write_bytes(b"left by a killed write")
+    return result
 
 
 def names(files: FileStorage) -> set[str]:
@@ -58,7 +58,7 @@ def test_forget_last_federation(files: FileStorage, capsys: pytest.CaptureFixtur
     before = names(files)
     entries = inspect_store(files).store.ledger.entries()
     assert run(["--yes"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in (
         "8 files",
         FEDERATION,
@@ -67,7 +67,7 @@ def test_forget_last_federation(files: FileStorage, capsys: pytest.CaptureFixtur
         "anther device ledger",
         "not overwritten",
     ):
-        assert word in said
+        assert word in output
     gone = before - names(files)
     assert {name.split("/")[1] for name in gone if name.startswith("federations")} == {FEDERATION}
     assert {name for name in gone if not name.startswith("federations")} == {
@@ -94,13 +94,13 @@ def test_forget_federation_by_id(files: FileStorage, capsys: pytest.CaptureFixtu
 def test_forget_all_federations(files: FileStorage) -> None:
     before = names(files)
     assert run(["--all", "--yes"]) == 0
-    left = names(files)
-    assert left == {
+    remaining = names(files)
+    assert remaining == {
         name
         for name in before
         if name.split("/")[-1] in KEPT or "outbox/" in name or name in ("notes.txt", "forgotten-1/head")
     }
-    assert any(name.startswith("forgotten-1/") and name.endswith(JOURNAL) for name in left)
+    assert any(name.startswith("forgotten-1/") and name.endswith(JOURNAL) for name in remaining)
     assert not (files.folder / "federations").exists()
     assert len(inspect_store(files).store.ledger.entries()) == 1
 
@@ -131,9 +131,9 @@ def test_forget_needs_no_key(files: FileStorage, tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("ANTHER_KEY_FILE")
     assert run(["--all", "--yes"]) == 0
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
-    found = inspect_store(files).store
-    assert len(found.ledger.entries()) == 1
-    found.ledger.reserve(replace(FIRST, round=9), free)
+    opened = inspect_store(files).store
+    assert len(opened.ledger.entries()) == 1
+    opened.ledger.reserve(replace(FIRST, round=9), free)
 
 
 def test_forget_can_be_repeated_after_kill(files: FileStorage, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_forget_can_be_repeated_after_kill(files: FileStorage, tmp_path: Path) -
 
     copy = tmp_path / "copy"
     shutil.copytree(files.folder, copy)
-    calls = counted(forgotten, tmp_path / "trace")
+    calls = durable_calls(forgotten, tmp_path / "trace")
     for call in range(0, len(calls), 5):
         shutil.rmtree(files.folder)
         shutil.copytree(copy, files.folder)

@@ -13,26 +13,26 @@ from client.store.open import inspect_store, open_store
 from client.store.store import PersonalAdapter
 from tests.client.store.test_open import FEDERATION
 from tests.helpers.devices import BASE, SITES, adapter
-from tests.helpers.kills import counted, killed_before
+from tests.helpers.kills import durable_calls, killed_before
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Home of a device enrolled as pi, with its store on a memory card."""
-    found = tmp_path / "home"
-    monkeypatch.setenv("ANTHER_HOME", str(found))
-    (found / "link").mkdir(parents=True)
-    (found / "link" / "node.key").write_text("a private key")
-    (found / "link" / "ca.pem").write_text("an authority")
-    (found / "node.conf").write_text(f"name=pi\nstore={tmp_path / 'card'}\nlink.address=leaf.example:9092\n")
-    with open_store(device_files("pi", tmp_path / "card"), federation=FEDERATION) as mine:
-        mine.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, "run:1"))
-    return found
+    result = tmp_path / "home"
+    monkeypatch.setenv("ANTHER_HOME", str(result))
+    (result / "link").mkdir(parents=True)
+    (result / "link" / "node.key").write_text("a private key")
+    (result / "link" / "ca.pem").write_text("an authority")
+    (result / "node.conf").write_text(f"name=pi\nstore={tmp_path / 'card'}\nconnection.address=leaf.example:9092\n")
+    with open_store(device_files("pi", tmp_path / "card"), federation=FEDERATION) as opened:
+        opened.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, "run:1"))
+    return result
 
 
 def test_leave_deletes_keys_and_keeps_store(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--yes"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in (
         "leaf.example:9092",
         "revoke",
@@ -40,11 +40,11 @@ def test_leave_deletes_keys_and_keeps_store(home: Path, tmp_path: Path, capsys: 
         "anther device forget",
         "part of the shared adapter",
     ):
-        assert word in said
+        assert word in output
     assert not (home / "link").exists()
     assert not (home / "node.conf").exists()
-    kept = inspect_store(device_files("pi", tmp_path / "card")).store.personal(SITES)
-    assert kept is not None  # still usable, and found through the last federation
+    stored = inspect_store(device_files("pi", tmp_path / "card")).store.personal(SITES)
+    assert stored is not None  # still usable, and found through the last federation
     assert main(["--yes"]) == 2
     assert "this device is in no federation" in capsys.readouterr().err
 
@@ -60,17 +60,17 @@ def test_leave_needs_confirmation_and_lock(home: Path, tmp_path: Path, capsys: p
 
 
 def test_leave_can_be_repeated_after_kill(home: Path, tmp_path: Path) -> None:
-    def left() -> None:
+    def leave() -> None:
         assert main(["--yes"]) == 0
 
     shutil.copytree(home, tmp_path / "copy")
-    calls = counted(left, tmp_path / "trace")
+    calls = durable_calls(leave, tmp_path / "trace")
     for call in range(len(calls)):
         shutil.rmtree(home)
         shutil.copytree(tmp_path / "copy", home)
-        killed_before(call, left)
+        killed_before(call, leave)
         if (home / "link").exists() or (home / "node.conf").exists():
-            left()
+            leave()
         assert not (home / "link").exists()
         assert not (home / "node.conf").exists()
 

@@ -31,12 +31,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ledger(home: Path) -> DeviceLedger:
     """Ledger of this machine's device: one round received, one sealed, one evaluation reserved."""
     assert home.name == "home"
-    found = DeviceLedger(device_files("tablet"))
-    for made in (FIRST, SECOND):
-        found.reserve(made, free, settles=True)
-        found.seal(made, b"reply")
-    found.reserve(replace(SECOND, purpose=MEASURE, release=False), free)
-    return found
+    files = DeviceLedger(device_files("tablet"))
+    for created in (FIRST, SECOND):
+        files.reserve(created, free, settles=True)
+        files.seal(created, b"reply")
+    files.reserve(replace(SECOND, purpose=MEASURE, release=False), free)
+    return files
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -76,8 +76,8 @@ def test_epsilon_is_the_ledgers(ledger: DeviceLedger, home: Path, capsys: pytest
     spent, strict = ledger.spent(1e-3), ledger.spent(1e-5).value
     assert f"ε={spent.value:.3g} per image (δ=0.001, add or remove one; ε={strict:.3g} at δ=1e-05)" in shown(capsys)
     assert f"ε=4 at this δ: {4 - spent.value:.3g} remains" in shown(capsys)
-    found = json.loads(shown(capsys, "--json"))
-    assert found["epsilon"] == {
+    values = json.loads(shown(capsys, "--json"))
+    assert values["epsilon"] == {
         "value": spent.value,
         "delta": 1e-3,
         "unit": "image",
@@ -85,14 +85,14 @@ def test_epsilon_is_the_ledgers(ledger: DeviceLedger, home: Path, capsys: pytest
         "strict": strict,
         "seen": None,
     }
-    assert found["max_epsilon"] == 4.0
-    assert [entry["state"] for entry in found["entries"]] == ["sent", "sealed", "reserved"]
-    assert [sorted({"reserved", "sealed", "sent"} & entry.keys()) for entry in found["entries"]] == [
+    assert values["max_epsilon"] == 4.0
+    assert [entry["state"] for entry in values["entries"]] == ["sent", "sealed", "reserved"]
+    assert [sorted({"reserved", "sealed", "sent"} & entry.keys()) for entry in values["entries"]] == [
         ["reserved", "sealed", "sent"],
         ["reserved", "sealed"],
         ["reserved"],
     ]
-    assert found["entries"][1]["data"] == "e" * 64
+    assert values["entries"][1]["data"] == "e" * 64
 
 
 def test_evaluation_is_shown_with_its_noise(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def test_evaluation_is_shown_with_its_noise(ledger: DeviceLedger, capsys: pytest
 def test_no_epsilon_without_noise(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.reserve(replace(FIRST, run="bare", mechanism=NonPrivate(), clip=None), free)
     assert "Shared without noise: 1 of 4, so there is no privacy guarantee" in shown(capsys)
-    assert "has no dates of a reply: assume that it was sent" in shown(capsys)
+    assert "have no dates: assume that they were sent" in shown(capsys)
     assert "without a reply yet: 1." in shown(capsys)  # replies without noise aren't sealed
     assert json.loads(shown(capsys, "--json"))["epsilon"]["value"] is None
 

@@ -28,23 +28,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions of the tiny pipeline, computed once for all tests."""
-    monkeypatch.setattr(plan, "footprint", lambda held, *shapes, **how: _once(held, shapes, how))
+    monkeypatch.setattr(plan, "footprint", lambda base, *shapes, **how: _once(base, shapes, how))
 
 
 KEPT: dict[object, Footprint] = {}
 
 
-def _once(held: Denoiser, shapes: tuple[torch.Size, ...], how: dict[str, int]) -> Footprint:
-    key = (resident_bytes(held), len(held.sites), shapes, how["batch"], how["rank"])
+def _once(base: Denoiser, shapes: tuple[torch.Size, ...], how: dict[str, int]) -> Footprint:
+    key = (resident_bytes(base), len(base.sites), shapes, how["batch"], how["rank"])
     if key not in KEPT:
-        KEPT[key] = footprint(held, *shapes, **(how | {"runtime_bytes": 0}))
+        KEPT[key] = footprint(base, *shapes, **(how | {"runtime_bytes": 0}))
     return replace(KEPT[key], runtime_bytes=how["runtime_bytes"])
 
 
 def rungs(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
     assert plan.main([*words, "--json"]) == 0
-    found: dict = json.loads(capsys.readouterr().out)
-    return found
+    values: dict = json.loads(capsys.readouterr().out)
+    return values
 
 
 def test_plan_of_small_base(pipeline_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,19 +55,19 @@ def test_plan_of_small_base(pipeline_folder: Path, capsys: pytest.CaptureFixture
     assert "▸" in shown
     assert "MiB of ▸: base " in shown
     assert max(map(len, shown.splitlines()[1:])) <= plan.WIDTH
-    found = rungs(capsys, *words)
-    assert found["best"] == 0
-    chosen = found["rungs"][0]
-    assert chosen["blocked"] is None
-    assert chosen["setting"] == {
+    result = rungs(capsys, *words)
+    assert result["best"] == 0
+    selected = result["rungs"][0]
+    assert selected["blocked"] is None
+    assert selected["setting"] == {
         "resolution": 16,
         "sites": "attention",
         "weights": "fp32",
         "checkpointing": "none",
         "batch": 1,
     }
-    parts = chosen["footprint"]
-    assert chosen["peak_bytes"] == sum(
+    parts = selected["footprint"]
+    assert selected["peak_bytes"] == sum(
         parts[name] for name in parts if name.endswith("_bytes") and name != "moved_bytes"
     )
     assert parts["runtime_bytes"] == RUNTIME * 2**20
@@ -92,19 +92,19 @@ def test_less_memory_gives_leaner_plan(
 def test_no_pass_of_too_large_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL in float32 takes 10 GB."""
     monkeypatch.setattr(plan, "footprint", None)
-    wanted = compose_plan(["device=pi4_2gb"], Path("/nowhere"))
-    found = plan.predictor(KNOWN_BASES["sdxl"], wanted)(TrainingSetting(1024, "cross", "fp32", "none"))
+    expected = compose_plan(["device=pi4_2gb"], Path("/nowhere"))
+    predicted = plan.predictor(KNOWN_BASES["sdxl"], expected)(TrainingSetting(1024, "cross", "fp32", "none"))
     parameters = sum(parameter.numel() for parameter in KNOWN_BASES["sdxl"].network().parameters())
-    assert found == Footprint(base_bytes=4 * parameters, runtime_bytes=found.runtime_bytes)
-    assert found.runtime_bytes == wanted.device.runtime_mib * 2**20
+    assert predicted == Footprint(base_bytes=4 * parameters, runtime_bytes=predicted.runtime_bytes)
+    assert predicted.runtime_bytes == expected.device.runtime_mib * 2**20
 
 
 def test_plan_for_this_device(pipeline_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = Path(plan.__file__).parents[2] / "conf" / "device" / "pixel8.yaml"
     (home / plan.PROFILE).write_text(profile.read_text().replace("name: pixel8", "name: mine"))
-    found = rungs(capsys, f"base={pipeline_folder}", "alternatives=0", "rank=2")
-    assert found["plan"]["device"]["name"] == "mine"
-    assert found["rungs"][found["best"]]["battery_share"] >= 0
+    result = rungs(capsys, f"base={pipeline_folder}", "alternatives=0", "rank=2")
+    assert result["plan"]["device"]["name"] == "mine"
+    assert result["rungs"][result["best"]]["battery_share"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_resolutions_fit_the_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "best", "around", "wanted"),
+    ("count", "best", "around", "expected"),
     [(9, 4, 2, [2, 3, 4, 5, 6]), (9, 0, 2, [0, 1, 2]), (3, 2, 5, [0, 1, 2]), (9, None, 2, [7, 8]), (1, 0, 0, [0])],
 )
-def test_options_around_best_are_displayed(count: int, best: int | None, around: int, wanted: list[int]) -> None:
-    assert list(plan.displayed(count, best, around)) == wanted
+def test_options_around_best_are_displayed(count: int, best: int | None, around: int, expected: list[int]) -> None:
+    assert list(plan.displayed(count, best, around)) == expected

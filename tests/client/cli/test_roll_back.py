@@ -12,24 +12,24 @@ from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
 
 
-@pytest.mark.parametrize("asked", ["store", "name", "nothing"])
+@pytest.mark.parametrize("option", ["store", "name", "nothing"])
 def test_roll_back_once(
-    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command finds the device like all owner's commands."""
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     monkeypatch.setattr("platform.node", lambda: "tablet")
     folder = {"store": tmp_path / "card", "name": tmp_path / "devices/camera", "nothing": tmp_path / "devices/tablet"}
-    arguments = {"store": ["--store", str(folder["store"])], "name": ["--name", "camera"], "nothing": []}[asked]
-    store = Store(FileStorage(folder[asked]))
+    arguments = {"store": ["--store", str(folder["store"])], "name": ["--name", "camera"], "nothing": []}[option]
+    store = Store(FileStorage(folder[option]))
     for number in (1, 2):
-        made = PersonalAdapter(adapter(2), adapter(3, seed=number), BASE, f"run:{number}")
-        store.save_personal(made, aside=True)
+        created = PersonalAdapter(adapter(2), adapter(3, seed=number), BASE, f"run:{number}")
+        store.save_personal(created, aside=True)
     assert main(arguments) == 0
-    assert str(folder[asked]) in capsys.readouterr().out
-    found = store.personal(SITES)
-    assert found is not None
-    assert found.request == "run:1"
+    assert str(folder[option]) in capsys.readouterr().out
+    result = store.personal(SITES)
+    assert result is not None
+    assert result.request == "run:1"
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
@@ -39,6 +39,6 @@ def test_roll_back_once(
     newest, oldest = capsys.readouterr().out.splitlines()
     assert oldest.endswith("(in use)")
     assert main([*arguments, "--to", newest.split()[0]]) == 0
-    found = store.personal(SITES)
-    assert found is not None
-    assert found.request == "run:2"
+    result = store.personal(SITES)
+    assert result is not None
+    assert result.request == "run:2"

@@ -77,22 +77,22 @@ def test_settings_are_sorted_best_first() -> None:
 @given(memory=st.floats(0.3, 10), pictures=st.integers(1, 9), rungs=st.integers(0, 4))
 @settings(deadline=None)
 def test_best_option_uses_fastest_microbatch(memory: float, pictures: int, rungs: int) -> None:
-    found, best = best_of(memory, batch_size=pictures, alternatives=rungs, steps=1, min_steps=1, max_hours=1e9)
+    options, best = best_of(memory, batch_size=pictures, alternatives=rungs, steps=1, min_steps=1, max_hours=1e9)
     able = [setting for setting in ALL if fits(setting, memory)]
     if not able:
         assert best is None
-        assert all(rung.blocked for rung in found)
-        assert len(found) == len(ALL)
+        assert all(rung.blocked for rung in options)
+        assert len(options) == len(ALL)
         return
     assert best == ALL.index(able[0])
-    assert len(found) == min(len(ALL), best + rungs + 1)
-    chosen = found[best]
-    assert chosen.blocked is None
+    assert len(options) == min(len(ALL), best + rungs + 1)
+    selected = options[best]
+    assert selected.blocked is None
     forms = [replace(able[0], batch=batch) for batch in (1, 2, 4, 8) if batch <= pictures]
     seconds = {form: -(-pictures // form.batch) * pass_seconds(predict(form), device()) for form in forms}
-    assert chosen.setting in forms
-    assert chosen.seconds == min(seconds[form] for form in forms if fits(form, memory))
-    for above in found[:best]:
+    assert selected.setting in forms
+    assert selected.seconds == min(seconds[form] for form in forms if fits(form, memory))
+    for above in options[:best]:
         assert above.blocked is not None
         assert above.blocked.startswith("memory: ")
         assert (above.steps, above.seconds, above.joules) == (0, 0.0, 0.0)
@@ -101,8 +101,8 @@ def test_best_option_uses_fastest_microbatch(memory: float, pictures: int, rungs
 def test_memory_margin_is_applied() -> None:
     plan = PlanConfig(device=device(memory_gib=2.0))
     for gib, blocked in ((2.0 / MARGIN - 0.001, False), (2.0 / MARGIN + 0.001, True)):
-        found = evaluate_option(ALL[0], plan, lambda _, gib=gib: footprint(gib))
-        assert bool(found.blocked) is blocked
+        options = evaluate_option(ALL[0], plan, lambda _, gib=gib: footprint(gib))
+        assert bool(options.blocked) is blocked
 
 
 def test_seconds_are_work_over_rates() -> None:
@@ -136,24 +136,24 @@ def test_time_and_battery_limit_steps(hours: float, battery: float | None, steps
 
 
 def test_too_slow_option_gives_smaller_resolution() -> None:
-    found, best = best_of(8.0, max_hours=30 / HOUR, min_steps=20)
+    options, best = best_of(8.0, max_hours=30 / HOUR, min_steps=20)
     assert best is not None
-    assert found[best].setting.resolution == 256
-    assert {(above.blocked or "").split(":")[0] for above in found[:best]} == {"time"}
+    assert options[best].setting.resolution == 256
+    assert {(above.blocked or "").split(":")[0] for above in options[:best]} == {"time"}
 
 
 def test_larger_microbatches_are_not_predicted() -> None:
     """If a microbatch doesn't fit, larger ones aren't predicted."""
-    asked: list[TrainingSetting] = []
+    requested: list[TrainingSetting] = []
 
     def counting(setting: TrainingSetting) -> Footprint:
-        asked.append(setting)
+        requested.append(setting)
         return predict(setting)
 
     fastest_option(ALL[0], PlanConfig(device=device(memory_gib=1.0), batch_size=8), counting)
-    assert asked == [ALL[0]]
+    assert requested == [ALL[0]]
     fastest_option(ALL[2], PlanConfig(device=device(memory_gib=3.0), batch_size=16), counting)
-    assert [setting.batch for setting in asked[1:]] == [1, 2]
+    assert [setting.batch for setting in requested[1:]] == [1, 2]
 
 
 def test_search_is_deterministic() -> None:

@@ -30,8 +30,8 @@ def free(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
 
 def predicted(base: Base, rank: int) -> int:
     known = find_base(str(base.folder))
-    found = footprint(meta_denoiser(known, sites=ATTENTION), *example_shapes(known, base.resolution), rank=rank)
-    return found.peak_bytes - found.base_bytes
+    prediction = footprint(meta_denoiser(known, sites=ATTENTION), *example_shapes(known, base.resolution), rank=rank)
+    return prediction.peak_bytes - prediction.base_bytes
 
 
 def test_plan_that_fits_is_accepted(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +94,14 @@ def test_fewer_sites_need_less_memory(base: Base, tmp_path: Path, monkeypatch: p
 
 def test_each_rank_is_predicted_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later processes also use the cached prediction."""
-    asked: list[tuple[int, int]] = []
+    requested: list[tuple[int, int]] = []
     plain = preflight._pass_bytes
     monkeypatch.setattr(
-        preflight, "_pass_bytes", lambda base, rank, sites: asked.append((rank, len(sites))) or plain(base, rank, sites)
+        preflight,
+        "_pass_bytes",
+        lambda base, rank, sites: requested.append((rank, len(sites))) or plain(base, rank, sites),
     )
     few = list(base.sites)[:1]
     for rank, sites in ((2, base.sites), (2, base.sites), (4, base.sites), (4, base.sites), (4, few), (4, few)):
         check_memory(base, Store(FileStorage(tmp_path)), rank, sites)
-    assert asked == [(2, len(base.sites)), (4, len(base.sites)), (4, 1)]
+    assert requested == [(2, len(base.sites)), (4, len(base.sites)), (4, 1)]

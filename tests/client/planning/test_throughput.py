@@ -29,9 +29,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def benchmark(home: Path, **changes: object) -> DeviceProfileConfig:
     """Write the profile that the benchmark would write on a laptop."""
-    found = dataclasses.replace(device_profile("laptop"), **changes)
-    write(found, home / plan.PROFILE, like="laptop")
-    return found
+    result = dataclasses.replace(device_profile("laptop"), **changes)
+    write(result, home / plan.PROFILE, like="laptop")
+    return result
 
 
 @pytest.mark.usefixtures("home")
@@ -45,13 +45,13 @@ def test_device_without_benchmark(base: Base) -> None:
 
 
 def test_rates_equal_the_plan(base: Base, home: Path) -> None:
-    found = benchmark(home)
+    result = benchmark(home)
     predicted = footprint(
         copy_for_dry_run(base), *example_shapes(find_base(str(base.folder)), base.resolution), rank=throughput.RANK
     )
     report = build_report("d", base, {})
-    assert report.examples_per_second == pytest.approx(1 / pass_seconds(predicted, found))
-    assert (report.watts, report.battery_wh) == (found.watts_busy, found.battery_wh)
+    assert report.examples_per_second == pytest.approx(1 / pass_seconds(predicted, result))
+    assert (report.watts, report.battery_wh) == (result.watts_busy, result.battery_wh)
 
 
 def test_configuration_overrides_benchmark(base: Base, home: Path) -> None:

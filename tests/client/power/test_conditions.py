@@ -42,8 +42,8 @@ def test_cached_reading() -> None:
         return Conditions(celsius=now[0])
 
     reading = cached_for(read, 2.0, lambda: now[0])
-    found = []
+    result = []
     for now[0] in (0.0, 1.9, 2.0, 3.9, 10.0):
-        found.append(reading().celsius)
-    assert found == [0.0, 0.0, 2.0, 2.0, 10.0]
+        result.append(reading().celsius)
+    assert result == [0.0, 0.0, 2.0, 2.0, 10.0]
     assert readings == [0.0, 2.0, 10.0]

@@ -31,11 +31,11 @@ def test_hottest_plausible_zone(tmp_path: Path) -> None:
 
 
 def test_fan_is_not_throttling(tmp_path: Path) -> None:
-    found = {f"{FAN}0/type": "pwm-fan", f"{FAN}0/cur_state": "4"}
-    assert linux.heat(system(tmp_path, found)).throttled is None
-    found |= {f"{FAN}1/type": "cpufreq-cpu0", f"{FAN}1/cur_state": "0", f"{FAN}2/type": "Processor"}
-    assert linux.heat(system(tmp_path, found)).throttled is False
-    assert linux.heat(system(tmp_path, found | {f"{FAN}1/cur_state": "3"})).throttled is True
+    result = {f"{FAN}0/type": "pwm-fan", f"{FAN}0/cur_state": "4"}
+    assert linux.heat(system(tmp_path, result)).throttled is None
+    result |= {f"{FAN}1/type": "cpufreq-cpu0", f"{FAN}1/cur_state": "0", f"{FAN}2/type": "Processor"}
+    assert linux.heat(system(tmp_path, result)).throttled is False
+    assert linux.heat(system(tmp_path, result | {f"{FAN}1/cur_state": "3"})).throttled is True
 
 
 MEMINFO = {"proc/meminfo": "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1048576 kB"}
@@ -76,14 +76,14 @@ def test_memory_agrees_with_psutil() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "active"), [("b true", False), ("b false", True), ("b maybe", None), (" ", None), ("", None)]
+    ("output", "active"), [("b true", False), ("b false", True), ("b maybe", None), (" ", None), ("", None)]
 )
-def test_owner_activity(tmp_path: Path, said: str, active: bool | None) -> None:
-    assert linux.owner(system(tmp_path, commands={"busctl": said})) == Conditions(owner_active=active)
+def test_owner_activity(tmp_path: Path, output: str, active: bool | None) -> None:
+    assert linux.owner(system(tmp_path, commands={"busctl": output})) == Conditions(owner_active=active)
 
 
 @pytest.mark.parametrize(
-    ("said", "metered"), [("u 0", None), ("u 1", True), ("u 2", False), ("u 3", True), ("u 4", False), ("", None)]
+    ("output", "metered"), [("u 0", None), ("u 1", True), ("u 2", False), ("u 3", True), ("u 4", False), ("", None)]
 )
-def test_metered_network(tmp_path: Path, said: str, metered: bool | None) -> None:
-    assert linux.network(system(tmp_path, commands={"busctl": said})) == Conditions(metered=metered)
+def test_metered_network(tmp_path: Path, output: str, metered: bool | None) -> None:
+    assert linux.network(system(tmp_path, commands={"busctl": output})) == Conditions(metered=metered)

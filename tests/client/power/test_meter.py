@@ -25,8 +25,8 @@ class MeteredDevice:
         return self._watts(self.now)
 
     def meter(self, **source: object) -> Meter:
-        made = EnergySource(name="fake", covers="all", read=self.read, **source)  # type: ignore[arg-type]
-        return Meter(made, watts=5.0, every=3600.0, clock=self.clock)  # the thread never takes a reading
+        created = EnergySource(name="fake", covers="all", read=self.read, **source)  # type: ignore[arg-type]
+        return Meter(created, watts=5.0, every=3600.0, clock=self.clock)  # the thread never takes a reading
 
 
 def test_steady_load() -> None:
@@ -144,16 +144,16 @@ def test_failing_work_is_measured() -> None:
 
 def test_thread_takes_readings_and_ends() -> None:
     """The test continues once the thread has read a value that was there only for a moment."""
-    seen = threading.Event()
+    observed = threading.Event()
     device = MeteredDevice(lambda _: 10.0)
 
     def read() -> float:
         if threading.current_thread().name == "meter":
-            seen.set()
+            observed.set()
         return 10.0
 
     with (meter := Meter(EnergySource(name="x", covers="x", read=read), watts=1.0, every=0.001, clock=device.clock)):
-        assert seen.wait(60)
+        assert observed.wait(60)
         device.now += 2.0
     assert meter.last == TrainingCost(2.0, 20.0, MEASURED)
     for thread in threading.enumerate():
@@ -163,26 +163,26 @@ def test_thread_takes_readings_and_ends() -> None:
 
 
 def integral(readings: list[tuple[float, float | None]], *, counts: bool = False) -> EnergyIntegral:
-    found = EnergyIntegral(counts)
+    result = EnergyIntegral(counts)
     for at, value in readings:
-        found.add(at, value)
-    return found
+        result.add(at, value)
+    return result
 
 
 def test_trapezoidal_rule() -> None:
-    found = integral([(0, 2.0), (1, 4.0), (3, 0.0)])
-    assert (found.seconds, found.joules) == (3.0, 3.0 + 4.0)
+    energy = integral([(0, 2.0), (1, 4.0), (3, 0.0)])
+    assert (energy.seconds, energy.joules) == (3.0, 3.0 + 4.0)
 
 
 def test_long_gap_is_not_integrated() -> None:
     assert integral([(0, 2.0), (1, None), (2, 4.0)]).joules == 6.0
-    found = integral([(0, 2.0), (MAX_GAP + 1, 2.0), (MAX_GAP + 2, 4.0)])
-    assert (found.seconds, found.joules) == (1.0, 3.0)
+    energy = integral([(0, 2.0), (MAX_GAP + 1, 2.0), (MAX_GAP + 2, 4.0)])
+    assert (energy.seconds, energy.joules) == (1.0, 3.0)
 
 
 def test_decreasing_counter_is_ignored() -> None:
-    found = integral([(0, 10.0), (1, 15.0), (2, 1.0), (3, 4.0)], counts=True)
-    assert (found.seconds, found.joules) == (2.0, 8.0)
+    energy = integral([(0, 10.0), (1, 15.0), (2, 1.0), (3, 4.0)], counts=True)
+    assert (energy.seconds, energy.joules) == (2.0, 8.0)
 
 
 @pytest.mark.parametrize(

@@ -37,46 +37,46 @@ def count(root: Path, zone: str, energy: int) -> None:
 
 
 def test_packages_and_memory_count_once(tmp_path: Path) -> None:
-    found = system(tmp_path, TWO)
-    joules = RaplCounters(found)
+    machine = system(tmp_path, TWO)
+    joules = RaplCounters(machine)
     assert joules.covers == COVERS["package"]
     assert joules() == 0
     for name, energy in {":0": 7_000_000, ":0:0": 4_500_000, ":0:1": 1_500_000, ":1": 10_000_000}.items():
-        count(found.root, f"intel-rapl{name}", energy)
-    count(found.root, "intel-rapl-mmio:0", 7_000_000)
+        count(machine.root, f"intel-rapl{name}", energy)
+    count(machine.root, "intel-rapl-mmio:0", 7_000_000)
     assert joules() == pytest.approx(2 + 0.5 + 1)
 
 
 def test_platform_counter_is_preferred(tmp_path: Path) -> None:
-    found = system(tmp_path, TWO | tree({"intel-rapl:2": zone("psys", 1_000_000)}))
-    joules = RaplCounters(found)
+    machine = system(tmp_path, TWO | tree({"intel-rapl:2": zone("psys", 1_000_000)}))
+    joules = RaplCounters(machine)
     assert joules.covers == COVERS["psys"]
     assert joules() == 0
-    count(found.root, "intel-rapl:2", 31_000_000)
-    count(found.root, "intel-rapl:0", 8_000_000)
+    count(machine.root, "intel-rapl:2", 31_000_000)
+    count(machine.root, "intel-rapl:0", 8_000_000)
     assert joules() == pytest.approx(30)
 
 
 def test_counter_wraps(tmp_path: Path) -> None:
-    found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", int(MAX_RANGE) - 4_000_000)}))
-    joules = RaplCounters(found)
+    machine = system(tmp_path, tree({"intel-rapl:0": zone("package-0", int(MAX_RANGE) - 4_000_000)}))
+    joules = RaplCounters(machine)
     joules()
-    count(found.root, "intel-rapl:0", 6_000_000)
+    count(machine.root, "intel-rapl:0", 6_000_000)
     assert joules() == pytest.approx(10)
-    (found.root / ZONES / "intel-rapl:0/max_energy_range_uj").unlink()
-    count(found.root, "intel-rapl:0", 1_000_000)  # wrapped again, with unknown range
+    (machine.root / ZONES / "intel-rapl:0/max_energy_range_uj").unlink()
+    count(machine.root, "intel-rapl:0", 1_000_000)  # wrapped again, with unknown range
     assert joules() == pytest.approx(10)
-    count(found.root, "intel-rapl:0", 2_000_000)
+    count(machine.root, "intel-rapl:0", 2_000_000)
     assert joules() == pytest.approx(11)
 
 
 def test_temporarily_missing_counter(tmp_path: Path) -> None:
-    found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", 0)}))
-    joules = RaplCounters(found)
+    machine = system(tmp_path, tree({"intel-rapl:0": zone("package-0", 0)}))
+    joules = RaplCounters(machine)
     joules()
-    (found.root / ZONES / "intel-rapl:0/energy_uj").write_text("")
+    (machine.root / ZONES / "intel-rapl:0/energy_uj").write_text("")
     assert joules() is None
-    count(found.root, "intel-rapl:0", 3_000_000)
+    count(machine.root, "intel-rapl:0", 3_000_000)
     assert joules() == pytest.approx(3)
 
 

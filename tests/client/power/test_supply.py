@@ -29,16 +29,16 @@ def test_battery_temperature_is_the_hottest(tmp_path: Path) -> None:
 
 def test_watts_from_current_of_either_sign(tmp_path: Path) -> None:
     gauge = {name: text for name, text in UNPLUGGED.items() if "power_now" not in name}
-    found = read(tmp_path, gauge | {"BAT0/current_now": "-1500000", "BAT0/voltage_now": "12000000"})
-    assert found.watts == pytest.approx(18.0)
+    conditions = read(tmp_path, gauge | {"BAT0/current_now": "-1500000", "BAT0/voltage_now": "12000000"})
+    assert conditions.watts == pytest.approx(18.0)
     assert read(tmp_path / "half", gauge | {"BAT0/current_now": "-1500000"}).watts is None
 
 
 def test_two_batteries_one_discharging(tmp_path: Path) -> None:
     second = {"BAT1/type": "Battery", "BAT1/status": "Unknown", "BAT1/energy_now": "10", "BAT1/energy_full": "40"}
-    found = read(tmp_path, UNPLUGGED | second)
-    assert found.battery == pytest.approx((0.85 + 0.25) / 2)
-    assert found.watts == 21.0
+    conditions = read(tmp_path, UNPLUGGED | second)
+    assert conditions.battery == pytest.approx((0.85 + 0.25) / 2)
+    assert conditions.watts == 21.0
     silent = {"BAT1/type": "Battery", "BAT1/status": "Discharging", "BAT1/capacity": "50"}
     assert read(tmp_path / "silent", UNPLUGGED | silent).watts is None  # half of the watts would be no measurement
 

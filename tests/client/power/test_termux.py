@@ -36,16 +36,21 @@ def read(tmp_path: Path, **changes: object) -> Conditions:
 
 
 def test_phone_on_battery(tmp_path: Path) -> None:
-    found = read(tmp_path)
-    assert (found.charging, found.battery, found.battery_celsius, found.throttled) == (False, 0.85, 31.4, False)
-    assert found.watts == pytest.approx(0.82 * 4.0)
-    assert found.owner_active is None
+    conditions = read(tmp_path)
+    assert (conditions.charging, conditions.battery, conditions.battery_celsius, conditions.throttled) == (
+        False,
+        0.85,
+        31.4,
+        False,
+    )
+    assert conditions.watts == pytest.approx(0.82 * 4.0)
+    assert conditions.owner_active is None
     assert read(tmp_path, current=820000).watts == pytest.approx(3.28)  # a vendor with the opposite sign
 
 
 def test_charging_phone_gives_no_watts(tmp_path: Path) -> None:
-    found = read(tmp_path, plugged="PLUGGED_AC", status="NOT_CHARGING", health="OVERHEAT", temperature="45.0")
-    assert found == Conditions(charging=True, battery=0.85, battery_celsius=45.0, throttled=True)
+    conditions = read(tmp_path, plugged="PLUGGED_AC", status="NOT_CHARGING", health="OVERHEAT", temperature="45.0")
+    assert conditions == Conditions(charging=True, battery=0.85, battery_celsius=45.0, throttled=True)
     assert read(tmp_path, plugged="PLUGGED_WIRELESS").charging
     assert read(tmp_path, plugged="PLUGGED_DOCK").charging
 
@@ -65,8 +70,8 @@ def test_unclear_charging_state(tmp_path: Path, plugged: object, status: str, ch
 
 def test_invalid_numbers(tmp_path: Path) -> None:
     """Android uses its smallest integer for a missing value."""
-    found = read(tmp_path, temperature=-214748364.8, percentage=-2147483648, current=None, health=None)
-    assert found == Conditions(charging=False)
+    conditions = read(tmp_path, temperature=-214748364.8, percentage=-2147483648, current=None, health=None)
+    assert conditions == Conditions(charging=False)
 
 
 @pytest.mark.parametrize("text", [" ", "[]", "Termux:API is not yet available on Google Play", '{"percentage": [1]}'])
@@ -77,5 +82,5 @@ def test_invalid_output_is_no_reading(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(("state", "metered"), [("COMPLETED", False), ("DISCONNECTED", True), (3, None)])
 def test_no_wifi_means_metered(tmp_path: Path, state: object, metered: bool | None) -> None:
-    said = json.dumps({"ssid": "x", "supplicant_state": state})
-    assert termux.network(system(tmp_path, commands={termux.WIFI: said})).metered is metered
+    output = json.dumps({"ssid": "x", "supplicant_state": state})
+    assert termux.network(system(tmp_path, commands={termux.WIFI: output})).metered is metered

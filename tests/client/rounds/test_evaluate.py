@@ -1,4 +1,4 @@
-"""What a device tells of how an adapter does on its pictures, and what that costs."""
+"""Evaluation on a device: losses, noised gains, and their privacy cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RAW = Evaluate(run="run", round=1, adapter=to_bytes(adapter(3)))
 NOISED = dataclasses.replace(RAW, privacy=PRIVATE)
 
 
-def ask(request: Request, device: Device, perform: Any = None) -> Any:
+def answer_request(request: Request, device: Device, perform: Any = None) -> Any:
     outcome = run_handlers({"d": handle(request, device)}, perform or Performer())["d"]
     if isinstance(outcome, Exception):
         raise outcome
@@ -48,24 +48,24 @@ def with_validation(*seeds: int) -> Pictures:
 
 
 def sum_without_noise(storage: Path, *seeds: int) -> float:
-    """What the pictures add to the noised sum: the noise of a simulated source is the same every time."""
+    """Return the pictures' contribution to the noised sum; a simulated source repeats its noise."""
     gains = [
-        ask(NOISED, simulated(storage / name, pictures=with_validation(*held))).gain
-        for name, held in (("pictures", seeds), ("none", ()))
+        answer_request(NOISED, simulated(storage / name, pictures=with_validation(*pictures))).gain
+        for name, pictures in (("pictures", seeds), ("none", ()))
     ]
     return float(gains[0] - gains[1]) * PRIVATE.pictures
 
 
-def test_a_noised_gain_and_nothing_else(tmp_path: Path) -> None:
+def test_only_a_noised_gain_is_sent(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Performer()
-    reply = ask(NOISED, device, perform)
+    reply = answer_request(NOISED, device, perform)
     assert isinstance(reply, Evaluation)
     assert (reply.device, reply.round, reply.base, reply.shared, reply.release) == ("d", 1, None, None, True)
     assert reply.gain is not None
     assert [type(job) for job in perform.jobs] == [jobs.EncodeJob, jobs.MeasureEachJob, jobs.MeasureEachJob]
     measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)]
     assert [job.adapter is None for job in measured] == [True, False]
-    assert all(len(job.examples) == PRIVATE.pictures for job in measured)  # some of them blank
+    assert all(len(job.examples) == PRIVATE.pictures for job in measured)  # including blanks
     (entry,) = device.store.ledger.entries()
     assert (entry.state, entry.reservation.purpose, entry.reservation.clip) == (SEALED, MEASURE, 0.2)
     event = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=1)
@@ -73,58 +73,62 @@ def test_a_noised_gain_and_nothing_else(tmp_path: Path) -> None:
     assert reply.epsilon == device.store.ledger.spent(1e-3).value == epsilon([event], 1e-3).value
 
 
-def test_the_gain_is_that_of_the_clipped_losses(tmp_path: Path) -> None:
-    """The performer's losses are a thousandth of a picture's mean grey, and half of it under an adapter."""
+def test_gain_of_clipped_losses(tmp_path: Path) -> None:
+    """The performer's loss is a thousandth of a picture's mean gray value, and half of that under an adapter."""
     greys = [float(picture(seed).pixels.mean()) for seed in (4, 5)]
     assert sum_without_noise(tmp_path, 4, 5) == pytest.approx(sum(greys) / 2000, abs=1e-3)
 
 
-def test_no_more_pictures_are_measured_than_are_asked_for(tmp_path: Path) -> None:
+def test_at_most_the_requested_pictures_are_measured(tmp_path: Path) -> None:
     assert sum_without_noise(tmp_path / "more", 4, 5, 6, 7) == sum_without_noise(tmp_path / "three", 4, 5, 6)
 
 
-def test_one_picture_more_or_less_changes_the_sum_by_at_most_the_clip(tmp_path: Path) -> None:
+def test_one_picture_changes_sum_by_at_most_clip(tmp_path: Path) -> None:
     whole = sum_without_noise(tmp_path / "whole", 4, 5, 6)
-    for place in range(3):
-        held = [seed for seed in (4, 5, 6) if seed != 4 + place]
-        rest = sum_without_noise(tmp_path / str(place), *held)
+    for index in range(3):
+        pictures = [seed for seed in (4, 5, 6) if seed != 4 + index]
+        rest = sum_without_noise(tmp_path / str(index), *pictures)
         assert 0 < whole - rest <= PRIVATE.clip * (1 + 1e-9)
 
 
-def test_every_device_draws_its_own_noise_anew(tmp_path: Path) -> None:
-    found = {ask(NOISED, make_device(tmp_path / str(number))).gain for number in range(8)}
-    assert len(found) == 8
+def test_noise_is_fresh_for_each_device(tmp_path: Path) -> None:
+    response = {answer_request(NOISED, make_device(tmp_path / str(number))).gain for number in range(8)}
+    assert len(response) == 8
 
 
 def test_simulated_noise_is_no_release(tmp_path: Path) -> None:
     device = simulated(tmp_path)
-    assert not ask(NOISED, device).release
+    assert not answer_request(NOISED, device).release
     assert not device.store.ledger.entries()[0].reservation.release
 
 
-def test_without_validation_pictures_noise_alone_is_told(tmp_path: Path) -> None:
-    """A refusal would tell that there are none; without privacy nothing is hidden anyway."""
+def test_no_validation_pictures_give_only_noise(tmp_path: Path) -> None:
+    """A refusal would reveal that there are none; without privacy nothing is protected anyway."""
     device, perform = make_device(tmp_path, pictures=with_validation()), Performer()
-    reply = ask(NOISED, device, perform)
+    reply = answer_request(NOISED, device, perform)
     assert reply.gain != 0
     assert [len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)] == [3, 3]
     assert states(device) == [(MEASURE, SEALED)]
     with pytest.raises(RequestRefusedError, match="no validation pictures"):
-        ask(RAW, make_device(tmp_path / "raw", pictures=with_validation()))
+        answer_request(RAW, make_device(tmp_path / "raw", pictures=with_validation()))
 
 
-def test_asked_again_it_sends_the_same_bytes_and_charges_once(tmp_path: Path) -> None:
-    first, perform = ask(NOISED, make_device(tmp_path)), Performer()
-    other = dataclasses.replace(NOISED, adapter=to_bytes(adapter(4)))  # another noised gain would be a second release
+def test_repeated_request_is_charged_once(tmp_path: Path) -> None:
+    first, perform = answer_request(NOISED, make_device(tmp_path)), Performer()
+    other = dataclasses.replace(
+        NOISED, adapter=to_bytes(adapter(4))
+    )  # a different noised gain would be a second release
     for request in (NOISED, other):
-        assert ask(request, make_device(tmp_path), perform) == first
+        assert answer_request(request, make_device(tmp_path), perform) == first
     assert not perform.jobs
     assert states(make_device(tmp_path)) == [(MEASURE, SEALED)]
     with pytest.raises(RequestRefusedError, match="another plan"):
-        ask(dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, clip=0.1)), make_device(tmp_path))
+        answer_request(
+            dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, clip=0.1)), make_device(tmp_path)
+        )
 
 
-def test_it_is_charged_before_anything_is_measured(tmp_path: Path) -> None:
+def test_charge_precedes_measurement(tmp_path: Path) -> None:
     device = make_device(tmp_path)
 
     def fail(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
@@ -136,38 +140,38 @@ def test_it_is_charged_before_anything_is_measured(tmp_path: Path) -> None:
 
     assert isinstance(run_handlers({0: handle(NOISED, device)}, fail)[0], MemoryError)
     spent = device.store.ledger.spent(1e-3)
-    ask(NOISED, device)
+    answer_request(NOISED, device)
     assert device.store.ledger.spent(1e-3) == spent
     assert states(device) == [(MEASURE, SEALED)]
 
 
-def test_a_round_trains_and_measures_under_reservations_of_their_own(tmp_path: Path) -> None:
+def test_training_and_evaluation_have_own_reservations(tmp_path: Path) -> None:
     device = make_device(tmp_path)
-    update = ask(train_request(), device)
-    reply = ask(NOISED, device)
+    update = answer_request(train_request(), device)
+    reply = answer_request(NOISED, device)
     assert reply.epsilon > update.epsilon
     assert states(device) == [("train", SEALED), (MEASURE, SEALED)]
-    ask(train_request(number=2), device)
+    answer_request(train_request(number=2), device)
     assert states(device) == [("train", SENT), (MEASURE, SEALED), ("train", SEALED)]
-    assert ask(NOISED, device) == reply  # plans may be numbered otherwise than rounds
-    ask(dataclasses.replace(NOISED, round=2), device)
+    assert answer_request(NOISED, device) == reply  # the numbers of plans and of rounds may differ
+    answer_request(dataclasses.replace(NOISED, round=2), device)
     assert states(device) == [("train", SENT), (MEASURE, SENT), ("train", SEALED), (MEASURE, SEALED)]
     with pytest.raises(RequestRefusedError, match=r"the measure of round 1 .* can't be sent again"):
-        ask(NOISED, device)
+        answer_request(NOISED, device)
 
 
-def test_training_and_measuring_are_capped_together(tmp_path: Path) -> None:
+def test_training_and_evaluation_share_the_budget(tmp_path: Path) -> None:
     train = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=5)
     measure = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=1)
     cap = epsilon([train, measure, train], 1e-3).value * (1 - 1e-6)
     device, perform = make_device(tmp_path, policy=Policy(max_epsilon=cap, delta=1e-3)), Performer()
-    ask(train_request(), device, perform)
-    ask(NOISED, device, perform)
+    answer_request(train_request(), device, perform)
+    answer_request(NOISED, device, perform)
     with pytest.raises(RequestRefusedError, match="allows"):
-        ask(train_request(number=2), device, perform)
+        answer_request(train_request(number=2), device, perform)
     lean = make_device(tmp_path / "lean", policy=Policy(max_epsilon=0.9 * epsilon([measure], 1e-3).value, delta=1e-3))
     with pytest.raises(RequestRefusedError, match="allows"):
-        ask(NOISED, lean, perform)
+        answer_request(NOISED, lean, perform)
     assert not states(lean)
     assert sum(isinstance(job, jobs.MeasureEachJob) for job in perform.jobs) == 2
 
@@ -187,70 +191,70 @@ def test_training_and_measuring_are_capped_together(tmp_path: Path) -> None:
         (Policy(max_rank=2), NOISED),
     ],
 )
-def test_what_the_owner_forbids_costs_nothing(tmp_path: Path, policy: Policy, request_: Evaluate) -> None:
+def test_forbidden_requests_cost_nothing(tmp_path: Path, policy: Policy, request_: Evaluate) -> None:
     device, perform = make_device(tmp_path, policy=policy), Performer()
     with pytest.raises(RequestRefusedError):
-        ask(request_, device, perform)
+        answer_request(request_, device, perform)
     assert not perform.jobs
     assert not states(device)
 
 
-def test_losses_told_without_noise_end_every_promise(tmp_path: Path) -> None:
+def test_losses_without_noise_end_the_guarantee(tmp_path: Path) -> None:
     device = make_device(tmp_path)
-    for number in (1, 2, 3):  # written down once: further ones take nothing away
-        ask(dataclasses.replace(RAW, round=number), device)
+    for number in (1, 2, 3):  # recorded once: no guarantee is left to lose
+        answer_request(dataclasses.replace(RAW, round=number), device)
     assert states(device) == [(MEASURE, RESERVED)]
     assert device.store.ledger.spent(1e-3).value == math.inf
     for request in (train_request(), dataclasses.replace(NOISED, round=4)):
         with pytest.raises(RequestRefusedError, match="no ε can be promised"):
-            ask(request, device)
+            answer_request(request, device)
     other = make_device(tmp_path / "other")
-    ask(train_request(private=False), other)
-    ask(RAW, other)
+    answer_request(train_request(private=False), other)
+    answer_request(RAW, other)
     assert states(other) == [("train", RESERVED)]
 
 
 @pytest.mark.parametrize("first", [train_request(), NOISED])
-def test_after_a_promise_nothing_is_told_without_noise(tmp_path: Path, first: Request) -> None:
+def test_no_release_without_noise_after_private_one(tmp_path: Path, first: Request) -> None:
     device, perform = make_device(tmp_path), Performer()
-    ask(first, device)
+    answer_request(first, device)
     for request in (dataclasses.replace(RAW, round=5), train_request(number=5, private=False)):
         with pytest.raises(RequestRefusedError, match="nothing without it since"):
-            ask(request, device, perform)
+            answer_request(request, device, perform)
     assert not any(isinstance(job, (jobs.TrainJob, jobs.MeasureJob)) for job in perform.jobs)
     assert len(states(device)) == 1
 
 
-def test_a_delta_at_which_no_epsilon_can_be_told_measures_nothing(tmp_path: Path) -> None:
+def test_infinite_epsilon_measures_nothing(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Performer()
     request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, delta=1e-19))
     for _ in range(2):
         with pytest.raises(RequestRefusedError, match=r"privacy\.delta=1e-19: .* no finite ε"):
-            ask(request, device, perform)
+            answer_request(request, device, perform)
     assert not any(isinstance(job, jobs.MeasureEachJob) for job in perform.jobs)
 
 
-def test_memory_does_not_follow_from_the_pictures_that_a_server_assumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measured a few at a time: as many looks whatever there is, and the same gain as of all at once."""
+def test_memory_does_not_depend_on_assumed_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are measured in small groups: the number of passes doesn't depend on the pictures, and the gain is
+    unchanged.
+    """
     request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, pictures=7))
-    held, looks, gains = with_validation(4, 5, 6), [], []
+    contents, passes, gains = with_validation(4, 5, 6), [], []
     for at_once in (256, 2):
         monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
-        for pictures in (held, with_validation()):
+        for pictures in (contents, with_validation()):
             perform = Performer()
             device = simulated(tmp_path / f"{at_once} {len(pictures.validation)}", pictures=pictures)
-            gains.append(ask(request, device, perform).gain)
-            looks.append([len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)])
-    assert looks == [[7, 7], [7, 7], [2, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 2, 1, 1]]
+            gains.append(answer_request(request, device, perform).gain)
+            passes.append([len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)])
+    assert passes == [[7, 7], [7, 7], [2, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 2, 1, 1]]
     assert gains[:2] == gains[2:]
     assert gains[0] != gains[1]
 
 
-def test_a_sealed_gain_is_the_message_that_was_made(tmp_path: Path) -> None:
+def test_sealed_gain_is_the_message_sent(tmp_path: Path) -> None:
     device = make_device(tmp_path)
-    reply = ask(NOISED, device)
+    reply = answer_request(NOISED, device)
     reservation = device.store.ledger.entries()[0].reservation
     sealed = device.store.ledger.sealed(reservation.key, reservation.plan)
     assert sealed is not None

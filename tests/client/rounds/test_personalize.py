@@ -1,4 +1,4 @@
-"""Which shared adapter a device keeps for itself: its owner's pictures decide, and nobody else ever hears of it."""
+"""Choice of the shared adapter under the personal one: by the owner's pictures, and never revealed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRIVATE = EvaluationPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1
 
 
 class Judging(Performer):
-    """Measures the first adapter at 0.5, and every other at `others`; what is trained on top does as `trained` says."""
+    """Measures the first adapter at 0.5, every other at `others`, and any personal adapter on top as `trained` says."""
 
     def __init__(self, others: float, trained: float = 0.0) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Judging(Performer):
 
     def _perform(self, job: jobs.Job) -> jobs.Result:
         if isinstance(job, jobs.MeasureJob) and job.adapter:
-            if rank(job.adapter) > RANK:  # shared and personal
+            if rank(job.adapter) > RANK:  # shared and personal adapter
                 return self._trained
             return 0.5 if same(job.adapter, FIRST) else self._others
         return super()._perform(job)
@@ -61,7 +61,7 @@ def sent(shared: Adapter, number: int) -> Personalize:
     )
 
 
-def ask(request: Request, device: Device, perform: Performer) -> Any:
+def answer_request(request: Request, device: Device, perform: Performer) -> Any:
     outcome = run_handlers({"d": handle(request, device)}, perform)["d"]
     if isinstance(outcome, Exception):
         raise outcome
@@ -69,98 +69,98 @@ def ask(request: Request, device: Device, perform: Performer) -> Any:
 
 
 def trains(perform: Performer) -> jobs.TrainJob:
-    (found,) = (job for job in perform.jobs if isinstance(job, jobs.TrainJob))
-    return found
+    (result,) = (job for job in perform.jobs if isinstance(job, jobs.TrainJob))
+    return result
 
 
-def kept(device: Device) -> Adapter:
+def stored_adapters(device: Device) -> Adapter:
     stored = device.store.personal(SITES)
     assert stored is not None
     return stored.shared
 
 
 def after_two(folder: Path, others: float) -> Device:
-    """A device that was sent the first and then the second adapter."""
+    """Return a device that received the first adapter and then the second."""
     device, perform = make_device(folder), Judging(others)
-    ask(sent(FIRST, 1), device, perform)
-    ask(sent(SECOND, 2), device, perform)
+    answer_request(sent(FIRST, 1), device, perform)
+    answer_request(sent(SECOND, 2), device, perform)
     return device
 
 
 @pytest.mark.parametrize(("others", "chosen"), [(0.4, SECOND), (0.5, SECOND), (0.6, FIRST), (math.nan, FIRST)])
-def test_a_worse_adapter_does_not_take_the_place_of_a_better(tmp_path: Path, others: float, chosen: Adapter) -> None:
+def test_worse_adapter_does_not_replace_better(tmp_path: Path, others: float, chosen: Adapter) -> None:
     device = after_two(tmp_path, others)
-    assert same(kept(device), chosen)
+    assert same(stored_adapters(device), chosen)
     perform = Judging(others)
-    ask(sent(THIRD, 3), device, perform)
+    answer_request(sent(THIRD, 3), device, perform)
     train = trains(perform)
     assert train.frozen is not None
     assert same(train.frozen, FIRST if chosen is FIRST else THIRD)
 
 
-def test_it_is_judged_by_validation_pictures_of_ones_own(tmp_path: Path) -> None:
+def test_choice_uses_own_validation_pictures(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Judging(0.6)
-    ask(sent(FIRST, 1), device, perform)
-    ask(sent(SECOND, 2), device, perform)
+    answer_request(sent(FIRST, 1), device, perform)
+    answer_request(sent(SECOND, 2), device, perform)
     measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
     assert [len(job.examples) for job in measured] == [len(PICTURES.validation)] * (2 + 4)
 
 
-def test_without_any_those_trained_on_judge(tmp_path: Path) -> None:
+def test_choice_without_validation_pictures(tmp_path: Path) -> None:
     blind, perform = make_device(tmp_path, pictures=PICTURES._replace(validation=())), Judging(0.6)
     for number, shared in enumerate((FIRST, SECOND, THIRD), start=1):
-        ask(sent(shared, number), blind, perform)
-    assert same(kept(blind), FIRST)
+        answer_request(sent(shared, number), blind, perform)
+    assert same(stored_adapters(blind), FIRST)
     measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
     assert {len(job.examples) for job in measured} == {len(PICTURES.train)}
 
 
-def test_an_adapter_of_another_base_is_no_rival(tmp_path: Path) -> None:
+def test_adapter_of_another_base_is_not_compared(tmp_path: Path) -> None:
     device = after_two(tmp_path, 0.6)
-    moved = dataclasses.replace(device, report=dataclasses.replace(device.report, base="c" * 64))
+    changed = dataclasses.replace(device, report=dataclasses.replace(device.report, base="c" * 64))
     perform = Judging(0.6)
-    ask(sent(SECOND, 3), moved, perform)
-    assert same(kept(moved), SECOND)
+    answer_request(sent(SECOND, 3), changed, perform)
+    assert same(stored_adapters(changed), SECOND)
     measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
-    assert [rank(adapter) for adapter in measured if adapter] == [RANK + 2] * 2  # what was trained, and its start
-    moved.store.roll_back()
-    assert same(kept(moved), FIRST)  # of the other base, as it was
+    assert [rank(adapter) for adapter in measured if adapter] == [RANK + 2] * 2  # the trained adapter and its start
+    changed.store.roll_back()
+    assert same(stored_adapters(changed), FIRST)  # the other base's adapter, unchanged
 
 
-def test_the_personal_adapter_goes_on_over_the_shared_one_that_stays(tmp_path: Path) -> None:
+def test_personal_adapter_continues_on_stored_shared_one(tmp_path: Path) -> None:
     device, perform = after_two(tmp_path, 0.6), Judging(0.6)
     before = device.store.personal(SITES)
     assert before is not None
-    ask(sent(THIRD, 3), device, perform)
+    answer_request(sent(THIRD, 3), device, perform)
     train = trains(perform)
     assert same(train.start, before.adapter)
 
 
-def test_rolling_back_returns_both(tmp_path: Path) -> None:
+def test_roll_back_restores_both(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Judging(0.4)
     with pytest.raises(AntherError, match="no previous adapter"):
         device.store.roll_back()
-    ask(sent(FIRST, 1), device, perform)
+    answer_request(sent(FIRST, 1), device, perform)
     first = device.store.personal(SITES)
-    ask(sent(SECOND, 2), device, perform)
-    assert same(kept(device), SECOND)
+    answer_request(sent(SECOND, 2), device, perform)
+    assert same(stored_adapters(device), SECOND)
     device.store.roll_back()
-    found = device.store.personal(SITES)
-    assert found is not None
+    result = device.store.personal(SITES)
+    assert result is not None
     assert first is not None
-    assert same(found.shared, FIRST)
-    assert same(found.adapter, first.adapter)
-    assert found.request == first.request
+    assert same(result.shared, FIRST)
+    assert same(result.adapter, first.adapter)
+    assert result.request == first.request
     with pytest.raises(AntherError, match="no previous adapter"):
         device.store.roll_back()
     newest = device.store.personal_versions()[0]
     assert not newest.is_current
     device.store.roll_back(newest.created)
-    assert same(kept(device), SECOND)
+    assert same(stored_adapters(device), SECOND)
 
 
 class Trains(Judging):
-    """Training that comes to this B."""
+    """Training whose result has this B."""
 
     def __init__(self, b: float, loss: float) -> None:
         super().__init__(0.4, loss)
@@ -176,8 +176,8 @@ class Trains(Judging):
 @pytest.mark.parametrize(
     ("b", "loss"), [(6.9e9, 0.1), (math.nan, 0.1), (math.inf, 0.1), (0.1, math.nan), (0.1, 0.9), (0.1, math.inf)]
 )
-def test_what_is_broken_or_worse_takes_nobodys_place(tmp_path: Path, b: float, loss: float) -> None:
-    """Also as the first one: what it would have begun at stays then, which adds nothing to the shared one."""
+def test_broken_or_worse_result_is_discarded(tmp_path: Path, b: float, loss: float) -> None:
+    """Even in the first round: the initial adapter is stored then, which changes nothing of the shared one."""
 
     class Worse(Trains):
         def _perform(self, job: jobs.Job) -> jobs.Result:
@@ -187,40 +187,40 @@ def test_what_is_broken_or_worse_takes_nobodys_place(tmp_path: Path, b: float, l
             return super()._perform(job)
 
     device = make_device(tmp_path)
-    ask(sent(FIRST, 1), device, Worse(b, loss))
+    answer_request(sent(FIRST, 1), device, Worse(b, loss))
     first = device.store.personal(SITES)
     assert first is not None
     assert not any(f.b.any() for f in first.adapter.values())
-    ask(sent(FIRST, 2), device, Trains(0.01, 0.1))
+    answer_request(sent(FIRST, 2), device, Trains(0.01, 0.1))
     good = device.store.personal(SITES)
     assert good is not None
     assert all((f.b == 0.01).all() for f in good.adapter.values())
     before = device.store.personal_versions()
-    ask(sent(FIRST, 3), device, Worse(b, loss))
-    found = device.store.personal(SITES)
-    assert found is not None
-    assert same(found.adapter, good.adapter)
+    answer_request(sent(FIRST, 3), device, Worse(b, loss))
+    result = device.store.personal(SITES)
+    assert result is not None
+    assert same(result.adapter, good.adapter)
     assert device.store.personal_versions() == before
-    again = Worse(b, loss)
-    ask(sent(FIRST, 3), device, again)
-    assert not again.jobs  # it was answered
+    repeated = Worse(b, loss)
+    answer_request(sent(FIRST, 3), device, repeated)
+    assert not repeated.jobs  # the round was answered
 
 
-def test_it_looks_at_the_end_of_training_at_the_latest(tmp_path: Path) -> None:
+def test_early_stopping_checks_at_the_end(tmp_path: Path) -> None:
     perform = Judging(0.4)
-    ask(dataclasses.replace(sent(FIRST, 1), steps=3, look_every=1000), make_device(tmp_path), perform)
+    answer_request(dataclasses.replace(sent(FIRST, 1), steps=3, look_every=1000), make_device(tmp_path), perform)
     stopping = trains(perform).early_stopping
     assert stopping is not None
     assert stopping.every == 3
 
 
 @pytest.mark.parametrize("promise", ["open", "cap", "round"])
-def test_where_privacy_is_promised_pictures_do_not_end_training(tmp_path: Path, promise: str) -> None:
-    """Neither by the owner's cap nor after a private round."""
+def test_no_early_stopping_with_privacy(tmp_path: Path, promise: str) -> None:
+    """With a budget set by the owner, and after a private round."""
     device, perform = make_device(tmp_path, policy=Policy(max_epsilon=4.0) if promise == "cap" else None), Judging(0.4)
     if promise == "round":
-        ask(train_request(), device, Performer())
-    ask(sent(FIRST, 1), device, perform)
+        answer_request(train_request(), device, Performer())
+    answer_request(sent(FIRST, 1), device, perform)
     stopping = trains(perform).early_stopping
     assert stopping is not None
     assert stopping.patience == (3 if promise == "open" else 10)
@@ -241,7 +241,7 @@ FAILURES: dict[str, Any] = {
 
 
 class Fails(Judging):
-    """A kind of job that comes to nothing, as `wrong`."""
+    """Fails at one kind of job with `wrong`."""
 
     def __init__(self, kind: type, wrong: Exception) -> None:
         super().__init__(0.4)
@@ -253,29 +253,31 @@ class Fails(Judging):
 
 @pytest.mark.parametrize("wrong", [AntherError("training became not finite"), RuntimeError("no memory"), OutOfMemory()])
 @pytest.mark.parametrize("kind", [jobs.EncodeJob, jobs.TrainJob, jobs.MeasureJob])
-def test_no_failure_reaches_who_asked(tmp_path: Path, kind: type, wrong: Exception, caplog: Any) -> None:
-    """It is the owner's log alone that has it."""
-    expected = ask(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
-    assert ask(sent(FIRST, 1), make_device(tmp_path / "broken"), Fails(kind, wrong)) == expected
+def test_failures_are_not_revealed(tmp_path: Path, kind: type, wrong: Exception, caplog: Any) -> None:
+    """Failures appear only in the owner's log."""
+    expected = answer_request(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
+    assert answer_request(sent(FIRST, 1), make_device(tmp_path / "broken"), Fails(kind, wrong)) == expected
     assert str(wrong) in caplog.text
 
 
 @pytest.mark.parametrize("how", FAILURES)
-def test_no_mistake_of_the_owner_reaches_who_asked(tmp_path: Path, how: str) -> None:
-    expected = ask(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
-    assert ask(sent(FIRST, 1), FAILURES[how](make_device(tmp_path / "broken")), Judging(0.4)) == expected
+def test_owner_errors_are_not_revealed(tmp_path: Path, how: str) -> None:
+    expected = answer_request(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
+    assert answer_request(sent(FIRST, 1), FAILURES[how](make_device(tmp_path / "broken")), Judging(0.4)) == expected
 
 
-def test_a_guard_that_stops_for_the_owner_shows(tmp_path: Path) -> None:
+def test_throttle_stop_is_reported(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     with pytest.raises(jobs.Cancelled):
-        ask(sent(FIRST, 1), device, Fails(jobs.TrainJob, jobs.Cancelled("its owner uses it")))
-    ask(sent(FIRST, 1), device, Judging(0.4))
-    assert same(kept(device), FIRST)
+        answer_request(sent(FIRST, 1), device, Fails(jobs.TrainJob, jobs.Cancelled("the device is in use")))
+    answer_request(sent(FIRST, 1), device, Judging(0.4))
+    assert same(stored_adapters(device), FIRST)
 
 
-def test_who_asks_again_and_again_does_not_learn_what_ends_the_worker(tmp_path: Path) -> None:
-    """Killed at training each time, as for want of memory: at the fourth there is a reply, and no further try."""
+def test_repeated_crashes_are_not_revealed(tmp_path: Path) -> None:
+    """The worker is killed at each training, as for lack of memory; the fourth request gets a reply without another
+    attempt.
+    """
     device = make_device(tmp_path)
     for _ in range(3):
         conversation = handle(sent(FIRST, 1), device)
@@ -283,11 +285,11 @@ def test_who_asks_again_and_again_does_not_learn_what_ends_the_worker(tmp_path: 
         while not isinstance(job, jobs.TrainJob):
             job = conversation.send(Performer()([job])[0])
         number = device.store.number("personalise-tries", _identity(sent(FIRST, 1)))
-        conversation.close()  # a killed process would not have written anything more:
+        conversation.close()  # a killed process writes nothing more:
         assert number is not None
         device.store.save_number("personalise-tries", _identity(sent(FIRST, 1)), number)
     perform = Judging(0.4)
-    assert ask(sent(FIRST, 1), device, perform).device == device.name
+    assert answer_request(sent(FIRST, 1), device, perform).device == device.name
     assert not perform.jobs
 
 
@@ -295,13 +297,13 @@ def _identity(request: Personalize) -> str:
     return hashlib.sha256(to_json(request).encode() + request.adapter).hexdigest()
 
 
-def test_the_choice_never_leaves_the_device(tmp_path: Path) -> None:
-    """Devices that differ in their choice alone: every later reply and cost is the same, and so is the work."""
+def test_choice_is_not_revealed(tmp_path: Path) -> None:
+    """Devices that differ only in their choice send the same replies and costs, and do the same work."""
     keeps, takes = after_two(tmp_path / "keeps", 0.6), after_two(tmp_path / "takes", 0.4)
     back = after_two(tmp_path / "back", 0.4)
     back.store.roll_back()
-    assert same(kept(keeps), FIRST)
-    assert same(kept(takes), SECOND)
+    assert same(stored_adapters(keeps), FIRST)
+    assert same(stored_adapters(takes), SECOND)
     evaluate = Evaluate(run="run", round=5, adapter=to_bytes(SECOND), privacy=PRIVATE)
     requests = [
         sent(SECOND, 3),
@@ -312,39 +314,41 @@ def test_the_choice_never_leaves_the_device(tmp_path: Path) -> None:
     ]
     done = []
     for device in (keeps, takes, back):
-        seen: list[object] = []
+        observed: list[object] = []
         for request in requests:
             perform = Judging(0.6 if device is keeps else 0.4)
-            reply = ask(request, device, perform)
-            told = {name: value for name, value in vars(reply).items() if name not in ("adapter", "gain")}
-            seen.append((told, [type(job) for job in perform.jobs]))
+            reply = answer_request(request, device, perform)
+            response = {name: value for name, value in vars(reply).items() if name not in ("adapter", "gain")}
+            observed.append((response, [type(job) for job in perform.jobs]))
             shared = [job for job in perform.jobs if isinstance(job, jobs.TrainJob) and job.purpose == "shared"]
-            seen += [_numbers(job) for job in shared]
-        done.append(seen)
+            observed += [_numbers(job) for job in shared]
+        done.append(observed)
     assert done[0] == done[1] == done[2]
 
 
 def _numbers(job: jobs.TrainJob) -> list[object]:
-    """What a shared update is made of."""
+    """Return the content of a shared update."""
     assert job.frozen is not None
     tensors = [t for part in (job.start, job.frozen) for name in SITES for t in part[name]]
     return [job.steps, job.batch_size, job.names, *(t.tolist() for t in tensors)]
 
 
-def test_previews_are_of_what_was_learnt_and_stay_on_the_device(tmp_path: Path) -> None:
+def test_previews_stay_on_the_device(tmp_path: Path) -> None:
     device, perform = dataclasses.replace(make_device(tmp_path), previews=1), Performer()
-    reply = ask(sent(FIRST, 3), device, perform)
-    (drawn,) = (job for job in perform.jobs if isinstance(job, jobs.GenerateJob))
+    reply = answer_request(sent(FIRST, 3), device, perform)
+    (job,) = (job for job in perform.jobs if isinstance(job, jobs.GenerateJob))
     stored = device.store.personal(SITES)
     assert stored is not None
-    assert same(drawn.adapters[0], stored.shared)
-    assert same(drawn.adapters[1], stored.adapter)
-    assert drawn.captions == [PICTURES.validation[0].caption]
+    assert same(job.adapters[0], stored.shared)
+    assert same(job.adapters[1], stored.adapter)
+    assert job.captions == [PICTURES.validation[0].caption]
     assert Image.open(tmp_path / "previews" / "round-000003.png").size == (6, 4)
-    assert reply == ask(sent(FIRST, 3), make_device(tmp_path / "other"), Performer())  # who asked learns nothing of it
+    assert reply == answer_request(
+        sent(FIRST, 3), make_device(tmp_path / "other"), Performer()
+    )  # the reply doesn't depend on it
 
 
-def test_what_cannot_be_drawn_was_learnt_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_preview_keeps_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Blind(Performer):
         def _perform(self, job: jobs.Job) -> jobs.Result:
             if isinstance(job, jobs.GenerateJob):
@@ -358,7 +362,7 @@ def test_what_cannot_be_drawn_was_learnt_all_the_same(tmp_path: Path, caplog: py
                 return [error]
 
     device = dataclasses.replace(make_device(tmp_path), previews=2)
-    ask(sent(FIRST, 3), device, Blind())
-    assert same(kept(device), FIRST)
+    answer_request(sent(FIRST, 3), device, Blind())
+    assert same(stored_adapters(device), FIRST)
     assert "no preview of round-000003: no memory" in caplog.text
     assert not (tmp_path / "previews").exists()

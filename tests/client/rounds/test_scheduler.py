@@ -1,4 +1,4 @@
-"""Driving: jobs of all conversations at once, and each one's failure its own."""
+"""Advancing many request handlers: their jobs are performed together, and failures stay separate."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from protocol.messages import Personalized
 
 
 def talk(name: str, turns: int) -> Generator[Any, Any, Any]:
-    """Asks for `turns` jobs and replies with what it was sent."""
-    heard = []
+    """Request `turns` jobs and reply with their results."""
+    results = []
     for turn in range(turns):
-        heard.append((yield (name, turn)))
-    return name, heard
+        results.append((yield (name, turn)))
+    return name, results
 
 
-def test_jobs_of_everyone_are_performed_together() -> None:
+def test_jobs_are_performed_together() -> None:
     batches = []
 
     def perform(jobs: list[Any]) -> list[Any]:
@@ -32,7 +32,7 @@ def test_jobs_of_everyone_are_performed_together() -> None:
     assert list(outcomes) == ["a", "b", "c"]
 
 
-def test_a_failed_job_is_thrown_into_its_own_conversation() -> None:
+def test_failed_job_is_raised_in_its_handler() -> None:
     def mending() -> Generator[Any, Any, Any]:
         try:
             yield ("fails", 0)
@@ -48,7 +48,7 @@ def test_a_failed_job_is_thrown_into_its_own_conversation() -> None:
     assert outcomes[3] == "smaller"
 
 
-def test_a_conversation_that_raises_harms_no_other() -> None:
+def test_failing_handler_does_not_affect_others() -> None:
     def broken() -> Generator[Any, Any, Any]:
         raise ValueError("at once")
         yield
@@ -58,7 +58,7 @@ def test_a_conversation_that_raises_harms_no_other() -> None:
     assert outcomes[2] == ("b", ["b"])
 
 
-def test_an_interrupt_passes_through() -> None:
+def test_interrupt_is_raised() -> None:
     def perform(_jobs: list[Any]) -> list[Any]:
         raise KeyboardInterrupt
 
@@ -73,7 +73,7 @@ def test_an_interrupt_passes_through() -> None:
         run_handlers({1: interrupted()}, lambda jobs: jobs)
 
 
-def test_nobody_to_drive() -> None:
+def test_no_handlers() -> None:
     def perform(_jobs: list[Any]) -> list[Any]:
         raise AssertionError("there are no jobs")
 

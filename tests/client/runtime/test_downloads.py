@@ -1,4 +1,4 @@
-"""A base comes by its hash from wherever it may, whole or not at all, and what came of it is never fetched again."""
+"""Fetching a base by its hash from all sources: complete or not at all, and no part is fetched twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from common.errors import AntherError
 from conf.schemas.node import FetchConfig
 from models.files import assets, chunk_manifest, hub
 from server.gateway.base_files import BaseFiles, routes
-from tests.helpers.kills import counted, killed_before
+from tests.helpers.kills import durable_calls, killed_before
 
 FREE = FetchConfig(min_free_gib=0)
 
@@ -36,7 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder that looks like a base: 11 chunks in 4 files."""
+    """Create a folder that looks like a base: 11 chunks in 4 files."""
     folder = tmp_path / "operator" / "tiny-base"
     for name, size in {"model_index.json": 10, "unet/x.safetensors": 500, "unet/config.json": 128, "e.txt": 0}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +45,14 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-class Server:
-    """What `server.gateway.base_files` would answer, counted; `tamper` maps asked chunks to what comes instead, in turn."""
+class BaseServer:
+    """Answers like `server.gateway.base_files`, and records requests; `tamper` maps chunks to the replies sent in their
+    place.
+    """
 
     def __init__(self, *folders: Path) -> None:
         self._shelf = BaseFiles(folders)
-        self.asked: list[tuple[str, int]] = []
+        self.requested: list[tuple[str, int]] = []
         self.sent = 0
         self.tamper: dict[tuple[str, int], list[bytes | Exception]] = {}
 
@@ -62,7 +64,7 @@ class Server:
             file = self._shelf.file(base, what)
             assert file is not None
             assert length is not None
-            self.asked.append((what, offset))
+            self.requested.append((what, offset))
             data = file.read_bytes()[offset : offset + length]
             if instead := self.tamper.get((what, offset)):
                 changed = instead.pop(0)
@@ -79,120 +81,122 @@ def unhurried(_: float) -> None:
     pass
 
 
-def test_from_a_real_app_over_http(base: Path, home: Path) -> None:
-    wanted, told = assets.digest(base), []
+def test_fetch_from_real_app_over_http(base: Path, home: Path) -> None:
+    expected, response = assets.digest(base), []
     with httpx.Client(transport=Asgi(Starlette(routes=routes(BaseFiles([base])))), base_url="https://s") as client:
-        found = fetch(wanted, FREE, http_get(client), progress=lambda done, total: told.append((done, total)))
+        folder = fetch(expected, FREE, http_get(client), progress=lambda done, total: response.append((done, total)))
         with pytest.raises(AntherError, match="doesn't have this base"):
             fetch("0" * 64, FREE, http_get(client))
-    assert found == home / "assets" / wanted / "tiny-base" == assets.locate(wanted)
-    assert assets.digest(found) == wanted
-    assert told[-1] == (638, 638)
-    assert told == sorted(told)
-    assert [path.name for path in (home / "assets").iterdir() if not path.name.startswith(".fetching-000")] == [wanted]
-    assert fetch(wanted, FREE) == found  # nobody is asked any more
+    assert folder == home / "assets" / expected / "tiny-base" == assets.locate(expected)
+    assert assets.digest(folder) == expected
+    assert response[-1] == (638, 638)
+    assert response == sorted(response)
+    assert [path.name for path in (home / "assets").iterdir() if not path.name.startswith(".fetching-000")] == [
+        expected
+    ]
+    assert fetch(expected, FREE) == folder  # no further request
 
 
 class Asgi(httpx.BaseTransport):
-    """An app without a network, for a client that doesn't wait."""
+    """Transport that calls an app without a network."""
 
     def __init__(self, app: Starlette) -> None:
         self._app = httpx.ASGITransport(app)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         async def answered() -> httpx.Response:
-            asked = httpx.Request(request.method, request.url, headers=request.headers)
-            reply = await self._app.handle_async_request(asked)
+            requested = httpx.Request(request.method, request.url, headers=request.headers)
+            reply = await self._app.handle_async_request(requested)
             body = await reply.aread()
             return httpx.Response(reply.status_code, headers=reply.headers, stream=httpx.ByteStream(body))
 
         return asyncio.run(answered())
 
 
-def test_killed_at_every_durable_step_it_goes_on(
+def test_fetch_continues_after_kill_at_every_step(
     base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunk_manifest, "CHUNK", 250)
-    wanted, server = assets.digest(base), Server(base)
-    calls = counted(lambda: work(wanted, server), tmp_path / "trace")
+    expected, server = assets.digest(base), BaseServer(base)
+    calls = durable_calls(lambda: work(expected, server), tmp_path / "trace")
     assert {"pwrite", "rename", "mkdir", "fsync"} <= set(calls)
     fetched = []
     for call in range(len(calls)):
         shutil.rmtree(home, ignore_errors=True)
-        killed_before(call, lambda: work(wanted, server))
-        there = (home / "assets" / wanted).exists()
-        assert not there or assets.digest(home / "assets" / wanted / "tiny-base") == wanted
-        again = Server(base)
-        found = fetch(wanted, FREE, again)
-        assert assets.digest(found) == wanted
-        fetched.append(again.sent)
+        killed_before(call, lambda: work(expected, server))
+        existing = (home / "assets" / expected).exists()
+        assert not existing or assets.digest(home / "assets" / expected / "tiny-base") == expected
+        repeated = BaseServer(base)
+        folder = fetch(expected, FREE, repeated)
+        assert assets.digest(folder) == expected
+        fetched.append(repeated.sent)
     assert fetched[0] == 638
-    assert fetched == sorted(fetched, reverse=True)  # the later it was killed, the less came again
+    assert fetched == sorted(fetched, reverse=True)  # the later the kill, the fewer bytes are fetched again
     assert fetched[-1] == 0
 
 
-def work(wanted: str, server: Server) -> None:
+def work(wanted: str, server: BaseServer) -> None:
     fetch(wanted, FREE, server)
 
 
-def test_a_cut_link_is_tried_again_and_what_came_is_kept(base: Path) -> None:
-    wanted, server, waited = assets.digest(base), Server(base), []
+def test_broken_connection_is_retried(base: Path) -> None:
+    expected, server, waited = assets.digest(base), BaseServer(base), []
     big = chunk_manifest.build(base).files.index(
         next(file for file in chunk_manifest.build(base).files if file.size == 500)
     )
     server.tamper[str(big), 128] = [ConnectionError("cut"), TimeoutError("slow")]
-    fetch(wanted, FREE, server, waits=(1, 2), sleep=waited.append)
+    fetch(expected, FREE, server, waits=(1, 2), sleep=waited.append)
     assert waited == [1, 2]
-    assert server.asked.count((str(big), 128)) == 3
-    assert len(server.asked) == 11 + 2
+    assert server.requested.count((str(big), 128)) == 3
+    assert len(server.requested) == 11 + 2
 
 
-def test_a_link_that_stays_cut_is_given_up_and_gone_on_with_later(base: Path) -> None:
-    wanted, server = assets.digest(base), Server(base)
+def test_persistent_failure_can_be_continued_later(base: Path) -> None:
+    expected, server = assets.digest(base), BaseServer(base)
     big = chunk_manifest.build(base).files.index(
         next(file for file in chunk_manifest.build(base).files if file.size == 500)
     )
     server.tamper[str(big), 256] = [ConnectionError("cut")] * 3
     with pytest.raises(AntherError, match="failed 3 times"):
-        fetch(wanted, FREE, server, waits=(1, 2), sleep=unhurried)
-    again = Server(base)
-    fetch(wanted, FREE, again)
-    assert (again.sent, again.asked[0]) == (638 - server.sent, (str(big), 256))
+        fetch(expected, FREE, server, waits=(1, 2), sleep=unhurried)
+    repeated = BaseServer(base)
+    fetch(expected, FREE, repeated)
+    assert (repeated.sent, repeated.requested[0]) == (638 - server.sent, (str(big), 256))
 
 
 @pytest.mark.parametrize("wrong", [b"", b"x" * 64, b"short", b"y" * 10_000])
-def test_a_wrong_chunk_is_fetched_once_more_and_then_refused(wrong: bytes, base: Path, home: Path) -> None:
-    wanted, server = assets.digest(base), Server(base)
+def test_wrong_chunk_is_fetched_once_more(wrong: bytes, base: Path, home: Path) -> None:
+    expected, server = assets.digest(base), BaseServer(base)
     big = chunk_manifest.build(base).files.index(
         next(file for file in chunk_manifest.build(base).files if file.size == 500)
     )
     server.tamper[str(big), 64] = [wrong, wrong]
     with pytest.raises(AntherError, match=r"unet/x\.safetensors: chunk 2 of 8 from the server was wrong twice"):
-        fetch(wanted, FREE, server)
-    assert not (home / "assets" / wanted).exists()
+        fetch(expected, FREE, server)
+    assert not (home / "assets" / expected).exists()
     server.tamper[str(big), 64] = [wrong]
-    assert assets.digest(fetch(wanted, FREE, server)) == wanted
+    assert assets.digest(fetch(expected, FREE, server)) == expected
 
 
-def test_what_lies_half_fetched_is_believed_as_far_as_it_is_right(base: Path, home: Path) -> None:
-    """After a power cut there may be zeros where there were chunks, or more than there should be."""
-    wanted, server = assets.digest(base), Server(base)
+def test_partial_files_are_verified(base: Path, home: Path) -> None:
+    """After a power failure, chunks may be zeros, or there may be extra bytes."""
+    expected, server = assets.digest(base), BaseServer(base)
     big = chunk_manifest.build(base).files.index(
         next(file for file in chunk_manifest.build(base).files if file.size == 500)
     )
     server.tamper[str(big), 448] = [b"", b""]
     with pytest.raises(AntherError):
-        fetch(wanted, FREE, server)
+        fetch(expected, FREE, server)
     (half,) = home.glob("assets/.fetching-*/asset/*/unet/x.safetensors")
     half.write_bytes(half.read_bytes()[:200] + bytes(500))
-    again = Server(base)
-    assert assets.digest(fetch(wanted, FREE, again)) == wanted
-    assert again.asked[0] == (str(big), 192)
+    repeated = BaseServer(base)
+    assert assets.digest(fetch(expected, FREE, repeated)) == expected
+    assert repeated.requested[0] == (str(big), 192)
 
 
-def test_chunks_that_are_as_told_and_no_file_of_the_base(base: Path, tmp_path: Path, home: Path) -> None:
-    """A sender that lies about chunks is found out by the file's own hash, which the base's hash comes from."""
-    wanted = assets.digest(base)
+def test_wrong_file_with_matching_chunks_is_refused(base: Path, tmp_path: Path, home: Path) -> None:
+    """A sender that lies about chunk hashes is detected by the file's hash, which the base's hash covers."""
+    expected = assets.digest(base)
     honest = chunk_manifest.build(base)
     changed = tmp_path / "changed"
     shutil.copytree(base, changed)
@@ -202,7 +206,7 @@ def test_chunks_that_are_as_told_and_no_file_of_the_base(base: Path, tmp_path: P
         chunk_manifest.ManifestFile(a.name, a.size, a.sha256, b.chunks)
         for a, b in zip(honest.files, lies.files, strict=True)
     )
-    manifest = chunk_manifest.ChunkManifest(wanted, "tiny-base", files)
+    manifest = chunk_manifest.ChunkManifest(expected, "tiny-base", files)
 
     def get(path: str, offset: int, length: int | None) -> Iterator[bytes]:
         if length is None:
@@ -211,12 +215,12 @@ def test_chunks_that_are_as_told_and_no_file_of_the_base(base: Path, tmp_path: P
         return iter([(changed / name).read_bytes()[offset : offset + length]])
 
     with pytest.raises(AntherError, match=r"unet/x\.safetensors: .* sent a file that doesn't belong to base"):
-        fetch(wanted, FREE, get)
-    assert not (home / "assets" / wanted).exists()
-    assert assets.digest(fetch(wanted, FREE, Server(base))) == wanted
+        fetch(expected, FREE, get)
+    assert not (home / "assets" / expected).exists()
+    assert assets.digest(fetch(expected, FREE, BaseServer(base))) == expected
 
 
-def test_a_manifest_that_leads_elsewhere(home: Path) -> None:
+def test_manifest_with_outside_path_is_refused(home: Path) -> None:
     file = b'{"name": "../../x.json", "size": 0, "sha256": "%s", "chunks": []}' % (b"0" * 64)
     manifest = b'{"format": 1, "base": "%s", "name": "b", "files": [%s]}' % (b"1" * 64, file)
     with pytest.raises(AntherError, match="unsafe name"):
@@ -224,7 +228,7 @@ def test_a_manifest_that_leads_elsewhere(home: Path) -> None:
     assert [path for path in home.rglob("*") if path.is_file() and path.name != "lock"] == []
 
 
-def test_a_manifest_without_end() -> None:
+def test_endless_manifest_is_refused() -> None:
     def endless(*_: object) -> Iterator[bytes]:
         while True:
             yield b" " * (1 << 20)
@@ -233,20 +237,20 @@ def test_a_manifest_without_end() -> None:
         fetch("1" * 64, FREE, endless)
 
 
-def test_a_metered_network_is_left_alone(base: Path) -> None:
-    wanted, server = assets.digest(base), Server(base)
+def test_metered_network_is_not_used(base: Path) -> None:
+    expected, server = assets.digest(base), BaseServer(base)
     with pytest.raises(AntherError, match=r"metered.*fetch\.allow_metered=true"):
-        fetch(wanted, FREE, server, metered=lambda: True)
-    assert server.asked == []
+        fetch(expected, FREE, server, metered=lambda: True)
+    assert server.requested == []
     answers = iter([False] * 6 + [True] * 100)
-    with pytest.raises(AntherError, match="network is metered"):  # it may become so on the way
-        fetch(wanted, FREE, server, metered=lambda: next(answers))
-    assert len(server.asked) == 5
-    assert fetch(wanted, FetchConfig(min_free_gib=0, allow_metered=True), server, metered=lambda: True)
+    with pytest.raises(AntherError, match="network is metered"):  # the network may become metered during the download
+        fetch(expected, FREE, server, metered=lambda: next(answers))
+    assert len(server.requested) == 5
+    assert fetch(expected, FetchConfig(min_free_gib=0, allow_metered=True), server, metered=lambda: True)
 
 
-def test_a_disk_that_is_nearly_full_is_left_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, server = assets.digest(base), Server(base)
+def test_nearly_full_disk_is_not_used(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, server = assets.digest(base), BaseServer(base)
     real, free = os.statvfs, 2**30 + 600
     monkeypatch.setattr(
         os, "statvfs", lambda path: os.statvfs_result((1, 1, 2**40, free, free, *tuple(real(path))[5:10]))
@@ -254,13 +258,13 @@ def test_a_disk_that_is_nearly_full_is_left_alone(base: Path, monkeypatch: pytes
     with pytest.raises(
         AntherError, match=r"0\.00 GiB are needed, 1\.00 GiB are free.*fetch\.min_free_gib=1 GiB must stay free"
     ):
-        fetch(wanted, FetchConfig(), server)
-    assert server.asked == []
-    assert fetch(wanted, FetchConfig(min_free_gib=0.9), server)
+        fetch(expected, FetchConfig(), server)
+    assert server.requested == []
+    assert fetch(expected, FetchConfig(min_free_gib=0.9), server)
 
 
-def test_a_disk_that_fills_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, server, real, room = assets.digest(base), Server(base), os.pwrite, 300
+def test_disk_that_fills_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, server, real, room = assets.digest(base), BaseServer(base), os.pwrite, 300
 
     def filling(handle: int, data: memoryview, offset: int) -> int:
         nonlocal room
@@ -272,75 +276,73 @@ def test_a_disk_that_fills_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", filling)
         with pytest.raises(AntherError, match="the disk is full; the downloaded part is kept: free"):
-            fetch(wanted, FREE, server)
-    again = Server(base)
-    assert assets.digest(fetch(wanted, FREE, again)) == wanted
-    assert again.sent < 450
+            fetch(expected, FREE, server)
+    repeated = BaseServer(base)
+    assert assets.digest(fetch(expected, FREE, repeated)) == expected
+    assert repeated.sent < 450
 
 
-def test_two_at_once(base: Path) -> None:
-    wanted, server = assets.digest(base), Server(base)
+def test_two_concurrent_downloads(base: Path) -> None:
+    expected, server = assets.digest(base), BaseServer(base)
     refusals = []
 
     def second(_done: int, _total: int) -> None:
         if not refusals:
             with pytest.raises(AntherError, match=f"in use by process {os.getpid()}") as raised:
-                fetch(wanted, FREE, server)
+                fetch(expected, FREE, server)
             refusals.append(raised)
 
-    fetch(wanted, FREE, server, progress=second)
+    fetch(expected, FREE, server, progress=second)
     assert refusals
 
 
-def test_from_a_folder_of_the_same_disk_it_is_linked(base: Path, home: Path) -> None:
-    wanted = assets.digest(base)
-    found = fetch(wanted, FetchConfig(folder=str(base)))
-    assert found == home / "assets" / wanted / "tiny-base" == assets.locate(wanted)
-    assert found.is_symlink()
-    shutil.rmtree(base)  # the link leads nowhere: it is fetched again
+def test_folder_on_same_disk_is_linked(base: Path, home: Path) -> None:
+    expected = assets.digest(base)
+    folder = fetch(expected, FetchConfig(folder=str(base)))
+    assert folder == home / "assets" / expected / "tiny-base" == assets.locate(expected)
+    assert folder.is_symlink()
+    shutil.rmtree(base)  # the link is broken: the base is fetched again
     with pytest.raises(AntherError, match="doesn't exist"):
-        fetch(wanted, FetchConfig(folder=str(base)))
+        fetch(expected, FetchConfig(folder=str(base)))
 
 
-def test_from_a_stick_it_is_copied(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, real = assets.digest(base), Path.stat
+def test_folder_on_other_disk_is_copied(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, real = assets.digest(base), Path.stat
 
     def elsewhere(path: Path, **options: bool) -> os.stat_result:
-        found = real(path, **options)
-        return os.stat_result((*found[:2], found.st_dev + (path == base), *found[3:10]))
+        folder = real(path, **options)
+        return os.stat_result((*folder[:2], folder.st_dev + (path == base), *folder[3:10]))
 
     monkeypatch.setattr(Path, "stat", elsewhere)
-    found = fetch(wanted, FetchConfig(folder=str(base), min_free_gib=0))
+    folder = fetch(expected, FetchConfig(folder=str(base), min_free_gib=0))
     shutil.rmtree(base)
-    assert not found.is_symlink()
-    assert assets.digest(found) == wanted
+    assert not folder.is_symlink()
+    assert assets.digest(folder) == expected
 
 
-def test_sources_in_their_order_and_why_none_had_it(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted, other = assets.digest(base), tmp_path / "other"
+def test_order_of_sources_and_error(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, other = assets.digest(base), tmp_path / "other"
     shutil.copytree(base, other)
     (other / "model_index.json").write_text("{}")
-    asked = []
+    requested = []
 
     def from_hub(name: str) -> Path:
-        asked.append(name)
+        requested.append(name)
         return other
 
     monkeypatch.setattr(hub, "fetch", from_hub)
     settings = FetchConfig(folder=str(tmp_path / "none"), hub="maker/base", min_free_gib=0)
     with pytest.raises(AntherError, match=r"folder: .* doesn't exist; hub: .* contains another base.*; server: not"):
-        fetch(wanted, settings)
-    assert asked == ["maker/base"]
+        fetch(expected, settings)
+    assert requested == ["maker/base"]
     with pytest.raises(AntherError, match=r"fetched: folder: fetch\.folder: .* doesn't exist$"):
-        fetch(wanted, FetchConfig(source="folder", folder=str(tmp_path / "none")), Server(base))
-    assert assets.digest(fetch(wanted, settings, Server(base))) == wanted
+        fetch(expected, FetchConfig(source="folder", folder=str(tmp_path / "none")), BaseServer(base))
+    assert assets.digest(fetch(expected, settings, BaseServer(base))) == expected
     with pytest.raises(AntherError, match="not a content hash"):
         fetch("../x", settings)
 
 
-def test_what_a_server_answers_that_isnt_a_base() -> None:
+def test_responses_of_other_servers() -> None:
     def answering(status: int) -> AntherError | ConnectionError:
         client = httpx.Client(
             transport=httpx.MockTransport(lambda _: httpx.Response(status, content=b"x" * 10)), base_url="https://pi:1"
@@ -349,21 +351,21 @@ def test_what_a_server_answers_that_isnt_a_base() -> None:
             list(http_get(client)("/x", 0, 5))
         return raised.value
 
-    for status, said in {
+    for status, output in {
         401: "ask its operator",
         404: "doesn't have this base",
         200: "answers 200",
         302: "answers 302",
     }.items():
-        found = answering(status)
-        assert isinstance(found, AntherError)
-        assert said in str(found)
-        assert "pi:1" in str(found)
+        result = answering(status)
+        assert isinstance(result, AntherError)
+        assert output in str(result)
+        assert "pi:1" in str(result)
     for status in (429, 500, 503):
         assert isinstance(answering(status), ConnectionError)
 
 
-def test_a_connection_that_breaks_off_may_be_tried_again() -> None:
+def test_dropped_connection_is_retried() -> None:
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:

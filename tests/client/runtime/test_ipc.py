@@ -1,4 +1,4 @@
-"""A ClientApp and its worker: what is said arrives as it was, and nobody else is listened to."""
+"""Messages between ClientApp and worker arrive unchanged, and only from the same user."""
 
 import socket
 import threading
@@ -28,51 +28,51 @@ def ends():
         yield ours, theirs
 
 
-def exchange(ends, asked, answered):
-    """What a worker hears, and what whoever asked is told."""
+def exchange(ends, request_, response_):
+    """Return the request that the worker received and the response that the requester received."""
     ours, theirs = ends
-    heard = []
+    received = []
 
     def work():
-        heard.append(ipc.recv_request(theirs))
-        ipc.send_response(theirs, answered)
+        received.append(ipc.recv_request(theirs))
+        ipc.send_response(theirs, response_)
 
     worker = threading.Thread(target=work)
     worker.start()
-    told = ipc.request_response(ours, asked)
+    received_response = ipc.request_response(ours, request_)
     worker.join()
-    return heard[0], told
+    return received[0], received_response
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_a_request_and_its_reply_arrive(ends, request_):
+def test_request_and_reply_arrive(ends, request_):
     reply = Personalized(device="d", seconds=1.5, joules=2.0, quality="estimate")
     assert exchange(ends, request_, ipc.WorkerResponse(reply=reply)) == (request_, ipc.WorkerResponse(reply=reply))
 
 
 @given(st.binary(max_size=5000))
-def test_an_adapter_of_any_bytes_arrives(data):
+def test_adapter_bytes_arrive(data):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        asked = replace(train_request(number=1), adapter=data)
-        heard, told = exchange((ours, theirs), asked, ipc.WorkerResponse(refused="no"))
-    assert isinstance(heard, Train)
-    assert heard.adapter == data
-    assert told == ipc.WorkerResponse(refused="no")
+        requested = replace(train_request(number=1), adapter=data)
+        received, response = exchange((ours, theirs), requested, ipc.WorkerResponse(refused="no"))
+    assert isinstance(received, Train)
+    assert received.adapter == data
+    assert response == ipc.WorkerResponse(refused="no")
 
 
-def test_a_failure_has_one_word(ends):
+def test_failure_has_no_reason(ends):
     assert exchange(ends, Query(), ipc.WorkerResponse())[1] == ipc.WorkerResponse()
 
 
-def test_a_worker_that_dies_is_noticed(ends):
+def test_dead_worker_is_detected(ends):
     ours, theirs = ends
     theirs.close()
     with pytest.raises(ConnectionError):
         ipc.request_response(ours, Query())
 
 
-def test_half_a_request_is_none(ends):
+def test_partial_request_is_an_error(ends):
     ours, theirs = ends
     ours.sendall(b"\0\0\0\7\0")
     ours.close()
@@ -88,21 +88,21 @@ def test_half_a_request_is_none(ends):
         b'{"kind":"Train","message":"{}","carries":false}',
     ],
 )
-def test_what_is_malformed_is_refused(ends, head):
+def test_malformed_message_is_refused(ends, head):
     ours, theirs = ends
     ours.sendall(ipc._LENGTHS.pack(len(head), 0) + head)
     with pytest.raises(AntherError):
         ipc.recv_request(theirs)
 
 
-def test_no_room_is_made_for_what_is_only_claimed(ends):
+def test_claimed_length_allocates_no_memory(ends):
     ours, theirs = ends
     ours.sendall(ipc._LENGTHS.pack(2, 1 << 60))
     with pytest.raises(AntherError, match="too long"):
         ipc.recv_request(theirs)
 
 
-def test_our_own_user_is_known(ends, monkeypatch):
+def test_same_user_is_accepted(ends, monkeypatch):
     assert ipc.same_user(ends[0])
     monkeypatch.setattr("os.getuid", lambda: 1_000_000)
     assert not ipc.same_user(ends[0])

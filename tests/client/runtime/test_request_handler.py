@@ -1,4 +1,4 @@
-"""What a server's messages can have a device do: its base, its memory and its guard are its owner's alone."""
+"""A server's messages can't override the owner's choice of base, memory and throttle."""
 
 import json
 from dataclasses import replace
@@ -32,8 +32,8 @@ ONE, OTHER = (
 )
 
 
-class Device:
-    """One on a tiny base, whose sensors say what a test wants, and how often they were read."""
+class WorkerDevice:
+    """A device with a tiny base and settable sensors that count their readings."""
 
     def __init__(self, node, folder, store):
         self.now, self.reads = [GOOD], 0
@@ -47,22 +47,22 @@ class Device:
         return self.now.pop(0) if len(self.now) > 1 else self.now[0]
 
     def ask(self, request):
-        self.resources.throttle._fresh_until = float("-inf")  # it looks anew
+        self.resources.throttle._fresh_until = float("-inf")  # reads the sensors again
         return request_handler.answer(request, self.stated, resources=self.resources)
 
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The paths of what was loaded."""
-    found, load = [], request_handler.load
+    """Return the folders that were loaded."""
+    result, load = [], request_handler.load
 
     def counted(path, **options):
-        found.append(path)
+        result.append(path)
         return load(path, **options)
 
     monkeypatch.setattr(request_handler, "load", counted)
     request_handler._loaded.unload()
-    yield found
+    yield result
     request_handler._loaded.unload()
 
 
@@ -77,30 +77,30 @@ def device(tmp_path, monkeypatch, pipeline_folder, loads):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     words = [f"data={tmp_path}", "name=pi", "worker.memory_gib=0.25", "device=cpu"]
     node = compose(words, tmp_path / "none")
-    with open_store(device_files("pi")) as found:
-        yield Device(node, pipeline_folder, found.store)
+    with open_store(device_files("pi")) as files:
+        yield WorkerDevice(node, pipeline_folder, files.store)
 
 
 def evaluate(base, **more):
     return Evaluate(run="r", round=1, adapter=encode(to_tensors(init_adapter(base.sites, 1, 0))), **more)
 
 
-def test_alternating_sites_load_nothing_again(device, loads):
+def test_alternating_sites_load_base_once(device, loads):
     for sites in (ONE, OTHER, ONE, None, OTHER):
         assert isinstance(device.ask(Query(adapted=sites)), DeviceReport)
         base = request_handler._loaded._base
         assert sites is None or set(base.sites) == set(sites)
     assert len(loads) == 1
-    assert isinstance(device.ask(replace(evaluate(base), adapted=OTHER)), Evaluation)  # at the layers that it names
+    assert isinstance(device.ask(replace(evaluate(base), adapted=OTHER)), Evaluation)  # at the requested layers
 
 
 @pytest.mark.parametrize("sites", [("nowhere",), ("",), (*ONE, *ONE), ("(.*.*)*!",), ("${oc.env:HOME}",)])
 def test_sites_are_names(device, sites):
-    found = device.ask(Query(adapted=sites))
-    assert isinstance(found, RequestRefusedError)
+    response = device.ask(Query(adapted=sites))
+    assert isinstance(response, RequestRefusedError)
 
 
-def test_a_query_does_no_work_while_the_guard_says_no(device, loads):
+def test_query_does_no_work_while_throttled(device, loads):
     device.now = [LOW]
     assert isinstance(device.ask(Query()), Cancelled)
     assert not loads
@@ -108,43 +108,43 @@ def test_a_query_does_no_work_while_the_guard_says_no(device, loads):
     device.ask(Query())
     device.now = [LOW]
     report = device.ask(Query())
-    assert (report.charging, report.battery) == (False, 0.0)  # what it knows it tells
+    assert (report.charging, report.battery) == (False, 0.0)  # a loaded base needs no work
     assert isinstance(device.ask(Query(adapted=OTHER)), Cancelled)
 
 
-def test_no_request_begins_while_the_guard_says_no(device):
+def test_no_request_starts_while_throttled(device):
     device.ask(Query())
     request = evaluate(request_handler._loaded._base)
     device.now = [LOW]
-    found = device.ask(request)
-    assert isinstance(found, Cancelled)
-    assert not device.resources.store.ledger.entries()  # nothing was composed or charged
+    response = device.ask(request)
+    assert isinstance(response, Cancelled)
+    assert not device.resources.store.ledger.entries()  # nothing was charged
 
 
-def test_the_guard_stops_whatever_goes_on(device, monkeypatch):
-    """At whichever of its questions the charger is pulled, encoding and measuring end there, without a reply."""
+def test_throttle_stops_any_work(device, monkeypatch):
+    """Wherever the charger is disconnected, encoding and measuring end there, without a reply."""
     device.ask(Query())
     request = evaluate(request_handler._loaded._base)
-    device.resources.store.examples = lambda *_: None  # so that pictures are encoded too
+    device.resources.store.examples = lambda *_: None  # no cache, so that pictures are encoded
     throttle = device.resources.throttle
-    monkeypatch.setattr("client.runtime.throttle.interval", lambda _: -1.0)  # no reading is fresh
+    monkeypatch.setattr("client.runtime.throttle.interval", lambda _: -1.0)  # every check reads the sensors
 
-    def asked(pulled_at):
-        """How often it was asked until there was a reply, or none."""
+    def outcome_and_readings(pulled_at):
+        """Return the outcome, and the number of sensor readings until then."""
         reads = count()
         throttle._read = lambda: LOW if next(reads) >= pulled_at else GOOD
         return device.ask(request), next(reads)
 
-    assert isinstance(asked(pulled_at=1000)[0], Evaluation)  # what is cached of it is there from now on
-    reply, total = asked(pulled_at=1000)
+    assert isinstance(outcome_and_readings(pulled_at=1000)[0], Evaluation)  # fills the caches
+    reply, total = outcome_and_readings(pulled_at=1000)
     assert isinstance(reply, Evaluation)
-    assert total >= 7  # the request, its encoding, a picture and two passes of that, the measuring and its pass
+    assert total >= 7  # checks: request, encoding, a picture and its two passes, measuring and its pass
     for number in range(total):
-        found, _ = asked(pulled_at=number)
-        assert isinstance(found, Cancelled), number
+        result, _ = outcome_and_readings(pulled_at=number)
+        assert isinstance(result, Cancelled), number
 
 
-def test_timesteps_are_bounded_by_the_owner(device):
+def test_timesteps_are_bounded_by_policy(device):
     device.ask(Query())
     base = request_handler._loaded._base
     assert "this device allows 1 to 32" in str(device.ask(evaluate(base, timesteps=33)))
@@ -153,7 +153,7 @@ def test_timesteps_are_bounded_by_the_owner(device):
     assert isinstance(device.ask(evaluate(base, timesteps=2)), Evaluation)
 
 
-def test_memory_is_the_owners_or_a_fixed_share(device, monkeypatch):
+def test_memory_is_configured_or_fixed_fraction(device, monkeypatch):
     granted, budget = [], request_handler.budget
 
     def spied(gib, where):

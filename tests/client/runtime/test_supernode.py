@@ -1,4 +1,4 @@
-"""What a device's SuperNode does with what a server sends, before a ClientApp has it."""
+"""A device's SuperNode: handling of bundles and tasks before the ClientApp."""
 
 import io
 import stat
@@ -24,13 +24,13 @@ def bundle(megabytes):
     return file.getvalue()
 
 
-def test_no_bundle_is_unpacked(monkeypatch):
-    """Flower's own function reads it; in its place nothing does, however much it unpacks to."""
+def test_bundles_are_not_unpacked(monkeypatch):
+    """Flower's function would read it; the replacement reads nothing, whatever size it unpacks to."""
     monkeypatch.setattr(
         flower_supernode, "get_fused_config_from_fab", get_fused_config_from_fab
-    )  # so that it is put back
+    )  # restored after the test
     small = bundle(0)
-    with pytest.raises(Exception):  # noqa: B017, PT011 - it got as far as looking for what a bundle holds
+    with pytest.raises(Exception):  # noqa: B017, PT011 - it reached the bundle's contents
         flower_supernode.get_fused_config_from_fab(small[:-40], Run.create_empty(1))
     supernode._skip_bundles()
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
@@ -38,33 +38,33 @@ def test_no_bundle_is_unpacked(monkeypatch):
     assert flower_supernode.get_fused_config_from_fab(b"no bundle", Run.create_empty(1)) == {}
 
 
-def test_the_clientapp_is_the_devices_own(monkeypatch):
-    """Flower's own course, by the names that it has there, installs nothing of a bundle and imports nothing of it."""
+def test_clientapp_is_the_devices_own(monkeypatch):
+    """Flower's own procedure, with the names that it has there, installs and imports nothing from a bundle."""
     names = ("pull_task_input", "install_from_fab", "get_project_dir", "get_load_client_app_fn")
     flowers = clientapp.run_clientapp.__code__.co_names
     for name in names:
         assert name in flowers
-        monkeypatch.setattr(clientapp, name, getattr(clientapp, name))  # so that it is put back
+        monkeypatch.setattr(clientapp, name, getattr(clientapp, name))  # restored after the test
     called = {}
 
-    def course(**named):
+    def procedure(**named):
         load = clientapp.get_load_client_app_fn(default_app_ref="evil:app", app_path="/x", multi_app=True)
         called.update(
             named, pulled=clientapp.pull_task_input("client"), installed=clientapp.install_from_fab(bundle(0), None),
             app=load("evil", "1"),
         )  # fmt: skip
 
-    monkeypatch.setattr(clientapp, "run_clientapp", course)
-    supernode.answer_task("127.0.0.1:1", supernode._Task("token", ("what was pulled",)))
+    monkeypatch.setattr(clientapp, "run_clientapp", procedure)
+    supernode.answer_task("127.0.0.1:1", supernode._Task("token", ("pulled input",)))
     assert called["app"] is app
-    assert (called["pulled"], called["installed"], called["token"]) == (("what was pulled",), None, "token")
+    assert (called["pulled"], called["installed"], called["token"]) == (("pulled input",), None, "token")
 
 
-def test_tasks_are_behind_a_secret_of_this_start(tmp_path, monkeypatch):
-    """Flower's SuperNode is started with it, in a file that nobody else can read, and another at each start."""
+def test_tasks_need_a_fresh_secret(tmp_path, monkeypatch):
+    """Flower's SuperNode gets it in a private file, and each start has a new one."""
     started = []
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
-    monkeypatch.setattr(supernode.os, "fork", lambda: 0)  # as in the SuperNode's process
+    monkeypatch.setattr(supernode.os, "fork", lambda: 0)  # continues as the SuperNode's process
     monkeypatch.setattr(supernode.os, "_exit", lambda _: sys.exit())
     for name in ("end_with_parent", "_pace", "_skip_bundles", "_deactivate_first"):
         monkeypatch.setattr(supernode, name, lambda *_: None)

@@ -1,4 +1,4 @@
-"""When training waits, when it stops, and what that costs."""
+"""When training pauses and stops, and the cost of checking."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FINE = Conditions(
 CAREFUL = node.ThrottleConfig(require_idle=True, require_unmetered=True)
 
 
-class Device:
-    """Conditions that a test sets, on a clock of its own; `later` happens to it while it sleeps."""
+class SensorClock:
+    """Settable conditions and a clock; the functions in `later` run while it sleeps."""
 
     def __init__(self, now: Conditions = FINE, cost: float = 0.0) -> None:
         self.now, self.seconds, self.readings, self.slept = now, 0.0, 0, list[float]()
@@ -39,7 +39,7 @@ class Device:
         if self.later:
             self.later.pop(0)()
 
-    def become(self, **changes: object) -> Callable[[], None]:
+    def set_later(self, **changes: object) -> Callable[[], None]:
         def change() -> None:
             self.now = replace(self.now, **changes)
 
@@ -50,7 +50,7 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "reason"),
     [
         ({"charging": False}, "not charging"),
         ({"battery": 0.39}, "battery"),
@@ -63,18 +63,18 @@ class Device:
         ({"owner_active": None, "metered": None}, None),
     ],
 )
-def test_reasons(changes: dict[str, object], why: str | None) -> None:
-    found = pause_reason(replace(FINE, **changes), CAREFUL)  # type: ignore[arg-type]
-    assert found is None if why is None else found is not None and why in found
+def test_reasons(changes: dict[str, object], reason: str | None) -> None:
+    result = pause_reason(replace(FINE, **changes), CAREFUL)  # type: ignore[arg-type]
+    assert result is None if reason is None else result is not None and reason in result
 
 
-def test_what_is_not_known_is_no_reason() -> None:
-    """A desktop has no battery, and a board no idea whether anybody is there."""
+def test_unknown_values_are_no_reason() -> None:
+    """A desktop has no battery, and a board can't detect its owner."""
     assert pause_reason(Conditions(), CAREFUL) is None
     assert shortage(Conditions(), CAREFUL) is None
 
 
-def test_an_owner_may_allow_anything() -> None:
+def test_owner_may_disable_all_limits() -> None:
     worst = Conditions(
         charging=False,
         battery=0.0,
@@ -93,7 +93,7 @@ def test_an_owner_may_allow_anything() -> None:
     assert shortage(worst, lax) is None
 
 
-def test_memory_is_short_below_its_limit() -> None:
+def test_memory_shortage() -> None:
     assert shortage(replace(FINE, free_mib=149.0), node.ThrottleConfig()) is not None
     assert shortage(replace(FINE, free_mib=150.0), node.ThrottleConfig()) is None
 
@@ -106,30 +106,30 @@ def test_memory_is_short_below_its_limit() -> None:
         ({"battery_celsius": 40.0}, {"battery_celsius": 35.0}),
     ],
 )
-def test_who_waits_goes_on_only_well_within_the_limit(at: dict[str, object], well: dict[str, object]) -> None:
+def test_resume_needs_margin(at: dict[str, object], well: dict[str, object]) -> None:
     edge = replace(FINE, **at)  # type: ignore[arg-type]
     assert pause_reason(edge, node.ThrottleConfig()) is None
     assert pause_reason(edge, node.ThrottleConfig(), waiting=True) is not None
     assert pause_reason(replace(FINE, **well), node.ThrottleConfig(), waiting=True) is None  # type: ignore[arg-type]
 
 
-def test_a_limit_of_a_full_battery_can_be_met() -> None:
+def test_limit_of_full_battery_can_be_met() -> None:
     assert pause_reason(replace(FINE, battery=1.0), node.ThrottleConfig(min_battery=1.0), waiting=True) is None
 
 
-def test_all_is_well() -> None:
-    device = Device()
+def test_no_reason_to_pause() -> None:
+    device = SensorClock()
     throttle = device.throttle()
     assert not throttle()
     assert throttle.must_wait() is None
     assert (throttle.pauses, throttle.stops, throttle.paused_seconds, throttle.last_reason) == (0, 0, 0.0, None)
 
 
-def test_it_waits_until_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
-    device = Device(replace(FINE, charging=False))
+def test_pause_until_conditions_hold(caplog: pytest.LogCaptureFixture) -> None:
+    device = SensorClock(replace(FINE, charging=False))
     throttle = device.throttle(poll_seconds=2.0)
     assert throttle.must_wait() == "the device is not charging"
-    device.later = [lambda: None, device.become(charging=True)]
+    device.later = [lambda: None, device.set_later(charging=True)]
     with caplog.at_level(logging.INFO):
         assert not throttle()
     assert device.slept == [2.0, 2.0]
@@ -141,59 +141,59 @@ def test_it_waits_until_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_it_does_not_flap_at_the_limit() -> None:
-    """A battery that goes down and up around its limit is one pause, and so is heat that comes and goes."""
-    device = Device(replace(FINE, battery=0.39, celsius=81.0))
+def test_hysteresis_at_the_limit() -> None:
+    """A battery or temperature that varies around its limit causes only one pause."""
+    device = SensorClock(replace(FINE, battery=0.39, celsius=81.0))
     levels = [(0.40, 81.0), (0.41, 79.0), (0.44, 76.0), (0.45, 76.0), (0.44, 74.0), (0.46, 74.0)]
-    device.later = [device.become(battery=battery, celsius=celsius) for battery, celsius in levels]
+    device.later = [device.set_later(battery=battery, celsius=celsius) for battery, celsius in levels]
     throttle = device.throttle()
     assert not throttle()
     assert device.later == []
     assert throttle.pauses == 1
-    device.become(battery=0.41, celsius=79.0)()
+    device.set_later(battery=0.41, celsius=79.0)()
     assert not throttle()
     assert throttle.pauses == 1
 
 
-def test_one_reason_after_another_is_one_pause() -> None:
-    device = Device(replace(FINE, charging=False))
-    device.later = [device.become(charging=True, celsius=90.0), device.become(celsius=60.0)]
+def test_successive_reasons_are_one_pause() -> None:
+    device = SensorClock(replace(FINE, charging=False))
+    device.later = [device.set_later(charging=True, celsius=90.0), device.set_later(celsius=60.0)]
     throttle = device.throttle()
     assert not throttle()
     assert (throttle.pauses, throttle.paused_seconds) == (1, 2.0)
 
 
-def test_patience_ends() -> None:
-    device = Device(replace(FINE, charging=False))
+def test_stop_after_max_wait() -> None:
+    device = SensorClock(replace(FINE, charging=False))
     throttle = device.throttle(max_wait_seconds=2.5, poll_seconds=1.0)
     assert throttle()
     assert device.slept == [1.0, 1.0, 0.5]
     assert (throttle.pauses, throttle.stops, throttle.paused_seconds) == (1, 1, 2.5)
     assert throttle.last_reason == "the device is not charging; waited for 2 s"
-    device.become(charging=True)()
+    device.set_later(charging=True)()
     assert not throttle()
 
 
-def test_without_patience_it_lets_go_at_once() -> None:
-    device = Device(replace(FINE, charging=False))
+def test_no_wait_stops_immediately() -> None:
+    device = SensorClock(replace(FINE, charging=False))
     assert device.throttle(max_wait_seconds=0.0)()
     assert device.slept == []
 
 
-def test_short_memory_is_given_back_at_once_and_while_it_waits() -> None:
-    device = Device(replace(FINE, free_mib=10.0))
+def test_memory_shortage_stops_also_during_pause() -> None:
+    device = SensorClock(replace(FINE, free_mib=10.0))
     throttle = device.throttle()
     assert throttle()
     assert throttle.last_reason == "only 10 MiB of memory are free; training needs 150 MiB"
     assert device.slept == []
-    device.become(free_mib=900.0, charging=False)()
-    device.later = [device.become(free_mib=10.0)]
+    device.set_later(free_mib=900.0, charging=False)()
+    device.later = [device.set_later(free_mib=10.0)]
     assert throttle()
     assert (throttle.stops, throttle.pauses, throttle.paused_seconds) == (2, 1, 1.0)
 
 
-def test_whoever_shuts_down_need_not_wait() -> None:
-    """With the clock and the sleep that a device has: the event wakes it, an hour early."""
+def test_shutdown_ends_a_pause() -> None:
+    """With the real clock and sleep: the event wakes the throttle an hour early."""
     stop, waits = threading.Event(), threading.Event()
 
     @contextmanager
@@ -203,19 +203,19 @@ def test_whoever_shuts_down_need_not_wait() -> None:
 
     settings = node.ThrottleConfig(poll_seconds=3600.0, max_wait_seconds=3600.0)
     throttle = Throttle(settings, lambda: replace(FINE, charging=False), stop=stop, pausing=pausing)
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(throttle()))
+    result: list[bool] = []
+    thread = threading.Thread(target=lambda: result.append(throttle()))
     thread.start()
     assert waits.wait(60)
     stop.set()
     thread.join(60)
-    assert found == [True]
-    assert throttle()  # and from then on
+    assert result == [True]
+    assert throttle()  # and afterwards
     assert throttle.last_reason == "the worker is shutting down"
 
 
-def test_it_stops_for_good_though_it_has_just_looked() -> None:
-    device = Device(cost=0.001)
+def test_stop_event_overrides_fresh_reading() -> None:
+    device = SensorClock(cost=0.001)
     throttle = device.throttle()
     assert not throttle()
     throttle.stop.set()
@@ -223,8 +223,8 @@ def test_it_stops_for_good_though_it_has_just_looked() -> None:
     assert device.readings == 1
 
 
-def test_sensors_that_fail_are_a_reason() -> None:
-    """Half a file, say: it waits until there is a reading, and trains on."""
+def test_failing_sensors_pause_training() -> None:
+    """E.g. a partial file: it pauses until there is a reading, then training continues."""
     answers: list[Conditions | Exception] = [OSError("half a file"), OSError("half a file"), FINE]
 
     def read() -> Conditions:
@@ -233,15 +233,15 @@ def test_sensors_that_fail_are_a_reason() -> None:
             raise answer
         return answer
 
-    device = Device()
+    device = SensorClock()
     throttle = Throttle(node.ThrottleConfig(), read, clock=lambda: device.seconds, sleep=device.sleep)
     assert not throttle()
     assert throttle.last_reason == "sensors can't be read (half a file)"
     assert throttle.paused_seconds == 2.0
 
 
-def test_what_pauses_with_it_does_so_for_as_long() -> None:
-    device, spans = Device(replace(FINE, charging=False)), []
+def test_pausing_context_covers_the_pause() -> None:
+    device, spans = SensorClock(replace(FINE, charging=False)), []
 
     @contextmanager
     def pausing() -> Iterator[None]:
@@ -249,7 +249,7 @@ def test_what_pauses_with_it_does_so_for_as_long() -> None:
         yield
         spans.append((began, device.seconds))
 
-    device.later = [lambda: None, device.become(charging=True)]
+    device.later = [lambda: None, device.set_later(charging=True)]
     throttle = Throttle(
         node.ThrottleConfig(), device.read, pausing=pausing, clock=lambda: device.seconds, sleep=device.sleep
     )
@@ -260,16 +260,16 @@ def test_what_pauses_with_it_does_so_for_as_long() -> None:
 
 @pytest.mark.parametrize("step", [0.001, 0.02, 0.4, 10.0])
 @pytest.mark.parametrize("cost", [0.0001, 0.004, 0.1])
-def test_reading_costs_little_and_what_changes_is_seen_within_a_step_or_soon(cost: float, step: float) -> None:
-    """Whatever a reading and a step take: no ask comes later than a step after the last, so none sees it later."""
-    device = Device(cost=cost)
+def test_sensor_interval_bounds_cost_and_delay(cost: float, step: float) -> None:
+    """However long readings and steps take, no check is later than one step after the previous one."""
+    device = SensorClock(cost=cost)
     throttle, steps = device.throttle(), 400
     for _ in range(steps):
         device.seconds += step
         assert not throttle()
     assert device.readings <= device.seconds / max(step, interval(cost)) + 1
-    device.become(charging=False)()
-    device.later = [device.become(charging=True)]
+    device.set_later(charging=False)()
+    device.later = [device.set_later(charging=True)]
     pulled, asks = device.seconds, 0
     while not throttle.pauses:
         device.seconds += step

@@ -1,4 +1,4 @@
-"""The process that holds the base: what it keeps between requests, whom it serves, and when it ends."""
+"""The worker process: its state between requests, the requests that it serves, and its end."""
 
 import dataclasses
 import math
@@ -23,25 +23,25 @@ from tests.helpers.devices import train_request
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch, pipeline_folder):
-    """One on a tiny base, with its store, and where to reach it."""
+    """Yield a worker on a tiny base, with its store and socket."""
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     words = [f"data={tmp_path}", "name=pi", "worker.idle_seconds=0.5", "worker.memory_gib=0.25", "device=cpu"]
     node = compose(words, tmp_path / "none")
     request_handler._loaded.unload()
-    with open_store(device_files("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
+    with open_store(device_files("pi")) as files, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
         throttle = Throttle(
             nodes.ThrottleConfig(min_free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5)
         )
         resources = WorkerResources(
-            store=found.store, read=throttle._read, meter=Meter(None, watts=5.0), throttle=throttle
+            store=files.store, read=throttle._read, meter=Meter(None, watts=5.0), throttle=throttle
         )
         yield WorkerServer(stated(node, str(pipeline_folder)), resources), listener, node
 
 
 def asking(listener, *requests):
-    """Asks one after the other in a thread; what comes of it is in the list that is returned."""
+    """Send requests in a thread; the returned list collects the responses."""
     answers = []
 
     def ask():
@@ -58,19 +58,19 @@ def asking(listener, *requests):
     return answers, thread
 
 
-def test_the_second_request_loads_nothing_and_then_it_ends(worker):
+def test_base_is_loaded_once_until_idle(worker):
     serving, listener, node = worker
     answers, thread = asking(listener, Query(), Query(), Query())
-    serving.serve(listener, node)  # returns when nobody has asked for a while
+    serving.serve(listener, node)  # returns after the idle time
     thread.join()
     assert all(isinstance(answer.reply, DeviceReport) for answer in answers), answers
     report = answers[0].reply
     assert (report.device, report.battery, report.charging) == ("pi", 0.4, True)
 
 
-def test_a_refusal_is_told_and_a_failure_only_named(worker):
+def test_only_refusals_have_a_reason(worker):
     serving, listener, node = worker
-    answers, thread = asking(listener, train_request(number=1))  # of another base
+    answers, thread = asking(listener, train_request(number=1))  # for another base
     serving.serve(listener, node)
     thread.join()
     assert "the plan is for base" in answers[0].refused
@@ -81,7 +81,7 @@ def test_a_refusal_is_told_and_a_failure_only_named(worker):
     assert answers == [ipc.WorkerResponse()]
 
 
-def test_another_user_is_not_served(worker, monkeypatch):
+def test_other_users_are_not_served(worker, monkeypatch):
     serving, listener, node = worker
     monkeypatch.setattr(ipc, "same_user", lambda _: False)
     answers, thread = asking(listener, Query())
@@ -90,28 +90,28 @@ def test_another_user_is_not_served(worker, monkeypatch):
     assert isinstance(answers[0], OSError)
 
 
-def test_rubbish_ends_a_request_and_not_the_worker(worker):
+def test_garbage_ends_only_the_request(worker):
     serving, listener, node = worker
 
-    def rubbish():
+    def garbage():
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(listener.getsockname())
             connection.sendall(b"\0" * 40)
         answers.extend(asking(listener, Query())[0])
 
     answers = []
-    thread = threading.Thread(target=rubbish)
+    thread = threading.Thread(target=garbage)
     thread.start()
     serving.serve(listener, node)
     thread.join()
     assert not serving.resources.throttle.stop.is_set()
 
 
-def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, monkeypatch):
+def test_non_finite_number_ends_only_the_request(worker, monkeypatch):
     serving, listener, node = worker
     evaluation = Evaluation(device="pi", round=1, base=math.nan, shared=0.5)
-    told = iter([evaluation, evaluation, dataclasses.replace(evaluation, base=0.5)])
-    monkeypatch.setattr(request_handler, "answer", lambda *_, **__: next(told))
+    response = iter([evaluation, evaluation, dataclasses.replace(evaluation, base=0.5)])
+    monkeypatch.setattr(request_handler, "answer", lambda *_, **__: next(response))
     answers, thread = asking(listener, Query(), Query(), Query())
     serving.serve(listener, node)
     thread.join()
@@ -119,7 +119,7 @@ def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, mo
     assert answers[2].reply.base == 0.5
 
 
-def test_told_to_stop_it_takes_no_other_request(worker):
+def test_stopping_worker_takes_no_request(worker):
     serving, listener, node = worker
     serving.resources.throttle.stop.set()
     serving.serve(listener, node)

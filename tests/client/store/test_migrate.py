@@ -1,4 +1,4 @@
-"""Stores of every version become one of this, whenever they are killed on the way; what is newer is left alone."""
+"""Stores of every version are upgraded, even if killed on the way; newer stores are not touched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from common.errors import AntherError
 from privacy.ledger.ledger import DeviceLedger
 from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
-from tests.helpers.kills import counted, killed_before
+from tests.helpers.kills import durable_calls, killed_before
 from tests.privacy.ledger.test_ledger import FIRST, free, replace
 
 ID = "f" * 64
 
 
-def of_before(folder: Path) -> FileStorage:
-    """A store as it was before there were versions, with what a killed write has left."""
+def store_without_version(folder: Path) -> FileStorage:
+    """Create a store without a version, with the temporary files of a killed write."""
     files = FileStorage(folder / "store", heads=folder / "heads")
     store = Store(files)
     store.ledger.reserve(FIRST, free)
@@ -35,23 +35,23 @@ def of_before(folder: Path) -> FileStorage:
     return files
 
 
-def test_what_was_there_before_versions_stays_valid(tmp_path: Path) -> None:
-    files = of_before(tmp_path)
+def test_store_without_version_stays_valid(tmp_path: Path) -> None:
+    files = store_without_version(tmp_path)
     seed, entries = Store(files).seed(), DeviceLedger(files).entries()
     for _ in range(2):
-        with open_store(files) as found:
-            kept = found.store.personal(SITES)
-            assert kept is not None
-            assert (kept.request, found.federation) == ("run:1", None)
-            assert (found.store.seed(), found.store.number("base", "k")) == (seed, 0.5)
-            assert found.store.ledger.entries() == entries
+        with open_store(files) as opened:
+            stored = opened.store.personal(SITES)
+            assert stored is not None
+            assert (stored.request, opened.federation) == ("run:1", None)
+            assert (opened.store.seed(), opened.store.number("base", "k")) == (seed, 0.5)
+            assert opened.store.ledger.entries() == entries
     assert (files.folder / "version").read_text() == "1\n"
     assert not list(files.folder.glob(".personal*"))
     assert (files.folder / ".config").exists()
 
 
-def test_a_newer_store_is_left_alone_and_its_owner_told_what_to_do(tmp_path: Path) -> None:
-    files = of_before(tmp_path)
+def test_newer_store_is_refused(tmp_path: Path) -> None:
+    files = store_without_version(tmp_path)
     files.write("version", b"2\n")
     before = {path: path.read_bytes() for path in files.folder.rglob("*") if path.is_file()}
     for attempt in (open_store(files).__enter__, lambda: inspect_store(files)):
@@ -64,31 +64,31 @@ def test_a_newer_store_is_left_alone_and_its_owner_told_what_to_do(tmp_path: Pat
         inspect_store(files)
 
 
-def two_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps such as later versions will have: something moves, something is written in another way."""
+def extra_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add two upgrade steps, as later versions may: one moves a file, one rewrites a file."""
 
-    def moved(files: FileStorage) -> None:
+    def move_file(files: FileStorage) -> None:
         if (old := files.read("seed")) is not None:
             files.write("seeds/first", old)
             files.remove("seed")
 
-    def rewritten(files: FileStorage) -> None:
+    def rewrite_file(files: FileStorage) -> None:
         if not (old := files.read("seeds/first") or b"").startswith(b"seed="):
             files.write("seeds/first", b"seed=" + old)
 
-    monkeypatch.setattr(migrate, "STEPS", (*migrate.STEPS, moved, rewritten))
+    monkeypatch.setattr(migrate, "STEPS", (*migrate.STEPS, move_file, rewrite_file))
 
 
-def test_killed_at_every_durable_step_of_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two_more(monkeypatch)
-    seed = (of_before(tmp_path / "whole").folder / "seed").read_bytes()
+def test_kill_at_every_step_of_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra_steps(monkeypatch)
+    seed = (store_without_version(tmp_path / "whole").folder / "seed").read_bytes()
 
     def upgraded(folder: Path) -> FileStorage:
-        with open_store(FileStorage(folder / "store", heads=folder / "heads")) as found:
-            return found.files
+        with open_store(FileStorage(folder / "store", heads=folder / "heads")) as result:
+            return result.files
 
     shutil.copytree(tmp_path / "whole", tmp_path / "traced")
-    calls = counted(lambda: void(upgraded(tmp_path / "traced")), tmp_path / "trace")
+    calls = durable_calls(lambda: void(upgraded(tmp_path / "traced")), tmp_path / "trace")
     assert {"unlink", "replace", "fsync"} <= set(calls)
     versions = set()
     for call in range(len(calls)):
@@ -108,27 +108,27 @@ def void(_: object) -> None:
     pass
 
 
-def test_federations_one_after_the_other(tmp_path: Path) -> None:
-    """Each finds its own again; the ledger, the seed and the caches are the device's."""
+def test_successive_federations(tmp_path: Path) -> None:
+    """Each federation finds its files again; ledger, seed and caches belong to the device."""
     files = FileStorage(tmp_path / "store")
-    made = {None: "run:0", "a" * 64: "run:1", ID: "run:2"}
-    for number, (federation, request) in enumerate(made.items()):
-        with open_store(files, federation=federation) as found:
-            assert found.federation == federation
-            assert found.store.personal(SITES) is None
-            found.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, request), aside=True)
-            found.store.save_number("base", "k", 0.5)
-            assert found.store.number("base", "k") == 0.5
-            found.store.seed()
-            found.store.ledger.reserve(replace(FIRST, round=10 + number), free)
-            assert len(found.store.ledger.entries()) == number + 1
-    for federation, request in made.items():
-        kept = Store(files, federation).personal(SITES)
-        assert kept is not None
-        assert kept.request == request
-    assert inspect_store(files).federation == ID  # the last one, for the owner's commands
-    with open_store(files) as found:  # also when nobody says which
-        assert found.federation == ID
+    created = {None: "run:0", "a" * 64: "run:1", ID: "run:2"}
+    for number, (federation, request) in enumerate(created.items()):
+        with open_store(files, federation=federation) as opened:
+            assert opened.federation == federation
+            assert opened.store.personal(SITES) is None
+            opened.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, request), aside=True)
+            opened.store.save_number("base", "k", 0.5)
+            assert opened.store.number("base", "k") == 0.5
+            opened.store.seed()
+            opened.store.ledger.reserve(replace(FIRST, round=10 + number), free)
+            assert len(opened.store.ledger.entries()) == number + 1
+    for federation, request in created.items():
+        stored = Store(files, federation).personal(SITES)
+        assert stored is not None
+        assert stored.request == request
+    assert inspect_store(files).federation == ID  # the last federation, for the owner's commands
+    with open_store(files) as opened:  # also without a given federation
+        assert opened.federation == ID
     assert layout.federations(files.folder) == [None, "a" * 64, ID]
     assert {path.name for path in files.folder.iterdir()} == {
         "cache",
@@ -144,7 +144,7 @@ def test_federations_one_after_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "x" * 81, ".x", "a\n", "é"])
-def test_an_id_is_a_plain_name(name: str, tmp_path: Path) -> None:
+def test_federation_id_is_a_plain_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="must be of a-z"):
         Store(FileStorage(tmp_path), name)
     with pytest.raises(AntherError, match="must be of a-z"), open_store(FileStorage(tmp_path), federation=name):
@@ -155,7 +155,7 @@ def test_an_id_is_a_plain_name(name: str, tmp_path: Path) -> None:
             inspect_store(FileStorage(tmp_path))
 
 
-def test_a_reset_takes_along_what_rounds_left_in_every_federation(tmp_path: Path) -> None:
+def test_reset_sets_round_state_aside(tmp_path: Path) -> None:
     files = FileStorage(tmp_path / "store")
     for federation in ("", "federations/a/", "federations/b/"):
         files.write(f"{federation}residual.safetensors", b"left")

@@ -1,4 +1,4 @@
-"""A store is encrypted when its owner has a key for it, never half, and never begun anew because a key is gone."""
+"""A store with a key is encrypted completely, and a missing key never starts a new store."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from privacy.encrypted_storage import EncryptedStorage, is_encrypted
 from privacy.ledger.ledger import JOURNAL, DeviceLedger
 from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
-from tests.helpers.kills import counted, killed_before
+from tests.helpers.kills import durable_calls, killed_before
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
 from training.jobs import Examples
 
-SECRET = b"a personal secret of the owner"  # is looked for in every byte on the disk
+SECRET = b"a personal secret of the owner"  # searched for in all bytes on disk
 FEDERATION = "f" * 64
 
 
@@ -42,7 +42,7 @@ def files_in(folder: Path) -> FileStorage:
 
 
 def fill(store: Store) -> None:
-    """Everything that a device ever keeps, with a secret in it."""
+    """Store everything that a device ever stores, containing a secret."""
     one, other = ({SECRET.decode(): torch.full((3,), float(number))} for number in range(2))
     store.ledger.reserve(replace(FIRST, run=SECRET.decode()), free)
     store.ledger.seal(replace(FIRST, run=SECRET.decode()), SECRET)
@@ -57,8 +57,8 @@ def fill(store: Store) -> None:
     store.seed()
 
 
-def is_whole(store: Store) -> None:
-    """All of it is there."""
+def check_complete(store: Store) -> None:
+    """Check that everything is there."""
     assert len(store.ledger.entries()) == 1
     assert store.ledger.sealed((SECRET.decode(), *KEY[1:]), PLAN) == SECRET
     assert store.personal(SITES) is not None
@@ -71,7 +71,7 @@ def is_whole(store: Store) -> None:
 
 
 def leaks(folder: Path) -> list[str]:
-    """Files that hold something of what is kept, but for those that are said to be in the open."""
+    """List the files that contain the secret, except those that are stored unencrypted by design."""
     return [
         path.name
         for path in folder.rglob("*")
@@ -81,46 +81,46 @@ def leaks(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("federation", [None, FEDERATION])
 @pytest.mark.parametrize("when", ["from the start", "later"])
-def test_with_a_key_nothing_lies_in_the_open(when: str, federation: str | None, key: Path, tmp_path: Path) -> None:
+def test_store_with_key_is_encrypted(when: str, federation: str | None, key: Path, tmp_path: Path) -> None:
     files = files_in(tmp_path)
     if when == "later":
-        with open_store(files, encrypt="never", federation=federation) as found:
-            fill(found.store)
+        with open_store(files, encrypt="never", federation=federation) as opened:
+            fill(opened.store)
         assert len(leaks(tmp_path)) >= 9
         (seed,) = [(files.folder / "seed").read_bytes()]
-    with open_store(files, encrypt="auto", federation=federation) as found:
-        assert isinstance(found.storage, EncryptedStorage)
+    with open_store(files, encrypt="auto", federation=federation) as opened:
+        assert isinstance(opened.storage, EncryptedStorage)
         if when == "later":
-            assert found.store.seed() == int(seed)
+            assert opened.store.seed() == int(seed)
         else:
-            fill(found.store)
+            fill(opened.store)
     assert leaks(tmp_path) == []
     for path in (*files.folder.rglob("*"), *files.heads.rglob("*")):
         name = path.relative_to(files.folder).as_posix() if path.is_relative_to(files.folder) else "head"
         if path.is_file() and name not in ("sealed", "lock") and not layout.is_plaintext(name):
             assert is_encrypted(path.read_bytes()), name
-    is_whole(inspect_store(files).store)
+    check_complete(inspect_store(files).store)
     key.rename(key.with_name("moved"))
     with pytest.raises(AntherError, match="can't be read"):
         inspect_store(files)
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_every_durable_step_of_encrypting(every: int, key: Path, tmp_path: Path) -> None:
+def test_kill_at_every_step_of_encryption(every: int, key: Path, tmp_path: Path) -> None:
     assert key.exists()
     whole = files_in(tmp_path / "whole")
-    with open_store(whole, encrypt="never") as found:
-        fill(found.store)
-    ledger.reset(whole, confirmed=True)  # what was set aside is encrypted too
-    with open_store(whole, encrypt="never") as found:
-        fill(found.store)
+    with open_store(whole, encrypt="never") as opened:
+        fill(opened.store)
+    ledger.reset(whole, confirmed=True)  # files set aside are encrypted too
+    with open_store(whole, encrypt="never") as opened:
+        fill(opened.store)
 
     def encrypted(folder: Path) -> None:
         with open_store(files_in(folder), encrypt="auto"):
             pass
 
     shutil.copytree(tmp_path / "whole", tmp_path / "traced")
-    calls = counted(lambda: encrypted(tmp_path / "traced"), tmp_path / "trace")
+    calls = durable_calls(lambda: encrypted(tmp_path / "traced"), tmp_path / "trace")
     assert len(calls) > 40
     assert leaks(tmp_path / "traced") == []
     for call in range(0, len(calls), every):
@@ -128,19 +128,17 @@ def test_killed_at_every_durable_step_of_encrypting(every: int, key: Path, tmp_p
         shutil.copytree(tmp_path / "whole", folder)
         killed_before(call, lambda folder=folder: encrypted(folder))  # type: ignore[misc]
         if (folder / "store" / "sealed").exists():
-            inspect_store(files_in(folder))  # an owner's look goes on with it
+            inspect_store(files_in(folder))  # an owner's command continues the encryption
         encrypted(folder)
         assert leaks(folder) == []
-        is_whole(inspect_store(files_in(folder)).store)
+        check_complete(inspect_store(files_in(folder)).store)
         shutil.rmtree(folder)
 
 
-def test_without_its_key_it_is_refused_and_never_begun_anew(
-    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_without_its_key_is_refused(key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_in(tmp_path)
-    with open_store(files, encrypt="always") as found:
-        fill(found.store)
+    with open_store(files, encrypt="always") as result:
+        fill(result.store)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     monkeypatch.delenv("ANTHER_KEY_FILE")
     for encrypt in ("auto", "always", "never"):
@@ -150,59 +148,59 @@ def test_without_its_key_it_is_refused_and_never_begun_anew(
     with pytest.raises(AntherError, match="no key"):
         inspect_store(files)
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
-    mine = key.read_bytes()
+    opened = key.read_bytes()
     key.write_bytes(os.urandom(32))
     with pytest.raises(AntherError, match="encrypted with another key"):
         open_store(files, encrypt="auto").__enter__()
     seal = (files.folder / "sealed").read_bytes()
     (files.folder / "sealed").unlink()
     for encrypt in ("auto", "always", "never"):
-        with pytest.raises(AntherError, match="sealed: missing, and the store is encrypted"):
+        with pytest.raises(AntherError, match="sealed: missing, but the store is encrypted"):
             open_store(files, encrypt=encrypt).__enter__()
     (files.folder / "sealed").write_bytes(seal)
-    key.write_bytes(mine)
+    key.write_bytes(opened)
     assert {path: path.read_bytes() for path in before} == before
-    with open_store(files, encrypt="auto") as found:
-        is_whole(found.store)
+    with open_store(files, encrypt="auto") as result:
+        check_complete(result.store)
 
 
-def test_a_store_that_was_lost_with_its_seal_is_no_fresh_one(key: Path, tmp_path: Path) -> None:
+def test_lost_store_is_not_replaced(key: Path, tmp_path: Path) -> None:
     assert key.exists()
     files = files_in(tmp_path)
-    with open_store(files, encrypt="auto") as found:
-        fill(found.store)
+    with open_store(files, encrypt="auto") as opened:
+        fill(opened.store)
     shutil.rmtree(files.folder)
     with pytest.raises(AntherError, match="sealed: missing"):
         open_store(files, encrypt="auto").__enter__()
 
 
-def test_what_is_asked_for_and_cant_be_kept(tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contradicting_settings_are_refused(tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_in(tmp_path)
     monkeypatch.delenv("ANTHER_KEY_FILE")
     with pytest.raises(AntherError, match=r"storage\.encrypt=always: there is no key"):
         open_store(files, encrypt="always").__enter__()
-    with open_store(files, encrypt="auto") as found:
-        assert found.storage is files  # no key: it lies in the open, as the platform has it
+    with open_store(files, encrypt="auto") as opened:
+        assert opened.storage is files  # no key: the store is unencrypted
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
-    with open_store(files) as found:  # an owner's command begins nothing
-        assert found.storage is files
+    with open_store(files) as opened:  # an owner's command doesn't start encryption
+        assert opened.storage is files
     with open_store(files, encrypt="auto"):
         pass
     with pytest.raises(AntherError, match=r"storage\.encrypt=never: .* is already encrypted"):
         open_store(files, encrypt="never").__enter__()
 
 
-def test_what_is_damaged_is_found_again_or_named(key: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_rebuilt_or_named(key: Path, tmp_path: Path) -> None:
     assert key.exists()
     files = files_in(tmp_path)
-    with open_store(files, encrypt="auto") as found:
-        fill(found.store)
+    with open_store(files, encrypt="auto") as opened:
+        fill(opened.store)
     for path in files.folder.rglob("*"):
         if (path.is_file() and path.parent.name == "cache") or path.suffix == ".safetensors":
             data = path.read_bytes()
             path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with open_store(files, encrypt="auto") as found:
-        store = found.store
+    with open_store(files, encrypt="auto") as opened:
+        store = opened.store
         assert store.examples("train", SECRET.decode()) is None
         assert store.number("base", SECRET.decode()) is None
         assert store.residual("f") is None
@@ -213,18 +211,16 @@ def test_what_is_damaged_is_found_again_or_named(key: Path, tmp_path: Path) -> N
             store.personal(SITES)
 
 
-def test_a_key_that_is_lost_for_good_is_given_up_with_all_it_kept(
-    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reset_after_losing_the_key(key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_in(tmp_path)
-    with open_store(files, encrypt="auto", federation=FEDERATION) as found:
-        fill(found.store)
+    with open_store(files, encrypt="auto", federation=FEDERATION) as opened:
+        fill(opened.store)
     monkeypatch.delenv("ANTHER_KEY_FILE")
-    told = ledger.reset(files, confirmed=True)
-    assert str(files.folder / "forgotten-1") in told
+    response = ledger.reset(files, confirmed=True)
+    assert str(files.folder / "forgotten-1") in response
     assert (files.folder / "forgotten-1" / JOURNAL).exists()
-    with open_store(files, encrypt="auto") as found:
-        assert found.store.ledger.entries() == ()
-        fill(found.store)
+    with open_store(files, encrypt="auto") as opened:
+        assert opened.store.ledger.entries() == ()
+        fill(opened.store)
     assert key.exists()
     assert len(DeviceLedger(files).entries()) == 1

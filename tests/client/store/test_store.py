@@ -1,4 +1,4 @@
-"""What a device keeps: it comes back as it was, or says what is wrong."""
+"""A device's stored data is read back unchanged, or reported as damaged."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PERSONAL = PersonalAdapter(adapter(2), adapter(5, seed=1), BASE, "run:3")
 EXAMPLES = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
 
 
-def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> None:
+def test_personal_adapter_round_trip(tmp_path: Path) -> None:
     assert Store(FileStorage(tmp_path)).personal(SITES) is None
     Store(FileStorage(tmp_path / "new")).save_personal(PERSONAL)
-    found = Store(FileStorage(tmp_path / "new")).personal(SITES)
-    assert found is not None
-    assert found.base == BASE
-    for part, expected in ((found.adapter, PERSONAL.adapter), (found.shared, PERSONAL.shared)):
+    loaded = Store(FileStorage(tmp_path / "new")).personal(SITES)
+    assert loaded is not None
+    assert loaded.base == BASE
+    for part, expected in ((loaded.adapter, PERSONAL.adapter), (loaded.shared, PERSONAL.shared)):
         assert part.keys() == expected.keys()
         assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
 
 
-def test_other_tools_refuse_the_store_s_own_file(tmp_path: Path, pipeline_folder: Path) -> None:
-    """They would know none of its names, and draw without it."""
+def test_other_tools_refuse_the_file(tmp_path: Path, pipeline_folder: Path) -> None:
+    """They would ignore all names and draw without the adapter."""
     from diffusers import StableDiffusionPipeline
 
     Store(FileStorage(tmp_path)).save_personal(PERSONAL)
@@ -45,7 +45,7 @@ def test_other_tools_refuse_the_store_s_own_file(tmp_path: Path, pipeline_folder
         pipeline.load_lora_weights(file)
 
 
-def test_a_file_of_before_it_had_a_mark_is_read(tmp_path: Path) -> None:
+def test_file_without_mark_is_read(tmp_path: Path) -> None:
     store, file = Store(FileStorage(tmp_path)), tmp_path / "personal.safetensors"
     store.save_personal(PERSONAL)
     marked = store.personal(SITES)
@@ -63,28 +63,28 @@ def test_a_file_of_before_it_had_a_mark_is_read(tmp_path: Path) -> None:
 
 
 def requests(store: Store) -> list[str]:
-    """What each kept adapter was asked by, the newest first; only the present one stays as it was."""
-    found, present = [], next(one.created for one in store.personal_versions() if one.is_current)
+    """Return the requests of all stored versions, newest first; only the current one may change."""
+    values, present = [], next(one.created for one in store.personal_versions() if one.is_current)
     for one in store.personal_versions():
         if not one.is_current:
             store.roll_back(one.created)
         personal = store.personal(SITES)
-        found.append(personal.request if personal else "")
+        values.append(personal.request if personal else "")
     if not next(one.is_current for one in store.personal_versions() if one.created == present):
         store.roll_back(present)
-    return found
+    return values
 
 
-def test_previous_ones_are_kept_by_their_date(tmp_path: Path) -> None:
+def test_previous_adapters_are_kept_by_date(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     for number in range(1, 10):
         store.save_personal(PERSONAL._replace(request=f"run:{number}"), aside=True)
     assert requests(store) == [f"run:{number}" for number in (9, 8, 7, 6, 5, 4, 3)]
     for number in (8, 7, 6, 5, 4, 3):  # one after the other
         store.roll_back()
-        found = Store(FileStorage(tmp_path)).personal(SITES)
-        assert found is not None
-        assert found.request == f"run:{number}"
+        loaded = Store(FileStorage(tmp_path)).personal(SITES)
+        assert loaded is not None
+        assert loaded.request == f"run:{number}"
     with pytest.raises(AntherError, match="there is no previous adapter; available: 20"):
         store.roll_back()
     assert requests(store)[0] == "run:9"
@@ -92,7 +92,7 @@ def test_previous_ones_are_kept_by_their_date(tmp_path: Path) -> None:
         store.roll_back("2001-01-01")
 
 
-def test_the_last_of_a_base_outlives_many_of_another(tmp_path: Path) -> None:
+def test_last_adapter_of_a_base_is_kept(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL._replace(request="old"))
     for number in range(20):
@@ -100,8 +100,8 @@ def test_the_last_of_a_base_outlives_many_of_another(tmp_path: Path) -> None:
     assert requests(store)[-1] == "old"
 
 
-def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
-    """A store as an earlier Anther left it: with one previous, and without dates."""
+def test_undated_adapter_is_the_oldest(tmp_path: Path) -> None:
+    """A store of an earlier version: one previous adapter, and no dates."""
     store = Store(FileStorage(tmp_path))
     for name, number in (("previous", 1), ("personal", 2)):
         tensors = {
@@ -121,40 +121,40 @@ def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
     assert len(store.personal_versions()) == 4
     store.roll_back()
     store.roll_back()
-    found = store.personal(SITES)
-    assert found is not None
-    assert found.request in ("run:1", "run:2")
+    result = store.personal(SITES)
+    assert result is not None
+    assert result.request in ("run:1", "run:2")
 
 
-def test_a_store_with_one_previous_of_before_rolls_back(tmp_path: Path) -> None:
+def test_roll_back_of_undated_store(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL._replace(request="run:1"))
     (tmp_path / "personal.safetensors").rename(tmp_path / "previous.safetensors")
     store.save_personal(PERSONAL._replace(request="run:2"))
     store.roll_back()
-    found = store.personal(SITES)
-    assert found is not None
-    assert found.request == "run:1"
+    result = store.personal(SITES)
+    assert result is not None
+    assert result.request == "run:1"
 
 
-def test_what_is_damaged_is_no_generation(tmp_path: Path) -> None:
+def test_damaged_adapter_is_not_listed(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL._replace(request="run:1"))
     store.save_personal(PERSONAL._replace(request="run:2"), aside=True)
     (tmp_path / "personal.safetensors").write_bytes(b"\xff" * 100)
     (tmp_path / "previous-2.safetensors").write_bytes(b"")
     assert len(store.personal_versions()) == 1
-    store.roll_back()  # of a damaged one there is always a way back
-    found = store.personal(SITES)
-    assert found is not None
-    assert found.request == "run:1"
+    store.roll_back()  # a damaged current adapter can always be rolled back
+    result = store.personal(SITES)
+    assert result is not None
+    assert result.request == "run:1"
 
 
-@pytest.mark.parametrize("kept", [0, 9, 400, -1])
-def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [0, 9, 400, -1])
+def test_damaged_personal_adapter_gives_one_line(tmp_path: Path, length: int) -> None:
     store, file = Store(FileStorage(tmp_path)), tmp_path / "personal.safetensors"
     store.save_personal(PERSONAL)
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(AntherError, match="personalize again") as raised:
         store.personal(SITES)
     assert "\n" not in str(raised.value)
@@ -169,28 +169,28 @@ def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> No
         SITES | {"up.to_k": Site(3, 6)},
     ],
 )
-def test_a_personal_adapter_for_other_sites_is_refused(tmp_path: Path, sites: dict[str, Site]) -> None:
+def test_adapter_for_other_sites_is_refused(tmp_path: Path, sites: dict[str, Site]) -> None:
     store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL)
     with pytest.raises(AntherError, match="not a personal adapter for this base"):
         store.personal(sites)
 
 
-def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
+def test_examples_are_cached_by_key(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     assert store.examples("train", "k") is None
     store.save_examples("train", "k", EXAMPLES)
-    found = Store(FileStorage(tmp_path)).examples("train", "k")
-    assert found is not None
-    assert torch.equal(found.latents, EXAMPLES.latents)
-    assert torch.equal(found.context, EXAMPLES.context)
+    cached = Store(FileStorage(tmp_path)).examples("train", "k")
+    assert cached is not None
+    assert torch.equal(cached.latents, EXAMPLES.latents)
+    assert torch.equal(cached.context, EXAMPLES.context)
     assert store.examples("train", "another") is None
     assert store.examples("validation", "k") is None
-    store.save_examples("train", "another", EXAMPLES)  # the pictures of the old key don't stay on the disk
+    store.save_examples("train", "another", EXAMPLES)  # the old examples don't stay on disk
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["train.safetensors"]
 
 
-def test_losses_are_cached_under_their_key(tmp_path: Path) -> None:
+def test_losses_are_cached_by_key(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     assert store.number("base", "k") is None
     store.save_number("base", "k", 0.1)
@@ -198,7 +198,7 @@ def test_losses_are_cached_under_their_key(tmp_path: Path) -> None:
     assert store.number("base", "another") is None
 
 
-def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
+def test_damaged_caches_are_ignored(tmp_path: Path) -> None:
     store = Store(FileStorage(tmp_path))
     store.save_examples("train", "k", EXAMPLES)
     store.save_number("base", "k", 0.1)
@@ -213,7 +213,7 @@ def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
     assert store.number("base", "k") == 0.2
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_while_writing_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(FileStorage(tmp_path))
     store.save_number("base", "k", 0.1)
 
@@ -227,7 +227,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["base.json"]
 
 
-def test_the_seed_is_drawn_once(tmp_path: Path) -> None:
+def test_seed_is_drawn_once(tmp_path: Path) -> None:
     seed = Store(FileStorage(tmp_path / "a")).seed()
     assert Store(FileStorage(tmp_path / "a")).seed() == seed != Store(FileStorage(tmp_path / "b")).seed()
     assert (tmp_path / "a/seed").stat().st_mode & 0o077 == 0
