@@ -105,7 +105,8 @@ def prose(path: Path) -> str:
     if path.suffix == ".py":
         return "\n".join(_python_prose(source))
     if path.suffix == ".md":
-        return re.sub(r"^ *```.*?^ *```", "", source, flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^ *```.*?^ *```", "", source, flags=re.MULTILINE | re.DOTALL)
+        return re.sub(r"`[^`\n]+`", "", text)
     return re.sub(r"^ *# ?", "", source, flags=re.MULTILINE)
 
 
