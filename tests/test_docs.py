@@ -1,4 +1,4 @@
-"""What README.md and docs/deploy.md tell people to type is there: modules, keys, files, and messages."""
+"""Documentation: the commands, keys, files and messages that it names exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anther.cli import COMMANDS
+from anther.commands import COMMANDS, benchmarks
 from conf.explain import known_keys
 from conf.schemas.audit import AuditConfig
 from conf.schemas.node import NodeConfig
@@ -18,7 +18,7 @@ from conf.schemas.server import ServeConfig
 from conf.schemas.simulation import SimulationConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/deploy.md")
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 PACKAGES = "bench|client|common|models|privacy|server|simulations|strategies|training|typefaces"
 KEYS = {
     key for schema in (SimulationConfig, ServeConfig, NodeConfig, AuditConfig, PlanConfig) for key in known_keys(schema)
@@ -37,60 +37,66 @@ def text(page: str) -> str:
 
 
 def code(page: str) -> Iterator[str]:
-    """What is set as code: blocks, and words within lines."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+    """Yield the code of a page: blocks that aren't Python, and code within lines."""
+    blocks = re.findall(r"^```(?!python)\w*\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
     yield from blocks
     yield from re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL))
 
 
+def commands(page: str) -> set[str]:
+    """Find the commands of `anther` at the beginning of lines and of inline code."""
+    named = r"(?m)^(?:sudo |\$ )?anther ((?:device |bench )?[a-z][a-z_-]*)\b(?![.:/])"
+    return {name for part in code(page) for name in re.findall(named, part)} - {"device", "bench"}
+
+
 def modules(page: str) -> set[str]:
-    """Modules that are to be run, also by the installed `anther` and in a container."""
-    named = r"(?:python -m|anther|--rm client|exec \w+ python -m)\s+"
-    return {found for part in code(page) for found in re.findall(rf"{named}((?:{PACKAGES})(?:\.\w+)+)", part)}
+    """Find the modules of `python -m`, also in a container."""
+    named = r"(?:python -m|--rm client|exec \w+ python -m)\s+"
+    return {module for part in code(page) for module in re.findall(rf"{named}((?:{PACKAGES})(?:\.\w+)+)", part)}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_module_that_is_to_be_run_can_be(page: str) -> None:
-    commands = {
-        name
-        for part in code(page)
-        for name in re.findall(r"(?m)^(?:sudo |\$ )?anther ((?:device |bench )?[a-z][a-z-]*)\b(?![.:/])", part)
-        if name not in ("device", "bench")
-    }
-    assert len(commands) >= 8
-    assert commands - set(COMMANDS) == set()
-    for module in modules(page):
+def keys(page: str) -> set[str]:
+    """Find the configuration keys that are set."""
+    return {key for part in code(page) for key in re.findall(r"(?:^|[\s'\"`(\[])([a-z_]+(?:\.[a-z_]+)*)=(?!=)", part)}
+
+
+def test_commands_exist() -> None:
+    found = {page: commands(page) for page in PAGES}
+    assert len(set().union(*found.values())) >= 20
+    known = {*COMMANDS, *(f"bench {name}" for name in benchmarks())}
+    assert {page: names - known for page, names in found.items() if names - known} == {}
+
+
+def test_modules_can_be_run() -> None:
+    for module in set().union(*map(modules, PAGES)):
         file = ROOT / f"{module.replace('.', '/')}.py"
         assert file.exists(), module
         assert '__name__ == "__main__"' in file.read_text(encoding="utf-8"), module
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_key_is_one_of_a_schema(page: str) -> None:
-    named = {key for part in code(page) for key in re.findall(r"(?:^|[\s'\"`(\[])([a-z_]+(?:\.[a-z_]+)*)=(?!=)", part)}
-    assert len(named) > 10
-    assert named - KEYS - OTHERS == set()
+def test_keys_exist() -> None:
+    found = {page: keys(page) for page in PAGES if page != "docs/renames.md"}
+    assert len(set().union(*found.values())) > 40
+    known = KEYS | OTHERS
+    assert {page: names - known for page, names in found.items() if names - known} == {}
 
 
-def test_every_key_that_is_named_alone_is_one_of_a_schema() -> None:
+def test_keys_that_stand_by_themselves_exist() -> None:
     heads = "|".join(sorted({key.partition(".")[0] for key in KEYS if "." in key}))
     named = {key for part in code("docs/deploy.md") for key in re.findall(rf"^((?:{heads})\.[a-z_.]+)$", part)}
-    named = {
-        key for key in named if not (ROOT / f"{key.replace('.', '/')}.py").exists()
-    }  # server.supervisor.keys is a module
+    named = {key for key in named if not (ROOT / f"{key.replace('.', '/')}.py").exists()}  # a module
     assert len(named) > 8
     assert named - KEYS - {"server.conf"} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_to_a_file_leads_somewhere(page: str) -> None:
+def test_linked_files_exist(page: str) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text(page))
-    assert links
     for link in links:
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
 
 
-def test_every_heading_that_is_linked_is_there() -> None:
+def test_linked_headings_exist() -> None:
     page = text("docs/deploy.md")
     headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", page, re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
@@ -110,7 +116,7 @@ def said() -> list[str]:
     return found
 
 
-def test_every_message_that_is_explained_is_one_that_is_said() -> None:
+def test_explained_messages_exist() -> None:
     section = text("docs/deploy.md").partition("\n## Troubleshooting")[2].partition("\n## ")[0]
     messages = [row[1] for row in re.finditer(r"^\| `([^`]+)` \|", section, re.MULTILINE)]
     assert len(messages) > 30
@@ -120,7 +126,7 @@ def test_every_message_that_is_explained_is_one_that_is_said() -> None:
         assert any(pattern.search(re.sub(r"%[\w.]*[sdf]", "…", text)) for text in programs), message
 
 
-def test_what_installs_is_where_the_page_says() -> None:
+def test_installers_exist() -> None:
     for file in re.findall(r"\b(deploy/[\w./-]+\.(?:sh|yaml))", text("docs/deploy.md")):
         assert (ROOT / file).exists(), file
     for name in (
