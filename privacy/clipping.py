@@ -54,7 +54,7 @@ def clip_and_sum(
     of 32, in any order, so each group's norm is at least 1 − 17·2⁻²⁴ of the true one, except for squares under 2⁻¹²⁶,
     which may count as zero: in 2²⁸ numbers less than 2⁻⁹⁸ of squares, less than 2⁻¹⁹ of a bound (10⁻¹² or more) or of n
     where that is larger. So ‖g‖ ≤ max(n, bound) (1 + 2⁻¹⁹·⁸ + 2⁻¹⁹), and the scale, its conversion to float32 and each
-    product add 2⁻²⁴ each. `_SAFETY_FACTOR` is smaller than the total of these errors allows. A scale that float32 can't
+    product add 2⁻²⁴ each. `_SAFETY_FACTOR` compensates for all of these errors together. A scale that float32 can't
     represent exactly is so small that every product is under one step. Truncation towards zero never increases a
     number. Sums of integers under 2⁵³ are exact in float64.
 

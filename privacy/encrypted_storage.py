@@ -50,6 +50,13 @@ class EncryptionHeader:
 
     @staticmethod
     def create(key: bytes, state: str, store: str | None = None) -> EncryptionHeader:
+        """Create a header for a new state of a store.
+
+        Args:
+            key: the store's key, `KEY_BYTES` bytes.
+            state: `ENCRYPTING` or `ENCRYPTED`.
+            store: id of the store. None: a new random one.
+        """
         store = store or secrets.token_hex(16)
         nonce = secrets.token_bytes(_NONCE)
         return EncryptionHeader(
@@ -125,7 +132,14 @@ class StoreCipher:
         return _LINE + base64.b64encode(sealed)
 
     def decrypt_line(self, line: bytes, where: str, name: str, number: int) -> bytes:
-        """Inverse of `encrypt_line`; DamagedDataError for anything else."""
+        """Inverse of `encrypt_line`; DamagedDataError for anything else.
+
+        Args:
+            line: encrypted line.
+            where: location of the journal, for the message.
+            name: name of the journal.
+            number: number of the line, from 1.
+        """
         try:
             body = base64.b64decode(line.removeprefix(_LINE), validate=True)
         except ValueError:

@@ -99,7 +99,13 @@ def decode(data: bytes, expected: Mapping[str, Shape], precision: str, *, keep: 
 
 
 def max_payload(expected: Mapping[str, Shape], precision: str, *, keep: float = 1.0) -> int:
-    """Return the length in bytes of the longest payload for these shapes; only blocks of zeros make it shorter."""
+    """Return the length in bytes of the longest payload for these shapes; only blocks of zeros make it shorter.
+
+    Args:
+        expected: expected shapes by name.
+        precision: `fp16`, `int8` or `int4`.
+        keep: fraction of the blocks that may be sent.
+    """
     blocks = _block_count(expected)
     return _SCALE_BYTES * blocks + _CODE_BYTES[precision] * _sent_blocks(blocks, keep)
 

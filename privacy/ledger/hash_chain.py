@@ -24,7 +24,13 @@ def chain_head(lines: Sequence[bytes]) -> str:
 
 
 def starts_with(lines: Sequence[bytes], count: int, digest: str) -> bool:
-    """Whether the chain head of the first `count` lines is `digest`."""
+    """Whether the first lines of a chain have a given head.
+
+    Args:
+        lines: lines of the journal.
+        count: number of the first lines.
+        digest: chain head of these lines.
+    """
     return count <= len(lines) and chain_head(lines[:count]) == digest
 
 
