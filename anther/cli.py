@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from anther.commands import COMMANDS, GROUPS, Command
-from common.errors import REPORTED_ERRORS, told
+from common.errors import REPORTED_ERRORS, describe_error
 from common.moved_commands import MOVED
 from common.terminal import use_plain_output
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.argv = [f"anther {name}", *rest]  # as the module's own `python -m` would have it
         return int(module.main() or 0)
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
 
 

@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read, and what the operating system refuses as such."""
+"""The exception with messages for users, and one-line messages for errors of the operating system and of libraries."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import sqlite3
 
 LONGEST = 160
-"""Characters of a name that one message shows."""
+"""Maximum number of characters of a name in a message."""
 
 
 class AntherError(Exception):
-    """Bad input: one line that names what is wrong and how to mend it.
+    """Bad input, with a one-line message that states the problem and the remedy.
 
-    Every part raises it for what a user can mend (configuration, data, a checkpoint, a message from a device);
-    applications print it without a traceback and exit with a code other than 0. The text is one line whatever it
-    quotes: characters that a terminal would act on are escaped.
+    Raised for problems that a user can fix (configuration, data, a checkpoint, a message from a device). Applications
+    print it without a traceback and exit with a nonzero code. The message is one line whatever it quotes: characters
+    that a terminal would interpret are escaped.
     """
 
     def __str__(self) -> str:
@@ -23,7 +23,7 @@ class AntherError(Exception):
 
 
 def one_line(text: str) -> str:
-    r"""`text` with line breaks as spaces and every other character that can't be printed escaped, as `\x1b`."""
+    r"""Replace line breaks by spaces and escape other unprintable characters, e.g. as `\x1b`."""
     if text.isprintable():
         return text
     parts = (
@@ -33,48 +33,48 @@ def one_line(text: str) -> str:
     return "".join(parts)
 
 
-def shown(name: object, longest: int = LONGEST) -> str:
-    """A name that somebody else chose, in one line and not longer than `longest` characters."""
+def shorten(name: object, longest: int = LONGEST) -> str:
+    """Return an untrusted name in one line of at most `longest` characters."""
     text = one_line(str(name))
     return text if len(text) <= longest else f"{text[: longest - 20]} … {text[-15:]}"
 
 
 def summary(error: BaseException, longest: int = 200) -> str:
-    """The message of a library's error in one line, cut to `longest` characters."""
+    """Return the message of a library's error in one line of at most `longest` characters."""
     return " ".join(str(error).split())[:longest]
 
 
-def refused(error: OSError, path: object = None) -> AntherError:
-    """What the operating system refused, in one line.
+def os_error(error: OSError, path: object = None) -> AntherError:
+    """Convert an error of the operating system to an AntherError with a remedy.
 
     Args:
-        error: as it was raised.
-        path: what it was about, where the error doesn't say.
+        error: the error.
+        path: its subject, if the error doesn't contain a file name.
     """
     name = error.filename if error.filename is not None else path
-    where = "" if name is None else f"{shown(os.fsdecode(name) if isinstance(name, bytes) else name)}: "
+    where = "" if name is None else f"{shorten(os.fsdecode(name) if isinstance(name, bytes) else name)}: "
     if error.errno in (errno.EACCES, errno.EPERM):
         return AntherError(f"{where}no permission for user {_user()}: let that user in (chmod, chown), or use another")
-    if error.errno in _MENDS:
-        return AntherError(where + _MENDS[error.errno])
+    if error.errno in _REMEDIES:
+        return AntherError(where + _REMEDIES[error.errno])
     return AntherError(f"{where}{error.strerror or type(error).__name__}: name another file or folder")
 
 
 REPORTED_ERRORS: tuple[type[Exception], ...] = (AntherError, OSError, sqlite3.OperationalError)
-"""What a command ends with one line for, `told`, and no traceback."""
+"""Errors that commands report by one line, `describe_error`, without a traceback."""
 
 
-def told(error: Exception) -> str:
-    """One line for an error of `REPORTED_ERRORS`."""
+def describe_error(error: Exception) -> str:
+    """Return one line for an error of `REPORTED_ERRORS`."""
     if isinstance(error, AntherError):
         return str(error)
     if isinstance(error, OSError):
-        return str(refused(error))
+        return str(os_error(error))
     return str(AntherError(f"a database can't be used ({error}): is its disk full, or its folder not yours?"))
 
 
 def _user() -> str:
-    """Who this process is; a user that has no name is a number."""
+    """Name of this process' user, or its number if it has no name."""
     try:
         import pwd
 
@@ -83,7 +83,7 @@ def _user() -> str:
         return str(os.geteuid()) if hasattr(os, "geteuid") else "this user"
 
 
-_MENDS = {
+_REMEDIES = {
     errno.ENOSPC: "no space left on the disk: make room, or name a folder on another disk",
     errno.EDQUOT: "the disk quota is used up: make room, or name a folder on another disk",
     errno.EROFS: "lies on a read-only file system: name a folder that can be written to",
@@ -91,7 +91,7 @@ _MENDS = {
     errno.ENOTDIR: "a file is in the way of a folder: move it, or name another folder",
     errno.EEXIST: "something is in the way there: move it, or name another folder",
     errno.EISDIR: "is a folder, not a file: name a file",
-    errno.ELOOP: "a symbolic link that leads to itself: mend it",
+    errno.ELOOP: "a symbolic link that leads to itself: fix it",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
     errno.EIO: "the disk reports an input/output error: check it, or name another one",
 }

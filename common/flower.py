@@ -1,4 +1,4 @@
-"""What Flower's programs are started with: offline, and with a home of our own."""
+"""Environment of Flower's programs: offline, and with a separate home."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ OFFLINE = {
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Ours, with `home` as Flower's: nothing is sent to anybody but the federation, and nothing is installed."""
+    """Return our environment with `home` as Flower's home. Nothing is sent outside of the federation, and nothing is
+    installed.
+    """
     commands = str(Path(sys.executable).parent)  # Flower finds its own programs by PATH
     path = os.environ.get("PATH", "")
     return processes.environment({**OFFLINE, "FLWR_HOME": str(home), "PATH": f"{commands}{os.pathsep}{path}"})

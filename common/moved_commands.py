@@ -76,7 +76,7 @@ class MovedCommandFinder(MetaPathFinder):
     """Last finder of `sys.meta_path`: consulted only for modules that don't exist."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        """End the process if `python -m` asked for a former command; `import` is left alone."""
+        """End the process if `python -m` asked for a former command; `import` is unchanged."""
         del path, target
         module = fullname.removesuffix(".__main__")  # asked for if a package has the former name now
         if sys.argv[:1] == ["-m"] and module in MOVED:  # set so while `python -m` searches its module

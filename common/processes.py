@@ -1,4 +1,4 @@
-"""Processes that we start: of our own modules, whatever lies in the working directory, and ended with their parent."""
+"""Child processes: they run our own modules, independent of the working directory, and end with their parent."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _PR_SET_PDEATHSIG = 1
 
 
 def python(module: str, *words: str) -> list[str]:
-    """The command that runs one of our modules, and none of that name in the working directory (`-P`)."""
+    """Return the command that runs one of our modules, and never one of that name in the working directory (`-P`)."""
     return [sys.executable, "-P", "-m", module, *words]
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables for such a process: ours, in which our modules are found, and `changes`."""
+    """Return variables for a child process: ours, a path on which our modules are found, and `changes`."""
     variables = {**os.environ, "PYTHONSAFEPATH": "1"}
     root = Path(__file__).parents[1]
-    if root.name not in ("site-packages", "dist-packages"):  # a checkout: Python doesn't look there by itself
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout is not on Python's path
         others = [part for part in variables.get("PYTHONPATH", "").split(os.pathsep) if part]
         variables["PYTHONPATH"] = os.pathsep.join([str(root), *(part for part in others if part != str(root))])
     return {**variables, **(changes or {})}
 
 
 def end_with_parent() -> None:
-    """Have the system end this process when its parent dies, however it dies; on Linux, elsewhere nothing.
+    """Make the system end this process when its parent dies. Linux only, elsewhere without effect.
 
     Called in the child, after its fork.
     """
@@ -36,5 +36,5 @@ def end_with_parent() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # the parent died in between
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a command that runs for months needs: an end that cleans up, and lines with the time."""
+"""Helpers for commands that run for months: cleanup on SIGTERM, and output with timestamps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from types import FrameType
 
 
 class SignalReceived(BaseException):
-    """A signal came."""
+    """SIGTERM was received."""
 
 
 def raise_on_sigterm() -> None:
-    """Have SIGTERM raise Stopped in the main thread."""
+    """Make SIGTERM raise SignalReceived in the main thread."""
     signal.signal(signal.SIGTERM, _stop)
 
 
 def say(text: str) -> None:
+    """Print a line with a timestamp."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Output on terminals whose encoding lacks some characters: they are replaced by ASCII, and never end a run."""
+"""Output on terminals with limited encodings: missing characters are replaced by ASCII and never end a run."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def use_plain_output() -> None:
     """Make standard output and standard error write characters that they can't encode as ASCII."""
     codecs.register_error(_HANDLER, plain)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not one that a test or a notebook put in its place
+        if hasattr(stream, "reconfigure"):  # tests and notebooks replace the streams
             stream.reconfigure(errors=_HANDLER)

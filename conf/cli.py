@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.terminal import use_plain_output
 from conf.explain import explain, known_keys
 from conf.key_help import register_resolver
@@ -58,7 +58,7 @@ def hydra_application(
                 main(to_object(config, schema, renames))
             except REPORTED_ERRORS as error:
                 drop_empty(output_dir())
-                _stop(told(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
+                _stop(describe_error(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
 
         @functools.wraps(main)
         def run() -> None:
@@ -81,7 +81,7 @@ def hydra_application(
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(USAGE)
             except REPORTED_ERRORS as error:  # Hydra's own: the output folder, a file of one's own configuration
-                _stop(told(error))
+                _stop(describe_error(error))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)
 

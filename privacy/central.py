@@ -28,8 +28,9 @@ MIN_CLIP, MAX_CLIP = 1e-12, 1e12
 """Range of the clip C, also of an adaptive one."""
 
 _SAFETY_FACTOR = 1 - 2.0**-24
-"""Norms are scaled to this fraction of C. It exceeds the rounding error of a float64 norm of 2²⁸ numbers in any order
-of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of the values computed from it."""
+"""Norms are scaled to this fraction of C. The margin exceeds the rounding errors of a float64 norm of 2²⁸ numbers in
+any order of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of the values computed from it.
+"""
 
 
 class ClippedUpdates(NamedTuple):
@@ -103,9 +104,9 @@ class AdaptiveClip:
         count_multiplier = 2 * self.noise_stddev
         if z >= count_multiplier:
             raise AntherError(
-                f"privacy.device.target_quantile={self.quantile:g}: too few devices to adapt the clip: the noise multiplier "
-                f"{z:.3g} must be under {count_multiplier:.3g}, a tenth of the devices expected in a round; ask more "
-                "devices, allow a larger privacy.device.epsilon, or set privacy.device.target_quantile=null"
+                f"privacy.device.target_quantile={self.quantile:g}: too few devices to adapt the clip: the noise "
+                f"multiplier {z:.3g} must be under {count_multiplier:.3g}, a tenth of the devices expected in a round; "
+                "ask more devices, allow a larger privacy.device.epsilon, or set privacy.device.target_quantile=null"
             )
         return float((z**-2 - count_multiplier**-2) ** -0.5)
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from protocol import messages
 
 LARGEST_BASE = 1 << 43
@@ -37,7 +37,7 @@ class ServerHello:
 
         The sender is not authenticated yet: nothing of the message is used before this check.
         """
-        server_release = shown(self.anther, 40)
+        server_release = shorten(self.anther, 40)
         if self.oldest > messages.NEWEST:
             raise AntherError(
                 f"this server (Anther {server_release}) supports protocol {self.oldest} and later, this device "
@@ -56,7 +56,7 @@ class ServerHello:
             ("time", self.clock() is not None, "a date and time with its zone"),
         ):
             if not valid:
-                shown_value = shown(repr(getattr(self, name)), 60)
+                shown_value = shorten(repr(getattr(self, name)), 60)
                 raise AntherError(
                     f"the server's greeting says {name}={shown_value}, which must be {rule}: ask its operator"
                 )

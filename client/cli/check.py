@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from client.data import load_folder
-from common.errors import REPORTED_ERRORS, told
+from common.errors import REPORTED_ERRORS, describe_error
 
 DONE, USAGE = 0, 2
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         load_folder(folder)
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
     return DONE
 

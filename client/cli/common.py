@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from client import paths
-from common.errors import REPORTED_ERRORS, told
+from common.errors import REPORTED_ERRORS, describe_error
 from common.terminal import use_plain_output
 from privacy.storage import FileStorage
 
@@ -49,6 +49,6 @@ def run(
     try:
         print(act(paths.find_files(options.store, options.name), options))
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
     return DONE

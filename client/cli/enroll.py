@@ -18,7 +18,7 @@ from pathlib import Path
 from client import paths
 from client.runtime import server_connection
 from common.atomic_files import write
-from common.errors import AntherError, refused
+from common.errors import AntherError, os_error
 from conf.schemas.node import compose, read_enrollment
 from protocol import ticket as tickets
 from protocol.handshake import ServerHello
@@ -78,7 +78,7 @@ def ticket_text(file: str | None) -> str:
             return getpass.getpass("Ticket (it isn't shown): ")
         return sys.stdin.readline(_MAX_TICKET)
     except OSError as error:
-        raise refused(error, file) from error
+        raise os_error(error, file) from error
     except UnicodeDecodeError as error:
         raise AntherError(f"{file or 'standard input'}: not a text file, so not a ticket") from error
 

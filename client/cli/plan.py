@@ -24,7 +24,7 @@ from client.planning.plan_search import (
     search_plans,
     settings,
 )
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.units import HOUR, MIB
 from conf.key_help import key_help
 from conf.schemas.planning import PlanConfig, compose_plan, devices
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = find_base(plan.base)
         ranked, best = search_plans(training_settings(base), plan, predictor(base, plan))
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
     print(json.dumps(as_plain(ranked, best, plan), indent=2) if options.json else in_words(ranked, best, plan))
     return DONE

@@ -21,7 +21,7 @@ from client.data.metadata import EXAMPLE, METADATA, OnError, PictureFiles, raise
 from client.data.reading import WHITE
 from client.data.splits import SPLITS, check_depth, split_folders, split_of
 from client.data.stored_picture import MissingPicture, StoredPicture
-from common.errors import AntherError, refused
+from common.errors import AntherError, os_error
 from training.jobs import Picture
 
 __all__ = [
@@ -66,7 +66,7 @@ def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError 
             raise AntherError(f"{root}: no such folder; name the one that holds your pictures and {METADATA}")
         return _load(root, background, on_error)
     except OSError as error:
-        mistake = refused(error, root)
+        mistake = os_error(error, root)
     except AntherError as error:
         mistake = error
     on_error(mistake)

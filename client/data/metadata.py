@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.errors import AntherError, refused, shown
+from common.errors import AntherError, os_error, shorten
 
 METADATA = "metadata.jsonl"
 EXAMPLE = '{"file_name": "cat.jpg", "text": "my cat"}'
@@ -96,9 +96,9 @@ def read_captions(
                     file, caption = _parse_line(files, sheet, number, line)
                     target = os.path.realpath(root / file)
                     if file in caption_of or target in listed_as:
-                        same = "" if file in caption_of else f" (the same file as {shown(listed_as[target])}"
+                        same = "" if file in caption_of else f" (the same file as {shorten(listed_as[target])}"
                         raise AntherError(
-                            f"{sheet}:{number}: {shown(file)} is listed twice{same}; remove one of the lines"
+                            f"{sheet}:{number}: {shorten(file)} is listed twice{same}; remove one of the lines"
                         )
                     caption_of[file], listed_as[target] = caption, file
                 except AntherError as error:
@@ -136,7 +136,7 @@ def _check_all_captioned(
     line = f"has no caption{more}; add a line for it to {METADATA}, or move it elsewhere"
     if without[0].lower().endswith(UNSUPPORTED):
         line = f"has no caption{more}, and can't be read: save it as JPEG and add a line for that, or move it elsewhere"
-    raise AntherError(f"{files.root / shown(without[0])}: {line}")
+    raise AntherError(f"{files.root / shorten(without[0])}: {line}")
 
 
 def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
@@ -173,7 +173,7 @@ def _parse_line(files: PictureFiles, sheet: Path, number: int, line: str) -> tup
         raise AntherError(f"{where}: must be a JSON object like {EXAMPLE}") from None
     if not isinstance(file_name, str) or not file_name:
         raise AntherError(f"{where}: file_name must be the name of a picture")
-    name = shown(file_name)
+    name = shorten(file_name)
     if not isinstance(caption, str) or not caption.strip():
         raise AntherError(f'{where}: {name} has no caption; write one as "text"')
     try:
@@ -206,7 +206,7 @@ def _resolve(files: PictureFiles, beside: Path, file_name: str, where: str) -> s
         file_name: the name as listed.
         where: file and line, for messages.
     """
-    name, root = shown(file_name), files.root
+    name, root = shorten(file_name), files.root
     try:
         os.fsencode(file_name.encode().decode())
     except UnicodeEncodeError:
@@ -225,13 +225,13 @@ def _resolve(files: PictureFiles, beside: Path, file_name: str, where: str) -> s
         if status is None and (normalized := files.normalized(file)) is not None:
             file, status = normalized, _stat(root / normalized)
     except PermissionError as error:
-        raise refused(error, root / file) from error
+        raise os_error(error, root / file) from error
     except OSError as error:
         raise AntherError(f"{where}: {name} can't be a picture's name ({error.strerror})") from None
     if status is None:
         similar = files.similar(file)
         fix = (
-            f"write {shown(os.path.relpath(root / similar, beside))}"
+            f"write {shorten(os.path.relpath(root / similar, beside))}"
             if similar
             else "add the picture or remove the line"
         )

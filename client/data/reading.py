@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from common.errors import AntherError, refused
+from common.errors import AntherError, os_error
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +67,7 @@ def open_picture(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise refused(error, path) from error
+        raise os_error(error, path) from error
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from common.seeding import derive_seed
 
 SPLITS = ("train", "validation", "test")
@@ -91,10 +91,10 @@ def split_folders(root: Path, folders: Iterable[str]) -> dict[str, str]:
             folders_of.setdefault(split, []).append(name)
     for split, matches in folders_of.items():
         if len(matches) > 1:
-            raise AntherError(f"{root}: {' and '.join(map(shown, matches))} both look like {split}: keep one of them")
+            raise AntherError(f"{root}: {' and '.join(map(shorten, matches))} both look like {split}: keep one of them")
     ambiguous = {name: split for name in names if split_named(name) is None and (split := _possible_split(name))}
     if ambiguous and len({*ambiguous.values(), *folders_of}) > 1:
-        listed = ", ".join(map(shown, ambiguous))
+        listed = ", ".join(map(shorten, ambiguous))
         raise AntherError(f"{root}: {listed}: look like splits: rename folders to {', '.join(SPLITS)}")
     return {split: folders_of[split][0] for split in SPLITS if split in folders_of}
 
@@ -109,7 +109,7 @@ def check_depth(root: Path, files: Collection[str]) -> None:
         folders = PurePosixPath(file).parts[:-1]
         if any(split_named(folder) is not None for folder in folders):
             raise AntherError(
-                f"{root / shown(file)}: lies in a folder that looks like a split but is nested, or whose parent can't "
+                f"{root / shorten(file)}: lies in a folder that looks like a split but is nested, or whose parent can't "
                 f"be listed: move {', '.join(SPLITS)} directly into the folder that you name, and make it listable"
             )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from client.data.reading import WHITE, decode, open_picture
-from common.errors import AntherError, refused
+from common.errors import AntherError, os_error
 from training.jobs import Picture
 
 _verified: set[tuple[str, str]] = set()
@@ -72,4 +72,4 @@ def _digest(file: object, path: Path) -> str:
     try:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
-        raise refused(error, path) from error
+        raise os_error(error, path) from error

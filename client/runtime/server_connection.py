@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from client import paths
 from common import strict_json
 from common.atomic_files import write
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from protocol.handshake import Enrollment, ServerHello
 from protocol.messages import NEWEST
 from protocol.ticket import Ticket
@@ -229,9 +229,9 @@ def _fetch(client: httpx.Client, method: str, path: str, address: str, **argumen
                 f"{address}: this is not the server that this device was enrolled with, or its certificate has "
                 f"expired or is for another name ({error}): ask its operator for a new ticket"
             ) from error
-        raise ServerUnavailable(f"{address}: no response ({shown(error)})") from error
+        raise ServerUnavailable(f"{address}: no response ({shorten(error)})") from error
     if response.status in (502, 503, 504):
-        raise ServerUnavailable(f"{address}: {shown(response.text, 200)}")
+        raise ServerUnavailable(f"{address}: {shorten(response.text, 200)}")
     if response.status == 401:
         raise Unauthorized(f"{address}: {_reason(response)}")
     if response.status != 200:
@@ -283,7 +283,7 @@ def _with_deadline(seconds: float, client: httpx.Client, work: Callable[[], _Res
 def _reason(response: _Response) -> str:
     """Return the server's reason for a refusal."""
     try:
-        return shown(strict_json.loads(response.text)["error"], 400)
+        return shorten(strict_json.loads(response.text)["error"], 400)
     except (ValueError, KeyError, TypeError):
         return f"answered {response.status}: is an Anther server there?"
 
@@ -293,7 +293,7 @@ def _parse_hello(text: str) -> ServerHello:
     try:
         return strict_json.from_plain(ServerHello, strict_json.loads(text))
     except ValueError as error:
-        reason = shown(error)
+        reason = shorten(error)
         raise AntherError(
             f"the server's response can't be read ({reason}): update Anther on the device or on the server"
         ) from error

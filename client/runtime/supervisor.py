@@ -25,7 +25,7 @@ from client.runtime import server_connection
 from client.runtime.server_connection import ServerConnection, ServerUnavailable
 from common import low_memory, processes, strict_json
 from common.atomic_files import make_folder
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.file_lock import exclusive
 from common.flower import environment
 from common.processes import end_with_parent
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(compose(words, paths.config_file()))
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
     except (SignalReceived, KeyboardInterrupt):
         pass

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.moved_commands import refuse_key_value
 from models.families.checkpoint import recognize
 from models.files import assets, loading
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out.expanduser()
         digest = pack(options.base, out, options.weights)
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in out.glob(f"*/{FILE}"))
     print(f"{out}: {size / 1e6:.0f} MB, weights={options.weights}, base {digest[:12]}")

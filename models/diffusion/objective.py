@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
@@ -39,7 +39,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise AntherError(
-                f"scheduler predicts {shown(repr(self.prediction))}: only {', '.join(PREDICTIONS)} are supported"
+                f"scheduler predicts {shorten(repr(self.prediction))}: only {', '.join(PREDICTIONS)} are supported"
             )
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.moved_commands import refuse_key_value
 from models.families.checkpoint import recognize
 from models.files import assets
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out, adapter = options.out.expanduser(), options.adapter.expanduser()
         digest = write_fused(options.base, adapter, out)
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     print(f"{out}: fused {adapter}, base {digest[:12]}")
     return 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from models.diffusion.objective import Schedule
 from models.families import encoders
 from models.families.checks import check
@@ -105,7 +105,7 @@ def recognize(folder: Path) -> Checkpoint:
     index = _json(folder, folder / "model_index.json")
     name = str(index.get("_class_name"))
     if name not in FAMILIES:
-        raise AntherError(f"base {folder}: holds a {shown(name)}: only {', '.join(FAMILIES)} are supported")
+        raise AntherError(f"base {folder}: holds a {shorten(name)}: only {', '.join(FAMILIES)} are supported")
     family = FAMILIES[name]
     parts = _parts(folder, index)
     for part in (family.network, "vae", "scheduler", *family.encoders):
@@ -116,12 +116,12 @@ def recognize(folder: Path) -> Checkpoint:
         library = "transformers" if part in family.encoders else "diffusers"
         if index[part][0] != library:
             raise AntherError(
-                f"base {folder}: its {part} is from {shown(index[part][0])}: only parts from {library} are supported"
+                f"base {folder}: its {part} is from {shorten(index[part][0])}: only parts from {library} are supported"
             )
     for part, kinds in ((family.network, (family.kind,)), ("vae", _VAES)):
         if parts[part] not in kinds:
             raise AntherError(
-                f"base {folder}: its {part} is a {shown(parts[part])}: only {', '.join(kinds)} is supported"
+                f"base {folder}: its {part} is a {shorten(parts[part])}: only {', '.join(kinds)} is supported"
             )
     required = bool(index.get("requires_safety_checker", False))
     checkpoint = Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
@@ -140,7 +140,7 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
             continue  # a setting
         if len(entry) != 2 or not all(value is None or isinstance(value, str) for value in entry):
             raise AntherError(
-                f"base {folder}: model_index.json has {shown(part)}={shown(entry)}: must be [library, class]"
+                f"base {folder}: model_index.json has {shorten(part)}={shorten(entry)}: must be [library, class]"
             )
         if entry[1]:
             parts[part] = entry[1]

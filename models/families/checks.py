@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from models.families.family import Family
 from models.quantization.packed import class_of
 
@@ -58,7 +58,7 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
         _check_integer(part, network, "time_cond_proj_dim", 4, _CHANNELS)
     latents = family.latents(network)
     if (stated := network.get("sample_size")) is not None and not 1 <= (latents.side or 0) <= _SIDE:
-        raise AntherError(f"{part} has sample_size={shown(stated)}: must be one whole number, 1 to {_SIDE} latents")
+        raise AntherError(f"{part} has sample_size={shorten(stated)}: must be one whole number, 1 to {_SIDE} latents")
     _check_vae(f"base {folder}: its vae", vae)
     latent = latents.channels
     _check_statistics(f"base {folder}: its vae", vae, latent, family)
@@ -66,12 +66,12 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
     if latent != given:
         kind = " (one for inpainting?)" if latent > given else ""
         raise AntherError(
-            f"{part} takes latents of {latent} channels{kind} and its vae makes {shown(given)}: only text to image"
+            f"{part} takes latents of {latent} channels{kind} and its vae makes {shorten(given)}: only text to image"
         )
     output = network.get("out_channels")
     if output is not None and output not in (channels, 2 * channels):  # twice: it predicts its variance too
         raise AntherError(
-            f"{part} takes {channels} channels and makes {shown(output)}: only text to image is supported"
+            f"{part} takes {channels} channels and makes {shorten(output)}: only text to image is supported"
         )
 
 
@@ -85,7 +85,9 @@ def _check_types(part: str, config: Mapping[str, Any], kind: str) -> None:
         if expected and (
             not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool))
         ):
-            raise AntherError(f"{part} has {key}={shown(value)}, but {kind} has {default} by default: correct its type")
+            raise AntherError(
+                f"{part} has {key}={shorten(value)}, but {kind} has {default} by default: correct its type"
+            )
 
 
 def _check_bounds(part: str, config: Mapping[str, Any]) -> None:
@@ -95,13 +97,13 @@ def _check_bounds(part: str, config: Mapping[str, Any]) -> None:
             if isinstance(number, list):
                 _check_bounds(part, {key: number})
             elif isinstance(number, int | float) and not abs(number) <= (_LAYERS if "layers" in key else _LARGEST):
-                raise AntherError(f"{part} has {key}={shown(value)}: not plausible: copy its config.json again")
+                raise AntherError(f"{part} has {key}={shorten(value)}: not plausible: copy its config.json again")
 
 
 def _check_vae(part: str, vae: Mapping[str, Any]) -> None:
     blocks = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 10:
-        raise AntherError(f"{part} has block_out_channels={shown(blocks)}: must be the channels of 1 to 10 levels")
+        raise AntherError(f"{part} has block_out_channels={shorten(blocks)}: must be the channels of 1 to 10 levels")
     for key in ("in_channels", "latent_channels"):
         if key in vae:
             _check_integer(part, vae, key, 1, _CHANNELS)
@@ -111,7 +113,7 @@ def _check_vae(part: str, vae: Mapping[str, Any]) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not no_shift and not (is_number and abs(value) <= _LARGEST):
             raise AntherError(
-                f"{part} has {key}={shown(value)}: must be a number (SD 1 and 2 have 0.18215, SDXL 0.13025)"
+                f"{part} has {key}={shorten(value)}: must be a number (SD 1 and 2 have 0.18215, SDXL 0.13025)"
             )
     if vae.get("scaling_factor") == 0:
         raise AntherError(f"{part} has scaling_factor=0: latents would all be zero")
@@ -127,14 +129,14 @@ def _check_statistics(part: str, vae: Mapping[str, Any], channels: int, family: 
         complete = isinstance(values, list) and len(values) == channels
         if not complete or not all(isinstance(v, int | float) and abs(v) <= _LARGEST for v in values or ()):
             raise AntherError(
-                f"{part} has {key}={shown(values)}: must be {channels} numbers, with both a mean and a deviation"
+                f"{part} has {key}={shorten(values)}: must be {channels} numbers, with both a mean and a deviation"
             )
     if stated and not all(value > 0 for value in vae["latents_std"]):
-        raise AntherError(f"{part} has latents_std={shown(vae['latents_std'])}: must be over 0")
+        raise AntherError(f"{part} has latents_std={shorten(vae['latents_std'])}: must be over 0")
 
 
 def _check_integer(part: str, config: Mapping[str, Any], key: str, minimum: int, maximum: int) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        raise AntherError(f"{part} has {key}={shown(value)}: must be a whole number, {minimum} to {maximum}")
+        raise AntherError(f"{part} has {key}={shorten(value)}: must be a whole number, {minimum} to {maximum}")
     return value

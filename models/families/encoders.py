@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from models.families import sentencepiece
 from models.files import loading
 
@@ -46,7 +46,7 @@ def load(folder: Path, names: tuple[str, ...], classes: Mapping[str, str], *, em
         supported = TOKENIZERS if name.startswith("tokenizer") else TEXT_ENCODERS
         if classes[name] not in supported:
             raise AntherError(
-                f"base {folder}: its {name} is a {shown(classes[name])}: only {', '.join(supported)} are supported"
+                f"base {folder}: its {name} is a {shorten(classes[name])}: only {', '.join(supported)} are supported"
             )
         kind = getattr(transformers, classes[name])
         if supported is TOKENIZERS:
@@ -84,7 +84,7 @@ def _match(tokenizer: Any, encoder: Any, folder: Path) -> None:
         )
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or not longest >= 1:
-        raise AntherError(f"{folder}: its tokenizer's model_max_length={shown(longest)}: must be over 0")
+        raise AntherError(f"{folder}: its tokenizer's model_max_length={shorten(longest)}: must be over 0")
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions is not None:
         tokenizer.model_max_length = int(min(longest, positions))

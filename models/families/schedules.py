@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import AntherError, shown
+from common.errors import AntherError, shorten
 from models.diffusion.objective import Schedule, diffusion, rectified_flow
 
 _BETAS = (
@@ -45,7 +45,7 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
     length = config.get("num_train_timesteps", 1000)
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= _LONGEST:
         raise AntherError(
-            f"scheduler {shown(name)}: num_train_timesteps={shown(length)}: must be a whole number, 1 to {_LONGEST}"
+            f"scheduler {shorten(name)}: num_train_timesteps={shorten(length)}: must be a whole number, 1 to {_LONGEST}"
         )
     if name in _FLOWS:
         if config.get("use_dynamic_shifting"):
@@ -58,13 +58,13 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
         shift = _number({**config, "flow_shift": config.get("flow_shift") or 1.0}, "flow_shift", 1.0)
         return rectified_flow(length, trained_shift=shift, shift=shift, logit_normal=logit_normal)
     if "beta_start" not in config:
-        raise AntherError(f"scheduler {shown(name)}: neither a diffusion with betas nor a rectified flow")
+        raise AntherError(f"scheduler {shorten(name)}: neither a diffusion with betas nor a rectified flow")
     if config.get("trained_betas") is None:
         for key in ("beta_start", "beta_end"):
             _number(config, key, 0.01, maximum=1.0)
         if (kind := config.get("beta_schedule", "linear")) not in _BETA_SCHEDULES:
             raise AntherError(
-                f"scheduler {shown(name)}: beta_schedule={shown(kind)}: only {', '.join(_BETA_SCHEDULES)} are supported"
+                f"scheduler {shorten(name)}: beta_schedule={shorten(kind)}: only {', '.join(_BETA_SCHEDULES)} are supported"
             )
     else:
         _check_betas(name, config["trained_betas"])
@@ -74,7 +74,7 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
     signal = float(scheduler.alphas_cumprod.min()) ** 0.5
     if prediction == "epsilon" and not signal >= _MIN_SIGNAL:
         raise AntherError(
-            f"scheduler {shown(name)}: prediction_type=epsilon with zero terminal signal (rescale_betas_zero_snr): "
+            f"scheduler {shorten(name)}: prediction_type=epsilon with zero terminal signal (rescale_betas_zero_snr): "
             "such bases predict v; set prediction_type=v_prediction if this one does"
         )
     return diffusion(scheduler.alphas_cumprod, prediction)
@@ -83,7 +83,7 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
 def _check_betas(name: Any, betas: Any) -> None:
     valid = isinstance(betas, list) and 1 <= len(betas) <= _LONGEST
     if not valid or not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas):
-        raise AntherError(f"scheduler {shown(name)}: trained_betas: must be 1 to {_LONGEST} numbers between 0 and 1")
+        raise AntherError(f"scheduler {shorten(name)}: trained_betas: must be 1 to {_LONGEST} numbers between 0 and 1")
 
 
 def _number(config: Mapping[str, Any], key: str, default: float, *, maximum: float = 1e3) -> float:
@@ -91,7 +91,7 @@ def _number(config: Mapping[str, Any], key: str, default: float, *, maximum: flo
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= maximum:
         raise AntherError(
-            f"scheduler {config.get('_class_name')}: {key}={shown(value)}: must be over 0 and at most {maximum:g}"
+            f"scheduler {config.get('_class_name')}: {key}={shorten(value)}: must be over 0 and at most {maximum:g}"
         )
     return value
 

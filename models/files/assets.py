@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import REPORTED_ERRORS, AntherError, refused, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error, os_error
 from models.files import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # suffixes that count; cards and images don't
@@ -122,7 +122,7 @@ def _seed(name: str, path: str, sha256: str, stored: Path) -> None:
     try:
         _copy(source, stored)
     except OSError as error:
-        raise AntherError(f"{refused(error, stored)}; set ANTHER_HOME to another folder") from error
+        raise AntherError(f"{os_error(error, stored)}; set ANTHER_HOME to another folder") from error
 
 
 def _copy(source: Path, stored: Path) -> None:
@@ -168,7 +168,7 @@ def main() -> int:
         for asset in _manifest():
             print(f"{asset}: {locate(asset)}")
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import AntherError, shown, summary
+from common.errors import AntherError, shorten, summary
 
 NETWORK, ENCODER = "diffusion_pytorch_model", "model"  # weight file stems of diffusers and of transformers
 
@@ -141,16 +141,16 @@ def _check_encoder(kind: Any, folder: Path) -> None:
         raise AntherError(f"{folder / 'config.json'}: can't be read ({summary(error)}): copy it again") from error
     expected, given = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
     if given != expected:  # for another model type the libraries build one of default size, gigabytes large
-        raise AntherError(f"{folder / 'config.json'}: model_type={shown(given)}: must be {expected}: copy it again")
+        raise AntherError(f"{folder / 'config.json'}: model_type={shorten(given)}: must be {expected}: copy it again")
     if "quantization_config" in config:
         raise AntherError(f"{folder}: is quantized: give the text encoder in full precision")
     for key, value in _entries(config):
         limit = _LAYERS if "layers" in key else _LARGEST
         if isinstance(value, int | float) and not abs(value) <= limit:
-            raise AntherError(f"{folder / 'config.json'}: {key}={shown(value)}: not plausible for a text encoder")
+            raise AntherError(f"{folder / 'config.json'}: {key}={shorten(value)}: not plausible for a text encoder")
         if key.endswith("attn_implementation") and value is not None and value not in _ATTENTION:
             raise AntherError(
-                f"{folder / 'config.json'}: {key}={shown(value)}: only {' and '.join(_ATTENTION)} are allowed"
+                f"{folder / 'config.json'}: {key}={shorten(value)}: only {' and '.join(_ATTENTION)} are allowed"
             )
 
 

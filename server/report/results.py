@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from common import atomic_files
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from conf.compose import compose
 from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base, load
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(write_run_results(options.folder or _newest()))
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
     return DONE
 

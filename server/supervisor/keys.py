@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from common.errors import REPORTED_ERRORS, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from conf.schemas.server import ServerConfig
 from protocol.ticket import Ticket
 from server.gateway import pki
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_run(server_dir.of(options.folder), options))
     except REPORTED_ERRORS as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
     return DONE
 

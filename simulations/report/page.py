@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from common.errors import shown
+from common.errors import shorten
 from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
 from server.report import totals
@@ -120,8 +120,8 @@ def gallery_row(
         name=person.name,
         kind={"hand": "handwriting", "individual": "individual design"}.get(person.kind, "own pictures"),
         given=[thumbnail(picture.at_least(SIDE)) for picture in training],
-        given_captions=[shown(picture.caption) for picture in training],
-        captions=[shown(caption) for caption in shown_arms.captions],
+        given_captions=[shorten(picture.caption) for picture in training],
+        captions=[shorten(caption) for caption in shown_arms.captions],
         arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in shown_arms.arms.items()},
         training_count=len(person.pictures.train),
     )

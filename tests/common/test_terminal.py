@@ -8,7 +8,7 @@ import sqlite3
 
 import pytest
 
-from common.errors import AntherError, one_line, refused, shown, told
+from common.errors import AntherError, describe_error, one_line, os_error, shorten
 from common.terminal import use_plain_output
 
 
@@ -31,7 +31,7 @@ def test_every_encoding_prints(encoding: str, printed: str, monkeypatch: pytest.
 def test_errors_are_one_line() -> None:
     assert str(AntherError("a\nb\x1b[2J\ud83dc")) == "a b\\x1b[2J\\ud83dc"
     assert one_line("Größe 写真 x") == "Größe 写真 x"
-    assert len(shown("x" * 1000)) < 200
+    assert len(shorten("x" * 1000)) < 200
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_errors_are_one_line() -> None:
 def test_what_the_system_refuses_is_named(number: int, words: str) -> None:
     import os
 
-    line = str(refused(OSError(number, os.strerror(number), "/some/place")))
+    line = str(os_error(OSError(number, os.strerror(number), "/some/place")))
     assert line.startswith("/some/place: ")
     assert words in line
 
 
 def test_a_database_too() -> None:
-    assert "disk full" in told(sqlite3.OperationalError("database or disk is full")).replace(
+    assert "disk full" in describe_error(sqlite3.OperationalError("database or disk is full")).replace(
         "is its disk full", "disk full"
     )
