@@ -218,11 +218,11 @@ class Gateway:
         if [kind.partition(";")[0].strip() for kind in kinds] != [PROTOBUF] or "content-encoding" in request.headers:
             raise hostile("a request of another content type", MALFORMED)
         length = request.headers.get("content-length", "")
-        size = int(length) if length.isdecimal() and len(length) < 12 else call.most
-        if size > call.most:
-            raise hostile(f"a request of more than {call.most} bytes", TOO_LARGE)
+        size = int(length) if length.isdecimal() and len(length) < 12 else call.max_bytes
+        if size > call.max_bytes:
+            raise hostile(f"a request of more than {call.max_bytes} bytes", TOO_LARGE)
         with self.budget.reserve_memory(key, size):
-            body = await read_body(request, call.most)
+            body = await read_body(request, call.max_bytes)
         try:
             message = call.request.FromString(body)
         except DecodeError:
@@ -282,12 +282,12 @@ class _Enrolled:
             await refusal_response(refusal, request)(scope, receive, send)
 
 
-def check_version(theirs: int) -> None:
+def check_version(device_version: int) -> None:
     """Raise AntherError, naming the side that must update, if device and server share no protocol version."""
-    if theirs < messages.OLDEST:
+    if device_version < messages.OLDEST:
         raise AntherError(
-            f"this server speaks protocol {messages.OLDEST} and later, and the device {theirs}: update Anther on the "
-            "device (pip install --upgrade anther)"
+            f"this server speaks protocol {messages.OLDEST} and later, and the device {device_version}: update Anther "
+            "on the device (pip install --upgrade anther)"
         )
 
 

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     path: str
     request: type[Message]
     response: type[Message]
-    most: int = _SMALL
+    max_bytes: int = _SMALL
     """Largest request body, in bytes."""
 
 

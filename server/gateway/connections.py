@@ -42,7 +42,7 @@ class Connection:
     """Start of the phase."""
     end: Callable[[], None]
     phase: ConnectionPhase = ConnectionPhase.HEAD
-    moved: float = 0.0
+    last_progress: float = 0.0
     """Time of the last byte received or sent."""
     bytes: int = 0
     """Bytes received of the current request."""
@@ -59,7 +59,7 @@ class Connection:
     def enter(self, phase: ConnectionPhase, now: float) -> None:
         """Begin to wait for another event."""
         if phase is not self.phase:
-            self.phase, self.since, self.moved, self.bytes = phase, now, now, 0
+            self.phase, self.since, self.last_progress, self.bytes = phase, now, now, 0
 
 
 def network(address: Any) -> str:
@@ -93,7 +93,7 @@ class ConnectionTable:
     total: int = 0
     """Maximum number of connections; 0: derived from the settings and the limit on open files."""
     _open: dict[Any, Connection] = field(default_factory=dict)
-    _strangers: Counter[str] = field(default_factory=Counter)  # unauthenticated connections by network
+    _unauthenticated: Counter[str] = field(default_factory=Counter)  # unauthenticated connections by network
 
     def __post_init__(self) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -109,15 +109,15 @@ class ConnectionTable:
         A device authenticates within a fraction of a second, so an unauthenticated connection makes room, also for
         devices behind the same address.
         """
-        where, now, key = network(address), self.clock(), _key(address)
+        source, now, key = network(address), self.clock(), _key(address)
         if key in self._open:
             return False
-        if self._strangers[where] >= self.settings.connections_per_address and not self._evict(where, now):
+        if self._unauthenticated[source] >= self.settings.connections_per_address and not self._evict(source, now):
             return False
-        if len(self._open) >= self.total and not self._evict(self._most(), now):
+        if len(self._open) >= self.total and not self._evict(self._busiest_network(), now):
             return False
-        self._open[key] = Connection(address, now, now, end, moved=now)
-        self._strangers[where] += 1
+        self._open[key] = Connection(address, now, now, end, last_progress=now)
+        self._unauthenticated[source] += 1
         return True
 
     def get(self, address: Any) -> Connection | None:
@@ -130,7 +130,7 @@ class ConnectionTable:
         if connection is None or connection.key == key:
             return
         if connection.key is None:
-            self._forget_stranger(connection)
+            self._uncount(connection)
         connection.key = key
         same = [other for other in self._open.values() if other.key == key]
         if len(same) > _PER_KEY:
@@ -140,7 +140,7 @@ class ConnectionTable:
         """Forget a connection that has been closed."""
         connection = self._open.pop(_key(address), None)
         if connection is not None and connection.key is None:
-            self._forget_stranger(connection)
+            self._uncount(connection)
 
     def sweep(self) -> None:
         """Close connections that are too slow."""
@@ -152,8 +152,8 @@ class ConnectionTable:
     def _is_late(self, connection: Connection, now: float) -> bool:
         unsent = connection.unsent()
         if unsent != connection.left:
-            connection.left, connection.moved = unsent, now
-        quiet = now - connection.moved > self.settings.idle_seconds
+            connection.left, connection.last_progress = unsent, now
+        quiet = now - connection.last_progress > self.settings.idle_seconds
         if unsent:
             if connection.phase is ConnectionPhase.HEAD:
                 connection.since = now  # the wait for the next head starts when this answer has been sent
@@ -166,14 +166,14 @@ class ConnectionTable:
             return quiet or slow
         return False
 
-    def _most(self) -> str:
+    def _busiest_network(self) -> str:
         """Return the network with the most unauthenticated connections."""
-        return next((where for where, _ in self._strangers.most_common(1)), "")
+        return next((source for source, _ in self._unauthenticated.most_common(1)), "")
 
-    def _evict(self, where: str, now: float) -> bool:
+    def _evict(self, source: str, now: float) -> bool:
         """Close a network's oldest unauthenticated connection; False if all of them are too new to be closed."""
         for connection in self._open.values():  # in order of arrival
-            if connection.key is None and connection.network == where:
+            if connection.key is None and connection.network == source:
                 if now - connection.opened < _MIN_AGE:
                     return False
                 connection.end()
@@ -181,10 +181,10 @@ class ConnectionTable:
                 return True
         return False
 
-    def _forget_stranger(self, connection: Connection) -> None:
-        self._strangers[connection.network] -= 1
-        if self._strangers[connection.network] <= 0:
-            del self._strangers[connection.network]
+    def _uncount(self, connection: Connection) -> None:
+        self._unauthenticated[connection.network] -= 1
+        if self._unauthenticated[connection.network] <= 0:
+            del self._unauthenticated[connection.network]
 
 
 class Accepted(socket.socket):

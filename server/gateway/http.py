@@ -16,18 +16,18 @@ from server.gateway.superlink_client import PROTOBUF
 _PIECE = 64 << 10  # bytes of an answer written at once: the most that a slow connection buffers
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read a request's body.
 
     Raises:
-        RequestRefused: the body has more than `most` bytes, or the connection broke.
+        RequestRefused: the body has more than `max_bytes` bytes, or the connection broke.
     """
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > most:
-                raise hostile(f"a request of more than {most} bytes", TOO_LARGE)
+            if len(body) > max_bytes:
+                raise hostile(f"a request of more than {max_bytes} bytes", TOO_LARGE)
     except ClientDisconnect:
         raise RequestRefused(MALFORMED, "cut off") from None
     return bytes(body)

@@ -82,8 +82,8 @@ class RequestBudget:
         Raises:
             RequestRefused: other bodies use all memory, or the body exceeds the key's share and isn't its only one.
         """
-        most, own = self._settings.request_memory_mib * 2**20, self._reserved[key]
-        if self._reserved.total() + size > most or (own and own + size > most * SHARE):
+        limit, own = self._settings.request_memory_mib * 2**20, self._reserved[key]
+        if self._reserved.total() + size > limit or (own and own + size > limit * SHARE):
             raise RequestRefused(LATER, "the server is busy")
         self._reserved[key] += size
         try:
@@ -94,10 +94,10 @@ class RequestBudget:
                 del self._reserved[key]
 
     def _refilled(self, key: str) -> _Bucket:
-        most, now = float(self._settings.requests_per_minute), self._clock()
+        limit, now = float(self._settings.requests_per_minute), self._clock()
         if len(self._buckets) > _MAX_KEYS:
             self._buckets = {name: bucket for name, bucket in self._buckets.items() if now - bucket.at < 60.0}
-        bucket = self._buckets.setdefault(key, _Bucket(most, now))
-        bucket.left = min(most, bucket.left + (now - bucket.at) * most / 60.0)
+        bucket = self._buckets.setdefault(key, _Bucket(limit, now))
+        bucket.left = min(limit, bucket.left + (now - bucket.at) * limit / 60.0)
         bucket.at = now
         return bucket

@@ -41,7 +41,7 @@ class WatchedProtocol(H11Protocol):
         super().data_received(data)
         if self.watched is not None:
             self._note()
-            self.watched.moved = self.admitted.clock()
+            self.watched.last_progress = self.admitted.clock()
             self.watched.bytes += len(data)
 
     def on_response_complete(self) -> None:

@@ -55,11 +55,11 @@ class TreeObject(NamedTuple):
     children: frozenset[str]
 
 
-def tree_objects(tree: ObjectTree, most: int) -> dict[str, TreeObject]:
+def tree_objects(tree: ObjectTree, max_objects: int) -> dict[str, TreeObject]:
     """List the objects that a tree names, children before their parents.
 
     Args:
-        most: maximum number of names in the tree, repetitions counted.
+        max_objects: maximum number of names in the tree, repetitions counted.
 
     Raises:
         RequestRefused: none of our replies has such a tree.
@@ -70,8 +70,8 @@ def tree_objects(tree: ObjectTree, most: int) -> dict[str, TreeObject]:
     while waiting:
         node, depth = waiting.pop()
         order.append((node, depth))
-        if len(order) + len(waiting) + len(node.children) > most:
-            raise hostile(f"a reply of more than {most} objects")
+        if len(order) + len(waiting) + len(node.children) > max_objects:
+            raise hostile(f"a reply of more than {max_objects} objects")
         if depth == _DATA and node.children:
             raise hostile("a tree of objects that is too deep")
         waiting += [(child, depth + 1) for child in node.children]

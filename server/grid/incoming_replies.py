@@ -18,11 +18,11 @@ class IncomingReplies:
     indefinitely by withholding one object.
 
     Args:
-        most: maximum number of objects in a reply.
+        max_objects: maximum number of objects in a reply.
     """
 
-    def __init__(self, grid: RuntimeGrid, *, most: int) -> None:
-        self._grid, self._most = grid, most
+    def __init__(self, grid: RuntimeGrid, *, max_objects: int) -> None:
+        self._grid, self._max_objects = grid, max_objects
         self._heads: dict[str, ReplyHead] = {}  # by the id of the message that each answers
 
     def poll_heads(self, identifiers: Collection[str]) -> Mapping[str, Exception]:
@@ -35,7 +35,7 @@ class IncomingReplies:
         if not unknown:
             return {}
         try:
-            self._keep(self._grid.heads(unknown, most=self._most), unknown)
+            self._keep(self._grid.heads(unknown, max_objects=self._max_objects), unknown)
         except httpx.TransportError:
             raise
         except Exception:  # one invalid reply fails the whole call: ask for each separately
@@ -55,8 +55,8 @@ class IncomingReplies:
         """
         head = self._heads[identifier]
         try:
-            if len(head.objects) > self._most:
-                raise ValueError(f"it has more than {self._most} objects")
+            if len(head.objects) > self._max_objects:
+                raise ValueError(f"it has more than {self._max_objects} objects")
             contents: dict[str, bytes] = {}
             for name in head.objects:
                 content = self._grid.object(name)
@@ -88,7 +88,7 @@ class IncomingReplies:
         errors: dict[str, Exception] = {}
         for name in identifiers:
             try:
-                self._keep(self._grid.heads([name], most=self._most), [name])
+                self._keep(self._grid.heads([name], max_objects=self._max_objects), [name])
             except httpx.TransportError:
                 raise
             except Exception as error:

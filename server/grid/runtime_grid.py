@@ -81,16 +81,16 @@ class RuntimeGrid(HttpGrid):
             raise ValueError("the SuperLink did not accept the message")
         return identifier
 
-    def heads(self, identifiers: Iterable[str], *, most: int) -> Iterator[ReplyHead]:
+    def heads(self, identifiers: Iterable[str], *, max_objects: int) -> Iterator[ReplyHead]:
         """Yield heads of the replies that have arrived for these messages, each once.
 
         Args:
-            most: maximum number of object ids listed per reply.
+            max_objects: maximum number of object ids listed per reply.
         """
         response = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(identifiers)))
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             meta = message.metadata
-            yield ReplyHead(meta.reply_to_message_id, meta.message_id, object_ids(tree, most + 1))
+            yield ReplyHead(meta.reply_to_message_id, meta.message_id, object_ids(tree, max_objects + 1))
 
     def object(self, identifier: str) -> bytes | None:
         """Return the content of an object; None if it has not been sent yet.
@@ -123,11 +123,11 @@ def unpack(head: ReplyHead, contents: dict[str, bytes]) -> Message:
     return message
 
 
-def object_ids(tree: ObjectTree, most: int) -> tuple[str, ...]:
-    """Return ids of a tree's objects, the outermost first, at most `most`."""
+def object_ids(tree: ObjectTree, max_objects: int) -> tuple[str, ...]:
+    """Return ids of a tree's objects, the outermost first, at most `max_objects`."""
     ids: dict[str, None] = {}
     waiting = [tree]
-    while waiting and len(ids) < most:
+    while waiting and len(ids) < max_objects:
         node = waiting.pop()
         ids[node.object_id] = None
         waiting.extend(node.children)

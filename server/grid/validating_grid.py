@@ -87,7 +87,9 @@ class ValidatingGrid(ForwardingGrid):
     def __init__(self, grid: Grid, *, largest: int, poll: float = _POLL) -> None:
         self._calls = RuntimeGrid(grid) if isinstance(grid, HttpGrid) else None
         super().__init__(self._calls or grid)
-        self._arrivals = IncomingReplies(self._calls, most=_OBJECTS + 2 * largest // CHUNK) if self._calls else None
+        self._arrivals = (
+            IncomingReplies(self._calls, max_objects=_OBJECTS + 2 * largest // CHUNK) if self._calls else None
+        )
         self._poll = poll
         self._memory = _MEMORY + _COPIES * largest
         self._pending: dict[str, Message] = {}  # messages without a reply, by message id

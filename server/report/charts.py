@@ -95,32 +95,32 @@ def line_chart(
     )
 
 
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return round values that enclose [low, high].
 
     Args:
         low: smallest value.
         high: largest value.
-        about: approximate number of ticks.
+        count: approximate number of ticks.
     """
     if high <= low:
         low, high = (0.0, high) if high > 0 else (low - 1, low + 1)
-    raw = (high - low) / about
+    raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * (1 - 1e-9))
     start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(start, stop + 1)]
 
 
-def whole_ticks(low: int, high: int, most: int = 8) -> list[int]:
+def whole_ticks(low: int, high: int, max_steps: int = 8) -> list[int]:
     """Return evenly spaced integers.
 
     Args:
         low: first integer.
         high: largest integer.
-        most: maximum number of steps between them.
+        max_steps: maximum number of steps between them.
     """
-    step = max(1, math.ceil((high - low) / most))
+    step = max(1, math.ceil((high - low) / max_steps))
     return list(range(low, high + 1, step))
 
 

@@ -225,7 +225,7 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     slowest = f"the slowest device of each round, {quality}"
     noised = [LineSeries("gain", [row["gain"] for row in rounds], "shared")]
     errors = [row["gain_error"] for row in rounds if row["gain_error"] is not None]
-    drawn = [
+    figures = [
         chart("Validation loss", f"trimmed mean over devices{best}", loss, formatting.number, from_zero=False),
         chart(
             "Gain on validation, noised",
@@ -250,15 +250,15 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     if rounds[-1].get("hours") is not None:
         hours = [LineSeries("time", [row["hours"] for row in rounds], "ink")]
         note = "on the fleet's clock, at the end of each round"
-        drawn[3] = chart("Simulated time", note, hours, lambda value: f"{formatting.short(value)} h")
+        figures[3] = chart("Simulated time", note, hours, lambda value: f"{formatting.short(value)} h")
     spent = [
         LineSeries(f"per {unit}", [row.get(key) for row in rounds], tone)
         for key, unit, tone in (("epsilon", "image", "personal"), ("device_epsilon", "device", "shared"))
         if any(row.get(key) is not None for row in rounds)
     ]
     if spent:
-        drawn.insert(2, chart("ε so far", "the largest of any device", spent, formatting.short))
-    return [figure for figure in drawn if figure.svg]  # without measurements, or all hidden in noise
+        figures.insert(2, chart("ε so far", "the largest of any device", spent, formatting.short))
+    return [figure for figure in figures if figure.svg]  # without measurements, or all hidden in noise
 
 
 def span(counts: Sequence[int]) -> str:

@@ -107,8 +107,8 @@ def write_results(
     atomic_files.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     page = folder / "report.html"
     secret = config.cohort.sampling_rate is not None and config.privacy.of_devices
-    shown = {} if secret else state.devices
-    devices = [totals.device_row(name, "", metrics, {}) for name, metrics in sorted(shown.items())]
+    device_stats = {} if secret else state.devices
+    devices = [totals.device_row(name, "", metrics, {}) for name, metrics in sorted(device_stats.items())]
     write(
         Report(
             title=f"{summary['clients']} {'device' if summary['clients'] == 1 else 'devices'} trained together",

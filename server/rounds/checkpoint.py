@@ -113,7 +113,7 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != manifest.get(name):
                 raise AntherError(f"{path / name} was changed after it was written (SHA-256 differs)")
-        saved = strict_json.from_plain(_Saved, _of_today(strict_json.loads(files[_STATE])))
+        saved = strict_json.from_plain(_Saved, _in_present_form(strict_json.loads(files[_STATE])))
         return RunState(
             run=saved.run,
             private=saved.private,
@@ -131,7 +131,7 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
         raise AntherError(f"{path}: {_MANIFEST} or {_STATE} is damaged ({error}): {fix}") from error
 
 
-def _of_today(state: Any) -> Any:
+def _in_present_form(state: Any) -> Any:
     """Add the fields that a checkpoint of an earlier release doesn't have, as unknown."""
     if not isinstance(state, dict) or not isinstance(state.get("history"), list):
         return state  # `from_plain` reports the error

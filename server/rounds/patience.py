@@ -89,18 +89,21 @@ class RoundRetries:
         self._tries += 1
         for reason, count in train.dropped.items() if train else ():
             self._reasons[reason] = self._reasons.get(reason, 0) + count
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(self._reasons.items())) or "no device to ask"
+        reasons = (
+            ", ".join(f"{count} {reason}" for reason, count in sorted(self._reasons.items())) or "no device to ask"
+        )
         if now - self._since >= self.hours * HOUR:
             raise AntherError(
                 f"round {number} had no {quorum} accepted replies in {self._tries} tries over {self.hours:g} hours "
-                f"({why}). The run stops unfinished: check the devices' logs, and start the server again to continue"
+                f"({reasons}). The run stops unfinished: check the devices' logs, and start the server again to "
+                "continue"
             )
         pause = min(_LONG, _SHORT * 2 ** min(self._tries - 1, 10))
         log.warning(
             "round %d: %s (%s), %d needed: it doesn't count; retrying in %.0f s",
             number,
             f"{train.replied} accepted replies of {train.asked}" if train else "no replies",
-            why,
+            reasons,
             quorum,
             pause,
         )

@@ -292,8 +292,8 @@ def _write_results(folder: Path) -> str:
     command, variables = processes.python("server.report.results", str(folder)), processes.environment()
     done = subprocess.run(command, env=variables, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        return f". Its report could not be written ({why}); write it with anther results {folder}"
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        return f". Its report could not be written ({reason}); write it with anther results {folder}"
     return f". Its report: {done.stdout.strip()}"
 
 

@@ -180,7 +180,7 @@ def test_body_is_bounded_and_parsed(served, call):
     pi = served.node("pi")
     before = len(served.seen)
     assert pi.post(call.path, b"\xff" * 50).status_code == 400
-    assert pi.post(call.path, b"x" * (call.most + 1)).status_code == 413
+    assert pi.post(call.path, b"x" * (call.max_bytes + 1)).status_code == 413
     assert pi.post(call.path, b"", **{"content-type": "text/plain"}).status_code == 400
     assert pi.post(call.path, b"", **{"content-encoding": "gzip"}).status_code == 400
     assert len(served.seen) == before
