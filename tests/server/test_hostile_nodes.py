@@ -353,7 +353,7 @@ def test_node_cannot_choose_a_name_by_leaving(link, caplog):
 
     gate.get_node_ids, gate.push = leaves, push
     assert federated.query(gate) == {}
-    assert "calls itself 'ada', is not asked: its key was registered as 'mallory'" in caplog.text
+    assert "reports the name 'ada', is rejected: its key was registered as 'mallory'" in caplog.text
 
 
 def test_fedbuff_round_ends_in_time(link, passing):

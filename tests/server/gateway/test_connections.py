@@ -94,7 +94,7 @@ def test_slow_head_times_out(connections, clock, connect, closed):
     connection = connections.get(("192.0.2.1", 1))
     for _ in range(20):
         clock.now += 1
-        connection.moved = clock.now
+        connection.last_progress = clock.now
         connections.sweep()
     assert closed == []
     clock.now += 1
@@ -106,7 +106,7 @@ def drip(connections, clock, connection, rate, seconds):
     for _ in range(seconds):
         clock.now += 1
         connection.bytes += rate
-        connection.moved = clock.now if rate else connection.moved
+        connection.last_progress = clock.now if rate else connection.last_progress
         connections.sweep()
 
 

@@ -86,7 +86,7 @@ def test_aborted_round_stays_charged(tmp_path, caplog):
         ("released", 2),
     ]
     assert state.round == 2
-    assert "the run ends after round 2 of 3: every device was asked in 3 rounds" in caplog.text
+    assert "the run ends after round 2 of 3: every device was selected in 3 rounds" in caplog.text
     assert state.history[2].train.central.guarantee == spent(3)
     again = run(tmp_path, resume=True)  # and doesn't continue
     assert encode(to_tensors(again.adapter)) == encode(to_tensors(state.adapter))

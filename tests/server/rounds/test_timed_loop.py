@@ -476,18 +476,18 @@ def test_private_round_ends_without_devices(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             "aggregation=hetlora round_loop.mode=async",
-            "round_loop.mode=async: hetlora can't take an update of an older",
+            "round_loop.mode=async: hetlora can't use an update of an older",
         ),
         ("round_loop.mode=async cohort.sampling_rate=0.5", "leave cohort.sampling_rate null"),
         ("aggregation.weighting=rank_slice round_loop.mode=async", "leave it device, or use round_loop.mode=sync"),
-        ("aggregation=fedit round_loop.mode=async privacy=device", "timing async can't be charged ahead"),
+        ("aggregation=fedit round_loop.mode=async privacy=device", "timing async can't be charged in advance"),
         (
             "aggregation=fedit privacy=device cohort.size=2 cohort.overselection=1.5",
-            "cohort.overselection=1.5: whose reply counts",
+            "cohort.overselection=1.5: the time of a reply",
         ),
         (
             "round_loop.mode=async cohort.size=2 cohort.overselection=1.5",
@@ -498,12 +498,12 @@ def test_private_round_ends_without_devices(tmp_path, monkeypatch):
             "round_loop.quorum=4: .* than round_loop.buffer_size=3",
         ),
         ("cohort.size=3 cohort.overselection=2 round_loop.quorum=4", "round_loop.quorum=4: .* than cohort.size=3"),
-        ("aggregation=fedit privacy=device round_loop.quorum=2", "round_loop.quorum=2: what is private per device"),
+        ("aggregation=fedit privacy=device round_loop.quorum=2", "round_loop.quorum=2: with device-level privacy"),
     ],
 )
-def test_incompatible_settings_are_refused(overrides, said):
+def test_incompatible_settings_are_refused(overrides, message):
     config = compose(overrides)
-    with pytest.raises(AntherError, match=said):
+    with pytest.raises(AntherError, match=message):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
