@@ -166,15 +166,15 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
 def check_time(config: SimulationConfig) -> None:
     """Refuse settings that need devices which take time if the fleet answers at once, and a quorum above all devices."""
     fleet, over, loop = config.fleet, config.cohort.overselection, config.round_loop
-    mend = "choose a fleet with timed=true, such as fleet=week"
+    hint = "requires a fleet with timed=true, such as fleet=week"
     if over > 1 and not fleet.timed:
-        raise AntherError(f"cohort.overselection={over:g}: all replies of this fleet come at once; {mend}")
+        raise AntherError(f"cohort.overselection={over:g} {hint}: all replies of this fleet arrive at once")
     if loop.mode == "async" and not fleet.timed:
-        raise AntherError(f"round_loop.mode=async: training takes this fleet no time; {mend}")
+        raise AntherError(f"round_loop.mode=async {hint}: training takes no time in this fleet")
     for key in () if fleet.timed else _timed_settings(config):
-        raise AntherError(f"{key}: devices of this fleet have no battery, owner, heat or hours; {mend}")
+        raise AntherError(f"{key} {hint}: devices of this fleet have no battery, owner, heat or schedule")
     if loop.mode == "sync" and loop.quorum > (devices := config.data.count()):
-        raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add some")
+        raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add devices")
 
 
 def _timed_settings(config: SimulationConfig) -> Iterator[str]:

@@ -87,7 +87,7 @@ def _make_job(adapter: Adapter, examples: Examples, first: int) -> TrainJob:
         learning_rate=_RATE,
         optimizer="sgd",
         noise=ZeroNoise(SecureNoise()),
-        names=tuple(f"picture {first + place}" for place in range(len(examples))),
+        names=tuple(f"picture {first + index}" for index in range(len(examples))),
         privacy=DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0),
     )
 

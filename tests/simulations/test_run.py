@@ -168,22 +168,22 @@ def test_interrupted_run_prints_resume_command(
     [
         (
             "cohort.size=2 cohort.overselection=1.5",
-            "cohort.overselection=1.5: all replies of this fleet come at once; choose",
+            "cohort.overselection=1.5 requires a fleet with timed=true, .*arrive at once",
         ),
         (
             "round_loop.mode=async",
-            "round_loop.mode=async: training takes this fleet no time; choose a fleet with timed",
+            "round_loop.mode=async requires a fleet with timed=true",
         ),
         ("round_loop.quorum=4 data.writers=3", "round_loop.quorum=4: there are 3 devices"),
         (
             "cohort.eligibility.min_battery=0.4",
-            "cohort.eligibility.min_battery=0.4: devices of this fleet have no battery, .*fleet=week",
+            "cohort.eligibility.min_battery=0.4 requires .*fleet=week: devices of this fleet have no battery",
         ),
-        ("cohort.eligibility.idle=true", "cohort.eligibility.idle=true: devices of this fleet"),
-        ("cohort.eligibility.cool=true", "cohort.eligibility.cool=true: devices of this fleet"),
-        ("planning.max_battery_fraction=0.1", "planning.max_battery_fraction=0.1: devices of this fleet"),
-        ("fleet.timezone_spread=3", "fleet.timezone_spread=3: devices of this fleet"),
-        ("fleet.schedule_jitter=2", "fleet.schedule_jitter=2: devices of this fleet"),
+        ("cohort.eligibility.idle=true", "cohort.eligibility.idle=true requires a fleet with timed=true"),
+        ("cohort.eligibility.cool=true", "cohort.eligibility.cool=true requires a fleet with timed=true"),
+        ("planning.max_battery_fraction=0.1", "planning.max_battery_fraction=0.1 requires a fleet with timed=true"),
+        ("fleet.timezone_spread=3", "fleet.timezone_spread=3 requires a fleet with timed=true"),
+        ("fleet.schedule_jitter=2", "fleet.schedule_jitter=2 requires a fleet with timed=true"),
     ],
 )
 def test_untimed_fleet_refuses_timed_settings(overrides: str, message: str) -> None:
