@@ -1,4 +1,4 @@
-"""What the commands of a device's owner share: options that select a device, and errors of one line."""
+"""Shared parts of the owner's commands: options that select a device, and errors in one line."""
 
 from __future__ import annotations
 

@@ -8,26 +8,20 @@ the federation once with `anther device enroll` before the first run.
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
-import selectors
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
 from client import paths
 from client.runtime import server_connection
+from client.runtime.child_processes import SuperNodeProcess, WorkerProcess, worker_socket
 from client.runtime.server_connection import ServerConnection, ServerUnavailable
-from common import low_memory, processes, strict_json
-from common.atomic_files import make_folder
+from common import processes
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.file_lock import exclusive
-from common.flower import environment
 from common.processes import end_with_parent
 from common.service import SignalReceived, raise_on_sigterm, say
 from conf.schemas.node import NodeConfig, compose
@@ -36,11 +30,7 @@ from privacy import policy
 
 DONE, USAGE = 0, 2
 _POLL_SECONDS = 0.5
-_STABLE_SECONDS = 60.0  # after which a start counts as successful
-# Seconds before a restart: Flower considers a killed node connected until it has missed heartbeats for a minute, and
-# refuses it until then.
-_PAUSE, _MAX_PAUSE = 2.0, 30.0
-_MAX_SOCKET_PATH = 100  # bytes; limit of the operating system
+_PAUSE, _MAX_PAUSE = 2.0, 30.0  # seconds before the server is contacted again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,156 +176,6 @@ class _Progress:
         if (tenths := 10 * done_bytes // max(1, total_bytes)) > self._printed:
             self._printed = tenths
             say(f"{10 * tenths} % of {total_bytes / 1e6:,.0f} MB")
-
-
-@dataclass
-class WorkerProcess:
-    """The process `client.runtime.worker`, which runs only while there are requests.
-
-    Args:
-        listener: requests arrive here. While the worker doesn't run, this object waits for them; while it runs, the
-            worker does.
-        node: the device's configuration, passed to the worker.
-        base: content hash or path of the base that the worker loads.
-    """
-
-    listener: socket.socket
-    node: NodeConfig
-    base: str = ""
-    _process: subprocess.Popen | None = None
-    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-
-    def __post_init__(self) -> None:
-        self._selector.register(self.listener, selectors.EVENT_READ)
-
-    def poll(self, seconds: float) -> None:
-        """Start the worker if a request arrives within this many seconds; if it runs, wait for its end instead."""
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(seconds)
-                if code:
-                    say(f"the worker ended with status {code}")
-                self._process = None
-            return
-        if self._selector.select(seconds):
-            self._process = self._start()
-
-    def _start(self) -> subprocess.Popen:
-        settings, number = self.node.worker, self.listener.fileno()
-        variables = {
-            "ANTHER_LISTEN_FD": str(number),
-            "ANTHER_NODE": strict_json.dumps(self.node),
-            "ANTHER_BASE_HELD": self.base,
-            **low_memory.ENVIRONMENT,
-            **({} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}),
-        }
-
-        def prepare() -> None:
-            end_with_parent()
-            os.nice(settings.nice)
-
-        return subprocess.Popen(
-            processes.python("client.runtime.worker"),
-            env=processes.environment(variables),
-            pass_fds=[number],
-            stdin=subprocess.DEVNULL,
-            preexec_fn=prepare,
-        )
-
-    def stop(self) -> None:
-        """Terminate the process."""
-        _end(self._process)
-
-
-@dataclass
-class SuperNodeProcess:
-    """The process `client.runtime.supernode`, Flower's SuperNode, restarted after a pause whenever it ends."""
-
-    node: NodeConfig
-    server: ServerConnection
-    socket_path: str
-    _process: subprocess.Popen | None = None
-    _started: float = 0.0
-    _pause: float = _PAUSE
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process was started and has not been seen to end."""
-        return self._process is not None
-
-    def start(self) -> None:
-        """Start the process."""
-        folder = assets.home() / "flower"
-        make_folder(folder)
-        variables = {
-            "ANTHER_WORKER": self.socket_path,
-            "ANTHER_POLL_SECONDS": str(self.node.connection.poll_seconds),
-            "ANTHER_SLOW_POLL_SECONDS": str(self.node.connection.max_poll_seconds),
-        }
-        credentials = ["--insecure"]
-        if not self.server.insecure:
-            credentials = [
-                "--root-certificates",
-                str(self.server.authority),
-                "--auth-supernode-private-key",
-                str(self.server.key),
-            ]
-        own_address = f"127.0.0.1:{_free_port()}"
-        self._started = time.monotonic()
-        self._process = subprocess.Popen(
-            processes.python(
-                "client.runtime.supernode", own_address, "--", "--superlink", self.server.address, *credentials
-            ),
-            env={"FLWR_LOG_LEVEL": "WARNING", **environment(folder), **variables},
-            stdin=subprocess.DEVNULL,
-            preexec_fn=end_with_parent,
-        )
-
-    def poll(self) -> None:
-        """If the process has ended, pause before it may be started again."""
-        if self._process is None or (code := self._process.poll()) is None:
-            return
-        self._process = None
-        was_stable = time.monotonic() - self._started > _STABLE_SECONDS
-        self._pause = _PAUSE if was_stable else min(2 * self._pause, _MAX_PAUSE)
-        say(f"the connection process ended with status {code}; it restarts in {self._pause:.0f} s")
-        time.sleep(self._pause)
-
-    def stop(self) -> None:
-        """Terminate the process."""
-        _end(self._process)
-
-
-@contextlib.contextmanager
-def worker_socket() -> Iterator[socket.socket]:
-    """Open the worker's socket, which only this user can connect to."""
-    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    with tempfile.TemporaryDirectory(prefix="anther-", dir=folder) as temporary:  # 0700
-        path = f"{temporary}/worker"
-        if len(path.encode()) > _MAX_SOCKET_PATH:
-            raise AntherError(f"{folder}: this path is too long for a socket: set XDG_RUNTIME_DIR to a shorter folder")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            Path(path).chmod(0o600)
-            listener.listen(8)
-            yield listener
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _end(process: subprocess.Popen | None) -> None:
-    if process is None or process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(15)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

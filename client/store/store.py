@@ -14,8 +14,7 @@ and for each federation, in a folder of its own (`client.store.layout`):
     own.safetensors           local factors B of a run that shares only A
     previews/                 preview pictures for the owner
 
-On a real device these are files of one folder. The owner's policy.toml, written by hand, lies beside them. Every write
-is atomic.
+On a real device these are files of one folder, beside the owner's policy.toml. Every write is atomic.
 """
 
 from __future__ import annotations
@@ -274,9 +273,7 @@ class Store:
         try:
             return int(stored)
         except ValueError as error:
-            raise AntherError(
-                f"{self._storage.where(SEED)}: not a number; remove it, and a new seed is drawn"
-            ) from error
+            raise AntherError(f"{self._storage.where(SEED)}: not a number; remove it for a new seed") from error
 
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], Mapping[str, str]]:
