@@ -28,15 +28,15 @@ class TinyPipeline:
 
     def pipeline(self) -> Any:
         """The same in diffusers, all of it."""
-        found: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder)
-        found.set_progress_bar_config(disable=True)
-        return found
+        result: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder)
+        result.set_progress_bar_config(disable=True)
+        return result
 
     def draws(self, pipeline: Any, captions: list[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
         """Latents that diffusers draws from this noise, through the places that ours goes through."""
         options: dict[str, Any] = {"height": self.base.resolution, "width": self.base.resolution}
         if self.base.schedule.prediction == "flow":
-            options["sigmas"] = [1 - place / steps for place in range(steps)]
+            options["sigmas"] = [1 - i / steps for i in range(steps)]
         else:
             pipeline.scheduler = diffusers.DDIMScheduler.from_config(
                 pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
@@ -48,12 +48,12 @@ class TinyPipeline:
         packed = self.name.startswith("flux")
         if packed:
             noise = pipeline._pack_latents(noise, *noise.shape)
-        found: Tensor = pipeline(
+        result: Tensor = pipeline(
             captions, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", **options
         ).images
         if not packed:
-            return found
-        return pipeline._unpack_latents(found, self.base.resolution, self.base.resolution, pipeline.vae_scale_factor)
+            return result
+        return pipeline._unpack_latents(result, self.base.resolution, self.base.resolution, pipeline.vae_scale_factor)
 
 
 @pytest.fixture(scope="session", params=PIPELINES)

@@ -25,7 +25,7 @@ def pipe() -> StableDiffusionPipeline:
     return pipe
 
 
-def test_it_is_small_and_measured_on_this_data() -> None:
+def test_size_and_recorded_data() -> None:
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 20_000_000
     assert not list(FOLDER.rglob("*.bin"))
     metrics = json.loads((FOLDER / "metrics.json").read_text())["metrics"]
@@ -33,7 +33,7 @@ def test_it_is_small_and_measured_on_this_data() -> None:
     assert metrics["legibility"]["1.5"] >= 0.95
 
 
-def test_it_loads_in_fp32_and_most_weights_work_at_8_by_8_and_below(pipe: StableDiffusionPipeline) -> None:
+def test_loads_in_fp32(pipe: StableDiffusionPipeline) -> None:
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
     total = sum(p.numel() for p in pipe.unet.parameters())
@@ -42,7 +42,7 @@ def test_it_loads_in_fp32_and_most_weights_work_at_8_by_8_and_below(pipe: Stable
     assert sum(p.numel() for part in at_16 for p in part.parameters()) < 0.1 * total
 
 
-def test_the_stored_vocabulary_is_the_one_that_code_builds(pipe: StableDiffusionPipeline) -> None:
+def test_vocabulary_matches_code(pipe: StableDiffusionPipeline) -> None:
     vocab, merges = architecture.vocabulary()
     assert json.loads((FOLDER / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) == vocab
     assert len((FOLDER / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()) == len(merges) + 1
@@ -51,20 +51,20 @@ def test_the_stored_vocabulary_is_the_one_that_code_builds(pipe: StableDiffusion
     assert pipe.tokenizer.model_max_length == architecture.TOKENS
 
 
-def test_a_sample_is_a_grey_picture_and_its_seed_decides_it(pipe: StableDiffusionPipeline) -> None:
-    first, again, other = (
+def test_samples_are_reproducible(pipe: StableDiffusionPipeline) -> None:
+    first, repeated, different = (
         pipe("digit 7", num_inference_steps=2, guidance_scale=1, generator=torch.Generator().manual_seed(seed)).images[
             0
         ]
         for seed in (0, 0, 1)
     )
     assert (first.mode, first.size) == ("L", (64, 64))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+    assert np.array_equal(first, repeated)
+    assert not np.array_equal(first, different)
 
 
 @pytest.mark.slow
-def test_its_pictures_can_be_read(pipe: StableDiffusionPipeline) -> None:
+def test_samples_are_legible(pipe: StableDiffusionPipeline) -> None:
     share, pictures = legibility(pipe, load(), count=62, guidance=1.5, steps=10, seed=11)
     assert share >= 0.93
     assert pictures.std(axis=(1, 2)).min() > 20  # none is blank

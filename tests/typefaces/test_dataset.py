@@ -32,7 +32,7 @@ def development():
     return dataset.load("development")
 
 
-def test_the_file_is_compact_and_large_enough(rows):
+def test_file_size_and_roles(rows):
     assert dataset.FILE.stat().st_size <= 12_000_000
     roles = Counter(row["role"] for row in rows)
     designs = {role: len({row["design"] for row in rows if row["role"] == role}) for role in dataset.ROLES}
@@ -43,15 +43,15 @@ def test_the_file_is_compact_and_large_enough(rows):
     assert set(roles) == set(dataset.ROLES)
 
 
-def test_no_design_is_in_two_roles_nor_twice_among_writers(rows, writers):
+def test_designs_are_not_repeated(rows, writers):
     roles = defaultdict(set)
     for row in rows:
         roles[row["design"]].add(row["role"])
-    assert all(len(found) == 1 for found in roles.values())
+    assert all(len(result) == 1 for result in roles.values())
     assert len({row["design"] for row in writers}) == len(writers)
 
 
-def test_names_are_unique_and_every_family_says_where_it_comes_from(rows):
+def test_names_and_origins(rows):
     assert len({row["name"] for row in rows}) == len(rows)
     for row in rows:
         assert all(row[key].strip() for key in ("name", "kind", "designer", "package", "licence", "design")), row[
@@ -59,14 +59,14 @@ def test_names_are_unique_and_every_family_says_where_it_comes_from(rows):
         ]
 
 
-def test_hands_are_writers_and_no_designer_dominates(rows, writers):
+def test_kinds_and_designer_shares(rows, writers):
     assert {row["kind"] for row in rows if row["role"] == "public"} == {"text"}
     assert {row["kind"] for row in writers} == {"hand", "individual"}
     assert sum(row["kind"] == "hand" for row in writers) >= 60
     assert max(Counter(row["designer"] for row in writers).values()) <= len(writers) / 5
 
 
-def test_pictures_are_4_bit_png_with_ink_on_paper(rows):
+def test_images_are_4_bit_png(rows):
     for row in rows[::8]:
         assert len(row["glyphs"]) == len(dataset.GLYPHS)
         for data in row["glyphs"]:
@@ -77,7 +77,7 @@ def test_pictures_are_4_bit_png_with_ink_on_paper(rows):
             assert image.min() < 128 < image.max() == 255
 
 
-def test_every_glyph_of_every_writer_has_ink(writers):
+def test_no_glyph_is_blank(writers):
     for row in writers:
         for glyph, data in zip(dataset.GLYPHS, row["glyphs"], strict=True):
             assert dataset.decode(data).min() < 128, f"{row['name']}: {glyph}"
@@ -90,13 +90,13 @@ def test_png_round_trip():
         opened.verify()
 
 
-def test_load_decodes_one_role_sorted_by_name(development):
+def test_load_one_role(development):
     assert [family.name for family in development] == sorted(family.name for family in development)
     assert {family.role for family in development} == {"development"}
     assert all(family.images.shape == (62, 64, 64) and family.images.dtype == np.uint8 for family in development)
 
 
-def test_a_baseline_is_shared_by_the_glyphs_of_a_family(development):
+def test_families_share_a_baseline(development):
     """Flat-footed capitals end on one row, and capitals stand taller than x: pictures keep case."""
     family = next(family for family in development if family.name == "Reggae One")
     ink = {glyph: np.flatnonzero((family.images[i] < 128).any(axis=1)) for i, glyph in enumerate(dataset.GLYPHS)}
@@ -106,7 +106,7 @@ def test_a_baseline_is_shared_by_the_glyphs_of_a_family(development):
     assert ink["p"][-1] > max(feet) + 5
 
 
-def test_load_refuses_an_unknown_role():
+def test_unknown_role_is_refused():
     with pytest.raises(ValueError, match="must be one of: public, development, test"):
         dataset.load("train")
 
@@ -122,7 +122,7 @@ def test_captions():
 
 
 @pytest.mark.parametrize("train", [1, 5, 20])
-def test_split_is_20_10_32_and_a_prefix(rows, train):
+def test_split(rows, train):
     for row in rows:
         split = dataset.split(row["order"], train)
         assert (len(split.train), len(split.validation), len(split.test)) == (train, 10, 32)
@@ -132,17 +132,17 @@ def test_split_is_20_10_32_and_a_prefix(rows, train):
 
 
 @pytest.mark.parametrize("train", [0, 21, -1])
-def test_split_refuses_a_size_outside_the_pool(rows, train):
+def test_invalid_train_size_is_refused(rows, train):
     with pytest.raises(ValueError, match="must be 1 to 20 glyphs"):
         dataset.split(rows[0]["order"], train)
 
 
-def test_split_refuses_what_is_not_a_permutation():
+def test_invalid_order_is_refused():
     with pytest.raises(ValueError, match="permutation"):
         dataset.split([0] * 62)
 
 
-def test_glyphs_that_look_alike_stay_on_one_side(rows):
+def test_merged_classes_are_not_divided(rows):
     for row in rows:
         split = dataset.split(row["order"], 20)
         for group in dataset.MERGED:
@@ -150,7 +150,7 @@ def test_glyphs_that_look_alike_stay_on_one_side(rows):
             assert any(members <= set(side) for side in (split.train, split.validation, split.test)), row["name"]
 
 
-def test_the_five_first_glyphs_are_a_mix(rows):
+def test_default_training_glyphs(rows):
     for row in rows:
         first = [dataset.GLYPHS[i] for i in dataset.split(row["order"]).train]
         assert sum(map(str.islower, first)) >= 2
@@ -158,12 +158,12 @@ def test_the_five_first_glyphs_are_a_mix(rows):
         assert all(len(set(group) & set(first)) <= 1 for group in dataset.MERGED)
 
 
-def test_the_order_is_the_one_that_the_name_gives(rows):
+def test_order_follows_from_name(rows):
     for row in rows[::20]:
         assert tuple(row["order"]) == order(row["name"])
 
 
-def test_the_file_holds_what_the_table_lists(rows):
+def test_file_matches_table(rows):
     listed = {entry.name: entry for entry in table.read()}
     assert set(listed) == {row["name"] for row in rows}
     for row in rows:
@@ -171,21 +171,21 @@ def test_the_file_holds_what_the_table_lists(rows):
             assert row[key] == getattr(listed[row["name"]], key), row["name"]
 
 
-def test_the_table_refuses_a_leaked_design():
+def test_leaked_design_is_refused():
     entries = table.read()
     writer = next(entry for entry in entries if entry.role == "test")
     with pytest.raises(ValueError, match="two roles"):
         table.check([*entries, writer._replace(name="Clone", role="public", kind="text")])
 
 
-def test_the_table_refuses_a_dominant_designer():
+def test_dominant_designer_is_refused():
     entries = table.read()
     one = [e._replace(designer="One") if e.role == "test" else e for e in entries]
     with pytest.raises(ValueError, match="One made"):
         table.check(one)
 
 
-def test_digest_is_the_file_s(tmp_path):
+def test_digest(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert dataset.digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

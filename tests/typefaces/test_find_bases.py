@@ -11,22 +11,22 @@ from models.lora.lora_xs import load_bases
 from typefaces.find_bases import RANK, SITES, compute_bases, leading_eigenvectors
 
 
-def test_the_frame_fits_the_base_and_is_orthonormal() -> None:
+def test_shipped_bases_fit_the_base() -> None:
     base = load("glyphs", sites=compose("privacy=none").adapter.sites)
-    found = load_bases(assets.locate("glyphs-frame") / "frame.safetensors", base.sites, RANK)
-    assert found.keys() == base.sites.keys()
+    result = load_bases(assets.locate("glyphs-frame") / "frame.safetensors", base.sites, RANK)
+    assert result.keys() == base.sites.keys()
     assert base.sites.keys() == load("glyphs", sites=SITES).sites.keys()
 
 
-def test_directions_are_those_of_an_svd() -> None:
+def test_bases_match_svd() -> None:
     """Of one gradient G = U S Vᵀ the leading directions are the first columns of V and of U, up to their signs."""
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(gradient)
-    found = compute_bases([{"site": gradient}], 4)
-    for own, wanted in ((found["site.lora_A"], vh[:4]), (found["site.frame"].T, u.T[:4])):
-        assert torch.allclose((own @ wanted.T).abs(), torch.eye(4), atol=1e-4)
+    result = compute_bases([{"site": gradient}], 4)
+    for own, expected in ((result["site.lora_A"], vh[:4]), (result["site.frame"].T, u.T[:4])):
+        assert torch.allclose((own @ expected.T).abs(), torch.eye(4), atol=1e-4)
 
 
-def test_leading_directions_come_first() -> None:
+def test_leading_eigenvectors() -> None:
     moment = torch.diag(torch.tensor([1.0, 3.0, 2.0]))
     assert torch.equal(leading_eigenvectors(moment, 2).abs(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))

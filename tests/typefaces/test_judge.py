@@ -25,14 +25,14 @@ def index(glyphs: str) -> list[int]:
     return [GLYPHS.index(glyph) for glyph in glyphs]
 
 
-def test_merged_classes_are_disjoint_and_as_committed() -> None:
+def test_merged_classes() -> None:
     assert " ".join(MERGED) == "O0o Il1 Cc Kk Pp Ss Uu Vv Ww Xx Zz"
     members = "".join(MERGED)
     assert len(set(members)) == len(members)
     assert len(np.unique(merge_classes(np.arange(62)))) == 62 - sum(len(group) - 1 for group in MERGED)
 
 
-def test_a_glyph_is_legible_if_it_is_read_as_the_real_one_is() -> None:
+def test_legible() -> None:
     generated, real = index("oIcAB7"), index("0lCAb1")
     assert legible(generated, real).tolist() == [True, True, True, True, False, False]
     assert legible(index("Q"), index("Q")).all()  # a hand whose O reads as Q is not held against the generator
@@ -40,7 +40,7 @@ def test_a_glyph_is_legible_if_it_is_read_as_the_real_one_is() -> None:
         legible(index("a"), index("ab"))
 
 
-def test_style_match_is_the_share_of_other_writers_that_are_further() -> None:
+def test_style_match() -> None:
     axes = np.eye(4, dtype=np.float32)
     others = [axes[[1, 1]], axes[[2]], axes[[3]]]
     assert style_match(axes[[0]], axes[[0, 0]], others) == 1
@@ -50,7 +50,7 @@ def test_style_match_is_the_share_of_other_writers_that_are_further() -> None:
         style_match(axes[[0]], axes[[0]], [])
 
 
-def test_style_match_of_random_styles_is_chance() -> None:
+def test_random_style_match_is_chance() -> None:
     rng = np.random.default_rng(0)
     styles = rng.normal(size=(400, 16)).astype(np.float32)
     styles /= np.linalg.norm(styles, axis=1, keepdims=True)
@@ -58,12 +58,12 @@ def test_style_match_of_random_styles_is_chance() -> None:
     assert abs(np.mean(matches) - 0.5) < 0.1
 
 
-def test_the_center_is_a_unit_vector_along_the_mean() -> None:
+def test_style_center() -> None:
     styles = np.array([[1, 0], [0, 1]], np.float32)
     assert np.allclose(style_center(styles), [2**-0.5, 2**-0.5])
 
 
-def test_embeddings_are_unit_and_no_picture_is_no_answer(judge: Judge) -> None:
+def test_embeddings_are_normalized(judge: Judge) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
     assert np.allclose(np.linalg.norm(judge.embed(pictures), axis=1), 1, atol=1e-5)
     assert judge.read(pictures[:0]).shape == (0,)
@@ -72,23 +72,23 @@ def test_embeddings_are_unit_and_no_picture_is_no_answer(judge: Judge) -> None:
         judge.read(pictures.astype(np.float32))
 
 
-def test_an_answer_does_not_depend_on_the_pictures_beside_it(judge: Judge) -> None:
+def test_images_are_judged_independently(judge: Judge) -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (4, 64, 64), dtype=np.uint8)
     assert np.allclose(judge.embed(pictures)[2], judge.embed(pictures[2:3])[0], atol=1e-5)
 
 
-def test_a_folder_without_a_judge_is_one_line(tmp_path: Path) -> None:
+def test_missing_judge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="holds no judge") as refused:
         load(tmp_path)
     assert "\n" not in str(refused.value)
 
 
-def test_the_shipped_judge_is_small_and_measured_on_this_data() -> None:
+def test_shipped_judge_metadata() -> None:
     assert (FOLDER / "model.safetensors").stat().st_size <= 4_000_000
     assert json.loads((FOLDER / "config.json").read_text())["data_sha256"] == dataset.digest()
 
 
-def test_the_shipped_judge_reads_families_it_never_saw(judge: Judge) -> None:
+def test_shipped_judge_accuracy(judge: Judge) -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     training = config["training"]
     _, held = split_held_out(dataset.load("public"), share=training["held_out"], seed=training["seed"])

@@ -25,7 +25,7 @@ from typefaces.pretraining.loop import ema_decay, learning_rate, train
 from typefaces.pretraining.vae import reconstruction_loss, reparameterize, scaling_factor
 
 
-def test_v_is_the_derivative_of_the_noising_angle() -> None:
+def test_v_target() -> None:
     x, noise = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 2)).astype(np.float32)
     alpha_bar = np.array([0.0, 0.3, 1.0], np.float32)
     noisy, target = diffuse(torch.from_numpy(x), torch.from_numpy(noise), torch.from_numpy(alpha_bar))
@@ -43,7 +43,7 @@ def test_min_snr_weights() -> None:
     assert min_snr_weights(torch.from_numpy(alpha_bar), None).tolist() == [1, 1, 1, 1]
 
 
-def test_the_loss_is_the_mean_squared_error_in_v() -> None:
+def test_denoising_loss() -> None:
     latents, alphas = torch.ones(2, 4, 2, 2), torch.tensor([0.75, 0.25])
     t = torch.tensor([0, 1])
     loss = denoising_loss(
@@ -59,32 +59,32 @@ def test_the_loss_is_the_mean_squared_error_in_v() -> None:
     assert float(loss) == pytest.approx(float(np.mean((np.sqrt(a) * noise - np.sqrt(1 - a)) ** 2)), rel=1e-6)
 
 
-def test_timesteps_fall_one_into_each_part() -> None:
+def test_stratified_timesteps() -> None:
     t = stratified_timesteps(50, 1000, Generator().manual_seed(0))
     assert sorted((t // 20).tolist()) == list(range(50))
 
 
-def test_the_schedule_ends_in_pure_noise() -> None:
+def test_zero_terminal_snr() -> None:
     alphas = architecture.scheduler().alphas_cumprod
     assert alphas[-1] == 0
     assert alphas[0] > 0.999
     assert (alphas.diff() < 0).all()
 
 
-def test_captions_are_dropped_at_the_asked_rate() -> None:
+def test_caption_dropout() -> None:
     dropped = drop_captions(torch.zeros(20_000).long(), empty=62, share=0.1, generator=Generator().manual_seed(0))
     assert set(dropped.tolist()) == {0, 62}
     assert abs(float((dropped == 62).float().mean()) - 0.1) < 0.01
 
 
-def test_kl_of_the_standard_normal_is_zero_and_latents_scale_to_one() -> None:
+def test_kl_and_scaling_factor() -> None:
     latents, kl = reparameterize(torch.zeros(500, 8, 4, 4), Generator().manual_seed(0))
     assert float(kl) == 0
     assert float((latents * 3 * scaling_factor(latents * 3)).std()) == pytest.approx(1, rel=1e-5)
     assert float(reconstruction_loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5))) == 0.75
 
 
-def test_every_caption_word_is_one_token_and_any_text_survives() -> None:
+def test_tokenizer() -> None:
     tokenizer = architecture.tokenizer()
     for glyph in GLYPHS:
         ids = tokenizer(caption(glyph)).input_ids
@@ -96,13 +96,13 @@ def test_every_caption_word_is_one_token_and_any_text_survives() -> None:
     assert max(ids) < len(architecture.vocabulary()[0])
 
 
-def test_families_of_a_design_are_held_out_together_and_at_the_asked_share() -> None:
+def test_held_out_split() -> None:
     held = [held_out(f"design {i}", share=0.08, seed=0) for i in range(5000)]
     assert abs(np.mean(held) - 0.08) < 0.02
     assert held == [held_out(f"design {i}", share=0.08, seed=0) for i in range(5000)]
 
 
-def test_no_jitter_changes_nothing_and_bolder_is_darker() -> None:
+def test_jitter() -> None:
     pictures = torch.rand(3, 1, 16, 16, generator=Generator().manual_seed(0)) * 2 - 1
     generator = Generator().manual_seed(1)
     assert torch.allclose(apply_jitter(pictures, Jitter().draw(3, generator)), pictures, atol=1e-5)
@@ -147,7 +147,7 @@ def run(folder: Path, *, resume: bool = False, stop_at: int | None = None) -> nn
     return train(model, loss, stage=tiny_stage(), name="tiny", seed=5, folder=folder, resume=resume)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+def test_resume_is_exact(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", stop_at=5)  # two steps past the checkpoint
@@ -159,14 +159,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
     assert abs(len(files[0]) - len(files[1])) < 64  # the seconds in the header may differ
 
 
-def test_a_checkpoint_of_something_else_is_one_line(tmp_path: Path) -> None:
+def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(AntherError, match="resume=false") as refused:
         run(tmp_path, resume=True)
     assert "\n" not in str(refused.value)
 
 
-def test_a_diverged_loss_stops_with_the_key_to_change(tmp_path: Path) -> None:
+def test_divergence_is_reported(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(AntherError, match=r"lower tiny\.learning_rate"):
         train(
@@ -180,7 +180,7 @@ def test_a_diverged_loss_stops_with_the_key_to_change(tmp_path: Path) -> None:
         )
 
 
-def test_the_average_follows_the_weights(tmp_path: Path) -> None:
+def test_ema(tmp_path: Path) -> None:
     model = nn.Linear(1, 1, bias=False)
     stage = tiny_stage(ema_decay=0.9, steps=4)
     path: list[float] = []
@@ -197,7 +197,7 @@ def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     assert ema_decay(stage, 10_000) == 0.9
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+def test_learning_rate() -> None:
     stage = tiny_stage(lr=1.0, warmup=10)
     assert learning_rate(stage, 0, 0.0) == pytest.approx(0.1)
     assert learning_rate(stage, 50, 0.5) == pytest.approx(0.5)
@@ -217,6 +217,6 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
         (TrainJudgeConfig, {"styles": 0}, "styles=0"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(schema: type, values: dict[str, object], message: str) -> None:
+def test_invalid_config_is_refused(schema: type, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schema(**values)

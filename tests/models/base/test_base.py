@@ -46,22 +46,22 @@ def pipeline(pipeline_folder: Path) -> StableDiffusionPipeline:
     return pipe
 
 
-def test_without_adapters_it_is_the_pipelines_unet(base: Base, pipeline: StableDiffusionPipeline) -> None:
+def test_without_adapters_equals_the_unet(base: Base, pipeline: StableDiffusionPipeline) -> None:
     x, t, context = inputs(base)
     torch.testing.assert_close(denoised(base, x, t, context), pipeline.unet(x, t, encoder_hidden_states=context).sample)
 
 
-def test_latents_and_captions_are_the_pipelines(base: Base, pipeline: StableDiffusionPipeline) -> None:
+def test_encodings_equal_the_pipelines(base: Base, pipeline: StableDiffusionPipeline) -> None:
     images = [np.random.randint(0, 255, (16, 16), np.uint8) for _ in range(2)]
     pixels = torch.tensor(np.stack(images)[:, None] / 127.5 - 1, dtype=torch.float32)
-    wanted = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(base.encode_images(images), wanted)
+    expected = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(base.encode_images(images), expected)
     captions = ["digit 7", "capital letter a", "digit 7"]
-    wanted, _ = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
-    torch.testing.assert_close(base.encode_captions(captions), wanted)
+    expected, _ = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(base.encode_captions(captions), expected)
 
 
-def test_what_a_picture_becomes_depends_on_no_other(base: Base) -> None:
+def test_images_are_encoded_independently(base: Base) -> None:
     """Bit for bit: alone, among others, and wherever it stands among them, within a pass and beyond one."""
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (16, 16), np.uint8) for _ in range(19)]
@@ -76,7 +76,7 @@ def test_what_a_picture_becomes_depends_on_no_other(base: Base) -> None:
         assert torch.equal(encode(all_of_them[1:]), together[1:])
 
 
-def test_pictures_of_any_size_and_kind_become_latents(base: Base, tmp_path: Path) -> None:
+def test_images_of_any_size_are_encoded(base: Base, tmp_path: Path) -> None:
     images = [np.zeros((9, 33), np.uint8), np.zeros((64, 64, 3), np.uint8)]
     assert base.encode_images(images).shape == (2, *base.shape)
     colour = Base(save_pipeline(tmp_path, channels=3), sites=ATTENTION)
@@ -85,7 +85,7 @@ def test_pictures_of_any_size_and_kind_become_latents(base: Base, tmp_path: Path
     assert colour.decode(latents).shape == (2, 16, 16, 3)
 
 
-def test_a_small_autoencoder_takes_the_place_of_the_large(tmp_path: Path) -> None:
+def test_small_vae_replaces_the_bases(tmp_path: Path) -> None:
     """TAESD's class has no distribution, and other names for its sizes."""
     folder = save_pipeline(tmp_path, channels=3)
     shutil.rmtree(folder / "vae")
@@ -106,13 +106,13 @@ def test_a_small_autoencoder_takes_the_place_of_the_large(tmp_path: Path) -> Non
     with torch.no_grad():
         latents = (small.encode(pixels).latents - 0.2) * 0.7
         torch.testing.assert_close(base.encode_images(images), latents)
-        wanted = (small.decode(latents / 0.7 + 0.2).sample + 1) * 127.5
-    found = torch.from_numpy(base.decode(latents)).permute(0, 3, 1, 2)
-    assert (found - wanted.clamp(0, 255)).abs().max() <= 0.51
+        expected = (small.decode(latents / 0.7 + 0.2).sample + 1) * 127.5
+    actual = torch.from_numpy(base.decode(latents)).permute(0, 3, 1, 2)
+    assert (actual - expected.clamp(0, 255)).abs().max() <= 0.51
 
 
 @pytest.mark.parametrize(("resolution", "pictures"), [(16, 16), (64, 16), (128, 4), (512, 1)])
-def test_a_pass_of_the_autoencoder_holds_fewer_large_pictures(
+def test_vae_batch_shrinks_with_resolution(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, resolution: int, pictures: int
 ) -> None:
     seen: list[int] = []
@@ -133,9 +133,7 @@ def adapted(base: Base) -> Adapter:
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("sites", [ATTENTION, r".*(conv[12]|conv_shortcut|samplers\.0\.conv|proj_in)", ".*"])
-def test_an_export_draws_in_diffusers_what_it_draws_here(
-    pipeline_folder: Path, tmp_path: Path, layout: str, sites: str
-) -> None:
+def test_export_samples_equally_in_diffusers(pipeline_folder: Path, tmp_path: Path, layout: str, sites: str) -> None:
     base = Base(pipeline_folder, sites=sites)
     adapter = adapted(base)
     export(adapter, tmp_path / "adapter.safetensors", family=base.family, sites=base.sites, layout=layout)
@@ -144,14 +142,14 @@ def test_an_export_draws_in_diffusers_what_it_draws_here(
     with torch.no_grad():
         plain = pipe.unet(x, t, encoder_hidden_states=context).sample
         pipe.load_lora_weights(tmp_path / "adapter.safetensors")
-        theirs = pipe.unet(x, t, encoder_hidden_states=context).sample
-    ours = denoised(base, x, t, context, [stack_adapters(base.sites, [adapter])])
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(plain, theirs, atol=1e-3)
+        reference = pipe.unet(x, t, encoder_hidden_states=context).sample
+    result = denoised(base, x, t, context, [stack_adapters(base.sites, [adapter])])
+    torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, reference, atol=1e-3)
 
 
 @pytest.mark.parametrize("keys", [diffusers_keys, kohya_keys])
-def test_an_exported_product_is_that_of_two_layers(keys: Callable[..., dict[str, Tensor]]) -> None:
+def test_exported_product_equals_two_layers(keys: Callable[..., dict[str, Tensor]]) -> None:
     sites = {"down.conv": Site(3 * 3 * 2, 5, (3, 2)), "down.point": Site(3, 5, (1, 1)), "attn.to_q": Site(4, 6)}
     adapter = random_adapter(sites, 2)
     tensors = keys(adapter, sites, STABLE_DIFFUSION)
@@ -163,40 +161,40 @@ def test_an_exported_product_is_that_of_two_layers(keys: Callable[..., dict[str,
         weight = factors.b @ factors.a
         if sites[name].kernel:
             x = torch.randn(1, 3, 5, 5)
-            wanted = F.conv2d(x, weight.view(5, 3, *sites[name].kernel))
-            found = F.conv2d(F.conv2d(x, down), up)
+            expected = F.conv2d(x, weight.view(5, 3, *sites[name].kernel))
+            actual = F.conv2d(F.conv2d(x, down), up)
         else:
             x = torch.randn(1, 4)
-            wanted, found = F.linear(x, weight), F.linear(F.linear(x, down), up)
-        torch.testing.assert_close(found, wanted)
+            expected, actual = F.linear(x, weight), F.linear(F.linear(x, down), up)
+        torch.testing.assert_close(actual, expected)
 
 
-def test_kohya_alpha_is_the_rank(base: Base) -> None:
+def test_kohya_alpha_equals_rank(base: Base) -> None:
     tensors = kohya_keys(adapted(base), base.sites, base.family)
     ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")}
     assert ranks == {5} == {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert rank({}) == 0
 
 
-def test_an_export_appears_whole(base: Base, tmp_path: Path) -> None:
+def test_export_is_atomic(base: Base, tmp_path: Path) -> None:
     layout, adapter = Layout(base.sites, 3), random_adapter(base.sites, 3)
     trained = layout.unpack(layout.pack(adapter), adapter)  # its tensors lie in one storage
     path = tmp_path / "deep" / "a.safetensors"
     export(trained, path, family=base.family, sites=base.sites, metadata={"base": base.hash})
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
-    found = load_file(path)
-    assert len(found) == 2 * len(base.sites)
-    assert all(torch.equal(found[f"unet.{name}.lora_B.weight"], factors.b) for name, factors in adapter.items())
+    actual = load_file(path)
+    assert len(actual) == 2 * len(base.sites)
+    assert all(torch.equal(actual[f"unet.{name}.lora_B.weight"], factors.b) for name, factors in adapter.items())
     with safe_open(path, "pt") as file:
         assert file.metadata()["base"] == base.hash
 
 
-def test_an_adapter_without_rank_can_be_exported(base: Base, tmp_path: Path) -> None:
+def test_rank_zero_is_exported(base: Base, tmp_path: Path) -> None:
     export(random_adapter(base.sites, 0), tmp_path / "a.safetensors", family=base.family, sites=base.sites)
     assert {tensor.numel() for tensor in load_file(tmp_path / "a.safetensors").values()} == {0}
 
 
-class TestRefused:
+class TestBaseErrors:
     """Each one clear line."""
 
     def refuse(self, folder: Path, match: str, sites: str = ATTENTION) -> None:
@@ -229,7 +227,7 @@ class TestRefused:
         weights.write_bytes(weights.read_bytes()[:-100])
         self.refuse(folder, "can't load UNet2DConditionModel")
 
-    def test_weights_that_are_not_there(self, folder: Path) -> None:
+    def test_missing_weights(self, folder: Path) -> None:
         """diffusers would draw them at random."""
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         weights = load_file(file)
@@ -248,7 +246,7 @@ class TestRefused:
         self.refuse(folder, "not a regular expression", sites="(")
 
 
-def test_the_hash_is_of_what_matters(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_hash_ignores_cards_and_images(pipeline_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(pipeline_folder, tmp_path / "copy"))
     assert assets.digest(copy) == assets.digest(pipeline_folder)
     (copy / "README.md").write_text("a card")

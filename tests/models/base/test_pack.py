@@ -45,41 +45,39 @@ def output(base: Base) -> Tensor:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8", "mixed", "nf4"])
-def test_a_packed_base_is_the_one_quantised_when_loaded(pipeline_folder: Path, tmp_path: Path, weights: str) -> None:
+def test_packed_equals_quantized_on_load(pipeline_folder: Path, tmp_path: Path, weights: str) -> None:
     pack(str(pipeline_folder), tmp_path / "base", weights)
-    ours = Base(tmp_path / "base", sites=ATTENTION)
-    theirs = Base(pipeline_folder, sites=ATTENTION, weights=weights)
-    assert torch.equal(output(ours), output(theirs))
-    assert (list(ours.sites.items()), ours.shape) == (list(theirs.sites.items()), theirs.shape)
-    state = theirs.network.state_dict()
-    assert ours.network.state_dict().keys() == state.keys()
-    for name, tensor in ours.network.state_dict().items():
+    packed_base = Base(tmp_path / "base", sites=ATTENTION)
+    loaded_base = Base(pipeline_folder, sites=ATTENTION, weights=weights)
+    assert torch.equal(output(packed_base), output(loaded_base))
+    assert (list(packed_base.sites.items()), packed_base.shape) == (list(loaded_base.sites.items()), loaded_base.shape)
+    state = loaded_base.network.state_dict()
+    assert packed_base.network.state_dict().keys() == state.keys()
+    for name, tensor in packed_base.network.state_dict().items():
         assert torch.equal(tensor, state[name])
-    assert not any(value.requires_grad for value in ours.network.parameters())
+    assert not any(value.requires_grad for value in packed_base.network.parameters())
 
 
-def test_its_parts_encode_and_decode_as_before(packed_folder: Path, base: Base) -> None:
-    ours = Base(packed_folder, sites=ATTENTION, weights="mixed")
-    assert torch.equal(ours.encode_captions(["a b"]), base.encode_captions(["a b"]))
+def test_packed_base_encodes_and_decodes(packed_folder: Path, base: Base) -> None:
+    packed_base = Base(packed_folder, sites=ATTENTION, weights="mixed")
+    assert torch.equal(packed_base.encode_captions(["a b"]), base.encode_captions(["a b"]))
     latents = torch.randn(1, *base.shape)
-    assert (ours.decode(latents) == base.decode(latents)).all()
+    assert (packed_base.decode(latents) == base.decode(latents)).all()
 
 
-def test_the_file_is_plain_safetensors_and_the_manifest_says_what_is_in_it(
-    packed_folder: Path, pipeline_folder: Path
-) -> None:
+def test_file_matches_manifest(packed_folder: Path, pipeline_folder: Path) -> None:
     manifest, tensors = PackedManifest.read(packed_folder / "unet"), load_file(packed_folder / "unet" / FILE)
     network = skeleton(pipeline_folder / "unet")
     assert manifest.layers == quant_types(network, "mixed") != {}
     assert manifest.source == assets.digest(pipeline_folder)
     assert (manifest.network, manifest.weights) == (NETWORK, "mixed")
-    wanted = {name for name in network.state_dict() if name.removesuffix(".weight") not in manifest.layers}
-    wanted |= {f"{layer}.{part}" for layer in manifest.layers for part in ("codes", "scales", "top")}
-    assert tensors.keys() == wanted
+    expected = {name for name in network.state_dict() if name.removesuffix(".weight") not in manifest.layers}
+    expected |= {f"{layer}.{part}" for layer in manifest.layers for part in ("codes", "scales", "top")}
+    assert tensors.keys() == expected
     assert all(file.suffix != ".safetensors" or file.name == FILE for file in (packed_folder / "unet").iterdir())
 
 
-def test_tensors_are_mapped_and_not_copied(packed_folder: Path) -> None:
+def test_tensors_are_memory_mapped(packed_folder: Path) -> None:
     network = load(packed_folder / "unet", NETWORK)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(FILE)]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
@@ -88,7 +86,7 @@ def test_tensors_are_mapped_and_not_copied(packed_folder: Path) -> None:
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
 
 
-def test_a_network_alone_can_be_packed(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_network_without_other_parts(pipeline_folder: Path, tmp_path: Path) -> None:
     """Of the parts that the index names only the network is there."""
     for name in ("unet", "model_index.json"):
         (shutil.copytree if name == "unet" else shutil.copy)(pipeline_folder / name, (tmp_path / "one") / name)
@@ -97,7 +95,7 @@ def test_a_network_alone_can_be_packed(pipeline_folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
+def test_sharded_half_precision_weights(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
     source = Path(shutil.copytree(pipeline_folder, tmp_path / "source"))
     weights = source / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = {name: tensor.half() for name, tensor in load_file(weights).items()}
@@ -106,7 +104,7 @@ def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path,
     save_file(other, weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))  # not asked for
     if sharded:
         save_file(other, weights)
-        files = {name: f"part-{place % 3}.safetensors" for place, name in enumerate(tensors)}
+        files = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(tensors)}
         for file in {*files.values()}:
             save_file({name: tensors[name] for name in tensors if files[name] == file}, weights.with_name(file))
         index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
@@ -121,7 +119,7 @@ def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path,
     assert sum(isinstance(layer, QuantizedLayer) for layer in network.modules()) > 10
 
 
-def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "packed"
     arguments = [str(pipeline_folder), "--weights", "int8", "--out", str(out)]
     assert main(arguments) == 0
@@ -133,27 +131,27 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
         [f"base={pipeline_folder}", "weights=int8", "out=o"],
     ):
         assert main(wrong) == 2
-        told = capsys.readouterr()
-        assert (len(told.err.splitlines()), told.out) == (1, "")
-    assert told.err.endswith("write anther pack BASE --weights nf4 --out DIR\n")
+        captured = capsys.readouterr()
+        assert (len(captured.err.splitlines()), captured.out) == (1, "")
+    assert captured.err.endswith("write anther pack BASE --weights nf4 --out DIR\n")
     for wrong in ([], arguments[:3], [*arguments, "--more"], [arguments[0], "--weights", "int4", *arguments[3:]]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_folder_of_a_variant_alone_is_packed_whole(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
+def test_variant_folder(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
     """What is packed of it encodes as before: a packed base that can't be loaded is none."""
     source = as_variant(Path(shutil.copytree(pipeline_folder, tmp_path / "source")), sharded=sharded)
     pack(str(source), tmp_path / "packed", "fp32")
-    ours, theirs = Base(tmp_path / "packed", sites=ATTENTION), Base(pipeline_folder, sites=ATTENTION)
-    assert torch.equal(output(ours), output(theirs))
-    assert torch.equal(ours.encode_captions(["a b"]), theirs.encode_captions(["a b"]))
-    assert torch.equal(output(Base(source, sites=ATTENTION)), output(theirs))
+    packed_base, loaded_base = Base(tmp_path / "packed", sites=ATTENTION), Base(pipeline_folder, sites=ATTENTION)
+    assert torch.equal(output(packed_base), output(loaded_base))
+    assert torch.equal(packed_base.encode_captions(["a b"]), loaded_base.encode_captions(["a b"]))
+    assert torch.equal(output(Base(source, sites=ATTENTION)), output(loaded_base))
 
 
-def test_nothing_is_packed_that_could_not_be_used(pipeline_folder: Path, tmp_path: Path) -> None:
-    for place, (spoil, match) in enumerate(
+def test_unusable_bases_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    for i, (spoil, match) in enumerate(
         [
             (lambda copy: pickled(copy / "text_encoder/model.safetensors"), "pickled weights are never read"),
             (lambda copy: (copy / "tokenizer/tokenizer.json").unlink(), "has no vocabulary"),
@@ -162,11 +160,11 @@ def test_nothing_is_packed_that_could_not_be_used(pipeline_folder: Path, tmp_pat
             (lambda copy: not_a_number(copy / "unet/diffusion_pytorch_model.safetensors"), "not finite"),
         ]
     ):
-        copy = Path(shutil.copytree(pipeline_folder, tmp_path / str(place)))
+        copy = Path(shutil.copytree(pipeline_folder, tmp_path / str(i)))
         spoil(copy)
         with pytest.raises(AntherError, match=match):
             pack(str(copy), tmp_path / "out", "int8")
-        assert {path.name for path in tmp_path.iterdir()} == {str(one) for one in range(place + 1)}
+        assert {path.name for path in tmp_path.iterdir()} == {str(one) for one in range(i + 1)}
 
 
 def pickled(file: Path) -> None:
@@ -186,7 +184,7 @@ def not_a_number(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-class TestRefused:
+class TestPackErrors:
     """Each one clear line."""
 
     def refuse(self, match: str, action: Callable[[], object]) -> None:
@@ -206,7 +204,7 @@ class TestRefused:
         file.unlink()
         self.refuse_base(folder, "missing")
 
-    def test_another_mode_than_it_was_packed_in(self, folder: Path) -> None:
+    def test_another_mode(self, folder: Path) -> None:
         self.refuse_base(folder, "packed as mixed", weights="nf4")
 
     def test_another_class(self, folder: Path) -> None:
@@ -224,31 +222,31 @@ class TestRefused:
         self.refuse_base(folder, "not format 1")
 
     @pytest.mark.parametrize("change", ["less", "more", "other", "absent"])
-    def test_manifest_that_does_not_agree(self, folder: Path, change: str) -> None:
+    def test_inconsistent_manifest(self, folder: Path, change: str) -> None:
         manifest = folder / "unet" / MANIFEST
-        found = json.loads(manifest.read_text())
-        layer = next(iter(found["layers"]))
+        result = json.loads(manifest.read_text())
+        layer = next(iter(result["layers"]))
         match change:
             case "less":
-                del found["layers"][layer]
+                del result["layers"][layer]
             case "more":
-                found["layers"]["conv_in"] = "int8"
+                result["layers"]["conv_in"] = "int8"
             case "other":
-                found["layers"][layer] = "nf4" if found["layers"][layer] == "int8" else "int8"
+                result["layers"][layer] = "nf4" if result["layers"][layer] == "int8" else "int8"
             case "absent":
-                found["layers"]["nowhere"] = "int8"
-        manifest.write_text(json.dumps(found))
+                result["layers"]["nowhere"] = "int8"
+        manifest.write_text(json.dumps(result))
         self.refuse_base(folder, "the file and its manifest differ")
 
     def test_configuration_of_another_network(self, folder: Path) -> None:
         config = folder / "unet" / "config.json"
-        found = json.loads(config.read_text())
-        config.write_text(json.dumps(found | {"block_out_channels": [16, 64]}))
+        result = json.loads(config.read_text())
+        config.write_text(json.dumps(result | {"block_out_channels": [16, 64]}))
         self.refuse_base(folder, "the file and its manifest differ")
-        config.write_text(json.dumps(found | {"_class_name": "Nothing"}))
+        config.write_text(json.dumps(result | {"_class_name": "Nothing"}))
         self.refuse_base(folder, "describes no diffusers network")
 
-    def test_what_cannot_be_packed(self, packed_folder: Path, tmp_path: Path) -> None:
+    def test_unpackable_sources(self, packed_folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         self.refuse("no such folder", lambda: pack("/nowhere", out, "nf4"))
         self.refuse("already packed", lambda: pack(str(packed_folder), out, "nf4"))
@@ -256,7 +254,7 @@ class TestRefused:
         (tmp_path / "empty").mkdir()
         self.refuse("no model_index.json", lambda: pack(str(tmp_path / "empty"), out, "nf4"))
 
-    def test_a_source_without_sound_weights(self, tmp_path: Path) -> None:
+    def test_source_with_invalid_weights(self, tmp_path: Path) -> None:
         source, out = save_pipeline(tmp_path), tmp_path / "out"
         weights = source / "unet" / "diffusion_pytorch_model.safetensors"
         tensors, content = load_file(weights), weights.read_bytes()

@@ -57,18 +57,18 @@ def dc() -> Any:
 
 @pytest.mark.parametrize("make", [tiny, kl, dc])
 @torch.no_grad()
-def test_tiles_take_less_memory_and_change_little(make: Callable[[], Any]) -> None:
+def test_tiles_reduce_memory(make: Callable[[], Any]) -> None:
     latents = torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(0))
     whole, pieces = make(), make()
     in_tiles(pieces, 32, 2)
-    wanted, found = whole.decode(latents).sample, pieces.decode(latents).sample
-    assert found.shape == wanted.shape == (1, 3, 96, 96)
-    assert (found - wanted).square().mean() < 0.25 * wanted.var()  # norms look at a tile alone
+    expected, actual = whole.decode(latents).sample, pieces.decode(latents).sample
+    assert actual.shape == expected.shape == (1, 3, 96, 96)
+    assert (actual - expected).square().mean() < 0.25 * expected.var()  # norms look at a tile alone
     assert peak_bytes(lambda: pieces.decode(latents)) < 0.6 * peak_bytes(lambda: whole.decode(latents))
 
 
 @torch.no_grad()
-def test_a_picture_within_one_tile_is_the_same() -> None:
+def test_image_within_one_tile_is_unchanged() -> None:
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     whole, pieces = kl(), kl()
     in_tiles(pieces, 32, 2)
@@ -76,23 +76,23 @@ def test_a_picture_within_one_tile_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("side", [-16, 0, 8, 20])
-def test_tiles_that_would_not_overlap_evenly_are_refused(side: int) -> None:
+def test_uneven_tiles_are_refused(side: int) -> None:
     with pytest.raises(AntherError, match=rf"tiles of {side} pixels: must be a multiple of 16"):
         in_tiles(kl(), side, 2)
 
 
-def test_a_small_vae_decodes_in_the_place_of_the_bases_own(tmp_path: Path) -> None:
+def test_small_vae_decodes(tmp_path: Path) -> None:
     base = Base(save_pipeline(tmp_path / "base", channels=3), sites=ATTENTION)
     own = tiny()
     own.save_pretrained(tmp_path / "small")
     latents = torch.randn(2, *base.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pixels = (own.decode(latents).sample + 1) * 127.5  # it takes scaled latents
-    wanted = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    assert (base.decode(latents, small=tmp_path / "small") == wanted).all()
+    expected = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert (base.decode(latents, small=tmp_path / "small") == expected).all()
 
 
-def test_what_is_no_small_vae_is_refused(tmp_path: Path) -> None:
+def test_other_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="holds no safetensors"):
         small_vae(tmp_path)
     kl().save_pretrained(tmp_path / "large")

@@ -98,18 +98,18 @@ def trainable(stacks: Mapping[str, BatchedFactors]) -> dict[str, BatchedFactors]
     }
 
 
-def two_slots(lent: Denoiser, ranks: tuple[int, int] = (2, 1)) -> dict[str, BatchedFactors]:
-    adapters = [random_adapter(lent.sites, rank, seed, lent.dtype) for seed, rank in enumerate(ranks)]
-    return dict(stack_adapters(lent.sites, adapters))
+def two_slots(model: Denoiser, ranks: tuple[int, int] = (2, 1)) -> dict[str, BatchedFactors]:
+    adapters = [random_adapter(model.sites, rank, seed, model.dtype) for seed, rank in enumerate(ranks)]
+    return dict(stack_adapters(model.sites, adapters))
 
 
-def assert_exact(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.detach().abs().max()))
+def assert_exact(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for own_grads, other_grads in zip(actual, expected, strict=True):
+        assert (own_grads - other_grads).abs().max() <= 1e-10 * max(1.0, float(other_grads.detach().abs().max()))
 
 
 class TestSites:
-    def test_are_the_linear_and_convolution_layers_of_a_whole_name(self, unet: nn.Module) -> None:
+    def test_pattern_matches_full_names(self, unet: nn.Module) -> None:
         able = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
         for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS, EVERYTHING):
             sites = find_sites(unet, pattern)
@@ -121,7 +121,7 @@ class TestSites:
         assert set.union(*quant_types) == set(able)
         assert sum(map(len, quant_types)) == len(able)
 
-    def test_are_no_layers_that_slots_would_get_wrong(self) -> None:
+    def test_unsupported_layers_are_excluded(self) -> None:
         network = nn.ModuleDict(
             {
                 "grouped": nn.Conv2d(4, 4, 3, groups=2),
@@ -138,7 +138,7 @@ class TestSites:
         ("pattern", "match"),
         [("(", "not a regular expression"), ("nothing", "matches no layer"), ("conv", "such as conv_in")],
     )
-    def test_refusals_take_one_line(self, unet: nn.Module, pattern: str, match: str) -> None:
+    def test_invalid_patterns_are_refused(self, unet: nn.Module, pattern: str, match: str) -> None:
         with pytest.raises(AntherError, match=match) as refusal:
             find_sites(unet, pattern)
         assert "\n" not in str(refusal.value)
@@ -147,114 +147,115 @@ class TestSites:
 
 @pytest.mark.parametrize("sites", [ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS, EVERYTHING])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_it_is_the_unet_with_merged_weights(unet: nn.Module, sites: str, checkpointing: bool) -> None:
-    lent = denoiser(unet, sites)
+def test_equals_unet_with_merged_weights(unet: nn.Module, sites: str, checkpointing: bool) -> None:
+    model = denoiser(unet, sites)
     if checkpointing:
-        lent.network.enable_gradient_checkpointing()
-    common = stack_adapters(lent.sites, [random_adapter(lent.sites, 3, 7, torch.float64)])
-    own = trainable(two_slots(lent))
-    with lent.use_adapters([common, own]) as denoise:
-        found = denoise(*inputs(4))
-        gradients = loss_gradients(found, own)
-    wanted = one_by_one(unet, [common, own], 2)
-    assert_exact([found], [wanted])
-    assert_exact(gradients, loss_gradients(wanted, own))
-    assert (one_by_one(unet, [common], 2) - wanted).abs().max() > 1e-3
+        model.network.enable_gradient_checkpointing()
+    common = stack_adapters(model.sites, [random_adapter(model.sites, 3, 7, torch.float64)])
+    own = trainable(two_slots(model))
+    with model.use_adapters([common, own]) as denoise:
+        actual = denoise(*inputs(4))
+        gradients = loss_gradients(actual, own)
+    expected = one_by_one(unet, [common, own], 2)
+    assert_exact([actual], [expected])
+    assert_exact(gradients, loss_gradients(expected, own))
+    assert (one_by_one(unet, [common], 2) - expected).abs().max() > 1e-3
 
 
-def test_every_site_is_heard(unet: nn.Module) -> None:
+def test_every_site_affects_the_output(unet: nn.Module) -> None:
     """A layer that a network holds under two names, or whose weight it reads past the layer, would stay deaf."""
-    lent = denoiser(unet)
-    own = trainable(two_slots(lent))
-    with lent.use_adapters([own]) as denoise:
+    model = denoiser(unet)
+    own = trainable(two_slots(model))
+    with model.use_adapters([own]) as denoise:
         gradients = loss_gradients(denoise(*inputs(2)), own)
     assert all(gradient[slot].abs().max() > 0 for gradient in gradients for slot in (0, 1))
 
 
-def test_without_adapters_it_is_the_unet(unet: nn.Module) -> None:
-    lent = denoiser(unet, compute="fp32")
+def test_without_adapters_equals_unet(unet: nn.Module) -> None:
+    model = denoiser(unet, compute="fp32")
     x, t, context = inputs(3, torch.float32)
-    for nothing in ([], [{}], [two_slots(lent, (0, 0))]):
-        with lent.use_adapters(nothing) as denoise, torch.no_grad():
+    for nothing in ([], [{}], [two_slots(model, (0, 0))]):
+        with model.use_adapters(nothing) as denoise, torch.no_grad():
             torch.testing.assert_close(denoise(x, t, context), unet(x, t, context).sample)
 
 
-def test_checkpointed_blocks_run_again_in_copies_too(unet: nn.Module, ran: list[nn.Module]) -> None:
-    lent = denoiser(unet, ATTENTION)
-    lent.network.enable_gradient_checkpointing()
-    own = trainable(two_slots(lent))
+def test_copies_recompute_checkpointed_blocks(unet: nn.Module, ran: list[nn.Module]) -> None:
+    model = denoiser(unet, ATTENTION)
+    model.network.enable_gradient_checkpointing()
+    own = trainable(two_slots(model))
 
     def passes() -> int:
         return sum(isinstance(module, SlotLayer) for module in ran)
 
-    with lent.use_adapters([own]), lent.use_adapters([own]) as denoise:  # the second copy
+    with model.use_adapters([own]), model.use_adapters([own]) as denoise:  # the second copy
         output = denoise(*inputs(2))
-        assert passes() == len(lent.sites)
+        assert passes() == len(model.sites)
         loss_gradients(output, own)
-        assert passes() == 2 * len(lent.sites)
+        assert passes() == 2 * len(model.sites)
 
 
-def test_bf16_is_as_close_as_its_rounding_and_losses_are_fp32(unet: nn.Module) -> None:
-    lent = denoiser(unet, compute="bf16")
-    assert lent.full_precision == torch.float32
-    x, t, context = inputs(4, lent.full_precision)
+def test_bf16_error_is_rounding_only(unet: nn.Module) -> None:
+    model = denoiser(unet, compute="bf16")
+    assert model.full_precision == torch.float32
+    x, t, context = inputs(4, model.full_precision)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
-    own = to_device(two_slots(denoiser(unet, compute="fp32")), lent.like)
-    with lent.use_adapters([own]) as denoise, torch.no_grad():
+    own = to_device(two_slots(denoiser(unet, compute="fp32")), model.like)
+    with model.use_adapters([own]) as denoise, torch.no_grad():
         output = denoise(add_noise(SCHEDULE, x, noise, t), t, context)
     assert output.dtype == torch.bfloat16
-    wanted = target(SCHEDULE, x, noise, t)
-    losses = per_example_loss(output, wanted)
+    expected = target(SCHEDULE, x, noise, t)
+    losses = per_example_loss(output, expected)
     assert losses.dtype == torch.float32
     exact = to_device(own, torch.empty(0, dtype=torch.float64))
     parts = zip(add_noise(SCHEDULE, x, noise, t).double().chunk(2), t.chunk(2), context.double().chunk(2), strict=True)
     truth = torch.cat([merged(unet, [exact], slot)(*part) for slot, part in enumerate(parts)])
     error = (output.double() - truth).norm() / truth.norm()
     assert 1e-4 < error < 8 * 2**-8  # half a unit in the last place is 2⁻⁹, and some fifty layers follow each other
-    torch.testing.assert_close(losses.double(), (truth - wanted).square().flatten(1).mean(1), rtol=16 * 2**-8, atol=0)
+    torch.testing.assert_close(losses.double(), (truth - expected).square().flatten(1).mean(1), rtol=16 * 2**-8, atol=0)
 
 
 @pytest.mark.parametrize("weights", ["int8", "mixed", "nf4"])
 @pytest.mark.parametrize(("compute", "error"), [("fp64", 1e-10), ("fp32", 1e-4)])
-def test_quantised_it_is_the_unet_with_rounded_weights(
-    unet: nn.Module, weights: str, compute: str, error: float
-) -> None:
-    lent, rounded = denoiser(unet, weights=weights, compute=compute), copy.deepcopy(unet).double()
+def test_quantized_equals_unet_with_rounded_weights(unet: nn.Module, weights: str, compute: str, error: float) -> None:
+    model, rounded = denoiser(unet, weights=weights, compute=compute), copy.deepcopy(unet).double()
     with torch.no_grad():
         for name, kind in quant_types(unet, weights).items():
             weight = rounded.get_parameter(f"{name}.weight")
             weight.copy_(dequantize(quantize(weight, kind), weight.shape, torch.float64))
-    assert list(lent.sites) == list(find_sites(unet, EVERYTHING))
-    own = trainable(two_slots(lent))
-    with lent.use_adapters([own]) as denoise:
-        found = denoise(*inputs(4, lent.full_precision))
-        gradients = loss_gradients(found, own)
+    assert list(model.sites) == list(find_sites(unet, EVERYTHING))
+    own = trainable(two_slots(model))
+    with model.use_adapters([own]) as denoise:
+        actual = denoise(*inputs(4, model.full_precision))
+        gradients = loss_gradients(actual, own)
     exact = trainable(to_device(own, torch.empty(0, dtype=torch.float64)))
-    wanted = one_by_one(rounded, [exact], 2)
-    assert (found - wanted).norm() <= error * wanted.norm()
-    for ours, theirs in zip(gradients, loss_gradients(wanted, exact), strict=True):
-        assert (ours - theirs).norm() <= 10 * error * theirs.norm()
-    assert (one_by_one(unet, [exact], 2) - wanted).norm() > 1e-4 * wanted.norm()
+    expected = one_by_one(rounded, [exact], 2)
+    assert (actual - expected).norm() <= error * expected.norm()
+    for own_grads, other_grads in zip(gradients, loss_gradients(expected, exact), strict=True):
+        assert (own_grads - other_grads).norm() <= 10 * error * other_grads.norm()
+    assert (one_by_one(unet, [exact], 2) - expected).norm() > 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("weights", ["fp32", "mixed"])
-def test_checkpointing_changes_what_is_kept_and_nothing_else(unet: nn.Module, weights: str) -> None:
-    found, kept = [], []
+def test_checkpointing_only_changes_saved_tensors(unet: nn.Module, weights: str) -> None:
+    actual, saved = [], []
     for checkpointing in ("none", "block"):
-        lent = denoiser(unet, weights=weights, checkpointing=checkpointing)
-        own, bytes_kept = trainable(two_slots(lent)), []
+        model = denoiser(unet, weights=weights, checkpointing=checkpointing)
+        own, bytes_kept = trainable(two_slots(model)), []
 
         def keep(tensor: Tensor, seen: list[int] = bytes_kept) -> Tensor:
             seen.append(tensor.nbytes)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lent.use_adapters([own]) as denoise:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            model.use_adapters([own]) as denoise,
+        ):
             output = denoise(*inputs(4))
-            kept.append(sum(bytes_kept))
-            found.append([output, *loss_gradients(output, own)])
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
-    assert kept[1] < 0.5 * kept[0]
+            saved.append(sum(bytes_kept))
+            actual.append([output, *loss_gradients(output, own)])
+    for own_grads, other_grads in zip(*actual, strict=True):
+        assert torch.equal(own_grads, other_grads)
+    assert saved[1] < 0.5 * saved[0]
 
 
 def tensors(network: nn.Module) -> dict[str, int]:
@@ -262,67 +263,65 @@ def tensors(network: nn.Module) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "mixed"])
-def test_threads_get_copies_that_share_weights_and_no_adapters(
-    unet: nn.Module, ran: list[nn.Module], weights: str
-) -> None:
-    lent, together = denoiser(unet, weights=weights), Barrier(3, timeout=60)
-    adapters = [stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in range(3)]
+def test_threads_share_weights_but_not_adapters(unet: nn.Module, ran: list[nn.Module], weights: str) -> None:
+    model, together = denoiser(unet, weights=weights), Barrier(3, timeout=60)
+    adapters = [stack_adapters(model.sites, [random_adapter(model.sites, 2, s, torch.float64)]) for s in range(3)]
 
     @torch.no_grad()
-    def alone(stacks: Mapping[str, BatchedFactors]) -> Tensor:
-        with lent.use_adapters([stacks]) as denoise:
+    def single(stacks: Mapping[str, BatchedFactors]) -> Tensor:
+        with model.use_adapters([stacks]) as denoise:
             return denoise(*inputs(2))
 
     @torch.no_grad()
     def beside(stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
-        with lent.use_adapters([stacks]) as denoise:
+        with model.use_adapters([stacks]) as denoise:
             together.wait()
             return [denoise(*inputs(2)) for _ in range(3)]
 
-    wanted = [alone(stacks) for stacks in adapters]
+    expected = [single(stacks) for stacks in adapters]
     assert len(networks(ran)) == 1
     with ThreadPoolExecutor(3) as threads:
-        for found, want in zip(threads.map(beside, adapters), wanted, strict=True):
-            assert all(torch.equal(each, want) for each in found)
+        for actual, want in zip(threads.map(beside, adapters), expected, strict=True):
+            assert all(torch.equal(each, want) for each in actual)
     assert len(networks(ran)) == 3
-    alone(adapters[0])
+    single(adapters[0])
     assert len(networks(ran)) == 3  # a free copy is lent again
     first, *others = networks(ran)
-    assert all(tensors(other) == tensors(first) == tensors(lent.network) for other in others)
+    assert all(tensors(other) == tensors(first) == tensors(model.network) for other in others)
     assert not any(
-        layer.active_adapters for network in [lent.network, *networks(ran)] for layer in slot_layers(network).values()
+        layer.active_adapters for network in [model.network, *networks(ran)] for layer in slot_layers(network).values()
     )
 
 
-def test_who_lends_within_lending_gets_a_network_of_its_own(unet: nn.Module) -> None:
-    lent = denoiser(unet, ATTENTION)
-    one, two = (stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in (0, 1))
-    with lent.use_adapters([one]) as outer, torch.no_grad():
+def test_nested_contexts_use_separate_networks(unet: nn.Module) -> None:
+    model = denoiser(unet, ATTENTION)
+    one, two = (stack_adapters(model.sites, [random_adapter(model.sites, 2, s, torch.float64)]) for s in (0, 1))
+    with model.use_adapters([one]) as outer, torch.no_grad():
         before = outer(*inputs(2))
-        with lent.use_adapters([two]) as inner:
+        with model.use_adapters([two]) as inner:
             within, again = inner(*inputs(2)), outer(*inputs(2))
         assert torch.equal(before, again)
         assert torch.equal(before, outer(*inputs(2)))
     assert not torch.allclose(before, within)
 
 
-def test_after_a_failure_nothing_stays_lent(unet: nn.Module, ran: list[nn.Module]) -> None:
-    lent = denoiser(unet, ATTENTION)
-    own = two_slots(lent)
-    with pytest.raises(RuntimeError), lent.use_adapters([own]) as denoise:
+def test_failure_clears_adapters(unet: nn.Module, ran: list[nn.Module]) -> None:
+    model = denoiser(unet, ATTENTION)
+    own = two_slots(model)
+    with pytest.raises(RuntimeError), model.use_adapters([own]) as denoise:
         denoise(*inputs(3))  # three entries don't fill two slots
     assert not any(layer.active_adapters for layer in slot_layers(networks(ran)[0]).values())
-    with lent.use_adapters([]) as denoise, torch.no_grad():
-        found = denoise(*inputs(3))
+    with model.use_adapters([]) as denoise, torch.no_grad():
+        actual = denoise(*inputs(3))
     assert len(networks(ran)) == 1
-    torch.testing.assert_close(found, merged(unet, [], 0)(*inputs(3)))
+    torch.testing.assert_close(actual, merged(unet, [], 0)(*inputs(3)))
 
 
-def test_nothing_of_the_network_is_trained(unet: nn.Module) -> None:
-    lent = denoiser(unet)
-    assert not any(parameter.requires_grad for parameter in lent.network.parameters())
-    assert not any(module.training for module in lent.network.modules())
-    assert {parameter.dtype for parameter in lent.network.parameters()} == {torch.float64} == {lent.like.dtype}
+def test_network_is_frozen(unet: nn.Module) -> None:
+    model = denoiser(unet)
+    assert not any(parameter.requires_grad for parameter in model.network.parameters())
+    assert not any(module.training for module in model.network.modules())
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.float64} == {model.like.dtype}
 
 
 class Small(nn.Module):
@@ -337,25 +336,25 @@ class Small(nn.Module):
         return (self.conv(x) + torch.einsum("nlc,n->nc", self.linear(encoder_hidden_states), t.to(x))[..., None, None],)
 
 
-def test_compiled_it_is_the_same_and_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = CompileCounterWithBackend("aot_eager")
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda run, *, dynamic, **_: real(run, dynamic=dynamic, backend=compiler))
     torch.compiler.reset()
-    lent = denoiser(Small())
+    model = denoiser(Small())
 
     def check(seed: int, count: int) -> None:
-        adapters = [random_adapter(lent.sites, 2, seed + i, torch.float64) for i in (0, 1)]
-        own = trainable(stack_adapters(lent.sites, adapters))
-        with lent.use_adapters([own]) as denoise:
-            wanted = denoise(*inputs(count))
-        with lent.use_adapters([own], compiled=True) as denoise:
-            found = denoise(*inputs(count))
-            assert_exact([found, *loss_gradients(found, own)], [wanted, *loss_gradients(wanted, own)])
+        adapters = [random_adapter(model.sites, 2, seed + i, torch.float64) for i in (0, 1)]
+        own = trainable(stack_adapters(model.sites, adapters))
+        with model.use_adapters([own]) as denoise:
+            expected = denoise(*inputs(count))
+        with model.use_adapters([own], compiled=True) as denoise:
+            actual = denoise(*inputs(count))
+            assert_exact([actual, *loss_gradients(actual, own)], [expected, *loss_gradients(expected, own)])
 
     check(seed=0, count=4)
     check(seed=2, count=4)  # other adapters
-    with lent.use_adapters([]):
+    with model.use_adapters([]):
         check(seed=4, count=4)  # another copy
     assert compiler.frame_count == 1
     check(seed=6, count=6)

@@ -43,21 +43,21 @@ CONTEXT = torch.linspace(-1, 1, 2 * 3 * 5, dtype=torch.float64).view(2, 3, 5)
 NULL = torch.full((3, 5), 0.4, dtype=torch.float64)
 
 
-def theirs(scheduler: Any, x: Tensor, guidance: float, fresh: Sequence[Tensor] = ()) -> Tensor:
+def diffusers_sample(scheduler: Any, x: Tensor, guidance: float, fresh: Sequence[Tensor] = ()) -> Tensor:
     """Through all of a scheduler's steps; the noise that it adds comes from `fresh`."""
-    for place, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(scheduler.timesteps):
         time = t.expand(2)
         output = network(x, time, CONTEXT)
         plain = network(x, time, NULL.expand(2, -1, -1))
         step = scheduler.step(plain + guidance * (output - plain), t, x, return_dict=True)
         x = step.prev_sample
-        if fresh and place < len(fresh):  # its own noise is taken out and ours put in
-            following = scheduler.alphas_cumprod[scheduler.timesteps[place + 1]].double()
-            x = following.sqrt() * step.denoised + (1 - following).sqrt() * fresh[place]
+        if fresh and i < len(fresh):  # its own noise is taken out and ours put in
+            following = scheduler.alphas_cumprod[scheduler.timesteps[i + 1]].double()
+            x = following.sqrt() * step.denoised + (1 - following).sqrt() * fresh[i]
     return x
 
 
-def ours(sampler: str, schedule: Schedule, steps: int, guidance: float) -> Tensor:
+def own_sample(sampler: str, schedule: Schedule, steps: int, guidance: float) -> Tensor:
     return sample(
         sampler, network, schedule, noises(sampler, steps), CONTEXT, steps=steps, guidance=guidance, null_context=NULL
     )
@@ -72,41 +72,43 @@ class TestAgainstDiffusers:
             **BETAS, prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
         )
         scheduler.set_timesteps(steps)
-        found = ours("ddim", diffusion(ALPHA_BARS, prediction), steps, guidance)
-        wanted = theirs(scheduler, noises("ddim", steps)[0], guidance)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        actual = own_sample("ddim", diffusion(ALPHA_BARS, prediction), steps, guidance)
+        expected = diffusers_sample(scheduler, noises("ddim", steps)[0], guidance)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_dpm_solver(self, prediction: str, steps: int, guidance: float) -> None:
         scheduler = DPMSolverMultistepScheduler(**BETAS, prediction_type=prediction, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
-        found = ours("dpm", diffusion(ALPHA_BARS, prediction), steps, guidance)
-        wanted = theirs(scheduler, noises("dpm", steps)[0], guidance)
-        torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-3, atol=1e-3)
+        actual = own_sample("dpm", diffusion(ALPHA_BARS, prediction), steps, guidance)
+        expected = diffusers_sample(scheduler, noises("dpm", steps)[0], guidance)
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=1e-3, atol=1e-3)
 
-    def test_the_solver_of_a_flow(self, steps: int, guidance: float) -> None:
+    def test_flow_solver(self, steps: int, guidance: float) -> None:
         """It goes through other places by itself."""
         scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
         scheduler.set_timesteps(steps)
         grid = FLOW.grid(steps)
         scheduler.sigmas, scheduler.timesteps = grid.sigmas, grid.times
-        wanted = theirs(scheduler, noises("dpm", steps)[0], guidance)
-        torch.testing.assert_close(ours("dpm", FLOW, steps, guidance).float(), wanted.float(), rtol=1e-3, atol=1e-3)
+        expected = diffusers_sample(scheduler, noises("dpm", steps)[0], guidance)
+        torch.testing.assert_close(
+            own_sample("dpm", FLOW, steps, guidance).float(), expected.float(), rtol=1e-3, atol=1e-3
+        )
 
-    def test_euler_steps_of_a_flow(self, steps: int, guidance: float) -> None:
+    def test_flow_euler(self, steps: int, guidance: float) -> None:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        scheduler.set_timesteps(sigmas=[1 - place / steps for place in range(steps)])
-        wanted = theirs(scheduler, noises("ddim", steps)[0], guidance)
-        torch.testing.assert_close(ours("ddim", FLOW, steps, guidance), wanted, rtol=1e-4, atol=1e-4)
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        expected = diffusers_sample(scheduler, noises("ddim", steps)[0], guidance)
+        torch.testing.assert_close(own_sample("ddim", FLOW, steps, guidance), expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_lcm(self, prediction: str, steps: int, guidance: float) -> None:
         scheduler = LCMScheduler(**BETAS, prediction_type=prediction)
         scheduler.set_timesteps(steps)
         start, *fresh = noises("lcm", steps)
-        wanted = theirs(scheduler, start, guidance, fresh)
-        found = ours("lcm", diffusion(ALPHA_BARS, prediction), steps, guidance)
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        expected = diffusers_sample(scheduler, start, guidance, fresh)
+        actual = own_sample("lcm", diffusion(ALPHA_BARS, prediction), steps, guidance)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_ancestral(self, prediction: str, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,34 +126,34 @@ class TestAgainstDiffusers:
             output = network(seen, time, CONTEXT)
             plain = network(seen, time, NULL.expand(2, -1, -1))
             x = scheduler.step(plain + guidance * (output - plain), t, x).prev_sample
-        found = ours("ancestral", schedule, steps, guidance)
-        torch.testing.assert_close(found.float(), x.float(), rtol=1e-3, atol=1e-3)
+        actual = own_sample("ancestral", schedule, steps, guidance)
+        torch.testing.assert_close(actual.float(), x.float(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
-def test_a_solver_needs_fewer_steps(sampler: str) -> None:
+def test_convergence_order(sampler: str) -> None:
     """Errors against very many steps fall at least as fast as the order says: halved, or quartered."""
     schedule = diffusion(ALPHA_BARS, "v_prediction")
-    exact = ours("ddim", schedule, 1000, 1.0)
-    coarse, fine = ((ours(sampler, schedule, steps, 1.0) - exact).norm() for steps in (25, 100))
+    exact = own_sample("ddim", schedule, 1000, 1.0)
+    coarse, fine = ((own_sample(sampler, schedule, steps, 1.0) - exact).norm() for steps in (25, 100))
     assert fine < coarse / {"ddim": 2, "dpm": 4}[sampler]
 
 
-def test_a_flow_whose_network_knows_the_picture_is_solved_in_one_step() -> None:
+def test_straight_flow_needs_one_step() -> None:
     """ε − x_0 is constant along a straight path."""
     x0, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     for sampler in ("ddim", "dpm"):
         for steps in (1, 3):
-            found = sample(sampler, lambda x, t, c: noise - x0, FLOW, [noise], CONTEXT, steps=steps)  # noqa: ARG005
-            torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-4)
+            actual = sample(sampler, lambda x, t, c: noise - x0, FLOW, [noise], CONTEXT, steps=steps)  # noqa: ARG005
+            torch.testing.assert_close(actual, x0, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_pictures_are_drawn_apart(sampler: str) -> None:
+def test_images_are_sampled_independently(sampler: str) -> None:
     schedule = diffusion(ALPHA_BARS, "epsilon")
-    whole = ours(sampler, schedule, 3, 2.5)
+    whole = own_sample(sampler, schedule, 3, 2.5)
     for row in (slice(0, 1), slice(1, 2)):
-        alone = sample(
+        single = sample(
             sampler,
             network,
             schedule,
@@ -161,10 +163,10 @@ def test_pictures_are_drawn_apart(sampler: str) -> None:
             guidance=2.5,
             null_context=NULL,
         )
-        torch.testing.assert_close(alone, whole[row])
+        torch.testing.assert_close(single, whole[row])
 
 
 @pytest.mark.parametrize("steps", [0, 51])
-def test_steps_that_consistency_models_never_saw_are_refused(steps: int) -> None:
+def test_lcm_refuses_invalid_steps(steps: int) -> None:
     with pytest.raises(AntherError, match="1 to 50"):
-        ours("lcm", diffusion(ALPHA_BARS, "epsilon"), steps, 1.0)
+        own_sample("lcm", diffusion(ALPHA_BARS, "epsilon"), steps, 1.0)

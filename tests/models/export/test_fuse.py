@@ -28,16 +28,16 @@ def base(pipeline_folder: Path) -> Base:
 
 @pytest.fixture
 def adapter(base: Base, tmp_path: Path) -> Adapter:
-    found = random_adapter(base.sites, 2)
-    adapter_files.write(tmp_path, "a", found, base, "shared")
-    return found
+    result = random_adapter(base.sites, 2)
+    adapter_files.write(tmp_path, "a", result, base, "shared")
+    return result
 
 
 def arguments(base: Path, adapter: Path, out: Path) -> list[str]:
     return [str(base), str(adapter), "--out", str(out)]
 
 
-def test_products_are_added_to_the_weights_and_nowhere_else(
+def test_products_are_added_to_adapted_weights(
     pipeline_folder: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "fused"
@@ -63,14 +63,14 @@ def test_strength_scales(pipeline_folder: Path, adapter: Adapter, tmp_path: Path
 
 
 @pytest.mark.usefixtures("adapter")
-class TestRefused:
-    def refuse(self, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+class TestFuseErrors:
+    def refuse(self, given: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(given) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert output in error
         assert error.count("\n") == 1
 
-    def test_kohyas_layout(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_kohya_layout(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         given = arguments(pipeline_folder, tmp_path / "a.kohya.safetensors", tmp_path / "out")
         self.refuse(given, "without .kohya in its name", capsys)
 
@@ -81,12 +81,12 @@ class TestRefused:
         self.refuse(arguments(pipeline_folder, tmp_path / "x.safetensors", tmp_path / "o"), "can't be read", capsys)
         self.refuse(arguments(pipeline_folder, tmp_path / "y.safetensors", tmp_path / "o"), "can't be read", capsys)
 
-    def test_of_another_base(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_another_base(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         other = Path(shutil.copytree(pipeline_folder, tmp_path / "other"))
         (other / "extra.json").write_text("{}")
         self.refuse(arguments(other, tmp_path / "a.safetensors", tmp_path / "o"), "belongs to base", capsys)
 
-    def test_a_packed_base(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_packed_base(self, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pack(str(pipeline_folder), tmp_path / "packed", "int8")
         given = arguments(tmp_path / "packed", tmp_path / "a.safetensors", tmp_path / "o")
         self.refuse(given, "the folder that it was packed from", capsys)

@@ -25,14 +25,14 @@ def change(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_pipeline_is_recognised_from_its_files(tiny: TinyPipeline) -> None:
-    found = recognize(tiny.folder)
-    assert found.family is tiny.base.family
-    assert found.family.pipeline == json.loads((tiny.folder / "model_index.json").read_text())["_class_name"]
-    assert tiny.name.replace("_", "-").startswith(("distilled", found.family.name.removesuffix("-sigma")))
+def test_recognize(tiny: TinyPipeline) -> None:
+    checkpoint = recognize(tiny.folder)
+    assert checkpoint.family is tiny.base.family
+    assert checkpoint.family.pipeline == json.loads((tiny.folder / "model_index.json").read_text())["_class_name"]
+    assert tiny.name.replace("_", "-").startswith(("distilled", checkpoint.family.name.removesuffix("-sigma")))
 
 
-def test_what_is_missing_from_any_pipeline_is_named(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_missing_part_is_named(tiny: TinyPipeline, tmp_path: Path) -> None:
     family = tiny.base.family
     for part in (family.network, "vae", "scheduler", *family.encoders):
         copy = tmp_path / part
@@ -41,7 +41,7 @@ def test_what_is_missing_from_any_pipeline_is_named(tiny: TinyPipeline, tmp_path
             recognize(copy)
 
 
-def test_pickled_weights_of_any_part_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
     for part in (tiny.base.family.network, "vae", "text_encoder"):
         copy = Path(shutil.copytree(tiny.folder, tmp_path / part))
         for weights in (copy / part).glob("*.safetensors"):
@@ -53,7 +53,7 @@ def test_pickled_weights_of_any_part_are_refused(tiny: TinyPipeline, tmp_path: P
         assert part in str(refusal.value)
 
 
-def test_licence_and_safety_checker_are_carried_along(folder: Path) -> None:
+def test_provenance(folder: Path) -> None:
     unsaid = {"family": "stable-diffusion", "licence": "unknown", "safety_checker": "none"}
     assert recognize(folder).provenance() == unsaid | {"requires_safety_checker": "false"}
     (folder / "LICENSE.md").write_text("terms")
@@ -76,7 +76,7 @@ def use(folder: Path, resolution: int) -> None:
     base.encode_captions(["fox"])
 
 
-class TestRefused:
+class TestCheckpointErrors:
     """Each one clear line."""
 
     def refuse(self, folder: Path, match: str) -> None:
@@ -94,14 +94,14 @@ class TestRefused:
         change(folder / "model_index.json", **{part: ["diffusers", "UNet3DConditionModel"]})
         self.refuse(folder, f"{part} is a UNet3DConditionModel")
 
-    def test_no_json(self, folder: Path) -> None:
+    def test_invalid_json(self, folder: Path) -> None:
         (folder / "unet" / "config.json").write_text("{")
         self.refuse(folder, r"config.json can't be read")
 
-    def test_a_foreign_index(self, folder: Path) -> None:
+    def test_invalid_index(self, folder: Path) -> None:
         (folder / "model_index.json").write_text("[1]")
         self.refuse(folder, "model_index.json")
 
-    def test_a_resolution_that_latents_cannot_have(self, tiny: TinyPipeline) -> None:
+    def test_invalid_resolution(self, tiny: TinyPipeline) -> None:
         with pytest.raises(AntherError, match="multiple of"):
             Base(tiny.folder, resolution=tiny.base.resolution + 1)

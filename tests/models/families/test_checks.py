@@ -28,8 +28,8 @@ def folder(pipeline_folder: Path, tmp_path: Path) -> Path:
 
 
 def change(file: Path, **changes: object) -> None:
-    found = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in found.items() if value is not GONE}))
+    result = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in result.items() if value is not GONE}))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def change(file: Path, **changes: object) -> None:
         ("model_index.json", {"text_encoder": [None, None]}, "was saved without its text_encoder"),
     ],
 )
-def test_one_line(folder: Path, file: str, changes: dict[str, Any], match: str) -> None:
+def test_invalid_values_are_refused(folder: Path, file: str, changes: dict[str, Any], match: str) -> None:
     change(folder / file, **changes)
     with pytest.raises(AntherError, match=match) as refusal:
         Base(folder)
@@ -92,14 +92,14 @@ def test_one_line(folder: Path, file: str, changes: dict[str, Any], match: str) 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "\xff", '{"a": 1}'])
 @pytest.mark.parametrize("file", [UNET, VAE, SCHEDULER, "model_index.json", "text_encoder/config.json"])
-def test_foreign_json(folder: Path, file: str, text: str) -> None:
+def test_non_object_configuration(folder: Path, file: str, text: str) -> None:
     (folder / file).write_bytes(text.encode("latin-1"))
     with pytest.raises(AntherError) as refusal:
         Base(folder).encode_captions(["cat"])
     assert "\n" not in str(refusal.value)
 
 
-def test_sizes_that_are_stated_otherwise(folder: Path) -> None:
+def test_equivalent_sizes(folder: Path) -> None:
     plain = Base(folder)
     change(folder / UNET, sample_size=[8, 8])
     assert Base(folder).resolution == plain.resolution
@@ -107,13 +107,13 @@ def test_sizes_that_are_stated_otherwise(folder: Path) -> None:
     assert Base(folder, resolution=16).shape == plain.shape
 
 
-def test_a_vae_that_does_not_say_its_channels_is_of_colours(tmp_path: Path) -> None:
+def test_vae_defaults_to_color(tmp_path: Path) -> None:
     folder = save("stable_diffusion", tmp_path)
     change(folder / VAE, in_channels=GONE)
     assert Base(folder).decode(torch.zeros(1, 4, 8, 8)).shape == (1, 16, 16, 3)
 
 
-def test_the_plan_says_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_same_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(folder / UNET, sample_size=None)
     assert plan([f"base={folder}", "device=pi4_4gb"]) == 2
     assert "no sample_size" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_the_plan_says_the_same(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "9 channels" in capsys.readouterr().err
 
 
-def test_sd3_without_t5_is_refused_by_name(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_sd3_requires_t5(tiny: TinyPipeline, tmp_path: Path) -> None:
     if tiny.name != "sd3":
         pytest.skip("of sd3")
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
@@ -131,7 +131,7 @@ def test_sd3_without_t5_is_refused_by_name(tiny: TinyPipeline, tmp_path: Path) -
         recognize(copy)
 
 
-def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_sdxl_latent_statistics(tiny: TinyPipeline, tmp_path: Path) -> None:
     if tiny.name != "sdxl":
         pytest.skip("of SDXL")
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
@@ -140,16 +140,16 @@ def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: TinyPipelin
     base, scale = Base(copy, resolution=64), tiny.base._checkpoint.load("vae").config.scaling_factor
     picture = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8).numpy()
     raw = tiny.base.encode_images([picture])[0] / scale
-    wanted = (raw - torch.tensor(mean)[:, None, None]) * scale / torch.tensor(deviation)[:, None, None]
-    torch.testing.assert_close(base.encode_images([picture])[0], wanted)
+    expected = (raw - torch.tensor(mean)[:, None, None]) * scale / torch.tensor(deviation)[:, None, None]
+    torch.testing.assert_close(base.encode_images([picture])[0], expected)
     import diffusers  # its own pipeline draws the same latents to the same picture
 
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(copy)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(1, *base.shape, generator=torch.Generator().manual_seed(0))
-    found: list[Any] = []
+    result: list[Any] = []
     decode = pipeline.vae.decode
-    pipeline.vae.decode = lambda given, **more: (found.append(given), decode(given, **more))[1]
+    pipeline.vae.decode = lambda given, **more: (result.append(given), decode(given, **more))[1]
     pipeline("cat", latents=latents.clone(), num_inference_steps=1, height=64, width=64, guidance_scale=1.0)
     drawn = pipeline(
         "cat",
@@ -161,7 +161,7 @@ def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: TinyPipelin
         output_type="latent",
     ).images
     own = base._checkpoint.load("vae")
-    pixels = own.decode(found[0]).sample.float()
+    pixels = own.decode(result[0]).sample.float()
     wanted_pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert abs(base.decode(drawn).astype(int) - wanted_pixels.astype(int)).max() <= 1
     for key, value in (("latents_std", None), ("latents_std", [1.0] * 3), ("latents_mean", [1.0, 2.0, "x", 4.0])):
@@ -173,7 +173,7 @@ def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: TinyPipelin
         Base(copy, resolution=64)
 
 
-class TestToldGuidance:
+class TestGuidanceEmbedding:
     """UNets distilled to take guidance as an input (LCM)."""
 
     @pytest.fixture(params=["stable_diffusion", "sdxl"])
@@ -187,7 +187,7 @@ class TestToldGuidance:
         return folder
 
     @pytest.mark.parametrize("guidance", [1.0, 4.5])
-    def test_draws_what_diffusers_draws(self, folder: Path, guidance: float) -> None:
+    def test_samples_equal_diffusers(self, folder: Path, guidance: float) -> None:
         import diffusers
 
         from models.diffusion.sampling import sample
@@ -200,7 +200,7 @@ class TestToldGuidance:
         )
         noise = torch.randn(1, *base.shape, generator=torch.Generator().manual_seed(0))
         side = base.resolution
-        theirs = pipeline(
+        reference = pipeline(
             "fox",
             latents=noise,
             num_inference_steps=4,
@@ -212,13 +212,13 @@ class TestToldGuidance:
         given = base.encode_guidance(["fox"], guidance)
         assert (given.null, given.strength) == (None, 1.0)
         with base.use_adapters([]) as denoise:
-            ours = sample("ddim", denoise, base.schedule, [noise], given.context, steps=4)
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+            actual = sample("ddim", denoise, base.schedule, [noise], given.context, steps=4)
+        assert (actual - reference).abs().max() <= 1e-4 * reference.abs().max()
         with base.use_adapters([]) as denoise, torch.no_grad():
             other = sample("ddim", denoise, base.schedule, [noise], base.encode_guidance(["fox"], 7.0).context, steps=4)
-        assert (other - ours).abs().max() > 1e-3 * ours.abs().max()
+        assert (other - actual).abs().max() > 1e-3 * actual.abs().max()
 
-    def test_a_packed_caption_is_as_large_as_its_family_says(self, folder: Path) -> None:
+    def test_packed_caption_shape(self, folder: Path) -> None:
         checkpoint = recognize(folder)
         rows, width = checkpoint.family.context(checkpoint.config("unet"))
         base = Base(folder, resolution=64)

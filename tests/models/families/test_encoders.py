@@ -40,22 +40,22 @@ def refuse(folder: Path, match: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_two_captions_differ(tiny: TinyPipeline) -> None:
+def test_captions_are_distinguished(tiny: TinyPipeline) -> None:
     one, other = tiny.base.encode_captions(["cat", "dog"])
     assert not torch.equal(one, other)
 
 
-def test_each_missing_weight_is_found(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
     """Of every text encoder, the first of its matrices and the last of all."""
     for encoder in encoders(tiny.folder):
         names = sorted(load_file(encoder / "model.safetensors"))
-        for place in (names[0], names[len(names) // 2], names[-1]):
-            copy = Path(shutil.copytree(tiny.folder, tmp_path / encoder.name / place))
-            rewrite(copy / encoder.name, lambda tensors, name=place: {k: t for k, t in tensors.items() if k != name})
+        for index in (names[0], names[len(names) // 2], names[-1]):
+            copy = Path(shutil.copytree(tiny.folder, tmp_path / encoder.name / index))
+            rewrite(copy / encoder.name, lambda tensors, name=index: {k: t for k, t in tensors.items() if k != name})
             refuse(copy, rf"{encoder.name}: lacks [12] of the weights that config\.json names")
 
 
-def test_foreign_weights_are_refused_and_other_halves_are_not(folder: Path) -> None:
+def test_foreign_weights_are_refused(folder: Path) -> None:
     plain = Base(folder).encode_captions(["cat"])
     encoder = folder / "text_encoder"
     benign = {"text_model.embeddings.position_ids": torch.arange(8)[None], "logit_scale": torch.ones(())}
@@ -67,21 +67,21 @@ def test_foreign_weights_are_refused_and_other_halves_are_not(folder: Path) -> N
     refuse(folder, "text_encoder: holds")
 
 
-def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+def test_wrong_shape_is_refused(folder: Path) -> None:
     rewrite(folder / "text_encoder", lambda tensors: tensors | {"final_layer_norm.weight": torch.ones(3)})
     refuse(folder, "text_encoder: ")
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "mine"])
-def test_variants_alone_are_loaded(tiny: TinyPipeline, tmp_path: Path, name: str) -> None:
+def test_single_variant_is_loaded(tiny: TinyPipeline, tmp_path: Path, name: str) -> None:
     copy = as_variant(Path(shutil.copytree(tiny.folder, tmp_path / "copy")), name, sharded=name == "fp16")
-    ours = Base(copy, resolution=tiny.base.resolution)
-    assert torch.equal(ours.encode_captions(["cat"]), tiny.base.encode_captions(["cat"]))
-    for key, tensor in ours.network.state_dict().items():
+    actual = Base(copy, resolution=tiny.base.resolution)
+    assert torch.equal(actual.encode_captions(["cat"]), tiny.base.encode_captions(["cat"]))
+    for key, tensor in actual.network.state_dict().items():
         assert torch.equal(tensor, tiny.base.network.state_dict()[key])
 
 
-def test_of_two_variants_none_is_chosen(folder: Path) -> None:
+def test_two_variants_are_refused(folder: Path) -> None:
     as_variant(folder, "bf16")
     shutil.copy(
         folder / "unet/diffusion_pytorch_model.bf16.safetensors",
@@ -103,21 +103,21 @@ class TestTokenizers:
             file.unlink()
         refuse(folder, "tokenizer: has no vocabulary")
 
-    def test_that_says_no_longest_caption_takes_what_its_encoder_does(self, folder: Path) -> None:
+    def test_default_length_is_the_encoders(self, folder: Path) -> None:
         plain = Base(folder).encode_captions(["cat " * 20])
-        config = folder / "tokenizer/tokenizer_config.json"
-        told = json.loads(config.read_text())
-        config.write_text(json.dumps({key: value for key, value in told.items() if key != "model_max_length"}))
+        file = folder / "tokenizer/tokenizer_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in config.items() if key != "model_max_length"}))
         assert torch.equal(Base(folder).encode_captions(["cat " * 20]), plain)
-        change(config, model_max_length=100)
+        change(file, model_max_length=100)
         assert torch.equal(Base(folder).encode_captions(["cat " * 20]), plain)
 
     @pytest.mark.parametrize("longest", [0, -1])
-    def test_that_takes_no_caption(self, folder: Path, longest: int) -> None:
+    def test_invalid_length(self, folder: Path, longest: int) -> None:
         change(folder / "tokenizer/tokenizer_config.json", model_max_length=longest)
         refuse(folder, f"model_max_length={longest}")
 
-    def test_of_another_model(self, folder: Path) -> None:
+    def test_another_models_tokenizer(self, folder: Path) -> None:
         change(folder / "text_encoder/config.json", vocab_size=10)
         rewrite(
             folder / "text_encoder",
@@ -125,7 +125,7 @@ class TestTokenizers:
         )
         refuse(folder, "knows 10 tokens and its tokenizer")
 
-    def test_of_sentencepiece_alone_is_read(self, tiny: TinyPipeline, tmp_path: Path) -> None:
+    def test_sentencepiece_model_is_read(self, tiny: TinyPipeline, tmp_path: Path) -> None:
         """As PixArt-Σ is published; without the sentencepiece library."""
         if tiny.name != "pixart":
             pytest.skip("of T5 alone")
@@ -144,13 +144,13 @@ class TestCode:
     """Nothing of a text encoder is taken from elsewhere."""
 
     @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-    def test_attention_of_a_hub(self, folder: Path, key: str) -> None:
+    def test_remote_attention(self, folder: Path, key: str) -> None:
         change(folder / "text_encoder/config.json", **{key: "evil/kernel"})
         refuse(folder, rf"{key}=evil/kernel: only eager and sdpa")
         change(folder / "text_encoder/config.json", **{key: None, "text_config": {key: "evil/kernel"}})
         refuse(folder, rf"{key}=evil/kernel: only eager and sdpa")
 
-    def test_an_adapter_of_another_folder(self, folder: Path) -> None:
+    def test_remote_adapter(self, folder: Path) -> None:
         (folder / "text_encoder/adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
         refuse(folder, "adapter_config")
 
@@ -173,7 +173,7 @@ class TestCode:
         refuse(folder, "is quantized")
 
 
-def test_what_goes_wrong_within_an_encoder_is_one_line(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_encoder_errors_are_one_line(tiny: TinyPipeline, tmp_path: Path) -> None:
     """T5's own code divides by the logarithm of it."""
     if tiny.name != "pixart":
         pytest.skip("of T5")

@@ -53,17 +53,17 @@ def job(base: Base, examples: Examples, **changes: Any) -> TrainJob:
     )
 
 
-def test_it_trains_plainly_and_privately(tiny: TinyPipeline, examples: Examples) -> None:
+def test_trains_with_and_without_privacy(tiny: TinyPipeline, examples: Examples) -> None:
     privacy = DPSGD(noise_multiplier=0.5, clip=0.1, sampling_rate=0.7, draws=2)
     noise = SimulatedNoise(seed=3, client="ada", round=1, purpose="shared")
     jobs = [
         job(tiny.base, examples),
         job(tiny.base, examples, privacy=privacy, noise=noise, names=tuple(CAPTIONS)),
     ]
-    for wanted, outcome in zip(jobs, train(tiny.base, jobs, memory=2**29, timesteps=2), strict=True):
+    for expected, outcome in zip(jobs, train(tiny.base, jobs, memory=2**29, timesteps=2), strict=True):
         assert isinstance(outcome, TrainedAdapter), outcome
         assert np.isfinite(outcome.loss)
-        assert outcome.adapter.keys() == wanted.start.keys() == tiny.base.sites.keys()
+        assert outcome.adapter.keys() == expected.start.keys() == tiny.base.sites.keys()
         assert any(factors.b.abs().max() > 0 for factors in outcome.adapter.values())
 
 
@@ -71,7 +71,7 @@ def adapter(base: Base) -> Adapter:
     return random_adapter(base.sites, 2, seed=1)
 
 
-def drawn(tiny: TinyPipeline, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+def sampled(tiny: TinyPipeline, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
     context, null, strength = tiny.base.encode_guidance(CAPTIONS, guidance)
     with tiny.base.use_adapters([stack_adapters(tiny.base.sites, [given])]) as denoise:
         return sample(
@@ -91,7 +91,7 @@ def loaded(pipeline: Any, file: Path) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_an_export_draws_in_diffusers_what_it_draws_here(
+def test_export_samples_equally_in_diffusers(
     tiny: TinyPipeline, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To 1e-3 of the largest number, after four steps in float32."""
@@ -103,27 +103,27 @@ def test_an_export_draws_in_diffusers_what_it_draws_here(
     caplog.clear()
     with caplog.at_level(logging.WARNING, "diffusers"):
         loaded(pipeline, file)
-    told = [record.getMessage() for record in caplog.records]
-    assert [line for line in told if not line.startswith("No LoRA keys associated to CLIPText")] == []
+    messages = [record.getMessage() for record in caplog.records]
+    assert [line for line in messages if not line.startswith("No LoRA keys associated to CLIPText")] == []
     network = getattr(pipeline, tiny.base.family.network)
     received = {name for name, _ in network.named_parameters() if ".lora_" in name}
     assert len(received) == len(load_file(file)) == 2 * len(tiny.base.sites)
-    theirs = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
-    ours = drawn(tiny, given, noise, 4, guidance)
-    assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
-    assert (plain - theirs).abs().max() > 1e-2 * theirs.abs().max()
-    assert np.abs(tiny.base.decode(ours).astype(int) - pictures(pipeline, theirs)).max() <= 1
+    reference = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
+    actual = sampled(tiny, given, noise, 4, guidance)
+    assert (actual - reference).abs().max() <= 1e-3 * reference.abs().max()
+    assert (plain - reference).abs().max() > 1e-2 * reference.abs().max()
+    assert np.abs(tiny.base.decode(actual).astype(int) - pictures(pipeline, reference)).max() <= 1
 
 
 def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
     """As diffusers' own image processor has them."""
     config = pipeline.vae.config
     pixels = pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
-    found: np.ndarray = (pipeline.image_processor.postprocess(pixels.detach(), output_type="np") * 255).round()
-    return found.astype(int)
+    result: np.ndarray = (pipeline.image_processor.postprocess(pixels.detach(), output_type="np") * 255).round()
+    return result.astype(int)
 
 
-def test_kohya_keys_are_those_that_other_tools_read(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_kohya_keys(tiny: TinyPipeline, tmp_path: Path) -> None:
     """Diffusers itself reads those of UNets; of Flux only at its true width (see test_kohya), of SD3 none."""
     given, family = adapter(tiny.base), tiny.base.family
     if family.kohya is None:
@@ -139,11 +139,11 @@ def test_kohya_keys_are_those_that_other_tools_read(tiny: TinyPipeline, tmp_path
     pipeline = tiny.pipeline()
     pipeline.load_lora_weights(file)
     noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
-    theirs = tiny.draws(pipeline, CAPTIONS, noise, 1, 1.0)
-    assert (drawn(tiny, given, noise, 1, 1.0) - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+    reference = tiny.draws(pipeline, CAPTIONS, noise, 1, 1.0)
+    assert (sampled(tiny, given, noise, 1, 1.0) - reference).abs().max() <= 1e-3 * reference.abs().max()
 
 
-def test_no_operation_mixes_examples(tiny: TinyPipeline, examples: Examples) -> None:
+def test_examples_are_independent(tiny: TinyPipeline, examples: Examples) -> None:
     """The loss of one example has no gradient at all at the others, nor at their slots: DP and cohorts rest on it."""
     base = tiny.base
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
@@ -157,34 +157,34 @@ def test_no_operation_mixes_examples(tiny: TinyPipeline, examples: Examples) -> 
     with base.use_adapters([stacks]) as denoise:
         output = denoise(add_noise(base.schedule, x0, noise, t), base.schedule.times[t], context)
         losses = per_example_loss(output, target(base.schedule, x0, noise, t))
-        found = torch.autograd.grad(losses[1], [x0, context, *factors])
-    for gradient in found:
+        result = torch.autograd.grad(losses[1], [x0, context, *factors])
+    for gradient in result:
         assert gradient[1].isfinite().all()
         assert not gradient[[0, 2]].any()
-    assert all(gradient[1].any() for gradient in found[:2])
-    assert sum(bool(gradient[1].any()) for gradient in found[2:]) >= len(factors) - 8  # the last block drops its text
+    assert all(gradient[1].any() for gradient in result[:2])
+    assert sum(bool(gradient[1].any()) for gradient in result[2:]) >= len(factors) - 8  # the last block drops its text
 
 
-def test_adapters_at_any_layer_are_merged_weights(tiny: TinyPipeline, examples: Examples) -> None:
+def test_adapters_equal_merged_weights(tiny: TinyPipeline, examples: Examples) -> None:
     """Every linear and convolution layer at once, each example under an adapter of its own."""
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
     times = base.schedule.times[[10, 500, 990]]
     with base.use_adapters([stack_adapters(base.sites, adapters)]) as denoise, torch.no_grad():
-        found = denoise(examples.latents, times, examples.context)
-    for place, given in enumerate(adapters):
+        result = denoise(examples.latents, times, examples.context)
+    for i, given in enumerate(adapters):
         plain = recognize(tiny.folder).load(base.family.network)
         with torch.no_grad():
             for name, (a, b) in given.items():
                 weight = plain.get_submodule(name).weight
                 weight += (b @ a).view_as(weight)
-            row = slice(place, place + 1)
-            wanted = base.family.forward(plain, examples.latents[row], times[row], examples.context[row])
-        assert (found[row] - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+            row = slice(i, i + 1)
+            expected = base.family.forward(plain, examples.latents[row], times[row], examples.context[row])
+        assert (result[row] - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 @pytest.mark.slow
-def test_its_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
+def test_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
     """Nothing in it leaves the device or depends on values, at another resolution than its own."""
     if tiny.base.family.forward is call_unet:
         pytest.skip("compiled in test_denoiser")
@@ -196,9 +196,7 @@ def test_its_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> Non
         torch.testing.assert_close(whole(base.network, *given), base.family.forward(base.network, *given))
 
 
-def test_a_base_that_was_packed_is_one_that_is_packed_here(
-    tiny: TinyPipeline, examples: Examples, tmp_path: Path
-) -> None:
+def test_packed_pipeline_matches(tiny: TinyPipeline, examples: Examples, tmp_path: Path) -> None:
     pack(str(tiny.folder), tmp_path / "packed", "mixed")
     outputs = []
     for base in (
@@ -210,14 +208,14 @@ def test_a_base_that_was_packed_is_one_that_is_packed_here(
     assert torch.equal(*outputs)
 
 
-def test_a_packed_caption_is_as_large_as_its_family_says(tiny: TinyPipeline, examples: Examples) -> None:
+def test_packed_caption_shape(tiny: TinyPipeline, examples: Examples) -> None:
     """But that the tiny CLIP takes 8 tokens rather than 77."""
     clip = tiny.base.family.name in ("stable-diffusion", "sdxl", "sd3")
     rows, width = examples.context.shape[1:]
     assert tiny.base.family.context(tiny.base.network.config) == (rows + (77 - 8) * clip, width)
 
 
-def test_what_a_caption_becomes_depends_on_no_other(tiny: TinyPipeline) -> None:
+def test_captions_are_encoded_independently(tiny: TinyPipeline) -> None:
     together = tiny.base.encode_captions([*CAPTIONS, None, "fox"])
     assert torch.equal(together[2], together[4])
     assert not torch.equal(together[2], together[1])
@@ -226,7 +224,7 @@ def test_what_a_caption_becomes_depends_on_no_other(tiny: TinyPipeline) -> None:
 
 
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"compute": "bf16"}])
-def test_it_runs_in_fewer_bits(tiny: TinyPipeline, examples: Examples, options: dict[str, str]) -> None:
+def test_runs_quantized(tiny: TinyPipeline, examples: Examples, options: dict[str, str]) -> None:
     small = Base(tiny.folder, resolution=tiny.base.resolution, **options)
     given, outputs = stack_adapters(small.sites, [adapter(small)]), []
     for base in (small, tiny.base):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_the_lines_run_as_printed_from_anywhere(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_printed_lines_run(tiny: TinyPipeline, tmp_path: Path) -> None:
     """In a process of their own, in another folder: and the adapter shows."""
     name, script = 'it\'s <a> "name".with_shared', "import os\nimport torch\n"
     learnt = random_adapter(tiny.base.sites, 1)
@@ -46,7 +46,7 @@ def test_the_lines_run_as_printed_from_anywhere(tiny: TinyPipeline, tmp_path: Pa
     assert np.abs(plain - under).max() > 2
 
 
-def test_packed_bases_are_named_as_such(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_packed_base_is_reported(pipeline_folder: Path, tmp_path: Path) -> None:
     pack(str(pipeline_folder), tmp_path / "packed", "int8")
     use = loading_snippet(Base(tmp_path / "packed"), tmp_path)
     assert use.packed

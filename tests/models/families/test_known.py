@@ -47,38 +47,38 @@ ATTENTIONS = {  # of which every one has four projections, and those of the text
 
 
 @pytest.mark.parametrize("name", KNOWN_BASES)
-def test_a_published_base_has_its_size_its_sites_and_its_shapes(name: str) -> None:
+def test_published_sizes(name: str) -> None:
     base = KNOWN_BASES[name]
     network = base.network()
     assert all(parameter.is_meta for parameter in network.parameters())
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == PUBLISHED[name]
     assert len(find_sites(network, base.family.sites)) == ATTENTIONS[name]
-    whole = base.full_config()
-    assert whole.items() <= dict(network.config).items()
-    channels, side, patch = base.family.latents(whole)
+    config = base.full_config()
+    assert config.items() <= dict(network.config).items()
+    channels, side, patch = base.family.latents(config)
     assert side % patch == 0
     x = torch.empty(2, channels, side, side, device="meta")
-    t, context = torch.empty(2, device="meta"), torch.empty(2, *base.family.context(whole), device="meta")
+    t, context = torch.empty(2, device="meta"), torch.empty(2, *base.family.context(config), device="meta")
     with torch.no_grad():
         assert base.family.forward(network, x, t, context).shape == x.shape
 
 
-def test_a_folder_is_known_without_its_weights(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_folder_needs_no_weights(pipeline_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(pipeline_folder, tmp_path / "base")
     for weights in copy.rglob("*.safetensors"):
         weights.unlink()
-    found, real = find_base(str(copy)), UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
-    assert found.scale == 2
-    assert found.family.pipeline == "StableDiffusionPipeline"
-    shapes = {name: tensor.shape for name, tensor in found.network().state_dict().items()}
+    spec, real = find_base(str(copy)), UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
+    assert spec.scale == 2
+    assert spec.family.pipeline == "StableDiffusionPipeline"
+    shapes = {name: tensor.shape for name, tensor in spec.network().state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in real.state_dict().items()}
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match=r"no model_index\.json"):
         find_base(str(tmp_path))
 
 
-def test_another_name_is_refused() -> None:
+def test_unknown_name_is_refused() -> None:
     with pytest.raises(AntherError, match=r"sd99: no such folder.*published base.*sd15"):
         find_base("sd99")

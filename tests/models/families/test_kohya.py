@@ -62,7 +62,7 @@ FLUX_MODULES = [
 
 def products(keys: dict[str, Tensor]) -> dict[str, Tensor]:
     """ΔW [out, in] of each stem, at the scale that its α gives."""
-    found = {}
+    result = {}
     for name, down in keys.items():
         if not name.endswith((".lora_down.weight", ".lora_A.weight")):
             continue
@@ -70,17 +70,17 @@ def products(keys: dict[str, Tensor]) -> dict[str, Tensor]:
         up = keys.get(f"{stem}.lora_up.weight", keys.get(f"{stem}.lora_B.weight"))
         assert up is not None
         scale = float(keys.get(f"{stem}.alpha", torch.tensor(float(len(down))))) / len(down)
-        found[stem] = scale * up.flatten(1).double() @ down.flatten(1).double()
-    return found
+        result[stem] = scale * up.flatten(1).double() @ down.flatten(1).double()
+    return result
 
 
 def as_checkpoint(keys: dict[str, Tensor], modules: list[str]) -> dict[str, Tensor]:
     """Products as the weights of a checkpoint of the family's makers, with biases of the same height."""
-    found = products(keys)
+    result = products(keys)
     checkpoint: dict[str, Tensor] = {}
-    assert {f"lora_unet_{module.replace('.', '_')}" for module in modules} == found.keys()
+    assert {f"lora_unet_{module.replace('.', '_')}" for module in modules} == result.keys()
     for module in modules:
-        weight = found[f"lora_unet_{module.replace('.', '_')}"]
+        weight = result[f"lora_unet_{module.replace('.', '_')}"]
         checkpoint |= {f"{module}.weight": weight, f"{module}.bias": torch.zeros(len(weight))}
     return checkpoint
 
@@ -97,15 +97,15 @@ def of(tiny: TinyPipeline, name: str) -> Base:
     return Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
 
 
-def test_every_layer_of_sd3_is_where_its_makers_have_it(tiny: TinyPipeline) -> None:
+def test_sd3_layers_match_original(tiny: TinyPipeline) -> None:
     base = of(tiny, "sd3")
     adapter = random_adapter(base.sites, 2)
     checkpoint = as_checkpoint(kohya_keys(adapter, base.sites, SD3), SD3_MODULES)
     blank = torch.zeros(0)
     checkpoint["pos_embed"] = blank
     for block in ("joint_blocks.0", "joint_blocks.1"):
-        for place in ("x_block.attn", "context_block.attn", "x_block.attn2"):
-            checkpoint |= {f"{block}.{place}.ln_{each}.weight": blank for each in "qk"}
+        for part in ("x_block.attn", "context_block.attn", "x_block.attn2"):
+            checkpoint |= {f"{block}.{part}.ln_{each}.weight": blank for each in "qk"}
     del checkpoint["joint_blocks.1.x_block.attn2.ln_q.weight"], checkpoint["joint_blocks.1.x_block.attn2.ln_k.weight"]
     check(convert_sd3_transformer_checkpoint_to_diffusers(checkpoint), adapter)
 
@@ -121,7 +121,7 @@ def flux_sites() -> Sites:
         for name, height in {
             **{f"attn.{each}": 1 for each in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")},
             **{f"attn.add_{each}_proj": 1 for each in "qkv"},
-            **{f"{ff}.net.{place}": height for ff in ("ff", "ff_context") for place, height in _FF.items()},
+            **{f"{ff}.net.{part}": height for ff in ("ff", "ff_context") for part, height in _FF.items()},
             "norm1.linear": 6,
             "norm1_context.linear": 6,
         }.items()
@@ -129,9 +129,9 @@ def flux_sites() -> Sites:
     heights = {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": 4, "proj_out": 1, "norm.linear": 3}
     single = {f"single_transformer_blocks.0.{name}": Site(4, height * wide) for name, height in heights.items()}
     embedders = {
-        f"time_text_embed.{name}_embedder.linear_{place}": Site(4, 8)
+        f"time_text_embed.{name}_embedder.linear_{i}": Site(4, 8)
         for name in ("timestep", "text", "guidance")
-        for place in (1, 2)
+        for i in (1, 2)
     }
     ends = {
         "x_embedder": Site(4, 8),
@@ -142,7 +142,7 @@ def flux_sites() -> Sites:
     return joint | single | embedders | ends
 
 
-def test_every_layer_of_flux_is_where_its_makers_have_it() -> None:
+def test_flux_layers_match_original() -> None:
     adapter = random_adapter(flux_sites(), 2)
     checkpoint = as_checkpoint(kohya_keys(adapter, flux_sites(), FLUX), FLUX_MODULES)
     for norms in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
@@ -150,14 +150,14 @@ def test_every_layer_of_flux_is_where_its_makers_have_it() -> None:
     check(convert_flux_transformer_checkpoint_to_diffusers(checkpoint), adapter)
 
 
-def test_the_names_of_the_tiny_flux_are_in_the_table(tiny: TinyPipeline) -> None:
+def test_tiny_flux_names_are_mapped(tiny: TinyPipeline) -> None:
     base = of(tiny, "flux")
     keys = products(kohya_keys(random_adapter(base.sites, 1), base.sites, FLUX))
     assert keys.keys() == {f"lora_unet_{module.replace('.', '_')}" for module in FLUX_MODULES}
 
 
 @pytest.mark.parametrize("some", [None, "to_q", "attn"])
-def test_diffusers_reads_flux_back_from_kohyas_layout(some: str | None) -> None:
+def test_diffusers_reads_flux_kohya_files(some: str | None) -> None:
     """Also where parts of a fused layer have no adapter."""
     sites = {name: site for name, site in flux_sites().items() if some is None or some in name}
     adapter = random_adapter(sites, 2)
@@ -168,42 +168,42 @@ def test_diffusers_reads_flux_back_from_kohyas_layout(some: str | None) -> None:
     assert all(not product.any() for product in back.values())
 
 
-def test_ranks_that_differ_are_the_same_product(tiny: TinyPipeline) -> None:
+def test_padding_ranks_keeps_products(tiny: TinyPipeline) -> None:
     base = of(tiny, "sd3")
-    ranks = {name: 1 + place % 3 for place, name in enumerate(base.sites)}
+    ranks = {name: 1 + i % 3 for i, name in enumerate(base.sites)}
     adapter = random_adapter(base.sites, ranks)
-    found = products(kohya_keys(adapter, base.sites, SD3))["lora_unet_joint_blocks_0_x_block_attn_qkv"]
-    for part, each in enumerate("qkv"):
+    result = products(kohya_keys(adapter, base.sites, SD3))["lora_unet_joint_blocks_0_x_block_attn_qkv"]
+    for i, each in enumerate("qkv"):
         a, b = adapter[f"transformer_blocks.0.attn.to_{each}"]
-        torch.testing.assert_close(found[16 * part : 16 * (part + 1)], b.double() @ a.double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(result[16 * i : 16 * (i + 1)], b.double() @ a.double(), rtol=0, atol=1e-12)
 
 
-def test_a_layer_without_a_name_is_refused() -> None:
+def test_unmapped_layer_is_refused() -> None:
     with pytest.raises(AntherError, match=r"^new\.layer: has no name in kohya's layout"):
         kohya_keys(random_adapter({"new.layer": Site(2, 2)}, 1), {"new.layer": Site(2, 2)}, FLUX)
 
 
-def test_what_sd_scripts_drops_is_told(tiny: TinyPipeline) -> None:
+def test_layers_ignored_by_sd_scripts_are_recorded(tiny: TinyPipeline) -> None:
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
-    told = describe(base, "shared").get("anther_ignored_by_sd_scripts", "").split()
+    ignored = describe(base, "shared").get("anther_ignored_by_sd_scripts", "").split()
     if base.family.kohya is None:
-        assert told == []
+        assert ignored == []
         return
-    wanted = {
-        "sdxl": {f"{part}_embedding.linear_{place}" for part in ("time", "add") for place in (1, 2)},
+    expected = {
+        "sdxl": {f"{part}_embedding.linear_{i}" for part in ("time", "add") for i in (1, 2)},
         "stable-diffusion": {"time_embedding.linear_1", "time_embedding.linear_2"},
         "sd3": set(),
         "flux": {"norm_out.linear", "proj_out"},
     }[base.family.name]
-    assert set(told) == wanted | ({"conv_in", "conv_out"} if base.family.network == "unet" else set())
-    assert set(told) < set(base.sites)
+    assert set(ignored) == expected | ({"conv_in", "conv_out"} if base.family.network == "unet" else set())
+    assert set(ignored) < set(base.sites)
     assert "anther_ignored_by_sd_scripts" not in describe(tiny.base, "shared")
 
 
 A1111 = {"stable_diffusion": "SD1", "distilled": "SD1", "stable_diffusion_2": "SD2", "sdxl": "SDXL"}
 
 
-def test_metadata_tells_what_an_adapter_is_for(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_metadata_identifies_the_base(tiny: TinyPipeline, tmp_path: Path) -> None:
     base, file = tiny.base, tmp_path / "a.safetensors"
     for layout in ("diffusers", "kohya") if base.family.kohya else ("diffusers",):
         export(
@@ -216,27 +216,27 @@ def test_metadata_tells_what_an_adapter_is_for(tiny: TinyPipeline, tmp_path: Pat
         )
         text = file.read_bytes()
         header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
-        told = header["__metadata__"]
-        assert list(told) == sorted(told)
-        assert told["anther_base"] == base.hash
-        assert told["anther_contents"] == "shared+personal"
-        assert told["modelspec.description"] == CONTENTS["shared+personal"]
-        assert told["modelspec.resolution"] == f"{base.resolution}x{base.resolution}"
-        assert told["modelspec.architecture"].endswith("/lora")
+        metadata = header["__metadata__"]
+        assert list(metadata) == sorted(metadata)
+        assert metadata["anther_base"] == base.hash
+        assert metadata["anther_contents"] == "shared+personal"
+        assert metadata["modelspec.description"] == CONTENTS["shared+personal"]
+        assert metadata["modelspec.resolution"] == f"{base.resolution}x{base.resolution}"
+        assert metadata["modelspec.architecture"].endswith("/lora")
         # as A1111's network.py finds it
-        sdxl = told.get("ss_base_model_version", "").startswith("sdxl_")
-        version = "SDXL" if sdxl else "SD2" if told.get("ss_v2") == "True" else "SD1"
+        sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl_")
+        version = "SDXL" if sdxl else "SD2" if metadata.get("ss_v2") == "True" else "SD1"
         assert version == A1111.get(tiny.name, "SD1")
         modules = {"sd3": "networks.lora_sd3", "flux": "networks.lora_flux"}
         if layout == "diffusers":  # which no module of sd-scripts reads
-            assert not {"ss_network_module", "ss_network_dim", "ss_network_alpha"} & told.keys()
+            assert not {"ss_network_module", "ss_network_dim", "ss_network_alpha"} & metadata.keys()
         else:
-            assert told["ss_network_module"] == modules.get(base.family.name, "networks.lora")
-            assert told["ss_network_dim"] == told["ss_network_alpha"]
-            assert told["ss_network_dim"] == ("2" if base.family.network == "unet" else "Dynamic")
+            assert metadata["ss_network_module"] == modules.get(base.family.name, "networks.lora")
+            assert metadata["ss_network_dim"] == metadata["ss_network_alpha"]
+            assert metadata["ss_network_dim"] == ("2" if base.family.network == "unet" else "Dynamic")
 
 
-def test_an_export_is_the_same_bytes_each_time(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_export_is_reproducible(tiny: TinyPipeline, tmp_path: Path) -> None:
     base, contents = tiny.base, set()
     for name in ("a", "b", "c"):
         export(
@@ -254,7 +254,7 @@ def test_an_export_is_the_same_bytes_each_time(tiny: TinyPipeline, tmp_path: Pat
     )
 
 
-def test_a_place_is_a_whole_module_unless_said() -> None:
+def test_fused_part_defaults_to_whole_module() -> None:
     assert SD3.kohya is not None
     assert SD3.kohya.fused_part("context_embedder") == FusedPart("context_embedder")
     assert SD3.kohya.fused_part("transformer_blocks.11.attn.add_k_proj") == FusedPart(
@@ -262,7 +262,7 @@ def test_a_place_is_a_whole_module_unless_said() -> None:
     )
 
 
-def test_each_layout_is_a_file_of_its_own(tiny: TinyPipeline, tmp_path: Path) -> None:
+def test_each_layout_has_its_own_file(tiny: TinyPipeline, tmp_path: Path) -> None:
     write(tmp_path, "a.b", random_adapter(tiny.base.sites, 1), tiny.base, "shared")
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"a.b.safetensors"} | ({"a.b.kohya.safetensors"} if tiny.base.family.kohya else set())

@@ -14,28 +14,28 @@ sizes = st.integers(1, 40)
 
 
 @given(tokens=sizes, width=sizes, size=sizes)
-def test_a_vector_comes_back(tokens: int, width: int, size: int) -> None:
+def test_vector_round_trip(tokens: int, width: int, size: int) -> None:
     context, vector = torch.randn(tokens, width), torch.randn(size)
     packed = pack(context, vector)
-    found = unpack(packed[None].expand(3, -1, -1), size)
-    assert torch.equal(found[0], context.expand(3, -1, -1))
-    assert torch.equal(found[1], vector.expand(3, -1))
+    actual = unpack(packed[None].expand(3, -1, -1), size)
+    assert torch.equal(actual[0], context.expand(3, -1, -1))
+    assert torch.equal(actual[1], vector.expand(3, -1))
 
 
 @given(tokens=sizes, width=sizes)
-def test_a_mask_comes_back(tokens: int, width: int) -> None:
+def test_mask_round_trip(tokens: int, width: int) -> None:
     """However many rows it took: there is one number for each token."""
     context, mask = torch.randn(tokens, width), torch.randint(0, 2, (tokens,))
-    found = unpack_mask(pack(context, mask)[None])
-    assert torch.equal(found[0][0], context)
-    assert torch.equal(found[1][0], mask.float())
+    actual = unpack_mask(pack(context, mask)[None])
+    assert torch.equal(actual[0][0], context)
+    assert torch.equal(actual[1][0], mask.float())
 
 
 @given(height=st.integers(1, 5), width=st.integers(1, 5), channels=st.integers(1, 3))
-def test_patches_of_flux_are_those_of_diffusers(height: int, width: int, channels: int) -> None:
+def test_flux_patches_match_diffusers(height: int, width: int, channels: int) -> None:
     x = torch.randn(2, channels, 2 * height, 2 * width)
-    wanted = FluxPipeline._pack_latents(x, *x.shape)
-    assert torch.equal(patchify(x), wanted)
-    assert torch.equal(unpatchify(wanted, height, width), x)
+    expected = FluxPipeline._pack_latents(x, *x.shape)
+    assert torch.equal(patchify(x), expected)
+    assert torch.equal(unpatchify(expected, height, width), x)
     ids = FluxPipeline._prepare_latent_image_ids(2, height, width, x.device, x.dtype)
     assert torch.equal(position_ids(height, width, like=x), ids)

@@ -28,7 +28,7 @@ def config(scheduler: Any) -> dict[str, Any]:
         diffusers.DDPMScheduler(trained_betas=np.linspace(0.001, 0.02, 10).tolist()),
     ],
 )
-def test_a_diffusion_is_that_of_its_scheduler(scheduler: Any) -> None:
+def test_diffusion_matches_scheduler(scheduler: Any) -> None:
     schedule = parse_schedule(config(scheduler), tokens=16)
     assert schedule.prediction == scheduler.config.get("prediction_type", "epsilon")
     torch.testing.assert_close(schedule.signals.square(), scheduler.alphas_cumprod)
@@ -38,7 +38,7 @@ def test_a_diffusion_is_that_of_its_scheduler(scheduler: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_pictures_of_flux_are_drawn_through_shifted_places(tokens: int, kind: str) -> None:
+def test_flux_sampling_is_shifted(tokens: int, kind: str) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     schedule = parse_schedule(config(scheduler), tokens)
     torch.testing.assert_close(schedule.sigmas, scheduler.sigmas.flip(0))  # what is trained is not shifted
@@ -46,7 +46,7 @@ def test_pictures_of_flux_are_drawn_through_shifted_places(tokens: int, kind: st
     torch.testing.assert_close(schedule.grid(5).sigmas, scheduler.sigmas)
 
 
-def test_a_flow_under_a_solver_is_trained_where_it_is_drawn() -> None:
+def test_solver_flow_matches_scheduler() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
@@ -64,18 +64,18 @@ def test_a_flow_under_a_solver_is_trained_where_it_is_drawn() -> None:
         (diffusers.DDIMScheduler(prediction_type="sample"), "sample"),
     ],
 )
-def test_another_process_is_refused(scheduler: Any, match: str) -> None:
+def test_unsupported_scheduler_is_refused(scheduler: Any, match: str) -> None:
     with pytest.raises(AntherError, match=match):
         parse_schedule(config(scheduler), tokens=16)
 
 
 @pytest.mark.parametrize("kind", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"])
-def test_flows_under_other_solvers_are_the_same_process(kind: str) -> None:
+def test_flow_solvers_are_equivalent(kind: str) -> None:
     scheduler, plain = getattr(diffusers, kind)(shift=3.0), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.testing.assert_close(scheduler.sigmas[: len(plain.sigmas)], plain.sigmas)
-    found, wanted = parse_schedule(config(scheduler), tokens=16), parse_schedule(config(plain), tokens=16)
-    torch.testing.assert_close(found.sigmas, wanted.sigmas)
-    assert (found.prediction, found.shift) == ("flow", 3.0)
+    schedule, expected = parse_schedule(config(scheduler), tokens=16), parse_schedule(config(plain), tokens=16)
+    torch.testing.assert_close(schedule.sigmas, expected.sigmas)
+    assert (schedule.prediction, schedule.shift) == ("flow", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -90,45 +90,47 @@ def test_flows_under_other_solvers_are_the_same_process(kind: str) -> None:
         {"use_dynamic_shifting": True, "max_shift": None},
     ],
 )
-def test_numbers_of_a_flow_are_bounded(changes: dict[str, Any]) -> None:
+def test_flow_values_are_bounded(changes: dict[str, Any]) -> None:
     with pytest.raises(AntherError, match=f"{list(changes)[-1]}"):
         parse_schedule(config(diffusers.FlowMatchEulerDiscreteScheduler()) | changes, tokens=16)
 
 
-def test_epsilon_under_a_cosine_schedule_is_taken() -> None:
+def test_cosine_epsilon_is_accepted() -> None:
     """It ends with 5e-5 of a picture, from which it is told."""
     cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     assert 0 < parse_schedule(config(cosine), tokens=16).signals.min() < 1e-4
 
 
-def test_places_of_sd3_have_the_density_of_diffusers_scripts() -> None:
+def test_sd3_density_matches_diffusers() -> None:
     """As compute_density_for_timestep_sampling draws them, by their distribution function to half a percent."""
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.manual_seed(0)
     u = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.0, logit_std=1.0)
-    theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
-    ours = parse_schedule(config(scheduler), tokens=16, logit_normal=True)
+    reference = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
+    actual = parse_schedule(config(scheduler), tokens=16, logit_normal=True)
     for sigma in (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99):
-        assert (ours.sigmas < sigma).float().mean().item() == pytest.approx(
-            (theirs < sigma).float().mean().item(), abs=5e-3
+        assert (actual.sigmas < sigma).float().mean().item() == pytest.approx(
+            (reference < sigma).float().mean().item(), abs=5e-3
         )
     even = parse_schedule(config(scheduler), tokens=16)
-    shares = [((s.sigmas < 0.25).float().mean().item(), (s.sigmas > 0.95).float().mean().item()) for s in (ours, even)]
+    shares = [
+        ((s.sigmas < 0.25).float().mean().item(), (s.sigmas > 0.95).float().mean().item()) for s in (actual, even)
+    ]
     assert shares == [
         (pytest.approx(0.014, abs=2e-3), pytest.approx(0.032, abs=3e-3)),
         (pytest.approx(0.099, abs=2e-3), pytest.approx(0.137, abs=3e-3)),
     ]
-    assert ours.signals.isfinite().all()
-    assert 0 < ours.sigmas.min() < ours.sigmas.max() < 1
-    torch.testing.assert_close(ours.grid(7), even.grid(7))  # pictures are drawn as before
+    assert actual.signals.isfinite().all()
+    assert 0 < actual.sigmas.min() < actual.sigmas.max() < 1
+    torch.testing.assert_close(actual.grid(7), even.grid(7))  # pictures are drawn as before
     places = torch.tensor([19, 499, 999])
-    torch.testing.assert_close(torch.stack(ours.at(places)), torch.stack(even.at(places)))
+    torch.testing.assert_close(torch.stack(actual.at(places)), torch.stack(even.at(places)))
     torch.testing.assert_close(even.at(places)[1], even.sigmas[places])
 
 
-def test_only_sd3_trains_the_middle_more_often(tiny: Any) -> None:
+def test_only_sd3_is_logit_normal(tiny: Any) -> None:
     sigmas = tiny.base.schedule.sigmas
     assert tiny.base.family.logit_normal == (tiny.base.family.name == "sd3")
     if tiny.base.family.name == "sd3":

@@ -59,8 +59,8 @@ def model_bytes(pieces: list[tuple[str, float, int]], model_type: int = 1) -> by
     """A SentencePiece file by the letter of its .proto: pieces, a trainer's and a normalizer's specification."""
     out = b""
     for piece, score, kind in pieces:
-        told = block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score)
-        out += block(1, told + (varint(3 << 3) + varint(kind) if kind != 1 else b""))
+        text = block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score)
+        out += block(1, text + (varint(3 << 3) + varint(kind) if kind != 1 else b""))
     ids = b"".join(varint(field << 3) + varint(value) for field, value in ((40, 2), (42, 1), (43, 0)))
     out += block(2, varint(3 << 3) + varint(model_type) + ids)
     return out + block(3, block(1, b"identity") + varint(3 << 3) + varint(1) + varint(4 << 3) + varint(1))
@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_captions_become_the_same_pieces(folder: Path) -> None:
+def test_tokenization_matches_sentencepiece(folder: Path) -> None:
     tokenizer = sentencepiece.t5_tokenizer(folder)
     assert {caption: tokenizer(caption).input_ids for caption in ENCODED} == ENCODED
     assert tokenizer.model_max_length == 300
@@ -83,7 +83,7 @@ def test_captions_become_the_same_pieces(folder: Path) -> None:
     assert (padded.input_ids, padded.attention_mask) == ([5, 14, 1, 0, 0], [1, 1, 1, 0, 0])
 
 
-def test_pieces_are_read_as_they_are(folder: Path) -> None:
+def test_read(folder: Path) -> None:
     model = sentencepiece.read(folder / "spiece.model")
     assert [piece for piece, _ in model.pieces] == [piece for piece, *_ in PIECES]
     assert [score for _, score in model.pieces] == pytest.approx([score for _, score, _ in PIECES])
@@ -105,7 +105,7 @@ def test_pieces_are_read_as_they_are(folder: Path) -> None:
         model_bytes([*PIECES[:2], PIECES[3], PIECES[2], *PIECES[4:]]),
     ],
 )
-def test_damage_is_one_line(folder: Path, content: bytes) -> None:
+def test_damaged_file_is_refused(folder: Path, content: bytes) -> None:
     (folder / "spiece.model").write_bytes(content)
     with pytest.raises(AntherError, match=r"spiece\.model") as refusal:
         sentencepiece.t5_tokenizer(folder)
@@ -113,7 +113,7 @@ def test_damage_is_one_line(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("told", ["{", "[" * 100_000, '{"extra_ids": -1}', '{"extra_ids": "x"}', '{"extra_ids": 1e9}'])
-def test_a_foreign_configuration_is_one_line(folder: Path, told: str) -> None:
-    (folder / "tokenizer_config.json").write_text(told)
+def test_invalid_configuration_is_refused(folder: Path, text: str) -> None:
+    (folder / "tokenizer_config.json").write_text(text)
     with pytest.raises(AntherError, match=r"tokenizer_config\.json"):
         sentencepiece.t5_tokenizer(folder)

@@ -13,11 +13,11 @@ SHIPPED = json.loads(assets.MANIFEST.read_text())
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
-def test_the_manifest_names_what_is_shipped(name: str) -> None:
+def test_manifest_lists_shipped_assets(name: str) -> None:
     assert assets.digest(ROOT / SHIPPED[name]["path"]) == SHIPPED[name]["sha256"]
 
 
-def test_an_asset_is_copied_to_its_hash_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asset_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     stored = assets.locate("judge")
     assert stored.parent == tmp_path / "assets" / SHIPPED["judge"]["sha256"]
@@ -27,14 +27,14 @@ def test_an_asset_is_copied_to_its_hash_once(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in (tmp_path / "assets").iterdir()] == [SHIPPED["judge"]["sha256"]]
 
 
-def test_a_bundle_without_weights_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     monkeypatch.setattr(assets, "_installed", lambda path: iter([tmp_path / path]))
     with pytest.raises(AntherError, match=r"anther assets"):
         assets.locate("judge")
 
 
-def test_damaged_assets_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_asset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = Path(shutil.copytree(ROOT / SHIPPED["judge"]["path"], tmp_path / "judge"))
     (damaged / "model.safetensors").write_bytes(b"")
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
@@ -43,11 +43,11 @@ def test_damaged_assets_are_not_taken(tmp_path: Path, monkeypatch: pytest.Monkey
         assets.locate("judge")
 
 
-def test_a_path_of_ones_own(tmp_path: Path) -> None:
+def test_locate_accepts_a_path(tmp_path: Path) -> None:
     assert assets.locate(str(tmp_path)) == tmp_path
 
 
-def test_a_base_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locate_accepts_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     shipped = SHIPPED["judge"]["sha256"]
     assert assets.locate(shipped) == assets.locate("judge")
@@ -55,12 +55,12 @@ def test_a_base_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyP
     own.mkdir(parents=True)
     assert assets.locate("a" * 64) == own
     (own.parent / "another").mkdir()
-    for wanted in ("a" * 64, "b" * 64):
+    for sha256 in ("a" * 64, "b" * 64):
         with pytest.raises(AntherError, match="no base of this hash"):
-            assets.locate(wanted)
+            assets.locate(sha256)
 
 
-def test_the_hash_of_a_folder_is_that_of_its_names_and_hashes_in_the_order_of_paths(tmp_path: Path) -> None:
+def test_folder_digest(tmp_path: Path) -> None:
     for name in ("a-b.json", "a/b.json", "a/c/d.txt", "a.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -69,7 +69,7 @@ def test_the_hash_of_a_folder_is_that_of_its_names_and_hashes_in_the_order_of_pa
     assert assets.digest(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
 
 
-def test_files_that_macos_leaves_are_no_part_of_a_base(tmp_path: Path) -> None:
+def test_digest_ignores_macos_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     before = assets.digest(tmp_path)
     (tmp_path / "._a.json").write_bytes(b"x")
@@ -78,7 +78,7 @@ def test_files_that_macos_leaves_are_no_part_of_a_base(tmp_path: Path) -> None:
     assert [file.name for file in assets.identity_files(tmp_path)] == ["a.json"]
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def nameless(_: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")  # as of a user id that nobody has
 
@@ -88,7 +88,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
         assets.home()
 
 
-def test_a_home_that_is_a_file_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_that_is_a_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("")
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.argv", ["assets"])

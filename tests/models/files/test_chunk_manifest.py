@@ -34,26 +34,26 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_it_comes_to_the_hash_that_devices_compare() -> None:
+def test_manifest_has_the_content_hash() -> None:
     folder = ROOT / "typefaces/assets/glyphs-base"
-    made = chunk_manifest.build(folder)
-    assert made.base == assets.digest(folder)
-    assert made.name == "glyphs-base"
-    assert made.total == sum(file.stat().st_size for file in assets.identity_files(folder))
-    assert chunk_manifest.decode_manifest(made.encode(), made.base) == made
-    assert chunk_manifest.verify(folder, made.base)
+    manifest = chunk_manifest.build(folder)
+    assert manifest.base == assets.digest(folder)
+    assert manifest.name == "glyphs-base"
+    assert manifest.total == sum(file.stat().st_size for file in assets.identity_files(folder))
+    assert chunk_manifest.decode_manifest(manifest.encode(), manifest.base) == manifest
+    assert chunk_manifest.verify(folder, manifest.base)
 
 
-def test_every_chunk_is_told_from_another(base: Path) -> None:
-    made = chunk_manifest.build(base)
-    assert made.base == assets.digest(base)
-    assert [(file.name, len(file.chunks)) for file in made.files] == [
+def test_verify_detects_other_chunks(base: Path) -> None:
+    manifest = chunk_manifest.build(base)
+    assert manifest.base == assets.digest(base)
+    assert [(file.name, len(file.chunks)) for file in manifest.files] == [
         ("a/e.txt", 0),
         ("model_index.json", 1),
         ("unet/x.safetensors", 4),
         ("unet-b/config.json", 1),
     ]
-    file = made.files[2]
+    file = manifest.files[2]
     content = (base / file.name).read_bytes()
     assert file.span(3) == (192, 8)
     assert all(file.verify(index, content[index * 64 :][:64]) for index in range(4))
@@ -61,7 +61,7 @@ def test_every_chunk_is_told_from_another(base: Path) -> None:
     assert not file.verify(3, content[192:199])
 
 
-def told(base: Path) -> dict[str, Any]:
+def content(base: Path) -> dict[str, Any]:
     return json.loads(chunk_manifest.build(base).encode())
 
 
@@ -112,12 +112,12 @@ def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         "é.json",
     ],
 )
-def test_names_that_could_lead_elsewhere_are_refused(name: object, base: Path) -> None:
-    made = told(base)
-    named(name)(made)
-    made["base"] = assets.combined_digest((str(file["name"]), file["sha256"]) for file in made["files"])
+def test_unsafe_names_are_refused(name: object, base: Path) -> None:
+    manifest = content(base)
+    named(name)(manifest)
+    manifest["base"] = assets.combined_digest((str(file["name"]), file["sha256"]) for file in manifest["files"])
     with pytest.raises(AntherError, match="is invalid") as raised:
-        chunk_manifest.decode_manifest(json.dumps(made).encode(), made["base"])
+        chunk_manifest.decode_manifest(json.dumps(manifest).encode(), manifest["base"])
     assert "\n" not in str(raised.value)
 
 
@@ -145,30 +145,30 @@ def test_names_that_could_lead_elsewhere_are_refused(name: object, base: Path) -
         put("files", 0, "sha256", value="0" * 64),
     ],
 )
-def test_anything_but_a_manifest_of_the_base_is_refused(change: Callable[[Any], None], base: Path) -> None:
-    made = told(base)
-    wanted = made["base"]
-    change(made)
+def test_invalid_manifest_is_refused(change: Callable[[Any], None], base: Path) -> None:
+    manifest = content(base)
+    sha256 = manifest["base"]
+    change(manifest)
     with pytest.raises(AntherError):
-        chunk_manifest.decode_manifest(json.dumps(made).encode(), wanted)
+        chunk_manifest.decode_manifest(json.dumps(manifest).encode(), sha256)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b"[" * 100_000, b"1" * 5000, b"null"])
-def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+def test_non_object_is_refused(data: bytes) -> None:
     with pytest.raises(AntherError, match="is invalid"):
         chunk_manifest.decode_manifest(data, "0" * 64)
 
 
 def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = chunk_manifest.build(base)
+    manifest = chunk_manifest.build(base)
     for limit, value in {"MAX_MANIFEST_BYTES": 100, "MAX_FILES": 3, "MAX_BYTES": 250}.items():
         with monkeypatch.context() as patched:
             patched.setattr(chunk_manifest, limit, value)
             with pytest.raises(AntherError):
-                chunk_manifest.decode_manifest(made.encode(), made.base)
+                chunk_manifest.decode_manifest(manifest.encode(), manifest.base)
 
 
-def test_what_nobody_would_take_is_said_to_its_owner(base: Path) -> None:
+def test_build_refuses_unsafe_names(base: Path) -> None:
     (base / "my notes.txt").write_text("x")
     with pytest.raises(AntherError, match=r"tiny-base: can't be served to devices.*my notes\.txt"):
         chunk_manifest.build(base)

@@ -29,8 +29,8 @@ from models.files.hub import is_repo_id
         ("org/", False),
     ],
 )
-def test_names_of_the_hub(text: str, yes: bool) -> None:
-    assert is_repo_id(text) == yes
+def test_is_repo_id(text: str, valid: bool) -> None:
+    assert is_repo_id(text) == valid
 
 
 @pytest.fixture
@@ -41,20 +41,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_what_is_in_the_cache_is_found_by_name(cache: Path, tmp_path: Path) -> None:
+def test_cached_pipeline_is_found(cache: Path, tmp_path: Path) -> None:
     commit = "0" * 40
-    kept = cache / "models--org--tiny"
-    folder = kept / "snapshots" / commit
+    cached = cache / "models--org--tiny"
+    folder = cached / "snapshots" / commit
     shutil.copytree(save_pipeline(tmp_path / "made"), folder)
-    (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text(commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
     assert assets.locate("org/tiny") == folder
     base = load("org/tiny", sites=ATTENTION)
     assert base.hash == assets.digest(folder)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 
 
-def test_what_cannot_be_had_is_one_line(cache: Path) -> None:  # noqa: ARG001
+def test_unavailable_pipeline_is_refused(cache: Path) -> None:  # noqa: ARG001
     with pytest.raises(AntherError, match=r"^org/absent: no such folder, and not available from the hub") as refusal:
         assets.locate("org/absent")
     assert "\n" not in str(refusal.value)

@@ -27,8 +27,8 @@ def resident(file: Path) -> int:
     """Bytes of a mapped file that this process has in memory."""
     text = Path("/proc/self/smaps").read_text()
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
-    found = [part for part in parts if part.splitlines()[:1] and part.splitlines()[0].endswith(str(file))]
-    return sum(int(re.search(r"^Rss: +(\d+) kB", part, re.MULTILINE)[1]) * 1024 for part in found)  # type: ignore[index]
+    actual = [part for part in parts if part.splitlines()[:1] and part.splitlines()[0].endswith(str(file))]
+    return sum(int(re.search(r"^Rss: +(\d+) kB", part, re.MULTILINE)[1]) * 1024 for part in actual)  # type: ignore[index]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def marked(file: Path) -> Tensor:
 
 
 @linux
-def test_released_pages_are_gone_and_come_back(file: Path) -> None:
+def test_released_pages_are_read_again(file: Path) -> None:
     x = marked(file)
     before = x.sum()
     assert resident(file) >= x.nbytes
@@ -58,38 +58,36 @@ def test_released_pages_are_gone_and_come_back(file: Path) -> None:
     assert torch.equal(x, torch.arange(1 << 20, dtype=torch.int32))
 
 
-def test_what_is_not_a_file_is_left_alone(file: Path) -> None:
+def test_unmapped_memory_is_not_released(file: Path) -> None:
     """MADV_DONTNEED would turn it into zeros."""
-    made, mapped = torch.arange(1 << 20), marked(file)
-    mark_mapped([made])
-    for x in (made, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
-        wanted = x.clone()
+    unmapped, mapped = torch.arange(1 << 20), marked(file)
+    mark_mapped([unmapped])
+    for x in (unmapped, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
+        expected = x.clone()
         release_pages(x, 0, len(x))
-        assert torch.equal(x, wanted)
+        assert torch.equal(x, expected)
 
 
 @linux
-def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
+def test_release_includes_readahead(tmp_path: Path) -> None:
     """A page that is read brings its neighbours in; none is given back beyond the file."""
-    save_file(
-        {f"{place:03}": torch.full((5000,), place) for place in range(200)}, file := tmp_path / "many.safetensors"
-    )
+    save_file({f"{i:03}": torch.full((5000,), i) for i in range(200)}, file := tmp_path / "many.safetensors")
     with safe_open(file, "pt") as tensors:
         parts = [tensors.get_tensor(name) for name in sorted(tensors.keys())]
     mark_mapped(parts)
     for part in parts:  # to map them has brought them all in
         release_pages(part, 0, len(part))
-    for place, part in [*enumerate(parts)] * 2:
-        assert int(part[0]) == place
+    for i, part in [*enumerate(parts)] * 2:
+        assert int(part[0]) == i
         release_pages(part, 0, len(part))
-        if place % 10 == 0:  # to ask takes a while
+        if i % 10 == 0:  # to ask takes a while
             assert resident(file) <= 1 << 17
-    assert all(bool((part == place).all()) for place, part in enumerate(parts))
+    assert all(bool((part == i).all()) for i, part in enumerate(parts))
 
 
 @linux
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
+def test_layer_releases_read_pages(tmp_path: Path, kind: str) -> None:
     """Forward and backward alike, and what they find is what they find with a weight that stays."""
     plain = nn.Linear(2048, 2048)
     save_file(quantize(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
@@ -99,17 +97,17 @@ def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
     layer = QuantizedLinear(plain, parts)
     stays = QuantizedLinear(plain, quantize(plain.weight, kind))
     x = torch.randn(3, 2048, requires_grad=True)
-    y, wanted = layer(x), stays(x)
-    assert torch.equal(y, wanted)
+    y, expected = layer(x), stays(x)
+    assert torch.equal(y, expected)
     assert resident(file) < 0.2 * file.stat().st_size
-    (found,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(found, *torch.autograd.grad(wanted.sum(), x))
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(actual, *torch.autograd.grad(expected.sum(), x))
     assert resident(file) < 0.2 * file.stat().st_size
     layer.codes.sum()
     assert resident(file) > 0.8 * file.stat().st_size
 
 
-def test_a_packed_base_is_marked_and_its_copies_too(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_packed_base_and_copies_are_marked(pipeline_folder: Path, tmp_path: Path) -> None:
     """Jobs run in copies of the network that share its tensors."""
     pack(str(pipeline_folder), tmp_path / "base", "int8")
     base = Base(tmp_path / "base", sites=ATTENTION)

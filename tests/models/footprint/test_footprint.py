@@ -37,17 +37,17 @@ def predicted(kind: str, *, batch: int = 1, rank: int = RANK, **how: str) -> Foo
     )
 
 
-def held(kind: str, batch: int, **how: str) -> int:
+def real_peak(kind: str, batch: int, **how: str) -> int:
     """The most that a real pass holds in tensors, beside the base."""
     base = real(SMALL[kind], **how)
     layout = Layout(base.sites, RANK)
-    with fresh_scratch(), LiveStorages() as found:
+    with fresh_scratch(), LiveStorages() as actual:
         entries = [torch.zeros(batch, *shape) for shape in example_shapes(SMALL[kind], 128)]
         forward_backward(base, *entries, layout, torch.zeros(batch, layout.size))
-    return found.peak
+    return actual.peak
 
 
-def dry(kind: str, batch: int, **how: str) -> int:
+def dry_peak(kind: str, batch: int, **how: str) -> int:
     """The same of a dry run, which has workspace beside it."""
     base = meta_denoiser(SMALL[kind], **({"sites": SMALL[kind].family.sites} | how))
     mode, layout = FakeTensorMode(allow_non_fake_inputs=True), Layout(base.sites, RANK)
@@ -60,41 +60,41 @@ def dry(kind: str, batch: int, **how: str) -> int:
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("kind", [kind for kind in SMALL if kind != "sdxl"])
-def test_it_holds_what_a_real_pass_holds(kind: str, checkpointing: str) -> None:
+def test_dry_run_memory_equals_real_run(kind: str, checkpointing: str) -> None:
     batch = 2 if kind == "unet" else 1
-    wanted = held(kind, batch, checkpointing=checkpointing)
-    assert dry(kind, batch, checkpointing=checkpointing) == pytest.approx(wanted, rel=0.001)
+    expected = real_peak(kind, batch, checkpointing=checkpointing)
+    assert dry_peak(kind, batch, checkpointing=checkpointing) == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize(
     ("kind", "weights", "checkpointing"),
     [("unet", "mixed", "block"), ("sd3", "int8", "block"), ("pixart", "nf4", "none")],
 )
-def test_it_holds_what_a_real_pass_through_few_bits_holds(
+def test_quantized_dry_run_memory_equals_real_run(
     kind: str, weights: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With slabs and the memory that they are read into: here so small that layers have several."""
     monkeypatch.setattr(blockwise, "_SLAB", {"cpu": 2048})
-    wanted = held(kind, 1, weights=weights, checkpointing=checkpointing)
-    found = dry(kind, 1, weights=weights, checkpointing=checkpointing)
-    assert found == pytest.approx(wanted, rel=0.001, abs=8192)  # a table of NF4's values, made again each time
+    expected = real_peak(kind, 1, weights=weights, checkpointing=checkpointing)
+    actual = dry_peak(kind, 1, weights=weights, checkpointing=checkpointing)
+    assert actual == pytest.approx(expected, rel=0.001, abs=8192)  # a table of NF4's values, made again each time
 
 
-def test_adapters_at_convolutions_too() -> None:
-    assert dry("unet", 2, sites=EVERYWHERE) == pytest.approx(held("unet", 2, sites=EVERYWHERE), rel=0.001)
+def test_convolution_adapters() -> None:
+    assert dry_peak("unet", 2, sites=EVERYWHERE) == pytest.approx(real_peak("unet", 2, sites=EVERYWHERE), rel=0.001)
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("flux", "fp32"), ("unet", "mixed"), ("pixart", "nf4"), ("sd3", "int8")])
-def test_the_base_is_what_its_packed_weights_take_without_their_codes(kind: str, weights: str) -> None:
+def test_base_bytes_exclude_codes(kind: str, weights: str) -> None:
     """Those are pages of a file."""
     network = real(SMALL[kind], weights=weights).network
     state = dict([*network.named_parameters(), *network.named_buffers()])
-    wanted = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".codes"))
-    assert predicted(kind, weights=weights).base_bytes == wanted
+    expected = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".codes"))
+    assert predicted(kind, weights=weights).base_bytes == expected
     assert (weights == "fp32") == (not any(name.endswith(".codes") for name in state))
 
 
-def test_a_dry_run_leaves_nothing_in_the_memory_for_slabs() -> None:
+def test_dry_run_leaves_scratch_unchanged() -> None:
     before = blockwise._scratch.bytes
     predicted("unet", weights="nf4")
     assert blockwise._scratch.bytes is before
@@ -105,7 +105,7 @@ def test_a_dry_run_leaves_nothing_in_the_memory_for_slabs() -> None:
     assert blockwise._scratch.bytes is before
 
 
-def test_the_pages_that_are_read_are_workspace() -> None:
+def test_read_pages_count_as_workspace() -> None:
     """Of a file that is mapped: as many as an operation reads, not all of it."""
     mode = FakeTensorMode()
     codes = to_fake(torch.zeros(1000, dtype=torch.int8), mode)
@@ -116,7 +116,7 @@ def test_the_pages_that_are_read_are_workspace() -> None:
     assert (run.workspace_bytes, run.activations_bytes) == (400 + 100, 0)
 
 
-def test_parts_add_up_and_move_as_they_must() -> None:
+def test_footprint_scales_with_arguments() -> None:
     plain = predicted("unet")
     fields = [field.name for field in dataclasses.fields(Footprint) if field.name.endswith("_bytes")]
     parts = sum(getattr(plain, name) for name in fields if name != "moved_bytes")
@@ -130,7 +130,7 @@ def test_parts_add_up_and_move_as_they_must() -> None:
     assert twice.adapter_bytes == 2 * plain.adapter_bytes
 
 
-def test_a_weight_that_is_dequantised_is_workspace() -> None:
+def test_dequantized_weight_counts_as_workspace() -> None:
     plain = predicted("pixart")
     packed = predicted("pixart", weights="nf4")
     assert plain.workspace_bytes < packed.workspace_bytes
@@ -148,19 +148,17 @@ def test_a_weight_that_is_dequantised_is_workspace() -> None:
         ("sd35-large", 768, (16, 96, 96), (334, 4096)),
     ],
 )
-def test_the_shapes_of_an_example(
-    name: str, resolution: int, latents: tuple[int, ...], context: tuple[int, ...]
-) -> None:
+def test_example_shapes(name: str, resolution: int, latents: tuple[int, ...], context: tuple[int, ...]) -> None:
     assert example_shapes(KNOWN_BASES[name], resolution) == (latents, context)
 
 
-def test_mistakes_are_told() -> None:
+def test_invalid_resolution_is_refused() -> None:
     for kind, resolution in (("unet", 129), ("pixart", 136)):  # of which a transformer takes patches of 2 × 2
         with pytest.raises(AntherError, match=f"resolution={resolution}: must be a multiple of"):
             example_shapes(SMALL[kind], resolution)
 
 
-def test_operations_are_those_that_a_counter_counts() -> None:
+def test_operations_match_flop_counter() -> None:
     """Of layers that are thick enough for arithmetic to set their pace."""
     network = nn.Sequential(nn.Conv2d(64, 96, 3, padding=1), nn.Flatten(2), nn.Linear(256, 192)).requires_grad_(False)
     x = torch.randn(1, 64, 16, 16, requires_grad=True)
@@ -215,7 +213,7 @@ print(status("VmHWM") - before)
     reason="peaks are read as Linux tells them, of the kernels that the model was fitted on",
 )
 @pytest.mark.parametrize("work", OPERATIONS, ids=lambda work: work.split("(")[0])
-def test_one_operation_takes_what_is_predicted(work: str) -> None:
+def test_operation_workspace_is_predicted(work: str) -> None:
     script = SCRIPT.format(setup=OPERATIONS[work], work=work)
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)

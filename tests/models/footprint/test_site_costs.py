@@ -25,8 +25,8 @@ def run(kind: str, checkpointing: str, sites: list[str]) -> Footprint:
     return footprint(base(kind, checkpointing), *example_shapes(SMALL[kind], 128), rank=RANK, sites=sites)
 
 
-def work(found: Footprint) -> float:
-    return found.matrix_operations + found.convolution_operations + OPS_PER_BYTE * found.moved_bytes
+def work(costs_found: Footprint) -> float:
+    return costs_found.matrix_operations + costs_found.convolution_operations + OPS_PER_BYTE * costs_found.moved_bytes
 
 
 @cache
@@ -35,39 +35,40 @@ def costs(kind: str, checkpointing: str = "none") -> PassCosts:
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("unet", "none"), ("pixart", "none"), ("pixart", "block")])
-def test_any_set_of_sites_takes_what_a_dry_run_of_it_does(kind: str, checkpointing: str) -> None:
+def test_costs_match_dry_runs(kind: str, checkpointing: str) -> None:
     """Of memory never less, and beside the base at most half as much again; of time within a quarter."""
-    found = costs(kind, checkpointing)
-    names = [site.name for site in found.sites]
+    costs_found = costs(kind, checkpointing)
+    names = [site.name for site in costs_found.sites]
     chance = random.Random(0)
-    whole = run(kind, checkpointing, names)
-    fixed = whole.base_bytes + whole.objects_bytes
-    assert found.bytes(names) == whole.peak_bytes
-    assert found.work(names) == pytest.approx(1.0)
-    for chosen in (names[-1:], names[len(names) // 2 :], chance.sample(names, 5)):
-        wanted = run(kind, checkpointing, chosen)
-        assert 1 <= (found.bytes(chosen) - fixed) / (wanted.peak_bytes - fixed) <= 1.5
-        assert found.work(chosen) * work(whole) == pytest.approx(work(wanted), rel=0.25)
+    full = run(kind, checkpointing, names)
+    fixed = full.base_bytes + full.objects_bytes
+    assert costs_found.bytes(names) == full.peak_bytes
+    assert costs_found.work(names) == pytest.approx(1.0)
+    for selected in (names[-1:], names[len(names) // 2 :], chance.sample(names, 5)):
+        expected = run(kind, checkpointing, selected)
+        assert 1 <= (costs_found.bytes(selected) - fixed) / (expected.peak_bytes - fixed) <= 1.5
+        assert costs_found.work(selected) * work(full) == pytest.approx(work(expected), rel=0.25)
 
 
-def test_sites_come_in_the_order_of_a_pass_and_cost_less_the_later_it_comes_to_them() -> None:
-    found = costs("unet").sites
-    names = [site.name for site in found]
+def test_later_sites_cost_less() -> None:
+    costs_found = costs("unet").sites
+    names = [site.name for site in costs_found]
     assert sorted(names) == sorted(base("unet", "none").sites)
     blocks = [name.split("_")[0] for name in names]
     assert blocks == sorted(blocks, key=["down", "mid", "up"].index)  # up blocks come last
-    assert all(one.work >= other.work for one, other in itertools.pairwise(found))
-    assert found[-1].peak_bytes < found[0].peak_bytes
+    assert all(one.work >= other.work for one, other in itertools.pairwise(costs_found))
+    assert costs_found[-1].peak_bytes < costs_found[0].peak_bytes
     sites = base("unet", "none").sites
     assert all(
-        one.site_bytes == TRAINED_BYTES * RANK * (sites[one.name].inputs + sites[one.name].outputs) for one in found
+        one.site_bytes == TRAINED_BYTES * RANK * (sites[one.name].inputs + sites[one.name].outputs)
+        for one in costs_found
     )
 
 
-def test_no_sites_and_unknown_ones_cost_nothing_that_anybody_knows() -> None:
-    found = costs("pixart")
-    for chosen in ([], ["nowhere"], [found.sites[0].name, "nowhere"]):
+def test_invalid_sites_are_refused() -> None:
+    costs_found = costs("pixart")
+    for selected in ([], ["nowhere"], [costs_found.sites[0].name, "nowhere"]):
         with pytest.raises(ValueError, match="none given, or some"):
-            found.bytes(chosen)
+            costs_found.bytes(selected)
         with pytest.raises(ValueError, match="none given, or some"):
-            found.work(chosen)
+            costs_found.work(selected)

@@ -13,8 +13,8 @@ from models.lora.batched_linear import slot_linear
 def arguments(bias: bool = True, rank: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
     """x, W, c, A and B: two slots of two entries of three tokens."""
     shapes = [(4, 3, 5), (7, 5), (7,), (2, rank, 5), (2, 7, rank)]
-    found: list[Tensor | None] = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    return found if bias else [*found[:2], None, *found[3:]]
+    actual: list[Tensor | None] = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return actual if bias else [*actual[:2], None, *actual[3:]]
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("to_x", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "broadcast", "flat"])
-def test_output_and_gradients_are_those_of_two_layers(bias: bool, rank: int, to_x: bool, layout: str) -> None:
+def test_equals_two_separate_layers(bias: bool, rank: int, to_x: bool, layout: str) -> None:
     x, weight, c, a, b = arguments(bias, rank)
     match layout:
         case "transposed":
@@ -36,15 +36,15 @@ def test_output_and_gradients_are_those_of_two_layers(bias: bool, rank: int, to_
         case "flat":
             x = x[:, 0]
     leaves = [x.requires_grad_(to_x), a.requires_grad_(), b.requires_grad_()][0 if to_x else 1 :]
-    found, wanted = slot_linear(x, weight, c, a, b), plain(x, weight, c, a, b)
-    torch.testing.assert_close(found, wanted)
-    for cotangent in (torch.randn_like(wanted), torch.ones(()).to(wanted).expand_as(wanted)):
-        pairs = (torch.autograd.grad(output, leaves, cotangent, retain_graph=True) for output in (found, wanted))
-        for ours, theirs in zip(*pairs, strict=True):
-            torch.testing.assert_close(ours, theirs)
+    actual, expected = slot_linear(x, weight, c, a, b), plain(x, weight, c, a, b)
+    torch.testing.assert_close(actual, expected)
+    for cotangent in (torch.randn_like(expected), torch.ones(()).to(expected).expand_as(expected)):
+        pairs = (torch.autograd.grad(output, leaves, cotangent, retain_graph=True) for output in (actual, expected))
+        for actual, reference in zip(*pairs, strict=True):
+            torch.testing.assert_close(actual, reference)
 
 
-def test_in_bf16_it_rounds_no_more_than_two_layers() -> None:
+def test_bf16_rounds_no_more_than_two_layers() -> None:
     """Adding the thin product to the rounded wide one is one rounding more than the truth."""
     inputs = [torch.randn(shape).bfloat16() for shape in [(4, 64, 32), (48, 32), (48,), (2, 4, 32), (2, 48, 4)]]
     truth = plain(*(each.double() for each in inputs))
@@ -56,25 +56,27 @@ def test_in_bf16_it_rounds_no_more_than_two_layers() -> None:
 @pytest.mark.parametrize(
     ("wanted", "compiled"), [*((parts, False) for parts in ("a", "b", "x", "xa", "xb")), ("xa", True), ("xb", True)]
 )
-def test_only_what_is_asked_for_has_a_gradient(wanted: str, compiled: bool) -> None:
+def test_only_required_gradients_are_computed(expected: str, compiled: bool) -> None:
     """And nothing is kept for the others: of a B alone not x, of an A alone not A x."""
     x, weight, c, a, b = arguments()
-    leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in wanted]
-    layer, kept = slot_linear, []
+    leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in expected]
+    layer, saved = slot_linear, []
     if compiled:
         torch.compiler.reset()
         layer = torch.compile(slot_linear, backend="aot_eager", fullgraph=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.data_ptr()) or part, lambda part: part):
-        found = layer(x, weight, c, a, b)
-    pairs = (torch.autograd.grad(y.square().sum(), leaves) for y in (found, plain(x, weight, c, a, b)))
-    for ours, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert compiled or (x.data_ptr() in kept) == ("a" in wanted)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda part: saved.append(part.data_ptr()) or part, lambda part: part
+    ):
+        actual = layer(x, weight, c, a, b)
+    pairs = (torch.autograd.grad(y.square().sum(), leaves) for y in (actual, plain(x, weight, c, a, b)))
+    for actual, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, reference)
+    assert compiled or (x.data_ptr() in saved) == ("a" in expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("to_x", [False, True])
-def test_the_compiled_operator_is_sound(bias: bool, to_x: bool) -> None:
+def test_custom_operator_passes_opcheck(bias: bool, to_x: bool) -> None:
     """Schema, shapes without data, and gradients under tracing, by torch's own check."""
     x, weight, c, a, b = arguments(bias)
     inputs = (x.requires_grad_(to_x), weight, c, a.requires_grad_(), b.requires_grad_())
@@ -84,13 +86,13 @@ def test_the_compiled_operator_is_sound(bias: bool, to_x: bool) -> None:
     torch.library.opcheck(torch.ops.anther.slot_linear_backward.default, (grad, *detached, inner, to_x))
 
 
-def test_compiled_it_is_the_same() -> None:
+def test_compiled_equals_eager() -> None:
     x, weight, c, a, b = arguments()
     leaves = [x.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
     torch.compiler.reset()
-    found = torch.compile(slot_linear, backend="aot_eager", fullgraph=True)(x, weight, c, a, b)
-    wanted = plain(x, weight, c, a, b)
-    torch.testing.assert_close(found, wanted)
-    pairs = (torch.autograd.grad(output.square().sum(), leaves) for output in (found, wanted))
-    for ours, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    actual = torch.compile(slot_linear, backend="aot_eager", fullgraph=True)(x, weight, c, a, b)
+    expected = plain(x, weight, c, a, b)
+    torch.testing.assert_close(actual, expected)
+    pairs = (torch.autograd.grad(output.square().sum(), leaves) for output in (actual, expected))
+    for actual, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, reference)

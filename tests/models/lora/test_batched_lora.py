@@ -60,12 +60,12 @@ def check(slotted: SlotLayer, x: Tensor, stacks: Sequence[BatchedFactors]) -> No
     """Output, and gradients of every factor and of the input, are those of the loop."""
     x = x.detach().requires_grad_()
     slotted.active_adapters = tuple(stacks)
-    found, wanted = slotted(x), with_merged_weights(slotted.base, x, stacks)
-    torch.testing.assert_close(found, wanted)
+    actual, expected = slotted(x), with_merged_weights(slotted.base, x, stacks)
+    torch.testing.assert_close(actual, expected)
     leaves = [x, *(factor for stack in stacks for factor in stack)]
-    cotangent = torch.randn_like(wanted)
+    cotangent = torch.randn_like(expected)
     pairs = zip(
-        torch.autograd.grad(found, leaves, cotangent), torch.autograd.grad(wanted, leaves, cotangent), strict=True
+        torch.autograd.grad(actual, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
     )
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
@@ -79,7 +79,7 @@ def check(slotted: SlotLayer, x: Tensor, stacks: Sequence[BatchedFactors]) -> No
     bias=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_linear_slot_layer_is_a_loop_with_merged_weights(
+def test_slot_linear_equals_merged_weights(
     slots: list[int], per_slot: int, between: list[int], rank: int, bias: bool
 ) -> None:
     layer = nn.Linear(5, 7, bias=bias, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_a_linear_slot_layer_is_a_loop_with_merged_weights(
     channels_last=st.booleans(),
 )
 @settings(deadline=None, max_examples=80)
-def test_a_convolution_slot_layer_is_a_loop_with_merged_weights(
+def test_slot_conv2d_equals_merged_weights(
     kernel: tuple[int, int],
     stride: int,
     padding: int | str,
@@ -117,7 +117,7 @@ def test_a_convolution_slot_layer_is_a_loop_with_merged_weights(
     check(SlotConv2d(layer), x, [random_stack(count, rank, layer.weight[0].numel(), 4) for count in slots])
 
 
-def test_entries_of_other_slots_have_no_gradient() -> None:
+def test_other_slots_have_no_gradient() -> None:
     x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
     slotted, stack = SlotConv2d(nn.Conv2d(3, 4, 3, dtype=torch.float64)), random_stack(3, 2, 27, 4)
     slotted.active_adapters = (stack,)
@@ -135,7 +135,7 @@ def test_entries_of_other_slots_have_no_gradient() -> None:
         (SlotConv2d(nn.Conv2d(5, 7, 1)), torch.zeros(3, 5, 2, 2)),
     ],
 )
-def test_entries_that_slots_cannot_share_evenly_are_refused(slotted: SlotLayer, x: Tensor) -> None:
+def test_uneven_batch_is_refused(slotted: SlotLayer, x: Tensor) -> None:
     slotted.active_adapters = (BatchedFactors(torch.zeros(2, 1, 5), torch.zeros(2, 7, 1)),)
     with pytest.raises(RuntimeError, match="unflatten"):
         slotted(x)
@@ -146,7 +146,7 @@ def test_entries_that_slots_cannot_share_evenly_are_refused(slotted: SlotLayer, 
     [(nn.Linear(5, 7), QuantizedLinear, (4, 5)), (nn.Conv2d(3, 4, 3, padding=1), QuantizedConv2d, (4, 3, 5, 5))],
 )
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
-def test_quantised_layers_can_be_slotted(layer: nn.Module, quantised: type, shape: tuple[int, ...], bits: str) -> None:
+def test_quantized_layers_support_slots(layer: nn.Module, quantised: type, shape: tuple[int, ...], bits: str) -> None:
     layer = copy.deepcopy(layer)
     small = quantised(layer, quantize(layer.weight, bits))
     layer = layer.double()
@@ -159,7 +159,7 @@ def test_quantised_layers_can_be_slotted(layer: nn.Module, quantised: type, shap
     torch.testing.assert_close(slotted(x), with_merged_weights(layer, x, [stack]), rtol=1e-6, atol=1e-6)
 
 
-def test_slots_go_around_the_named_layers_alone_and_take_what_is_lent() -> None:
+def test_add_slots_and_set_adapters() -> None:
     network = nn.Sequential(
         nn.Linear(5, 5), nn.ModuleDict({"inner": nn.Linear(5, 5)}), nn.ModuleList([nn.Linear(5, 5)])
     )
@@ -194,7 +194,7 @@ def by_hand(sites: Sites, rank: int, adapter: Adapter, fill: float | None = None
 
 @given(ranks=RANKS, rank=st.integers(4, 5), start=st.booleans())
 @settings(deadline=None)
-def test_a_row_holds_an_adapter_of_any_sites_and_ranks(ranks: dict[str, int], rank: int, start: bool) -> None:
+def test_pack_unpack_and_mask(ranks: dict[str, int], rank: int, start: bool) -> None:
     adapter = random_adapter(SITES, ranks)
     if start:  # B = 0: zeros of its own are told from padding
         adapter = {name: f._replace(b=torch.zeros_like(f.b)) for name, f in adapter.items()}
@@ -215,7 +215,7 @@ def test_a_row_holds_an_adapter_of_any_sites_and_ranks(ranks: dict[str, int], ra
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_an_adapter_that_fills_a_row_in_another_order_of_sites(rank: int) -> None:
+def test_pack_ignores_site_order(rank: int) -> None:
     adapter = random_adapter(SITES, dict.fromkeys(reversed(SITES), rank))
     layout = Layout(SITES, rank)
     assert layout.fits(adapter)
@@ -225,7 +225,7 @@ def test_an_adapter_that_fills_a_row_in_another_order_of_sites(rank: int) -> Non
     assert all(torch.equal(back[name].b, adapter[name].b) for name in SITES)
 
 
-def test_no_adapter_is_a_row_of_zeros() -> None:
+def test_pack_none_is_zero() -> None:
     layout = Layout(SITES, 2)
     for nothing in (None, {}):
         assert torch.equal(layout.pack(nothing), torch.zeros(2 * (5 + 7 + 3 + 2 + 12 + 4)))
@@ -233,7 +233,7 @@ def test_no_adapter_is_a_row_of_zeros() -> None:
     assert layout.unpack(torch.ones(layout.size), {}) == {}
 
 
-def test_rows_keep_their_precision_and_stacks_are_views_of_them() -> None:
+def test_stacks_are_views_of_rows() -> None:
     layout, adapter = Layout(SITES, 2), random_adapter(SITES, 2, dtype=torch.float64)
     rows = torch.stack([torch.zeros(layout.size, dtype=torch.float64), layout.pack(adapter)])
     stacks = layout.stacks(rows)
@@ -245,7 +245,7 @@ def test_rows_keep_their_precision_and_stacks_are_views_of_them() -> None:
     assert layout.pack(random_adapter(SITES, {"two": 1}, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_parts_of_rows_are_their_stacks() -> None:
+def test_from_parts_equals_stacks() -> None:
     layout = Layout(SITES, 2)
     rows = torch.randn(3, layout.size)
     whole, parts = layout.stacks(rows), layout.from_parts(rows.split(layout.widths, dim=1))
@@ -256,7 +256,7 @@ def test_parts_of_rows_are_their_stacks() -> None:
 
 @given(ranks=st.lists(st.none() | RANKS, min_size=1, max_size=4))
 @settings(deadline=None)
-def test_stacked_adapters_keep_their_products(ranks: list[dict[str, int] | None]) -> None:
+def test_stacking_preserves_products(ranks: list[dict[str, int] | None]) -> None:
     adapters = [None if each is None else random_adapter(SITES, each, seed) for seed, each in enumerate(ranks)]
     stacks = stack_adapters(SITES, adapters)
     if all(adapter is None for adapter in adapters):
@@ -271,7 +271,7 @@ def test_stacked_adapters_keep_their_products(ranks: list[dict[str, int] | None]
             torch.testing.assert_close(stacks[name].b[slot] @ stacks[name].a[slot], product)
 
 
-def test_one_and_the_same_adapter_takes_one_slot() -> None:
+def test_shared_adapter_uses_one_slot() -> None:
     adapter = random_adapter(SITES, 2)
     for count in (1, 3):
         assert stack_adapters(SITES, [adapter] * count)["one"].a.shape[0] == 1
@@ -280,31 +280,31 @@ def test_one_and_the_same_adapter_takes_one_slot() -> None:
     assert stack_adapters(SITES, []) == {}
 
 
-def test_select_follows_the_order_and_leaves_what_serves_everyone() -> None:
+def test_select_slots() -> None:
     adapters = [random_adapter(SITES, 2, seed) for seed in range(3)]
-    chosen = select_slots(stack_adapters(SITES, adapters), torch.tensor([2, 0, 2, 1]))
+    selected = select_slots(stack_adapters(SITES, adapters), torch.tensor([2, 0, 2, 1]))
     for name in SITES:
         for slot, seed in enumerate([2, 0, 2, 1]):
-            assert torch.equal(chosen[name].a[slot], adapters[seed][name].a)
-            assert torch.equal(chosen[name].b[slot], adapters[seed][name].b)
+            assert torch.equal(selected[name].a[slot], adapters[seed][name].a)
+            assert torch.equal(selected[name].b[slot], adapters[seed][name].b)
     everyone = stack_adapters(SITES, adapters[:1])
     assert select_slots(everyone, torch.zeros(4, dtype=torch.long)) == everyone
     assert select_slots({}, torch.zeros(4, dtype=torch.long)) == {}
 
 
-def test_stacks_take_the_precision_of_a_tensor() -> None:
+def test_to_device_changes_dtype() -> None:
     stacks = stack_adapters(SITES, [random_adapter(SITES, 2)])
     moved = to_device(stacks, torch.empty(0, dtype=torch.bfloat16))
     assert {factor.dtype for stack in moved.values() for factor in stack} == {torch.bfloat16}
     assert torch.equal(moved["one"].a, stacks["one"].a.bfloat16())
 
 
-def test_at_the_start_all_of_an_adapter_is_trained() -> None:
+def test_mask_includes_zero_factors() -> None:
     layout = Layout(SITES, 2)
     assert layout.mask(init_adapter(SITES, 2, 0)).all()
 
 
-def test_concatenation_adds_products_and_splitting_keeps_them() -> None:
+def test_concatenate_and_split_rank() -> None:
     one, two = random_adapter(SITES, 2, 0), random_adapter(SITES, {"one": 3, "kernel": 0}, 1)
     both = concatenate([one, two])
     head, tail = split_rank(both, 2)

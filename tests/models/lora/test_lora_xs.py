@@ -33,18 +33,18 @@ def random_bases(rank: int, seed: int = 0) -> Adapter:
     }
 
 
-def test_empty_adds_nothing_and_travels_with_its_frame() -> None:
+def test_zero_adapter_round_trip() -> None:
     bases = random_bases(3)
     tensors = to_tensors_with_bases(zero_adapter(bases), bases)
-    found = bases_from_tensors(tensors)
+    result = bases_from_tensors(tensors)
     assert all(not tensors[f"{name}.lora_B"].any() for name in SITES)
     assert all(
-        torch.equal(found[name].b, bases[name].b) and torch.equal(found[name].a, bases[name].a) for name in SITES
+        torch.equal(result[name].b, bases[name].b) and torch.equal(result[name].a, bases[name].a) for name in SITES
     )
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "frame"])
-def test_a_frame_that_is_not_orthonormal_is_refused(factor: str) -> None:
+def test_non_orthonormal_bases_are_refused(factor: str) -> None:
     bases = random_bases(3)
     tensors = to_tensors_with_bases(zero_adapter(bases), bases)
     tensors[f"b.{factor}"] = 1.01 * tensors[f"b.{factor}"]
@@ -52,22 +52,22 @@ def test_a_frame_that_is_not_orthonormal_is_refused(factor: str) -> None:
         bases_from_tensors(tensors)
 
 
-def test_a_frame_file_is_cut_to_what_is_asked(tmp_path: Path) -> None:
+def test_load_bases_selects_sites_and_rank(tmp_path: Path) -> None:
     bases, file = random_bases(4), tmp_path / "frame.safetensors"
     tensors = {
         k: v.contiguous() for k, v in to_tensors_with_bases(zero_adapter(bases), bases).items() if "lora_B" not in k
     }
     save_file(tensors, file)
-    found = load_bases(file, {"b": SITES["b"]}, 2)
-    assert list(found) == ["b"]
-    assert torch.equal(found["b"].a, bases["b"].a[:2])
-    assert torch.equal(found["b"].b, bases["b"].b[:, :2])
-    for sites, rank, words in (
+    result = load_bases(file, {"b": SITES["b"]}, 2)
+    assert list(result) == ["b"]
+    assert torch.equal(result["b"].a, bases["b"].a[:2])
+    assert torch.equal(result["b"].b, bases["b"].b[:, :2])
+    for sites, rank, message in (
         ({"c": Site(2, 2)}, 2, "choose sites that they contain"),
         (SITES, 5, "don't have rank 5"),
         ({"a": Site(8, 5)}, 2, "don't have rank 2 for this base"),
     ):
-        with pytest.raises(AntherError, match=words):
+        with pytest.raises(AntherError, match=message):
             load_bases(file, sites, rank)
     file.write_bytes(b"nonsense")
     with pytest.raises(AntherError, match="can't be read as LoRA-XS bases"):

@@ -18,22 +18,20 @@ def factors(rank: int, inputs: int, outputs: int, seed: int) -> Factors:
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99), st.floats(0.1, 20.0))
-def test_the_bound_is_on_both_factors_and_their_product(
-    rank: int, inputs: int, outputs: int, seed: int, most: float
-) -> None:
+def test_bound_covers_factors_and_product(rank: int, inputs: int, outputs: int, seed: int, limit: float) -> None:
     a, b = factors(rank, inputs, outputs, seed)
     norms = [np.linalg.norm(m) for m in (a.double().numpy(), b.double().numpy(), (b.double() @ a.double()).numpy())]
-    if abs(max(norms) - most) > 1e-9:
-        assert (norm_violation({"x": Factors(a, b)}, most) is None) == (max(norms) <= most)
+    if abs(max(norms) - limit) > 1e-9:
+        assert (norm_violation({"x": Factors(a, b)}, limit) is None) == (max(norms) <= limit)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
-def test_squared_norm_of_the_product(rank: int, inputs: int, outputs: int, seed: int) -> None:
+def test_squared_norm(rank: int, inputs: int, outputs: int, seed: int) -> None:
     a, b = (factor.double() for factor in factors(rank, inputs, outputs, seed))
     assert float(squared_norm(a, b)) == pytest.approx(float(np.square((b @ a).numpy()).sum()), rel=1e-9, abs=1e-12)
 
 
-def test_the_site_is_named() -> None:
+def test_message_names_the_site() -> None:
     good = Factors(torch.ones(2, 3), torch.zeros(4, 2))
     assert norm_violation({"good": good}) is None
     assert norm_violation({}) is None
@@ -46,7 +44,7 @@ def test_the_site_is_named() -> None:
     assert "norm 8.1e+03" in str(norm_violation({"x": product}))
 
 
-def test_what_is_not_a_number_is_over_any_bound() -> None:
+def test_nan_exceeds_any_bound() -> None:
     nan, one = torch.tensor([[float("nan")]]), torch.ones(1, 1)
     for factors in (Factors(nan, one), Factors(one, nan), Factors(nan, nan)):
         assert (

@@ -34,51 +34,55 @@ def between(bases: Adapter, seed: int) -> Adapter:
     }
 
 
-def drawn(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter | None]:
+def random_case(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter | None]:
     """What was sent, what was made of it, and the frame."""
     if trains == "cores":
         bases = split_rank(random_bases(RANK, seed), rank)[0]
         return between(bases, 1), between(bases, 2), bases
-    sent, made = random_adapter(SITES, rank, 1), random_adapter(SITES, rank, 2)
+    sent, trained = random_adapter(SITES, rank, 1), random_adapter(SITES, rank, 2)
     fixed = {"b": "a", "a": "b", "split": "b"}.get(trains)
-    return sent, {n: f._replace(**({fixed: getattr(sent[n], fixed)} if fixed else {})) for n, f in made.items()}, None
+    return (
+        sent,
+        {n: f._replace(**({fixed: getattr(sent[n], fixed)} if fixed else {})) for n, f in trained.items()},
+        None,
+    )
 
 
 @kinds
 @settings(max_examples=20, deadline=None)
-@given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
-def test_what_is_trained_travels_there_and_back(trains: str, rank: int, seed: int, there: set[str]) -> None:
-    sent, made, bases = drawn(trains, rank, seed)
-    found = trained_tensors(select_sites(made, there), trains, bases)
-    chosen = {name: SITES[name] for name in SITES if name in there}
-    assert {name: tuple(part.shape) for name, part in found.items()} == trained_shapes(chosen, rank, trains)
-    back = from_trained_tensors(found, trains, select_sites(sent, there), bases)
-    assert list(back) == list(chosen)
+@given(rank=st.integers(0, RANK), seed=st.integers(0, 100), sites=SOME)
+def test_trained_tensors_round_trip(trains: str, rank: int, seed: int, sites: set[str]) -> None:
+    sent, trained, bases = random_case(trains, rank, seed)
+    result = trained_tensors(select_sites(trained, sites), trains, bases)
+    selected = {name: SITES[name] for name in SITES if name in sites}
+    assert {name: tuple(part.shape) for name, part in result.items()} == trained_shapes(selected, rank, trains)
+    back = from_trained_tensors(result, trains, select_sites(sent, sites), bases)
+    assert list(back) == list(selected)
     for name, pair in back.items():
-        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(pair, made[name], strict=True))
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(pair, trained[name], strict=True))
 
 
 @kinds
 @settings(max_examples=20, deadline=None)
-@given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
-def test_a_row_holds_it_and_nothing_else(trains: str, rank: int, seed: int, there: set[str]) -> None:
+@given(rank=st.integers(0, RANK), seed=st.integers(0, 100), sites=SOME)
+def test_partial_row_round_trip(trains: str, rank: int, seed: int, sites: set[str]) -> None:
     """Of smaller ranks and of some of the sites too; the rest of the row is zero, and its mask says so."""
-    whole, _, bases = drawn(trains, RANK, seed)
-    made = select_sites(split_rank(whole, rank)[0], there)
+    whole, _, bases = random_case(trains, RANK, seed)
+    trained = select_sites(split_rank(whole, rank)[0], sites)
     if trains == "cores":
-        made = select_sites(between(split_rank(bases or {}, rank)[0], 2), there)
+        trained = select_sites(between(split_rank(bases or {}, rank)[0], 2), sites)
     layout = trained_layout(SITES, RANK, trains, bases or whole)
     assert layout.size == sum(map(prod, trained_shapes(SITES, RANK, trains).values()))
-    row = layout.pack(made)
-    parts = trained_tensors(made, trains, split_rank(bases, rank)[0] if bases else None)
+    row = layout.pack(trained)
+    parts = trained_tensors(trained, trains, split_rank(bases, rank)[0] if bases else None)
     assert row.norm() == pytest.approx(
         float(torch.cat([torch.zeros(0), *map(torch.ravel, parts.values())]).norm()), abs=1e-4
     )
-    assert int(layout.mask(made).sum()) == sum(part.numel() for part in parts.values())
-    assert not row[~layout.mask(made)].any()
-    back = layout.unpack(row, made)
+    assert int(layout.mask(trained).sum()) == sum(part.numel() for part in parts.values())
+    assert not row[~layout.mask(trained)].any()
+    back = layout.unpack(row, trained)
     stacks = layout.stacks(torch.stack([row, 2 * row]))
-    for name, (a, b) in made.items():
+    for name, (a, b) in trained.items():
         assert torch.allclose(back[name].a, a, atol=1e-5)
         assert torch.allclose(back[name].b, b, atol=1e-5)
         if trains != "both":
@@ -87,7 +91,7 @@ def test_a_row_holds_it_and_nothing_else(trains: str, rank: int, seed: int, ther
             assert torch.allclose(twice, 2 * b @ a, atol=1e-4)
 
 
-def test_another_adapter_is_entered_whole() -> None:
+def test_set_fixed_replaces_everything() -> None:
     """Nothing of the one before stays, whatever it had more."""
     layout = PartialLayout(SITES, 3, "b", like=torch.empty(0))
     layout.set_fixed(random_adapter(SITES, 3, 1))
@@ -98,6 +102,6 @@ def test_another_adapter_is_entered_whole() -> None:
     assert not layout.fixed["b"].b.any()
 
 
-def test_both_is_the_whole_adapter() -> None:
+def test_both_uses_plain_layout() -> None:
     assert trained_shapes(SITES, 3, "both") == adapter_shapes(SITES, 3)
     assert [len(trained_shapes(SITES, 3, trains)) for trains in TRAINED_TENSORS] == [4, 2, 2, 2, 2]

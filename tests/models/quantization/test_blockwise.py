@@ -44,12 +44,12 @@ def levels(kind: str) -> np.ndarray:
 
 def as_numpy(codes: Tensor, scales: Tensor, top: Tensor, count: int) -> np.ndarray:
     """Weights of packed tensors, one block at a time."""
-    largest, found = top.numpy().view(np.float32)[0], []
+    largest, actual = top.numpy().view(np.float32)[0], []
     for block, step in zip(codes.numpy().reshape(len(scales), -1), scales.tolist(), strict=True):
         scale = largest * 2.0 ** (-step / 16)
         values = NF4[np.stack([block >> 4, block & 15], 1).ravel()] if block.dtype == np.uint8 else block / 127
-        found.append(values * scale)
-    return np.concatenate(found)[:count]
+        actual.append(values * scale)
+    return np.concatenate(actual)[:count]
 
 
 @kinds
@@ -59,37 +59,37 @@ def as_numpy(codes: Tensor, scales: Tensor, top: Tensor, count: int) -> np.ndarr
     seed=st.integers(0, 9),
 )
 @settings(deadline=None, max_examples=40)
-def test_what_is_read_is_what_the_codes_say(kind: str, shape: tuple[int, ...], magnitude: float, seed: int) -> None:
+def test_dequantize_matches_codes(kind: str, shape: tuple[int, ...], magnitude: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).mul_(magnitude)
     packed = quantize(weight, kind)
     assert packed.quant_type == kind
-    wanted = as_numpy(*packed, weight.numel()).reshape(shape)
+    expected = as_numpy(*packed, weight.numel()).reshape(shape)
     for dtype in (torch.float32, torch.float64):
-        found = dequantize(packed, weight.shape, dtype)
-        assert found.dtype == dtype
-        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=0)
+        actual = dequantize(packed, weight.shape, dtype)
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=0)
     for tensor, meant in zip(packed, empty_quantized(kind, weight.numel()), strict=True):
         assert (tensor.dtype, tensor.shape) == (meant.dtype, meant.shape)
 
 
 @kinds
 @pytest.mark.parametrize("tail", [False, True])
-def test_all_256_scales_together_would_do_no_better(kind: str, tail: bool) -> None:
+def test_scale_has_least_error(kind: str, tail: bool) -> None:
     """Each block with every scale that there is, and the nearest of all levels; blocks differ in their magnitude."""
     generator, size = np.random.default_rng(0), BLOCK_SIZES[kind]
     blocks = generator.standard_t(4, (100, size)) if tail else generator.normal(size=(100, size))
     weight = torch.from_numpy((blocks * 0.97 ** np.arange(100)[:, None]).astype(np.float32))
-    found = (dequantize(quantize(weight, kind), weight.shape) - weight).square().sum(1).numpy()
+    actual = (dequantize(quantize(weight, kind), weight.shape) - weight).square().sum(1).numpy()
     best = np.full(100, np.inf)
     for scale in weight.abs().max().item() * 2.0 ** (-np.arange(256) / 16):
         codes = np.abs(weight.numpy()[..., None] / scale - levels(kind)).argmin(-1)
         best = np.minimum(best, np.square(levels(kind)[codes] * scale - weight.numpy()).sum(1))
-    assert (found >= best * 0.999).all()
-    assert found.sum() <= best.sum() * (1.03 if kind == "nf4" else 1.1)
+    assert (actual >= best * 0.999).all()
+    assert actual.sum() <= best.sum() * (1.03 if kind == "nf4" else 1.1)
 
 
-def test_error_is_less_than_that_of_the_largest_entrys_scale() -> None:
+def test_error_is_below_absmax_scaling() -> None:
     """NF4 at round-to-nearest has 8.7 % in blocks of 32 normal weights, and 9.2 % in blocks of 64."""
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     error = {
@@ -100,32 +100,30 @@ def test_error_is_less_than_that_of_the_largest_entrys_scale() -> None:
 
 
 @kinds
-def test_a_block_far_below_the_largest_still_reads_as_something(kind: str) -> None:
+def test_small_blocks_are_not_zero(kind: str) -> None:
     weight = torch.ones(4, 64)
     weight[1] = 2.0**-14
     weight[2] = 2.0**-40  # beyond the smallest scale: zero is nearest
     weight[3] = 0.0
-    found = dequantize(quantize(weight, kind), weight.shape)
-    torch.testing.assert_close(found[:2], weight[:2], rtol=0.05, atol=0)
-    assert (found[2:] == 0).all()
+    actual = dequantize(quantize(weight, kind), weight.shape)
+    torch.testing.assert_close(actual[:2], weight[:2], rtol=0.05, atol=0)
+    assert (actual[2:] == 0).all()
 
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_any_precision(kind: str, dtype: torch.dtype) -> None:
+def test_any_weight_dtype(kind: str, dtype: torch.dtype) -> None:
     weight = torch.randn(6, 40).to(dtype)
-    for ours, theirs in zip(quantize(weight, kind), quantize(weight.float(), kind), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(quantize(weight, kind), quantize(weight.float(), kind), strict=True):
+        assert torch.equal(actual, expected)
     read = dequantize(quantize(weight, kind), weight.shape, torch.bfloat16)
-    wanted = dequantize(quantize(weight, kind), weight.shape)
-    assert (read.float() - wanted).norm() < 2**-7 * wanted.norm()
+    expected = dequantize(quantize(weight, kind), weight.shape)
+    assert (read.float() - expected).norm() < 2**-7 * expected.norm()
 
 
 @kinds
 @pytest.mark.parametrize("shape", [(70, 48), (9, 7, 3, 3), (4, 8192), (5, 1), (64, 64)])
-def test_slabs_are_whole_rows_and_make_the_whole(
-    kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slabs_cover_whole_rows(kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(shape)
     packed = quantize(weight, kind)
     whole = dequantize(packed, weight.shape)

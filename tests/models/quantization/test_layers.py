@@ -17,10 +17,10 @@ from models.quantization.layers import QuantizedConv2d, QuantizedLayer, Quantize
 def pair(layer: nn.Linear | nn.Conv2d, kind: str) -> tuple[QuantizedLayer, nn.Module]:
     """The layer quantised, and a plain one with the same weight, in float64."""
     wrapper = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
-    ours, plain = wrapper(layer, quantize(layer.weight, kind)).double(), copy.deepcopy(layer).double()
+    quantized, plain = wrapper(layer, quantize(layer.weight, kind)).double(), copy.deepcopy(layer).double()
     with torch.no_grad():
-        plain.weight.copy_(dequantize(ours.packed, layer.weight.shape, torch.float64))
-    return ours, plain.requires_grad_(False)
+        plain.weight.copy_(dequantize(quantized.packed, layer.weight.shape, torch.float64))
+    return quantized, plain.requires_grad_(False)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -36,51 +36,51 @@ def pair(layer: nn.Linear | nn.Conv2d, kind: str) -> tuple[QuantizedLayer, nn.Mo
         (nn.Conv2d(32, 8, 1), (1, 32, 3, 3)),
     ],
 )
-def test_output_and_gradient_are_those_of_the_dequantised_layer(
+def test_equals_dequantized_layer(
     layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], kind: str, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("models.quantization.blockwise._SLAB", {"cpu": slab})
-    ours, plain = pair(layer, kind)
+    quantized, plain = pair(layer, kind)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    y, wanted = ours(x), plain(x)
-    torch.testing.assert_close(y, wanted)
+    y, expected = quantized(x), plain(x)
+    torch.testing.assert_close(y, expected)
     for cotangent in (torch.randn_like(y), torch.ones((), dtype=torch.float64).expand_as(y)):
-        (found,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
-        torch.testing.assert_close(found, torch.autograd.grad(wanted, x, cotangent, retain_graph=True)[0])
+        (actual,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
+        torch.testing.assert_close(actual, torch.autograd.grad(expected, x, cotangent, retain_graph=True)[0])
     with torch.no_grad():
-        torch.testing.assert_close(ours(x.mT.contiguous().mT), wanted)
+        torch.testing.assert_close(quantized(x.mT.contiguous().mT), expected)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(256, 256), nn.Conv2d(64, 64, 3)])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_autograd_keeps_no_floating_point_weight(layer: nn.Linear | nn.Conv2d, kind: str) -> None:
-    ours, _ = pair(layer, kind)
-    kept: list[torch.Tensor] = []
+def test_autograd_saves_only_codes(layer: nn.Linear | nn.Conv2d, kind: str) -> None:
+    quantized, _ = pair(layer, kind)
+    saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     shape = (1, 256) if isinstance(layer, nn.Linear) else (1, 64, 5, 5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ours(torch.randn(shape, dtype=torch.float64, requires_grad=True))
-    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in ours.packed}
+        quantized(torch.randn(shape, dtype=torch.float64, requires_grad=True))
+    assert {tensor.data_ptr() for tensor in saved} == {tensor.data_ptr() for tensor in quantized.packed}
 
 
-def test_precision_is_of_activations_and_not_of_scales() -> None:
+def test_output_has_activation_dtype() -> None:
     layer = nn.Linear(64, 64)
-    ours = QuantizedLinear(layer, quantize(layer.weight, "nf4"))
-    before = [tensor.clone() for tensor in ours.packed]
-    ours.to(torch.bfloat16)
-    assert all(torch.equal(one, other) for one, other in zip(ours.packed, before, strict=True))
-    assert ours(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    quantized = QuantizedLinear(layer, quantize(layer.weight, "nf4"))
+    before = [tensor.clone() for tensor in quantized.packed]
+    quantized.to(torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(quantized.packed, before, strict=True))
+    assert quantized(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_run_without_data_leaves_nothing_behind(kind: str) -> None:
+def test_scratch_survives_fake_tensors(kind: str) -> None:
     """What is kept between calls must not come from a dry run, nor go into one."""
     layer = nn.Linear(96, 64)
-    wanted = QuantizedLinear(layer, quantize(layer.weight, kind))(torch.ones(2, 96))
+    expected = QuantizedLinear(layer, quantize(layer.weight, kind))(torch.ones(2, 96))
     for precision in (torch.float32, torch.float64):
         quantise_module._pairs.cache_clear()
         with FakeTensorMode():
@@ -88,10 +88,10 @@ def test_a_run_without_data_leaves_nothing_behind(kind: str) -> None:
             parts = (torch.empty_like(part, device="cpu") for part in empty_quantized(kind, 96 * 64))
             dry = QuantizedLinear(plain, QuantizedTensor(*parts)).to(precision)
             x = torch.ones(2, 96, dtype=precision, requires_grad=True)
-            (found,) = torch.autograd.grad(dry(x).sum(), x)
-            assert found.shape == x.shape
+            (actual,) = torch.autograd.grad(dry(x).sum(), x)
+            assert actual.shape == x.shape
         real = QuantizedLinear(layer, quantize(layer.weight, kind))
-        torch.testing.assert_close(real(torch.ones(2, 96)), wanted)
+        torch.testing.assert_close(real(torch.ones(2, 96)), expected)
 
 
 @pytest.mark.skipif(
@@ -101,12 +101,12 @@ def test_a_run_without_data_leaves_nothing_behind(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(32, 32, 3)])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_compiled_it_is_the_same(layer: nn.Linear | nn.Conv2d, kind: str) -> None:
-    ours, _ = pair(layer, kind)
+def test_compiled_equals_eager(layer: nn.Linear | nn.Conv2d, kind: str) -> None:
+    quantized, _ = pair(layer, kind)
     shape = (3, 64) if isinstance(layer, nn.Linear) else (1, 32, 5, 5)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     torch.compiler.reset()
-    found, wanted = torch.compile(ours, backend="aot_eager", fullgraph=True)(x), ours(x)
-    torch.testing.assert_close(found, wanted)
-    pairs = (torch.autograd.grad(output.square().sum(), x)[0] for output in (found, wanted))
+    actual, expected = torch.compile(quantized, backend="aot_eager", fullgraph=True)(x), quantized(x)
+    torch.testing.assert_close(actual, expected)
+    pairs = (torch.autograd.grad(output.square().sum(), x)[0] for output in (actual, expected))
     torch.testing.assert_close(*pairs)

@@ -37,23 +37,23 @@ class Network(nn.Module):
     ("mode", "linear", "convolution"),
     [("fp32", None, None), ("int8", "int8", "int8"), ("mixed", "nf4", "int8"), ("nf4", "nf4", "nf4")],
 )
-def test_modes_and_the_layers_that_they_spare(mode: str, linear: str | None, convolution: str | None) -> None:
+def test_quant_types_by_mode(mode: str, linear: str | None, convolution: str | None) -> None:
     time = linear and "int8"
-    wanted = {
+    expected = {
         "time_embedding.linear_1": time,
         "block.time_emb_proj": time,
         "block.conv": convolution,
         "block.attention.0": linear,
     }
     network = Network()
-    assert quant_types(network, mode) == {name: kind for name, kind in wanted.items() if kind}
+    assert quant_types(network, mode) == {name: kind for name, kind in expected.items() if kind}
     names = [name for name, _ in network.named_modules()]
     quantize_layers(network, mode)
     assert [name for name, _ in network.named_modules()] == names
-    held = {
+    types = {
         name: layer.packed.quant_type for name, layer in network.named_modules() if isinstance(layer, QuantizedLayer)
     }
-    assert held == quant_types(Network(), mode)
+    assert types == quant_types(Network(), mode)
     if convolution:
         conv = network.get_submodule("block.conv")
         assert isinstance(conv, QuantizedConv2d)
@@ -63,26 +63,28 @@ def test_modes_and_the_layers_that_they_spare(mode: str, linear: str | None, con
 
 
 @pytest.mark.parametrize(("mode", "most"), [("nf4", 0.48e9), ("mixed", 0.76e9), ("int8", 0.88e9), ("fp32", 3.45e9)])
-def test_stable_diffusion_at_rest(mode: str, most: float) -> None:
+def test_stable_diffusion_size(mode: str, limit: float) -> None:
     """The real configuration, without data."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         network = UNet2DConditionModel(**WORKLOADS["sd15"].config)
-    held = quant_types(network, mode)
+    types = quant_types(network, mode)
     packed = sum(
         tensor.nbytes
-        for name, kind in held.items()
+        for name, kind in types.items()
         for tensor in empty_quantized(kind, network.get_submodule(name).weight.numel())
     )
-    rest = sum(value.nbytes for name, value in network.state_dict().items() if name.removesuffix(".weight") not in held)
-    assert 0.95 * most < packed + rest <= most
-    sites = [name for name in held if ".attn" in name]
+    rest = sum(
+        value.nbytes for name, value in network.state_dict().items() if name.removesuffix(".weight") not in types
+    )
+    assert 0.95 * limit < packed + rest <= limit
+    sites = [name for name in types if ".attn" in name]
     assert len(sites) == (0 if mode == "fp32" else 128)
 
 
 @pytest.mark.parametrize(("mode", "error"), [("int8", 0.02), ("mixed", 0.15), ("nf4", 0.3)])
-def test_a_quantised_base_is_close_and_keeps_its_sites(base: Base, mode: str, error: float) -> None:
+def test_quantized_base_is_close(base: Base, mode: str, error: float) -> None:
     small = Base(base.folder, sites=ATTENTION, weights=mode)
     torch.manual_seed(0)
     x, t, context = torch.randn(2, *base.shape), torch.tensor([10, 700]), torch.randn(2, 8, 16)
@@ -90,13 +92,13 @@ def test_a_quantised_base_is_close_and_keeps_its_sites(base: Base, mode: str, er
     for each in (base, small):
         with each.use_adapters([]) as denoise, torch.no_grad():
             outputs.append(denoise(x, t, context))
-    wanted, found = outputs
-    assert 0 < (found - wanted).norm() / wanted.norm() < error
+    expected, actual = outputs
+    assert 0 < (actual - expected).norm() / expected.norm() < error
     assert small.sites == base.sites
     assert list(small.sites) == list(base.sites)
 
 
-def test_there_is_a_key_for_every_mode() -> None:
+def test_config_accepts_every_mode() -> None:
     from conf.schemas.training import BaseConfig
 
     for mode in WEIGHT_MODES:
