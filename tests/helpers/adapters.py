@@ -1,4 +1,4 @@
-"""Adapters for tests: random everywhere, since B = 0 would hide most mistakes."""
+"""Random adapters for tests; B is random too, because B = 0 would hide most errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.lora.adapter import Adapter, Factors, Sites
 def random_adapter(
     sites: Sites, ranks: int | Mapping[str, int], seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Adapter:
-    """One rank at every site, or the given ranks at some of them; products about as large as a layer's weights."""
+    """Draw factors of one rank at every site, or of given ranks at some; products are as large as a layer's weights."""
     generator = torch.Generator().manual_seed(seed)
     ranks = dict.fromkeys(sites, ranks) if isinstance(ranks, int) else ranks
 

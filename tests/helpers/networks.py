@@ -1,4 +1,4 @@
-"""Bases of every family that footprints are predicted of, small enough to run."""
+"""Small bases of every family whose footprint is predicted."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ SMALL = {
 
 
 def real(base: BaseSpec, *, sites: str | None = None, **how: str) -> Denoiser:
-    """A base on the CPU, with small random weights."""
+    """Build a base on the CPU with small random weights."""
     network = base.network().to_empty(device="cpu")
     for tensor in (*network.parameters(), *network.buffers()):
         nn.init.normal_(tensor, std=0.05)

@@ -1,4 +1,4 @@
-"""One tiny pipeline of each family, and its base."""
+"""A tiny pipeline of each family, and its base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.base.base import Base
 
 @dataclass(frozen=True)
 class TinyPipeline:
-    """A pipeline on disk, and the base that was loaded from it."""
+    """A pipeline on disk, and the base loaded from it."""
 
     name: str
     folder: Path
@@ -27,13 +27,13 @@ class TinyPipeline:
         return Base(self.folder, resolution={"sdxl": 64, "sana": 32}.get(self.name, 16))
 
     def pipeline(self) -> Any:
-        """The same in diffusers, all of it."""
+        """Load the complete pipeline in diffusers."""
         result: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder)
         result.set_progress_bar_config(disable=True)
         return result
 
-    def draws(self, pipeline: Any, captions: list[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Latents that diffusers draws from this noise, through the places that ours goes through."""
+    def sample(self, pipeline: Any, captions: list[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Sample latents in diffusers from this noise, with the same steps as `models.diffusion.sampling`."""
         options: dict[str, Any] = {"height": self.base.resolution, "width": self.base.resolution}
         if self.base.schedule.prediction == "flow":
             options["sigmas"] = [1 - i / steps for i in range(steps)]

@@ -1,4 +1,4 @@
-"""The shipped glyph base: its size, its layout, and that its pictures can be read."""
+"""The shipped glyph base: size, layout, and legibility."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped file keeps what the data card promises."""
+"""The shipped file matches the data card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typefaces.making.render import png
 
 @pytest.fixture(scope="module")
 def rows():
-    """Every family as stored, pictures undecoded."""
+    """Every family as stored, images not decoded."""
     return pq.read_table(dataset.FILE).to_pylist()
 
 
@@ -97,7 +97,7 @@ def test_load_one_role(development):
 
 
 def test_families_share_a_baseline(development):
-    """Flat-footed capitals end on one row, and capitals stand taller than x: pictures keep case."""
+    """Flat-bottomed capitals end on the same row, and capitals are taller than x."""
     family = next(family for family in development if family.name == "Reggae One")
     ink = {glyph: np.flatnonzero((family.images[i] < 128).any(axis=1)) for i, glyph in enumerate(dataset.GLYPHS)}
     feet = [ink[glyph][-1] for glyph in "EFHKLMTx"]

@@ -1,4 +1,4 @@
-"""The frame that ships: orthonormal, for every site of the base, and of use."""
+"""The shipped LoRA-XS bases are orthonormal and cover every site of the base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_shipped_bases_fit_the_base() -> None:
 
 
 def test_bases_match_svd() -> None:
-    """Of one gradient G = U S Vᵀ the leading directions are the first columns of V and of U, up to their signs."""
+    """For one gradient G = U S Vᵀ the bases are the first columns of V and U, up to sign."""
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(gradient)
     result = compute_bases([{"site": gradient}], 4)

@@ -1,4 +1,4 @@
-"""The judge: what counts as the same reading, what style match means, and how well the shipped one does."""
+"""The judge: merged readings, style match, and accuracy of the shipped network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_merged_classes() -> None:
 def test_legible() -> None:
     generated, real = index("oIcAB7"), index("0lCAb1")
     assert legible(generated, real).tolist() == [True, True, True, True, False, False]
-    assert legible(index("Q"), index("Q")).all()  # a hand whose O reads as Q is not held against the generator
+    assert legible(index("Q"), index("Q")).all()  # a typeface whose O reads as Q doesn't count against the generator
     with pytest.raises(ValueError, match="1 generated glyphs, but 2 real"):
         legible(index("a"), index("ab"))
 

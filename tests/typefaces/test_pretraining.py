@@ -1,4 +1,4 @@
-"""The mathematics of pretraining against numpy, and a run that was interrupted against one that was not."""
+"""Compare the mathematics of pretraining with numpy, and a resumed run with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def tiny_stage(**changes: object) -> StageConfig:
 
 
 def run(folder: Path, *, resume: bool = False, stop_at: int | None = None) -> nn.Module:
-    """A tiny denoiser, trained; `stop_at` breaks off in that step."""
+    """Train a tiny denoiser; `stop_at` interrupts that step."""
     torch.manual_seed(0)
     model = nn.Conv2d(4, 4, 3, padding=1)
     data = torch.randn(16, 4, 4, 4, generator=Generator().manual_seed(9))
@@ -156,7 +156,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[key]), key
     files = [(tmp_path / name / "tiny.safetensors").read_bytes() for name in ("whole", "broken")]
     assert len(files[0]) > 1000
-    assert abs(len(files[0]) - len(files[1])) < 64  # the seconds in the header may differ
+    assert abs(len(files[0]) - len(files[1])) < 64  # seconds in the header may differ
 
 
 def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The base's own code against the pipeline it was loaded from."""
+"""Compare the base with the pipeline that it was loaded from."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_encodings_equal_the_pipelines(base: Base, pipeline: StableDiffusionPipe
 
 
 def test_images_are_encoded_independently(base: Base) -> None:
-    """Bit for bit: alone, among others, and wherever it stands among them, within a pass and beyond one."""
+    """Bit-identical by itself, with others, and at any position, in one pass or several."""
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (16, 16), np.uint8) for _ in range(19)]
     captions = [f"{'abc'[: i % 4]} {i}" for i in range(19)]
@@ -86,7 +86,7 @@ def test_images_of_any_size_are_encoded(base: Base, tmp_path: Path) -> None:
 
 
 def test_small_vae_replaces_the_bases(tmp_path: Path) -> None:
-    """TAESD's class has no distribution, and other names for its sizes."""
+    """TAESD's class has no distribution, and different names for its sizes."""
     folder = save_pipeline(tmp_path, channels=3)
     shutil.rmtree(folder / "vae")
     small = AutoencoderTiny(
@@ -126,7 +126,7 @@ def test_vae_batch_shrinks_with_resolution(
 
 
 def adapted(base: Base) -> Adapter:
-    """The ranks at some sites differ from those at others."""
+    """Ranks differ between sites."""
     first = random_adapter(base.sites, 2, 0)
     return concatenate([first, random_adapter(base.sites, dict.fromkeys(list(base.sites)[::3], 3), 1)])
 
@@ -178,7 +178,7 @@ def test_kohya_alpha_equals_rank(base: Base) -> None:
 
 def test_export_is_atomic(base: Base, tmp_path: Path) -> None:
     layout, adapter = Layout(base.sites, 3), random_adapter(base.sites, 3)
-    trained = layout.unpack(layout.pack(adapter), adapter)  # its tensors lie in one storage
+    trained = layout.unpack(layout.pack(adapter), adapter)  # its tensors share one storage
     path = tmp_path / "deep" / "a.safetensors"
     export(trained, path, family=base.family, sites=base.sites, metadata={"base": base.hash})
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
@@ -195,7 +195,7 @@ def test_rank_zero_is_exported(base: Base, tmp_path: Path) -> None:
 
 
 class TestBaseErrors:
-    """Each one clear line."""
+    """Each error is one clear line."""
 
     def refuse(self, folder: Path, match: str, sites: str = ATTENTION) -> None:
         with pytest.raises(AntherError, match=match) as refusal:
@@ -228,7 +228,7 @@ class TestBaseErrors:
         self.refuse(folder, "can't load UNet2DConditionModel")
 
     def test_missing_weights(self, folder: Path) -> None:
-        """diffusers would draw them at random."""
+        """diffusers would initialize them at random."""
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         weights = load_file(file)
         del weights["conv_in.bias"]

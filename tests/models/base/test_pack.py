@@ -1,4 +1,4 @@
-"""Packing a base, and the packed base against the one that was quantised when it was loaded."""
+"""Pack a base, and compare it with one that is quantized on load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def packed_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def folder(packed_folder: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy for tests that damage it."""
     return Path(shutil.copytree(packed_folder, tmp_path / "copy"))
 
 
@@ -87,7 +87,7 @@ def test_tensors_are_memory_mapped(packed_folder: Path) -> None:
 
 
 def test_network_without_other_parts(pipeline_folder: Path, tmp_path: Path) -> None:
-    """Of the parts that the index names only the network is there."""
+    """The network is the only part in the folder."""
     for name in ("unet", "model_index.json"):
         (shutil.copytree if name == "unet" else shutil.copy)(pipeline_folder / name, (tmp_path / "one") / name)
     pack(str(tmp_path / "one"), tmp_path / "packed", "int8")
@@ -101,7 +101,7 @@ def test_sharded_half_precision_weights(pipeline_folder: Path, tmp_path: Path, s
     tensors = {name: tensor.half() for name, tensor in load_file(weights).items()}
     weights.unlink()
     other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    save_file(other, weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))  # not asked for
+    save_file(other, weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))  # must be ignored
     if sharded:
         save_file(other, weights)
         files = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(tensors)}
@@ -141,7 +141,7 @@ def test_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_variant_folder(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
-    """What is packed of it encodes as before: a packed base that can't be loaded is none."""
+    """The packed base loads and encodes as before."""
     source = as_variant(Path(shutil.copytree(pipeline_folder, tmp_path / "source")), sharded=sharded)
     pack(str(source), tmp_path / "packed", "fp32")
     packed_base, loaded_base = Base(tmp_path / "packed", sites=ATTENTION), Base(pipeline_folder, sites=ATTENTION)
@@ -185,7 +185,7 @@ def not_a_number(file: Path) -> None:
 
 
 class TestPackErrors:
-    """Each one clear line."""
+    """Each error is one clear line."""
 
     def refuse(self, match: str, action: Callable[[], object]) -> None:
         with pytest.raises(AntherError, match=match) as refusal:

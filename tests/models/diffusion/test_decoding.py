@@ -1,4 +1,4 @@
-"""Decoding in little memory comes to the same picture, or nearly."""
+"""Decoding in little memory yields nearly the same image."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tiles_reduce_memory(make: Callable[[], Any]) -> None:
     in_tiles(pieces, 32, 2)
     expected, actual = whole.decode(latents).sample, pieces.decode(latents).sample
     assert actual.shape == expected.shape == (1, 3, 96, 96)
-    assert (actual - expected).square().mean() < 0.25 * expected.var()  # norms look at a tile alone
+    assert (actual - expected).square().mean() < 0.25 * expected.var()  # norms see one tile at a time
     assert peak_bytes(lambda: pieces.decode(latents)) < 0.6 * peak_bytes(lambda: whole.decode(latents))
 
 

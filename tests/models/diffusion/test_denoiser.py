@@ -1,4 +1,4 @@
-"""The lent network against the same UNet with the adapters merged into its weights."""
+"""Compare the network with adapters to the same UNet with the adapters merged into its weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def unet(pipeline_folder: Path) -> UNet2DConditionModel:
 
 @pytest.fixture
 def ran() -> Iterator[list[nn.Module]]:
-    """Every module whose forward ran, as often as it did."""
+    """Record every forward call of a module."""
     seen: list[nn.Module] = []
     handle = register_module_forward_pre_hook(lambda module, _: seen.append(module))
     yield seen
@@ -51,12 +51,12 @@ def ran() -> Iterator[list[nn.Module]]:
 
 
 def networks(ran: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those UNets among what ran, each once."""
+    """Return the distinct UNets that ran."""
     return list({id(module): module for module in ran if isinstance(module, UNet2DConditionModel)}.values())
 
 
 def denoiser(unet: nn.Module, sites: str = EVERYTHING, **options: Any) -> Denoiser:
-    """Of a network of its own: a denoiser changes the one that it gets."""
+    """Copy the network, which a denoiser changes in place."""
     return Denoiser(copy.deepcopy(unet), SCHEDULE, sites=sites, **({"compute": "fp64"} | options))
 
 
@@ -67,7 +67,7 @@ def inputs(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 
 
 def merged(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slot: int) -> Callable[..., Tensor]:
-    """The plain UNet in fp64, with W + Σ B A of one slot for W at every site; differentiable in the factors."""
+    """Return the plain UNet in fp64 with W + Σ B A of one slot at every site, differentiable in the factors."""
     exact = copy.deepcopy(unet).double()
     weights = {f"{name}.weight": layer.weight for name, layer in exact.named_modules() if hasattr(layer, "weight")}
     for stacks in adapters:
@@ -85,7 +85,7 @@ def one_by_one(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]]
 
 
 def loss_gradients(output: Tensor, stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
-    """Weights differ from number to number, so that no error can cancel."""
+    """Each element has a different weight, so that errors can't cancel."""
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return list(
         torch.autograd.grad((output * weights).sum(), [factor for stack in stacks.values() for factor in stack])
@@ -163,7 +163,7 @@ def test_equals_unet_with_merged_weights(unet: nn.Module, sites: str, checkpoint
 
 
 def test_every_site_affects_the_output(unet: nn.Module) -> None:
-    """A layer that a network holds under two names, or whose weight it reads past the layer, would stay deaf."""
+    """A layer with two names, or whose weight is read without calling it, would ignore its adapter."""
     model = denoiser(unet)
     own = trainable(two_slots(model))
     with model.use_adapters([own]) as denoise:
@@ -210,7 +210,7 @@ def test_bf16_error_is_rounding_only(unet: nn.Module) -> None:
     parts = zip(add_noise(SCHEDULE, x, noise, t).double().chunk(2), t.chunk(2), context.double().chunk(2), strict=True)
     truth = torch.cat([merged(unet, [exact], slot)(*part) for slot, part in enumerate(parts)])
     error = (output.double() - truth).norm() / truth.norm()
-    assert 1e-4 < error < 8 * 2**-8  # half a unit in the last place is 2⁻⁹, and some fifty layers follow each other
+    assert 1e-4 < error < 8 * 2**-8  # half a unit in the last place is 2⁻⁹, and about fifty layers are stacked
     torch.testing.assert_close(losses.double(), (truth - expected).square().flatten(1).mean(1), rtol=16 * 2**-8, atol=0)
 
 
@@ -285,7 +285,7 @@ def test_threads_share_weights_but_not_adapters(unet: nn.Module, ran: list[nn.Mo
             assert all(torch.equal(each, want) for each in actual)
     assert len(networks(ran)) == 3
     single(adapters[0])
-    assert len(networks(ran)) == 3  # a free copy is lent again
+    assert len(networks(ran)) == 3  # an idle copy is reused
     first, *others = networks(ran)
     assert all(tensors(other) == tensors(first) == tensors(model.network) for other in others)
     assert not any(
@@ -309,7 +309,7 @@ def test_failure_clears_adapters(unet: nn.Module, ran: list[nn.Module]) -> None:
     model = denoiser(unet, ATTENTION)
     own = two_slots(model)
     with pytest.raises(RuntimeError), model.use_adapters([own]) as denoise:
-        denoise(*inputs(3))  # three entries don't fill two slots
+        denoise(*inputs(3))  # three examples don't fill two slots
     assert not any(layer.active_adapters for layer in slot_layers(networks(ran)[0]).values())
     with model.use_adapters([]) as denoise, torch.no_grad():
         actual = denoise(*inputs(3))
@@ -325,7 +325,7 @@ def test_network_is_frozen(unet: nn.Module) -> None:
 
 
 class Small(nn.Module):
-    """Called like a UNet, and compiled in a second or two."""
+    """Called like a UNet, and compiles in a second or two."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def test_flow_matches_diffusers(shift: float) -> None:
     slightly = 1e-3
     ahead = (1 - schedule.sigmas[t] - slightly).view(-1, 1, 1, 1) * x0 + (schedule.sigmas[t] + slightly).view(
         -1, 1, 1, 1
-    ) * noise  # the target is how x_t moves with σ
+    ) * noise  # the target is dx_t/dσ
     torch.testing.assert_close(target(schedule, x0, noise, t), (ahead - expected) / slightly, rtol=1e-2, atol=1e-2)
 
 
@@ -87,7 +87,7 @@ def test_loss_is_per_example() -> None:
 
 
 def test_loss_uses_target_precision() -> None:
-    """A mean of squares in bfloat16 would keep two digits."""
+    """A mean of squares in bfloat16 would have two digits."""
     expected = torch.randn(2, 4, 8, 8)
     prediction = (expected + 1e-2).bfloat16()
     actual = per_example_loss(prediction, expected)

@@ -1,4 +1,4 @@
-"""Every sampler against the scheduler of diffusers that does the same, on a network that is a smooth function."""
+"""Compare every sampler with diffusers' scheduler, on a network that is a smooth function."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLOW = rectified_flow(1000, trained_shift=3.0, shift=3.0)
 
 
 def network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """Mixes channels, and depends on time and caption."""
+    """A function that mixes channels and depends on time and caption."""
     phase = t.double().view(-1, 1, 1, 1) / 1000 + context.double().mean((1, 2)).view(-1, 1, 1, 1)
     return torch.tanh(x.roll(1, 1) * (1 + phase) + 0.3 * x)
 
@@ -44,14 +44,14 @@ NULL = torch.full((3, 5), 0.4, dtype=torch.float64)
 
 
 def diffusers_sample(scheduler: Any, x: Tensor, guidance: float, fresh: Sequence[Tensor] = ()) -> Tensor:
-    """Through all of a scheduler's steps; the noise that it adds comes from `fresh`."""
+    """Run all of a scheduler's steps; the noise that it adds comes from `fresh`."""
     for i, t in enumerate(scheduler.timesteps):
         time = t.expand(2)
         output = network(x, time, CONTEXT)
         plain = network(x, time, NULL.expand(2, -1, -1))
         step = scheduler.step(plain + guidance * (output - plain), t, x, return_dict=True)
         x = step.prev_sample
-        if fresh and i < len(fresh):  # its own noise is taken out and ours put in
+        if fresh and i < len(fresh):  # replace its noise
             following = scheduler.alphas_cumprod[scheduler.timesteps[i + 1]].double()
             x = following.sqrt() * step.denoised + (1 - following).sqrt() * fresh[i]
     return x
@@ -64,7 +64,7 @@ def own_sample(sampler: str, schedule: Schedule, steps: int, guidance: float) ->
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])  # elsewhere diffusers' DDIM lands beside its next place
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])  # for other numbers diffusers' DDIM misses its next step
 class TestAgainstDiffusers:
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_ddim(self, prediction: str, steps: int, guidance: float) -> None:
@@ -85,7 +85,7 @@ class TestAgainstDiffusers:
         torch.testing.assert_close(actual.float(), expected.float(), rtol=1e-3, atol=1e-3)
 
     def test_flow_solver(self, steps: int, guidance: float) -> None:
-        """It goes through other places by itself."""
+        """By default it uses other steps."""
         scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
         scheduler.set_timesteps(steps)
         grid = FLOW.grid(steps)
@@ -112,7 +112,7 @@ class TestAgainstDiffusers:
 
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_ancestral(self, prediction: str, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Theirs lives in x / a, and draws its own noise, also after the last step, where it has no weight."""
+        """diffusers' version works on x / a, and draws its own noise, also after the last step, with weight zero."""
         scheduler = EulerAncestralDiscreteScheduler(**BETAS, prediction_type=prediction, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
         schedule = diffusion(ALPHA_BARS, prediction)
@@ -132,7 +132,7 @@ class TestAgainstDiffusers:
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
 def test_convergence_order(sampler: str) -> None:
-    """Errors against very many steps fall at least as fast as the order says: halved, or quartered."""
+    """Errors relative to very many steps decrease at least as fast as the order: by half, or to a quarter."""
     schedule = diffusion(ALPHA_BARS, "v_prediction")
     exact = own_sample("ddim", schedule, 1000, 1.0)
     coarse, fine = ((own_sample(sampler, schedule, steps, 1.0) - exact).norm() for steps in (25, 100))

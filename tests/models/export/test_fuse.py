@@ -1,4 +1,4 @@
-"""An adapter in its base's weights, as diffusers loads them."""
+"""Adapters fused into their base's weights, loaded by diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder is recognised as, and what is refused."""
+"""Recognition of pipeline folders."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_provenance(folder: Path) -> None:
 
 
 def use(folder: Path, resolution: int) -> None:
-    """Every part of it."""
+    """Use every part of a base."""
     base = Base(folder, resolution=resolution)
     base.decode(torch.zeros(1, *base.shape))
     base.encode_captions(["fox"])
 
 
 class TestCheckpointErrors:
-    """Each one clear line."""
+    """Each error is one clear line."""
 
     def refuse(self, folder: Path, match: str) -> None:
         with pytest.raises(AntherError, match=match) as refusal:

@@ -1,4 +1,4 @@
-"""Odd configurations, each one line before anything is made of it, or the right result."""
+"""Unusual configurations are refused in one line before anything is built, or work correctly."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_sdxl_latent_statistics(tiny: TinyPipeline, tmp_path: Path) -> None:
     raw = tiny.base.encode_images([picture])[0] / scale
     expected = (raw - torch.tensor(mean)[:, None, None]) * scale / torch.tensor(deviation)[:, None, None]
     torch.testing.assert_close(base.encode_images([picture])[0], expected)
-    import diffusers  # its own pipeline draws the same latents to the same picture
+    import diffusers  # its own pipeline decodes the same latents to the same image
 
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(copy)
     pipeline.set_progress_bar_config(disable=True)
@@ -174,7 +174,7 @@ def test_sdxl_latent_statistics(tiny: TinyPipeline, tmp_path: Path) -> None:
 
 
 class TestGuidanceEmbedding:
-    """UNets distilled to take guidance as an input (LCM)."""
+    """UNets that were distilled to take the guidance scale as an input (LCM)."""
 
     @pytest.fixture(params=["stable_diffusion", "sdxl"])
     def folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:

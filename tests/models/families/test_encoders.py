@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers that aren't whole are refused: the libraries fill in what is missing, at random."""
+"""Incomplete text encoders and tokenizers are refused: the libraries would initialize missing weights at random."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_captions_are_distinguished(tiny: TinyPipeline) -> None:
 
 
 def test_missing_weights_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
-    """Of every text encoder, the first of its matrices and the last of all."""
+    """The first matrix of every text encoder, and its last weight."""
     for encoder in encoders(tiny.folder):
         names = sorted(load_file(encoder / "model.safetensors"))
         for index in (names[0], names[len(names) // 2], names[-1]):
@@ -126,7 +126,7 @@ class TestTokenizers:
         refuse(folder, "knows 10 tokens and its tokenizer")
 
     def test_sentencepiece_model_is_read(self, tiny: TinyPipeline, tmp_path: Path) -> None:
-        """As PixArt-Σ is published; without the sentencepiece library."""
+        """The published form of PixArt-Σ; without the sentencepiece library."""
         if tiny.name != "pixart":
             pytest.skip("of T5 alone")
         copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
@@ -141,7 +141,7 @@ class TestTokenizers:
 
 
 class TestCode:
-    """Nothing of a text encoder is taken from elsewhere."""
+    """Nothing is loaded from outside the folder."""
 
     @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
     def test_remote_attention(self, folder: Path, key: str) -> None:
@@ -174,7 +174,7 @@ class TestCode:
 
 
 def test_encoder_errors_are_one_line(tiny: TinyPipeline, tmp_path: Path) -> None:
-    """T5's own code divides by the logarithm of it."""
+    """T5 divides by the logarithm of this value."""
     if tiny.name != "pixart":
         pytest.skip("of T5")
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))

@@ -1,4 +1,4 @@
-"""Every family from end to end, on a tiny pipeline of diffusers' own classes: load, train, draw, export, load there."""
+"""Every family end to end, on a tiny pipeline of diffusers' classes: load, train, sample, export, load in diffusers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sampled(tiny: TinyPipeline, given: Adapter, noise: torch.Tensor, steps: int,
 
 
 def loaded(pipeline: Any, file: Path) -> None:
-    """Into diffusers; PixArt has no loader of adapters there, so peft, which all others use, reads its file."""
+    """Load an adapter in diffusers; PixArt has no loader there, so peft, which the others use, reads its file."""
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(file)
         return
@@ -94,12 +94,12 @@ def loaded(pipeline: Any, file: Path) -> None:
 def test_export_samples_equally_in_diffusers(
     tiny: TinyPipeline, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To 1e-3 of the largest number, after four steps in float32."""
+    """To 1e-3 of the largest element, after four steps in float32."""
     given, file = adapter(tiny.base), tmp_path / "adapter.safetensors"
     export(given, file, family=tiny.base.family, sites=tiny.base.sites, metadata=tiny.base.provenance)
     pipeline = tiny.pipeline()
     noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
-    plain = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
+    plain = tiny.sample(pipeline, CAPTIONS, noise, 4, guidance)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "diffusers"):
         loaded(pipeline, file)
@@ -108,7 +108,7 @@ def test_export_samples_equally_in_diffusers(
     network = getattr(pipeline, tiny.base.family.network)
     received = {name for name, _ in network.named_parameters() if ".lora_" in name}
     assert len(received) == len(load_file(file)) == 2 * len(tiny.base.sites)
-    reference = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
+    reference = tiny.sample(pipeline, CAPTIONS, noise, 4, guidance)
     actual = sampled(tiny, given, noise, 4, guidance)
     assert (actual - reference).abs().max() <= 1e-3 * reference.abs().max()
     assert (plain - reference).abs().max() > 1e-2 * reference.abs().max()
@@ -116,7 +116,7 @@ def test_export_samples_equally_in_diffusers(
 
 
 def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
-    """As diffusers' own image processor has them."""
+    """Decode with diffusers' image processor."""
     config = pipeline.vae.config
     pixels = pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
     result: np.ndarray = (pipeline.image_processor.postprocess(pixels.detach(), output_type="np") * 255).round()
@@ -124,7 +124,7 @@ def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
 
 
 def test_kohya_keys(tiny: TinyPipeline, tmp_path: Path) -> None:
-    """Diffusers itself reads those of UNets; of Flux only at its true width (see test_kohya), of SD3 none."""
+    """diffusers reads those of UNets; for Flux only at full width (see test_kohya), and none for SD3."""
     given, family = adapter(tiny.base), tiny.base.family
     if family.kohya is None:
         with pytest.raises(AntherError, match="layout=diffusers"):
@@ -139,12 +139,12 @@ def test_kohya_keys(tiny: TinyPipeline, tmp_path: Path) -> None:
     pipeline = tiny.pipeline()
     pipeline.load_lora_weights(file)
     noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
-    reference = tiny.draws(pipeline, CAPTIONS, noise, 1, 1.0)
+    reference = tiny.sample(pipeline, CAPTIONS, noise, 1, 1.0)
     assert (sampled(tiny, given, noise, 1, 1.0) - reference).abs().max() <= 1e-3 * reference.abs().max()
 
 
 def test_examples_are_independent(tiny: TinyPipeline, examples: Examples) -> None:
-    """The loss of one example has no gradient at all at the others, nor at their slots: DP and cohorts rest on it."""
+    """The loss of one example has zero gradient for other examples and slots; DP and cohorts depend on it."""
     base = tiny.base
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
     stacks = {
@@ -162,11 +162,13 @@ def test_examples_are_independent(tiny: TinyPipeline, examples: Examples) -> Non
         assert gradient[1].isfinite().all()
         assert not gradient[[0, 2]].any()
     assert all(gradient[1].any() for gradient in result[:2])
-    assert sum(bool(gradient[1].any()) for gradient in result[2:]) >= len(factors) - 8  # the last block drops its text
+    assert (
+        sum(bool(gradient[1].any()) for gradient in result[2:]) >= len(factors) - 8
+    )  # the last block has no text output
 
 
 def test_adapters_equal_merged_weights(tiny: TinyPipeline, examples: Examples) -> None:
-    """Every linear and convolution layer at once, each example under an adapter of its own."""
+    """All linear and convolution layers at once, each example with its own adapter."""
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
     times = base.schedule.times[[10, 500, 990]]
@@ -185,7 +187,7 @@ def test_adapters_equal_merged_weights(tiny: TinyPipeline, examples: Examples) -
 
 @pytest.mark.slow
 def test_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
-    """Nothing in it leaves the device or depends on values, at another resolution than its own."""
+    """Nothing leaves the device or depends on values, also at another resolution."""
     if tiny.base.family.forward is call_unet:
         pytest.skip("compiled in test_denoiser")
     torch._dynamo.reset()
@@ -209,7 +211,7 @@ def test_packed_pipeline_matches(tiny: TinyPipeline, examples: Examples, tmp_pat
 
 
 def test_packed_caption_shape(tiny: TinyPipeline, examples: Examples) -> None:
-    """But that the tiny CLIP takes 8 tokens rather than 77."""
+    """Except that the tiny CLIP has 8 tokens instead of 77."""
     clip = tiny.base.family.name in ("stable-diffusion", "sdxl", "sd3")
     rows, width = examples.context.shape[1:]
     assert tiny.base.family.context(tiny.base.network.config) == (rows + (77 - 8) * clip, width)

@@ -1,4 +1,4 @@
-"""The lines of a report that load an adapter, run as they are printed."""
+"""Code snippets of a report that load an adapter run as printed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_printed_lines_run(tiny: TinyPipeline, tmp_path: Path) -> None:
-    """In a process of their own, in another folder: and the adapter shows."""
+    """In a separate process and another folder; the adapter has an effect."""
     name, script = 'it\'s <a> "name".with_shared', "import os\nimport torch\n"
     learnt = random_adapter(tiny.base.sites, 1)
     for kind, strength in (("plain", 0), ("learnt", 1)):

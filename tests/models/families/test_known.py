@@ -13,7 +13,7 @@ from common.errors import AntherError
 from models.diffusion.denoiser import find_sites
 from models.families.known import KNOWN_BASES, find_base
 
-PUBLISHED = {  # millions of parameters, as their makers count them
+PUBLISHED = {  # published millions of parameters
     "sd15": 859.52,
     "sd21": 865.91,
     "bk-sdm-base": 579.38,
@@ -29,7 +29,7 @@ PUBLISHED = {  # millions of parameters, as their makers count them
     "sana-600m": 591.75,
 }
 
-ATTENTIONS = {  # of which every one has four projections, and those of the text in joint attention
+ATTENTIONS = {  # each has four projections, and further ones for text in joint attention
     "sd15": 2 * 16 * 4,
     "sd21": 2 * 16 * 4,
     "bk-sdm-base": 2 * 10 * 4,
@@ -38,7 +38,7 @@ ATTENTIONS = {  # of which every one has four projections, and those of the text
     "sdxl": 2 * 70 * 4,
     "pixart-sigma": 2 * 28 * 4,
     "sd35-medium": 24 * 8 - 1 + 13 * 4,
-    "sd35-large": 38 * 8 - 1,  # the last block drops its text
+    "sd35-large": 38 * 8 - 1,  # the last block has no text output
     "flux-dev": 19 * 8 + 38 * 3,
     "flux-schnell": 19 * 8 + 38 * 3,
     "sana-1600m": 2 * 20 * 4,

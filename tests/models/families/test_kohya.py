@@ -1,4 +1,4 @@
-"""Kohya's layout: names as sd-scripts has them, products as diffusers' own converters place them."""
+"""Kohya's layout: names of sd-scripts, and products placed by diffusers' own converters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.adapters import random_adapter
 from tests.models.conftest import TinyPipeline
 
 _SD3_BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
-SD3_MODULES = [  # of the tiny one, whose first block has two attentions; the last drops its text
+SD3_MODULES = [  # tiny model: two attentions in the first block, no text output in the last
     *(f"joint_blocks.0.{side}.{module}" for side in ("x_block", "context_block") for module in _SD3_BLOCK),
     "joint_blocks.0.x_block.attn2.qkv",
     "joint_blocks.0.x_block.attn2.proj",
@@ -61,7 +61,7 @@ FLUX_MODULES = [
 
 
 def products(keys: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ΔW [out, in] of each stem, at the scale that its α gives."""
+    """Return ΔW [out, in] of each stem, scaled by its α."""
     result = {}
     for name, down in keys.items():
         if not name.endswith((".lora_down.weight", ".lora_A.weight")):
@@ -75,7 +75,7 @@ def products(keys: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_checkpoint(keys: dict[str, Tensor], modules: list[str]) -> dict[str, Tensor]:
-    """Products as the weights of a checkpoint of the family's makers, with biases of the same height."""
+    """Return products as weights of an original checkpoint, with biases of matching size."""
     result = products(keys)
     checkpoint: dict[str, Tensor] = {}
     assert {f"lora_unet_{module.replace('.', '_')}" for module in modules} == result.keys()
@@ -86,7 +86,7 @@ def as_checkpoint(keys: dict[str, Tensor], modules: list[str]) -> dict[str, Tens
 
 
 def check(converted: dict[str, Tensor], adapter: Adapter) -> None:
-    """Each layer's product is that of its adapter, exactly as float32 factors give it."""
+    """Compare each layer's product with its adapter's, to float32 accuracy of the factors."""
     for name, (a, b) in adapter.items():
         torch.testing.assert_close(converted[f"{name}.weight"], b.double() @ a.double(), rtol=0, atol=1e-12)
 
@@ -114,7 +114,7 @@ _FF = {"0.proj": 4, "2": 1}
 
 
 def flux_sites() -> Sites:
-    """One block of each kind as high as the real one, as diffusers' converter wants them, and four wide."""
+    """One block of each kind with the real output sizes, which diffusers' converter requires, and four inputs."""
     wide = 3072
     joint = {
         f"transformer_blocks.0.{name}": Site(4, height * wide)
@@ -158,7 +158,7 @@ def test_tiny_flux_names_are_mapped(tiny: TinyPipeline) -> None:
 
 @pytest.mark.parametrize("some", [None, "to_q", "attn"])
 def test_diffusers_reads_flux_kohya_files(some: str | None) -> None:
-    """Also where parts of a fused layer have no adapter."""
+    """Also if parts of a fused layer have no adapter."""
     sites = {name: site for name, site in flux_sites().items() if some is None or some in name}
     adapter = random_adapter(sites, 2)
     back = products(_convert_kohya_flux_lora_to_diffusers(kohya_keys(adapter, sites, FLUX)))
@@ -223,7 +223,7 @@ def test_metadata_identifies_the_base(tiny: TinyPipeline, tmp_path: Path) -> Non
         assert metadata["modelspec.description"] == CONTENTS["shared+personal"]
         assert metadata["modelspec.resolution"] == f"{base.resolution}x{base.resolution}"
         assert metadata["modelspec.architecture"].endswith("/lora")
-        # as A1111's network.py finds it
+        # as in A1111's network.py
         sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl_")
         version = "SDXL" if sdxl else "SD2" if metadata.get("ss_v2") == "True" else "SD1"
         assert version == A1111.get(tiny.name, "SD1")

@@ -1,4 +1,4 @@
-"""What stands for a caption, in one tensor and taken apart again."""
+"""Packing and unpacking of captions, and Flux patches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_vector_round_trip(tokens: int, width: int, size: int) -> None:
 
 @given(tokens=sizes, width=sizes)
 def test_mask_round_trip(tokens: int, width: int) -> None:
-    """However many rows it took: there is one number for each token."""
+    """For any number of rows: the mask has one number per token."""
     context, mask = torch.randn(tokens, width), torch.randint(0, 2, (tokens,))
     actual = unpack_mask(pack(context, mask)[None])
     assert torch.equal(actual[0][0], context)

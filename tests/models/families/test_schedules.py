@@ -1,4 +1,4 @@
-"""Schedules from schedulers' configurations, against those schedulers."""
+"""Compare parsed schedules with diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_diffusion_matches_scheduler(scheduler: Any) -> None:
 def test_flux_sampling_is_shifted(tokens: int, kind: str) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     schedule = parse_schedule(config(scheduler), tokens)
-    torch.testing.assert_close(schedule.sigmas, scheduler.sigmas.flip(0))  # what is trained is not shifted
+    torch.testing.assert_close(schedule.sigmas, scheduler.sigmas.flip(0))  # the training table is not shifted
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5), mu=calculate_shift(tokens))
     torch.testing.assert_close(schedule.grid(5).sigmas, scheduler.sigmas)
 
@@ -96,13 +96,13 @@ def test_flow_values_are_bounded(changes: dict[str, Any]) -> None:
 
 
 def test_cosine_epsilon_is_accepted() -> None:
-    """It ends with 5e-5 of a picture, from which it is told."""
+    """It ends with a signal of 5e-5, which is sufficient."""
     cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     assert 0 < parse_schedule(config(cosine), tokens=16).signals.min() < 1e-4
 
 
 def test_sd3_density_matches_diffusers() -> None:
-    """As compute_density_for_timestep_sampling draws them, by their distribution function to half a percent."""
+    """The distribution function of compute_density_for_timestep_sampling, to half a percent."""
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -124,7 +124,7 @@ def test_sd3_density_matches_diffusers() -> None:
     ]
     assert actual.signals.isfinite().all()
     assert 0 < actual.sigmas.min() < actual.sigmas.max() < 1
-    torch.testing.assert_close(actual.grid(7), even.grid(7))  # pictures are drawn as before
+    torch.testing.assert_close(actual.grid(7), even.grid(7))  # sampling is unchanged
     places = torch.tensor([19, 499, 999])
     torch.testing.assert_close(torch.stack(actual.at(places)), torch.stack(even.at(places)))
     torch.testing.assert_close(even.at(places)[1], even.sigmas[places])

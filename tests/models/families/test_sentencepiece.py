@@ -1,4 +1,4 @@
-"""T5's tokenizer from a SentencePiece file, against what sentencepiece 0.2.1 makes of the same bytes."""
+"""Compare T5's tokenizer from a SentencePiece file with results of sentencepiece 0.2.1 for the same bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def block(field: int, data: bytes) -> bytes:
 
 
 def model_bytes(pieces: list[tuple[str, float, int]], model_type: int = 1) -> bytes:
-    """A SentencePiece file by the letter of its .proto: pieces, a trainer's and a normalizer's specification."""
+    """Serialize a SentencePiece file according to its .proto: pieces, trainer and normalizer specifications."""
     out = b""
     for piece, score, kind in pieces:
         text = block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score)
@@ -112,7 +112,7 @@ def test_damaged_file_is_refused(folder: Path, content: bytes) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("told", ["{", "[" * 100_000, '{"extra_ids": -1}', '{"extra_ids": "x"}', '{"extra_ids": 1e9}'])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"extra_ids": -1}', '{"extra_ids": "x"}', '{"extra_ids": 1e9}'])
 def test_invalid_configuration_is_refused(folder: Path, text: str) -> None:
     (folder / "tokenizer_config.json").write_text(text)
     with pytest.raises(AntherError, match=r"tokenizer_config\.json"):

@@ -80,7 +80,7 @@ def test_digest_ignores_macos_files(tmp_path: Path) -> None:
 
 def test_user_without_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def nameless(_: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")  # as of a user id that nobody has
+        raise RuntimeError("Could not determine home directory.")  # as for an unknown user id
 
     monkeypatch.delenv("ANTHER_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", nameless)

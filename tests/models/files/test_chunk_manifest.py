@@ -1,4 +1,4 @@
-"""A base's manifest: it comes to the base's own hash, and what a stranger writes into one is refused."""
+"""A manifest has its base's content hash, and untrusted manifests are validated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a base, of several chunks."""
+    """A folder that looks like a base, with several chunks."""
     monkeypatch.setattr(chunk_manifest, "CHUNK", 64)
     folder = tmp_path / "tiny-base"
     for name, size in {

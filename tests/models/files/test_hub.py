@@ -1,4 +1,4 @@
-"""A published pipeline by its name, from a cache such as the hub's own tools leave; nothing is fetched here."""
+"""Published pipelines by name, from a local cache in the hub's layout; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.files.hub import is_repo_id
 
 
 @pytest.mark.parametrize(
-    ("text", "yes"),
+    ("text", "valid"),
     [
         ("stabilityai/sdxl-turbo", True),
         ("org/v1.5_x", True),

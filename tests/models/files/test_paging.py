@@ -1,4 +1,4 @@
-"""Pages of a mapped file come and go; what is in them stays."""
+"""Pages of a mapped file are released and read again; their contents don't change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def resident(file: Path) -> int:
-    """Bytes of a mapped file that this process has in memory."""
+    """Return the bytes of a mapped file that are in this process's memory."""
     text = Path("/proc/self/smaps").read_text()
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
     actual = [part for part in parts if part.splitlines()[:1] and part.splitlines()[0].endswith(str(file))]
@@ -59,7 +59,7 @@ def test_released_pages_are_read_again(file: Path) -> None:
 
 
 def test_unmapped_memory_is_not_released(file: Path) -> None:
-    """MADV_DONTNEED would turn it into zeros."""
+    """MADV_DONTNEED would zero it."""
     unmapped, mapped = torch.arange(1 << 20), marked(file)
     mark_mapped([unmapped])
     for x in (unmapped, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
@@ -70,17 +70,17 @@ def test_unmapped_memory_is_not_released(file: Path) -> None:
 
 @linux
 def test_release_includes_readahead(tmp_path: Path) -> None:
-    """A page that is read brings its neighbours in; none is given back beyond the file."""
+    """Reading a page also reads its neighbors; none outside the file are released."""
     save_file({f"{i:03}": torch.full((5000,), i) for i in range(200)}, file := tmp_path / "many.safetensors")
     with safe_open(file, "pt") as tensors:
         parts = [tensors.get_tensor(name) for name in sorted(tensors.keys())]
     mark_mapped(parts)
-    for part in parts:  # to map them has brought them all in
+    for part in parts:  # mapping has read them all
         release_pages(part, 0, len(part))
     for i, part in [*enumerate(parts)] * 2:
         assert int(part[0]) == i
         release_pages(part, 0, len(part))
-        if i % 10 == 0:  # to ask takes a while
+        if i % 10 == 0:  # the query is slow
             assert resident(file) <= 1 << 17
     assert all(bool((part == i).all()) for i, part in enumerate(parts))
 
@@ -88,7 +88,7 @@ def test_release_includes_readahead(tmp_path: Path) -> None:
 @linux
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_layer_releases_read_pages(tmp_path: Path, kind: str) -> None:
-    """Forward and backward alike, and what they find is what they find with a weight that stays."""
+    """In forward and backward; results equal those of a layer whose weight stays in memory."""
     plain = nn.Linear(2048, 2048)
     save_file(quantize(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
     with safe_open(file, "pt") as tensors:
@@ -108,7 +108,7 @@ def test_layer_releases_read_pages(tmp_path: Path, kind: str) -> None:
 
 
 def test_packed_base_and_copies_are_marked(pipeline_folder: Path, tmp_path: Path) -> None:
-    """Jobs run in copies of the network that share its tensors."""
+    """Jobs run in copies of the network, which share its tensors."""
     pack(str(pipeline_folder), tmp_path / "base", "int8")
     base = Base(tmp_path / "base", sites=ATTENTION)
     layers = [layer for layer in base._copy().modules() if isinstance(layer, QuantizedLinear)]

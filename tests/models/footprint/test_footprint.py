@@ -1,4 +1,4 @@
-"""A dry run holds to the byte what a real run holds, whatever the network, its weights and its checkpoints."""
+"""A dry run predicts a real run's memory to the byte for all networks, weights and checkpointing modes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def predicted(kind: str, *, batch: int = 1, rank: int = RANK, **how: str) -> Foo
 
 
 def real_peak(kind: str, batch: int, **how: str) -> int:
-    """The most that a real pass holds in tensors, beside the base."""
+    """Measure the peak tensor memory of a real pass, without the base."""
     base = real(SMALL[kind], **how)
     layout = Layout(base.sites, RANK)
     with fresh_scratch(), LiveStorages() as actual:
@@ -48,7 +48,7 @@ def real_peak(kind: str, batch: int, **how: str) -> int:
 
 
 def dry_peak(kind: str, batch: int, **how: str) -> int:
-    """The same of a dry run, which has workspace beside it."""
+    """Measure the same in a dry run, without its workspace."""
     base = meta_denoiser(SMALL[kind], **({"sites": SMALL[kind].family.sites} | how))
     mode, layout = FakeTensorMode(allow_non_fake_inputs=True), Layout(base.sites, RANK)
     frozen = fake_parameters(base.network, mode)
@@ -73,11 +73,11 @@ def test_dry_run_memory_equals_real_run(kind: str, checkpointing: str) -> None:
 def test_quantized_dry_run_memory_equals_real_run(
     kind: str, weights: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With slabs and the memory that they are read into: here so small that layers have several."""
+    """Includes slabs and scratch memory; slabs are small here, so that layers have several."""
     monkeypatch.setattr(blockwise, "_SLAB", {"cpu": 2048})
     expected = real_peak(kind, 1, weights=weights, checkpointing=checkpointing)
     actual = dry_peak(kind, 1, weights=weights, checkpointing=checkpointing)
-    assert actual == pytest.approx(expected, rel=0.001, abs=8192)  # a table of NF4's values, made again each time
+    assert actual == pytest.approx(expected, rel=0.001, abs=8192)  # the table of NF4's values, rebuilt each time
 
 
 def test_convolution_adapters() -> None:
@@ -86,7 +86,7 @@ def test_convolution_adapters() -> None:
 
 @pytest.mark.parametrize(("kind", "weights"), [("flux", "fp32"), ("unet", "mixed"), ("pixart", "nf4"), ("sd3", "int8")])
 def test_base_bytes_exclude_codes(kind: str, weights: str) -> None:
-    """Those are pages of a file."""
+    """Codes are pages of a file."""
     network = real(SMALL[kind], weights=weights).network
     state = dict([*network.named_parameters(), *network.named_buffers()])
     expected = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".codes"))
@@ -106,7 +106,7 @@ def test_dry_run_leaves_scratch_unchanged() -> None:
 
 
 def test_read_pages_count_as_workspace() -> None:
-    """Of a file that is mapped: as many as an operation reads, not all of it."""
+    """Only the pages of the mapped file that an operation reads."""
     mode = FakeTensorMode()
     codes = to_fake(torch.zeros(1000, dtype=torch.int8), mode)
     with mode, DryRun(storages(codes), storages(codes)) as run:
@@ -153,13 +153,13 @@ def test_example_shapes(name: str, resolution: int, latents: tuple[int, ...], co
 
 
 def test_invalid_resolution_is_refused() -> None:
-    for kind, resolution in (("unet", 129), ("pixart", 136)):  # of which a transformer takes patches of 2 × 2
+    for kind, resolution in (("unet", 129), ("pixart", 136)):  # the transformer has patches of 2 × 2
         with pytest.raises(AntherError, match=f"resolution={resolution}: must be a multiple of"):
             example_shapes(SMALL[kind], resolution)
 
 
 def test_operations_match_flop_counter() -> None:
-    """Of layers that are thick enough for arithmetic to set their pace."""
+    """For layers large enough to be limited by arithmetic."""
     network = nn.Sequential(nn.Conv2d(64, 96, 3, padding=1), nn.Flatten(2), nn.Linear(256, 192)).requires_grad_(False)
     x = torch.randn(1, 64, 16, 16, requires_grad=True)
     q = torch.randn(1, 2, 128, 64, requires_grad=True)
@@ -178,7 +178,7 @@ def test_operations_match_flop_counter() -> None:
     convolutions = sum(count for name, count in counts.items() if "convolution" in str(name))
     assert run.convolution_operations == convolutions
     scores = 2 * 128 * 128
-    extra = 2 * 64 * scores  # a fused backward computes the scores again
+    extra = 2 * 64 * scores  # a fused backward recomputes the scores
     extra += (EXPONENTIAL_FORWARD + EXPONENTIAL_BACKWARD) * scores
     assert run.matrix_operations == counter.get_total_flops() - convolutions + extra
 

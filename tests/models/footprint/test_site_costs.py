@@ -1,4 +1,4 @@
-"""What sets of sites cost, against a dry run of each."""
+"""Costs of sets of sites, compared with a dry run for each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def costs(kind: str, checkpointing: str = "none") -> PassCosts:
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("unet", "none"), ("pixart", "none"), ("pixart", "block")])
 def test_costs_match_dry_runs(kind: str, checkpointing: str) -> None:
-    """Of memory never less, and beside the base at most half as much again; of time within a quarter."""
+    """Memory is never less, and without the base at most 1.5 times as large; time is within a quarter."""
     costs_found = costs(kind, checkpointing)
     names = [site.name for site in costs_found.sites]
     chance = random.Random(0)

@@ -1,4 +1,4 @@
-"""The fused layer against two plain layers, and what torch asks of an operator."""
+"""Compare the fused layer with two plain layers, and check the custom operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.lora.batched_linear import slot_linear
 
 
 def arguments(bias: bool = True, rank: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
-    """x, W, c, A and B: two slots of two entries of three tokens."""
+    """x, W, c, A and B: two slots of two examples of three tokens."""
     shapes = [(4, 3, 5), (7, 5), (7,), (2, rank, 5), (2, 7, rank)]
     actual: list[Tensor | None] = [torch.randn(shape, dtype=dtype) for shape in shapes]
     return actual if bias else [*actual[:2], None, *actual[3:]]
@@ -45,7 +45,7 @@ def test_equals_two_separate_layers(bias: bool, rank: int, to_x: bool, layout: s
 
 
 def test_bf16_rounds_no_more_than_two_layers() -> None:
-    """Adding the thin product to the rounded wide one is one rounding more than the truth."""
+    """Adding the thin product to the rounded wide one takes one extra rounding."""
     inputs = [torch.randn(shape).bfloat16() for shape in [(4, 64, 32), (48, 32), (48,), (2, 4, 32), (2, 48, 4)]]
     truth = plain(*(each.double() for each in inputs))
     errors = [(layer(*inputs).double() - truth).norm() for layer in (slot_linear, plain)]
@@ -57,7 +57,7 @@ def test_bf16_rounds_no_more_than_two_layers() -> None:
     ("wanted", "compiled"), [*((parts, False) for parts in ("a", "b", "x", "xa", "xb")), ("xa", True), ("xb", True)]
 )
 def test_only_required_gradients_are_computed(expected: str, compiled: bool) -> None:
-    """And nothing is kept for the others: of a B alone not x, of an A alone not A x."""
+    """Nothing is saved for the others: without A's gradient not x, without B's not A x."""
     x, weight, c, a, b = arguments()
     leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in expected]
     layer, saved = slot_linear, []
@@ -77,7 +77,7 @@ def test_only_required_gradients_are_computed(expected: str, compiled: bool) -> 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("to_x", [False, True])
 def test_custom_operator_passes_opcheck(bias: bool, to_x: bool) -> None:
-    """Schema, shapes without data, and gradients under tracing, by torch's own check."""
+    """Schema, fake tensors, and traced gradients, by torch's own check."""
     x, weight, c, a, b = arguments(bias)
     inputs = (x.requires_grad_(to_x), weight, c, a.requires_grad_(), b.requires_grad_())
     torch.library.opcheck(torch.ops.anther.slot_linear.default, inputs)

@@ -1,4 +1,4 @@
-"""Slots against a loop over entries, and rows against what they should hold."""
+"""Compare slots with a loop over examples, and rows with explicit layouts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def random_stack(slots: int, rank: int, inputs: int, outputs: int) -> BatchedFac
 
 
 def with_merged_weights(layer: nn.Linear | nn.Conv2d, x: Tensor, stacks: Sequence[BatchedFactors]) -> Tensor:
-    """Entry after entry through a layer that has the products of its slots in its weight."""
+    """Run each example through a layer with its slot's products merged into the weight."""
     outputs = []
     for entry in range(len(x)):
         weight = layer.weight
@@ -57,7 +57,7 @@ def with_merged_weights(layer: nn.Linear | nn.Conv2d, x: Tensor, stacks: Sequenc
 
 
 def check(slotted: SlotLayer, x: Tensor, stacks: Sequence[BatchedFactors]) -> None:
-    """Output, and gradients of every factor and of the input, are those of the loop."""
+    """Compare output and gradients of all factors and the input with the loop."""
     x = x.detach().requires_grad_()
     slotted.active_adapters = tuple(stacks)
     actual, expected = slotted(x), with_merged_weights(slotted.base, x, stacks)
@@ -108,7 +108,7 @@ def test_slot_conv2d_equals_merged_weights(
     rank: int,
     channels_last: bool,
 ) -> None:
-    if padding == "same":  # the one stride that it exists for
+    if padding == "same":  # supports no other stride
         stride = 1
     layer = nn.Conv2d(3, 4, kernel, stride, padding, dilation, dtype=torch.float64)
     x = torch.randn(max(slots) * per_slot, 3, 7, 6, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_other_slots_have_no_gradient() -> None:
     ("slotted", "x"),
     [
         (SlotLinear(nn.Linear(5, 7)), torch.zeros(3, 5)),
-        (SlotLinear(nn.Linear(5, 7)), torch.zeros(3, 2, 5)),  # six tokens would do for two slots
+        (SlotLinear(nn.Linear(5, 7)), torch.zeros(3, 2, 5)),  # the number of tokens, six, is divisible by two slots
         (SlotConv2d(nn.Conv2d(5, 7, 1)), torch.zeros(3, 5, 2, 2)),
     ],
 )
@@ -142,13 +142,13 @@ def test_uneven_batch_is_refused(slotted: SlotLayer, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "quantised", "shape"),
+    ("layer", "quantized", "shape"),
     [(nn.Linear(5, 7), QuantizedLinear, (4, 5)), (nn.Conv2d(3, 4, 3, padding=1), QuantizedConv2d, (4, 3, 5, 5))],
 )
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
-def test_quantized_layers_support_slots(layer: nn.Module, quantised: type, shape: tuple[int, ...], bits: str) -> None:
+def test_quantized_layers_support_slots(layer: nn.Module, quantized: type, shape: tuple[int, ...], bits: str) -> None:
     layer = copy.deepcopy(layer)
-    small = quantised(layer, quantize(layer.weight, bits))
+    small = quantized(layer, quantize(layer.weight, bits))
     layer = layer.double()
     with torch.no_grad():
         layer.weight.copy_(dequantize(small.packed, small.shape, torch.float64))
@@ -181,7 +181,7 @@ RANKS = st.dictionaries(st.sampled_from(list(SITES)), st.integers(0, 4))
 
 
 def by_hand(sites: Sites, rank: int, adapter: Adapter, fill: float | None = None) -> list[float]:
-    """The row number by number: A padded below, B padded to the right, site after site."""
+    """Build the row element by element: A padded below, B padded to the right, in site order."""
     row: list[float] = []
     for name, site in sites.items():
         a, b = torch.zeros(rank, site.inputs), torch.zeros(site.outputs, rank)
@@ -196,7 +196,7 @@ def by_hand(sites: Sites, rank: int, adapter: Adapter, fill: float | None = None
 @settings(deadline=None)
 def test_pack_unpack_and_mask(ranks: dict[str, int], rank: int, start: bool) -> None:
     adapter = random_adapter(SITES, ranks)
-    if start:  # B = 0: zeros of its own are told from padding
+    if start:  # B = 0: its zeros are not padding
         adapter = {name: f._replace(b=torch.zeros_like(f.b)) for name, f in adapter.items()}
     layout = Layout(SITES, rank)
     row = layout.pack(adapter)

@@ -1,4 +1,4 @@
-"""Frames of cores: as they travel, and whatever is none is refused in a line."""
+"""LoRA-XS bases: serialization, loading and validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms of adapters against numpy, with the product formed."""
+"""Compare norms of adapters with numpy, on explicit products."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_message_names_the_site() -> None:
     assert norm_violation({"good": good, "bad": Factors(torch.ones(2, 3), torch.full((4, 2), 1e38))}) == (
         "bad: norm 2.83e+38 is over 100"
     )
-    large = 9.0  # each factor is allowed, their product is not
+    large = 9.0  # each factor is within the bound, their product is not
     product = Factors(torch.full((1, 100), large), torch.full((100, 1), large))
     assert large * 10 < MAX_NORM
     assert "norm 8.1e+03" in str(norm_violation({"x": product}))

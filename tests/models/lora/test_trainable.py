@@ -1,4 +1,4 @@
-"""What is trained of an adapter: there and back over the wire, and in a row, against dense products and a loop."""
+"""Trained tensors of an adapter: round trips through messages and rows, compared with dense products and a loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOME = st.sets(st.sampled_from(sorted(SITES)))
 
 
 def between(bases: Adapter, seed: int) -> Adapter:
-    """An adapter in this frame, with random cores."""
+    """An adapter with random cores in these bases."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: Factors(a, left @ torch.randn(len(a), len(a), generator=generator)) for name, (a, left) in bases.items()
@@ -35,7 +35,7 @@ def between(bases: Adapter, seed: int) -> Adapter:
 
 
 def random_case(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter | None]:
-    """What was sent, what was made of it, and the frame."""
+    """Return the adapter that was sent, the trained one, and the bases."""
     if trains == "cores":
         bases = split_rank(random_bases(RANK, seed), rank)[0]
         return between(bases, 1), between(bases, 2), bases
@@ -66,7 +66,7 @@ def test_trained_tensors_round_trip(trains: str, rank: int, seed: int, sites: se
 @settings(max_examples=20, deadline=None)
 @given(rank=st.integers(0, RANK), seed=st.integers(0, 100), sites=SOME)
 def test_partial_row_round_trip(trains: str, rank: int, seed: int, sites: set[str]) -> None:
-    """Of smaller ranks and of some of the sites too; the rest of the row is zero, and its mask says so."""
+    """Also for smaller ranks and some sites; the rest of the row is zero and masked."""
     whole, _, bases = random_case(trains, RANK, seed)
     trained = select_sites(split_rank(whole, rank)[0], sites)
     if trains == "cores":
@@ -92,7 +92,7 @@ def test_partial_row_round_trip(trains: str, rank: int, seed: int, sites: set[st
 
 
 def test_set_fixed_replaces_everything() -> None:
-    """Nothing of the one before stays, whatever it had more."""
+    """Nothing of the previous adapter remains, even at other sites."""
     layout = PartialLayout(SITES, 3, "b", like=torch.empty(0))
     layout.set_fixed(random_adapter(SITES, 3, 1))
     layout.set_fixed(select_sites(random_adapter(SITES, 2, 2), {"a"}))

@@ -1,4 +1,4 @@
-"""Codes and scales against numpy: what is read is what was meant, and as near as any scale allows."""
+"""Compare codes and scales with numpy: values are exact, and their error is minimal over all scales."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NF4 = np.array(
         1.0,
     ]
 )
-"""As printed in appendix E of arXiv:2305.14314, rounded."""
+"""Appendix E of arXiv:2305.14314, rounded."""
 
 kinds = pytest.mark.parametrize("kind", ["nf4", "int8"])
 
@@ -43,7 +43,7 @@ def levels(kind: str) -> np.ndarray:
 
 
 def as_numpy(codes: Tensor, scales: Tensor, top: Tensor, count: int) -> np.ndarray:
-    """Weights of packed tensors, one block at a time."""
+    """Dequantize packed tensors block by block."""
     largest, actual = top.numpy().view(np.float32)[0], []
     for block, step in zip(codes.numpy().reshape(len(scales), -1), scales.tolist(), strict=True):
         scale = largest * 2.0 ** (-step / 16)
@@ -76,7 +76,7 @@ def test_dequantize_matches_codes(kind: str, shape: tuple[int, ...], magnitude: 
 @kinds
 @pytest.mark.parametrize("tail", [False, True])
 def test_scale_has_least_error(kind: str, tail: bool) -> None:
-    """Each block with every scale that there is, and the nearest of all levels; blocks differ in their magnitude."""
+    """Try every scale for each block with nearest levels; blocks differ in magnitude."""
     generator, size = np.random.default_rng(0), BLOCK_SIZES[kind]
     blocks = generator.standard_t(4, (100, size)) if tail else generator.normal(size=(100, size))
     weight = torch.from_numpy((blocks * 0.97 ** np.arange(100)[:, None]).astype(np.float32))
@@ -103,7 +103,7 @@ def test_error_is_below_absmax_scaling() -> None:
 def test_small_blocks_are_not_zero(kind: str) -> None:
     weight = torch.ones(4, 64)
     weight[1] = 2.0**-14
-    weight[2] = 2.0**-40  # beyond the smallest scale: zero is nearest
+    weight[2] = 2.0**-40  # below the smallest scale: rounds to zero
     weight[3] = 0.0
     actual = dequantize(quantize(weight, kind), weight.shape)
     torch.testing.assert_close(actual[:2], weight[:2], rtol=0.05, atol=0)

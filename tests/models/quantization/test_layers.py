@@ -1,4 +1,4 @@
-"""Quantised layers against plain ones that have the weight which the codes stand for."""
+"""Compare quantized layers with plain layers that have the dequantized weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.quantization.layers import QuantizedConv2d, QuantizedLayer, Quantize
 
 
 def pair(layer: nn.Linear | nn.Conv2d, kind: str) -> tuple[QuantizedLayer, nn.Module]:
-    """The layer quantised, and a plain one with the same weight, in float64."""
+    """Return the quantized layer, and a plain one with the dequantized weight in float64."""
     wrapper = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
     quantized, plain = wrapper(layer, quantize(layer.weight, kind)).double(), copy.deepcopy(layer).double()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_output_has_activation_dtype() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_scratch_survives_fake_tensors(kind: str) -> None:
-    """What is kept between calls must not come from a dry run, nor go into one."""
+    """Scratch memory must not be shared between a dry run and real runs."""
     layer = nn.Linear(96, 64)
     expected = QuantizedLinear(layer, quantize(layer.weight, kind))(torch.ones(2, 96))
     for precision in (torch.float32, torch.float64):
@@ -96,7 +96,7 @@ def test_scratch_survives_fake_tensors(kind: str) -> None:
 
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
-    reason="compiled on a GPU alone; dynamo of 2.9 can't trace it",
+    reason="compiled only on a GPU; dynamo of 2.9 can't trace it",
 )
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(32, 32, 3)])

@@ -1,4 +1,4 @@
-"""Which layers of a network each mode holds in how many bits."""
+"""Quantization types of layers in each mode."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_quant_types_by_mode(mode: str, linear: str | None, convolution: str | N
         conv = network.get_submodule("block.conv")
         assert isinstance(conv, QuantizedConv2d)
         assert isinstance(network.get_submodule("block.attention.0"), QuantizedLinear)
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)  # a slot layer asks for it
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)  # slot layers read it
         assert geometry == ((3, 3), (2, 2), (1, 1), (1, 1), 1)
 
 
-@pytest.mark.parametrize(("mode", "most"), [("nf4", 0.48e9), ("mixed", 0.76e9), ("int8", 0.88e9), ("fp32", 3.45e9)])
+@pytest.mark.parametrize(("mode", "limit"), [("nf4", 0.48e9), ("mixed", 0.76e9), ("int8", 0.88e9), ("fp32", 3.45e9)])
 def test_stable_diffusion_size(mode: str, limit: float) -> None:
-    """The real configuration, without data."""
+    """The real configuration on the meta device."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
