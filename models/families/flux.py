@@ -53,13 +53,31 @@ def patchify(x: Tensor) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Invert `patchify`: [N, h·w, 4c] -> [N, c, 2h, 2w]."""
+    """Invert `patchify`.
+
+    Args:
+        tokens: [N, h·w, 4c].
+        height: h.
+        width: w.
+
+    Returns:
+        [N, c, 2h, 2w].
+    """
     grid = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def position_ids(height: int, width: int, *, like: Tensor) -> Tensor:
-    """Return (0, row, column) of each patch: [h·w, 3]."""
+    """Return (0, row, column) of each patch.
+
+    Args:
+        height: h.
+        width: w.
+        like: sets device and dtype.
+
+    Returns:
+        [h·w, 3].
+    """
     ids = like.new_zeros(height, width, 3)
     ids[..., 1] = torch.arange(height, device=like.device)[:, None]
     ids[..., 2] = torch.arange(width, device=like.device)

@@ -34,6 +34,11 @@ def release_pages(tensor: Tensor, start: int, stop: int) -> None:
 
     Neighbors in the file lose the pages that were read with them. The range is limited to the file's mapping: outside
     it, memory contents would be lost.
+
+    Args:
+        tensor: on the CPU; ignored unless it is marked.
+        start: index of the first element.
+        stop: index after the last element.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return

@@ -161,7 +161,13 @@ def footprint(
 
 
 def split_layout(base: Denoiser, rank: int, sites: Collection[str] | None) -> tuple[Layout, Layout]:
-    """Return the row layouts of the trained sites and of the other sites (all are trained if `sites` is None)."""
+    """Return the row layouts of the trained sites and of the other sites.
+
+    Args:
+        base: the network.
+        rank: of the adapter.
+        sites: trained sites; None: all.
+    """
     trained = set(base.sites if sites is None else sites)
     selected = {name: site for name, site in base.sites.items() if name in trained}
     return Layout(selected, rank), Layout({n: site for n, site in base.sites.items() if n not in trained}, rank)

@@ -15,13 +15,25 @@ from typefaces.dataset import GLYPHS, Typeface
 
 
 def held_out(design: str, *, share: float, seed: int) -> bool:
-    """Return whether a design is held out; decided by a hash, so that all families of a design agree."""
+    """Return whether a design is held out; decided by a hash, so that all families of a design agree.
+
+    Args:
+        design: id.
+        share: fraction of designs that is held out.
+        seed: of the hash.
+    """
     digest = hashlib.sha256(f"{seed}:{design}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
 def split_held_out(families: Sequence[Typeface], *, share: float, seed: int) -> tuple[list[Typeface], list[Typeface]]:
-    """Split families by design: (training families, held-out families)."""
+    """Split families by design: (training families, held-out families).
+
+    Args:
+        families: to split.
+        share: fraction of designs that is held out.
+        seed: of the choice.
+    """
     held = [held_out(family.design, share=share, seed=seed) for family in families]
     return (
         [family for family, out in zip(families, held, strict=True) if not out],

@@ -28,7 +28,16 @@ def min_snr_weights(alpha_bar: Tensor, gamma: float | None) -> Tensor:
 
 
 def stratified_timesteps(count: int, total: int, generator: Generator) -> Tensor:
-    """Draw one timestep from each of `count` equal parts of [0, total), in random order: int64 [count]."""
+    """Draw one timestep from each of `count` equal parts of [0, total), in random order.
+
+    Args:
+        count: number of timesteps.
+        total: length of the schedule.
+        generator: of order and timesteps.
+
+    Returns:
+        int64 [count].
+    """
     device = generator.device
     strata = torch.randperm(count, generator=generator, device=device)
     draws = torch.rand(count, generator=generator, device=device)

@@ -68,7 +68,16 @@ def judge_loss(
 
 
 def style_table(families: int, styles: int, generator: Generator) -> Tensor:
-    """Draw augmentations [families × styles, 6]; the first style of each family is the family itself."""
+    """Draw augmentations; the first style of each family is the family itself.
+
+    Args:
+        families: number of families.
+        styles: per family.
+        generator: of the augmentations.
+
+    Returns:
+        [families × styles, 6].
+    """
     table = STYLES.draw(families * styles, generator)
     table[::styles] = 0
     return table

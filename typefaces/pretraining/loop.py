@@ -29,7 +29,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def progress(stage: StageConfig, step: int, elapsed: float) -> float:
-    """Return the fraction of the stage that is done: of its steps or of its seconds, whichever is larger."""
+    """Return the fraction of the stage that is done: of its steps or of its seconds, whichever is larger.
+
+    Args:
+        stage: configuration.
+        step: of the optimizer.
+        elapsed: seconds.
+    """
     by_time = elapsed / stage.seconds if stage.seconds else 0.0
     return min(1.0, max(step / stage.steps, by_time))
 
