@@ -54,12 +54,12 @@ def test_bf16_rounds_no_more_than_two_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "compiled"), [*((parts, False) for parts in ("a", "b", "x", "xa", "xb")), ("xa", True), ("xb", True)]
+    ("required", "compiled"), [*((parts, False) for parts in ("a", "b", "x", "xa", "xb")), ("xa", True), ("xb", True)]
 )
-def test_only_required_gradients_are_computed(expected: str, compiled: bool) -> None:
+def test_only_required_gradients_are_computed(required: str, compiled: bool) -> None:
     """Nothing is saved for the others: without A's gradient not x, without B's not A x."""
     x, weight, c, a, b = arguments()
-    leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in expected]
+    leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in required]
     layer, saved = slot_linear, []
     if compiled:
         torch.compiler.reset()
@@ -71,7 +71,7 @@ def test_only_required_gradients_are_computed(expected: str, compiled: bool) -> 
     pairs = (torch.autograd.grad(y.square().sum(), leaves) for y in (actual, plain(x, weight, c, a, b)))
     for actual, reference in zip(*pairs, strict=True):
         torch.testing.assert_close(actual, reference)
-    assert compiled or (x.data_ptr() in saved) == ("a" in expected)
+    assert compiled or (x.data_ptr() in saved) == ("a" in required)
 
 
 @pytest.mark.parametrize("bias", [False, True])
