@@ -40,8 +40,8 @@ def test_equals_two_separate_layers(bias: bool, rank: int, to_x: bool, layout: s
     torch.testing.assert_close(actual, expected)
     for cotangent in (torch.randn_like(expected), torch.ones(()).to(expected).expand_as(expected)):
         pairs = (torch.autograd.grad(output, leaves, cotangent, retain_graph=True) for output in (actual, expected))
-        for actual, reference in zip(*pairs, strict=True):
-            torch.testing.assert_close(actual, reference)
+        for gradient, reference in zip(*pairs, strict=True):
+            torch.testing.assert_close(gradient, reference)
 
 
 def test_bf16_rounds_no_more_than_two_layers() -> None:
@@ -69,8 +69,8 @@ def test_only_required_gradients_are_computed(required: str, compiled: bool) -> 
     ):
         actual = layer(x, weight, c, a, b)
     pairs = (torch.autograd.grad(y.square().sum(), leaves) for y in (actual, plain(x, weight, c, a, b)))
-    for actual, reference in zip(*pairs, strict=True):
-        torch.testing.assert_close(actual, reference)
+    for gradient, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(gradient, reference)
     assert compiled or (x.data_ptr() in saved) == ("a" in required)
 
 
@@ -94,5 +94,5 @@ def test_compiled_equals_eager() -> None:
     expected = plain(x, weight, c, a, b)
     torch.testing.assert_close(actual, expected)
     pairs = (torch.autograd.grad(output.square().sum(), leaves) for output in (actual, expected))
-    for actual, reference in zip(*pairs, strict=True):
-        torch.testing.assert_close(actual, reference)
+    for gradient, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(gradient, reference)
