@@ -1,0 +1,65 @@
+"""docs/extending.md: the examples that are complete modules run, and do what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from client.power.system import System
+from conf.schemas.planning import DeviceProfileConfig
+from models.lora.adapter import Factors
+from strategies.registry import AGGREGATIONS, SELECTIONS
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def example(word: str, language: str = "python") -> str:
+    (block,) = [text for kind, text in BLOCKS if kind == language and word in text]
+    return block
+
+
+def module(word: str) -> SimpleNamespace:
+    names: dict[str, object] = {"__name__": "example"}
+    exec(compile(example(word), "docs/extending.md", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def adapter(a: float, b: float) -> dict[str, Factors]:
+    return {"site": Factors(torch.full((2, 3), a), torch.full((4, 2), b))}
+
+
+def test_aggregation_rule() -> None:
+    rule = module("class SignMean").SignMean()
+    updates = [(adapter(1.0, -2.0), 1.0), (adapter(3.0, -4.0), 1.0), (adapter(-9.0, 9.0), 1.0)]
+    result = rule.aggregate(adapter(0.0, 0.0), updates, round=1).adapter
+    torch.testing.assert_close(tuple(result["site"]), tuple(adapter(2.0, -3.0)["site"]))
+    single = rule.aggregate(adapter(0.0, 0.0), updates[:1], round=1).adapter
+    torch.testing.assert_close(tuple(single["site"]), tuple(adapter(1.0, -2.0)["site"]))
+    assert {name for name in vars(AGGREGATIONS["fedit"]) if not name.startswith("_")} <= set(vars(type(rule)))
+
+
+def test_selection() -> None:
+    rule = module("class Shortest").Shortest(size=2)
+    devices = {name: SimpleNamespace(seconds=seconds) for name, seconds in (("a", 3.0), ("b", 1.0), ("c", 2.0))}
+    assert rule.select(devices, draw=0) == ["b", "c"]
+    assert type(rule.sensitivity) is type(SELECTIONS["round_robin"].sensitivity)
+
+
+def test_device_profile() -> None:
+    profile = DeviceProfileConfig(**yaml.safe_load(example("name: pi3", "yaml")))
+    assert profile.memory_gib == 0.6
+
+
+@pytest.mark.parametrize(("files", "watts"), [({}, None), ({"name": "ina219\n", "power1_input": "5200000\n"}, 5.2)])
+def test_power_meter(files: dict[str, str], watts: float | None, tmp_path: Path) -> None:
+    folder = tmp_path / "sys" / "class" / "hwmon" / "hwmon0"
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    assert module("INA219").watts(System(root=tmp_path)) == watts
