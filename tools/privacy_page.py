@@ -81,7 +81,7 @@ TAIL = """
   and for `example`). So what a device tells of its moment, or doesn't, decides about nobody else, now or later.
 - A device at its cap is drawn no more. How often each was drawn is public: it follows from names, coins and kinds of
   device alone.
-- A release that no device would take, its norms being over `models.lora.norm_bound.MOST_NORM`, is not made the next adapter:
+- A release that no device would take, its norms being over `models.lora.norm_bound.MAX_NORM`, is not made the next adapter:
   that follows from the release alone. The round stays charged.
 - With `privacy.device.target_quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.

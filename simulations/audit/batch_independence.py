@@ -2,7 +2,7 @@
 
 Kernels of a layer vary with the size of a pass, and so do the last bits of their results. Under an adapter that makes
 the network chaotic, those bits grow to the size of the gradient, so that one more picture could move the sum by several
-clips. A search among adapters within `models.lora.norm_bound.MOST_NORM` found an adapter for which it does if passes
+clips. A search among adapters within `models.lora.norm_bound.MAX_NORM` found an adapter for which it does if passes
 have arbitrary sizes.
 """
 

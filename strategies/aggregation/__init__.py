@@ -48,7 +48,7 @@ class Aggregation(Protocol):
     may be added to the next one."""
 
     def trains(self, round: int, /) -> str:
-        """Return which part of the adapter devices train in a round (`models.lora.trainable.PARTS`)."""
+        """Return which part of the adapter devices train in a round (`models.lora.trainable.TRAINED_TENSORS`)."""
         ...
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
