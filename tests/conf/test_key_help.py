@@ -30,7 +30,10 @@ def groups(schema: type) -> list[type]:
     return found
 
 
-@pytest.mark.parametrize("schema", {group for schema in SCHEMAS for group in groups(schema)})
+GROUPS = sorted({group for schema in SCHEMAS for group in groups(schema)}, key=lambda group: group.__name__)
+
+
+@pytest.mark.parametrize("schema", GROUPS)
 def test_every_field_has_a_docstring(schema: type) -> None:
     assert schema.__doc__
     assert not schema.__doc__.startswith(f"{schema.__name__}(")
