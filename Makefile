@@ -1,71 +1,71 @@
-# `make simulate` and `make test` need nothing but Python 3.11 or newer with venv; everything goes into .venv.
+# `make simulate` and `make test` need only Python 3.11 or newer with venv; everything is installed into .venv.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check  # errors alone are worth a line
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check  # print only errors
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
-MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal  # of the tests: `slow` marks the others
+MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal  # all tests but the slow ones
 
 .DEFAULT_GOAL := help
 .PHONY: help simulate audit gate gateway faults soak locks smoke-aarch64 test coverage test-slow format clean
 
-help:  ## list what there is to make
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make simulate ARGS="rounds=3 seed=1"       any key of conf/simulate.yaml'
 	@echo '  make simulate PYTHON=python3.12            another interpreter (on a fresh .venv)'
 	@echo '  make simulate TORCH="torch --index-url …"  PyTorch from elsewhere, e.g. its CPU wheels'
 
-simulate: $(INSTALLED)  ## a whole federation on this machine, with a report (ARGS="key=value …")
-	@$(BIN)/python -m simulations.run $(ARGS)
+simulate: $(INSTALLED)  ## run a whole federation on this machine, with a report (ARGS="key=value …")
+	@$(BIN)/python -m anther simulate $(ARGS)
 
-audit: $(INSTALLED)  ## attack what privacy promises, and leave a page (ARGS="'runs=[DIR,DIR]'": those runs)
-	@$(BIN)/python -m simulations.audit.run $(ARGS)
+audit: $(INSTALLED)  ## attack what privacy promises, with a report (ARGS="'runs=[DIR,DIR]'" attacks finished runs)
+	@$(BIN)/python -m anther audit $(ARGS)
 
-gate: $(INSTALLED)  ## 20,000 malicious messages: what they cost, and whether one comes in
-	@$(BIN)/python -m bench.robustness.gate $(ARGS)
+gate: $(INSTALLED)  ## measure the cost and acceptance of 20,000 malicious messages
+	@$(BIN)/python -m anther bench gate $(ARGS)
 
-gateway: $(INSTALLED)  ## 20,000 hostile calls at a server with three honest devices: what becomes of their rounds
-	@$(BIN)/python -m bench.robustness.gateway $(ARGS)
+gateway: $(INSTALLED)  ## attack a server with 20,000 hostile calls while three honest devices train
+	@$(BIN)/python -m anther bench gateway $(ARGS)
 
-faults: $(INSTALLED)  ## what happens to real devices, done to a federation of processes (root, Linux; hours; ARGS="--jobs 8" on many cores)
-	@$(BIN)/python -m bench.reliability.faults $(ARGS)
+faults: $(INSTALLED)  ## inject real faults into a federation of processes (root, Linux; hours; ARGS="--jobs 8" on many cores)
+	@$(BIN)/python -m anther bench faults $(ARGS)
 
-soak: $(INSTALLED)  ## 500 rounds in which devices join, leave and die
-	@$(BIN)/python -m bench.reliability.soak $(ARGS)
+soak: $(INSTALLED)  ## run 500 rounds in which devices join, leave and die
+	@$(BIN)/python -m anther bench soak $(ARGS)
 
-test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones
+test: $(INSTALLED_DEV)  ## check lint, format and types, and run all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(MOST)
 
-coverage: $(INSTALLED_DEV)  ## what those tests reach, in half as much time again
+coverage: $(INSTALLED_DEV)  ## measure the coverage of those tests, in half as much time again
 	$(BIN)/python -m pytest $(MOST) --cov
 
-test-slow: $(INSTALLED_DEV)  ## the slow tests
+test-slow: $(INSTALLED_DEV)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
-locks: $(INSTALLED_DEV)  ## lock what a server and a device install, as .venv holds it
+locks: $(INSTALLED_DEV)  ## lock the versions that servers and devices install, as in .venv
 	@deploy/locks/lock.sh
 
 ROOT ?= outputs/arm64
-smoke-aarch64: $(INSTALLED)  ## two private steps on an emulated Pi 4, beside this machine's (as root; ROOT=FOLDER for its Debian)
+smoke-aarch64: $(INSTALLED)  ## compare two private steps on an emulated Pi 4 with this machine (as root; ROOT=FOLDER for its Debian)
 	@deploy/smoke/root.sh $(ROOT)
-	@$(BIN)/python -m bench.reliability.aarch64 --root $(ROOT)
+	@$(BIN)/python -m anther bench aarch64 --root $(ROOT)
 
-format: $(INSTALLED_DEV)  ## mend format and what ruff can mend by itself
+format: $(INSTALLED_DEV)  ## format, and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv and what tools and builds left; your outputs stay
+clean:  ## remove .venv and files of tools and builds; your outputs stay
 	rm -rf .venv build dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# PyTorch comes first and is then held where it is: resolved along with the rest, it may turn into a CUDA build of
-# several gigabytes.
+# PyTorch is installed first and then pinned: resolved with the other packages, it may become a CUDA build of several
+# gigabytes.
 $(INSTALLED): pyproject.toml
 	@echo "Installing into .venv (once, about two minutes; more where PyTorch has to be downloaded) …"
 	@$(PYTHON) -c 'import sys; sys.exit("Anther needs Python 3.11 to 3.13" if not (3, 11) <= sys.version_info < (3, 14) else 0)'
@@ -76,6 +76,6 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing what the tests need (once, under a minute) …"
+	@echo "Installing test dependencies (once, under a minute) …"
 	@$(PIP) --constraint .venv/held.txt --editable '.[dev]'
 	@touch $@

@@ -1,1 +1,1 @@
-"""Hydra groups (YAML) and their typed schemas."""
+"""Hydra configuration: groups (YAML), their typed schemas, and one-line errors."""

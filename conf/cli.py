@@ -1,7 +1,7 @@
-"""A Hydra application whose mistakes cost one line each.
+"""Hydra applications with one-line errors.
 
-Hydra answers a wrong key with half a page; `hydra_application` turns whatever the composition or the typed
-schema objects to into one line that names the key and what would be right.
+Hydra answers a wrong key with half a page. `hydra_application` turns every error of the composition or of the typed
+schema into one line that names the key and a correct value.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ def hydra_application(
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate `main(config: schema)` as the Hydra application of `conf/<name>.yaml`.
 
-    The function receives the resolved configuration as an instance of `schema`, whose `__post_init__` may
-    raise ValueError to refuse a value. AntherError, refused configurations and what the operating system refuses end
-    the process with exit code 2 and one line on standard error; in a multirun too, before the jobs that would have
-    followed.
+    The function receives the resolved configuration as an instance of `schema`, whose `__post_init__` may raise
+    ValueError to refuse a value. AntherError, refused configurations and errors of the operating system end the process
+    with exit code 2 and one line on standard error. In a multirun they also cancel the remaining jobs.
 
     Args:
-        name: of the YAML file.
-        schema: the dataclass that describes it.
-        after: called once all jobs of the command have run.
+        name: name of the YAML file.
+        schema: dataclass that describes it.
+        after: called after all jobs of the command.
     """
 
     renames = BY_APPLICATION.get(name, Renames())
@@ -58,11 +57,13 @@ def hydra_application(
                 main(to_object(config, schema, renames))
             except REPORTED_ERRORS as error:
                 drop_empty(output_dir())
-                _stop(describe_error(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
+                _stop(
+                    describe_error(error)
+                )  # SystemExit, because Hydra delays other exceptions until all jobs have run
 
         @functools.wraps(main)
         def run() -> None:
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors: Hydra is to raise them as they are
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             use_plain_output()
             register_resolver()
             try:
@@ -77,10 +78,10 @@ def hydra_application(
                 if not str(error).startswith("Config group override must be"):
                     raise
                 _stop("a group takes the name of one of its options; --help lists them")
-            except BrokenPipeError:  # whoever read our output has seen enough
+            except BrokenPipeError:  # the reader of our output closed it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(USAGE)
-            except REPORTED_ERRORS as error:  # Hydra's own: the output folder, a file of one's own configuration
+            except REPORTED_ERRORS as error:  # from Hydra: the output folder, or a configuration file of the user
                 _stop(describe_error(error))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)
@@ -91,9 +92,9 @@ def hydra_application(
 
 
 def to_object(config: DictConfig, schema: type, renames: Renames = Renames()) -> Any:  # noqa: B008
-    """The validated instance of `schema` that a composed configuration describes; AntherError if it is refused."""
+    """Return the validated instance of `schema` for a composed configuration; AntherError if it is refused."""
     try:
-        # As plain data into a fresh schema: Hydra's `+key=value` lifts the protection of the composed one.
+        # Merge plain data into a new schema, because Hydra's `+key=value` unlocks the composed one.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(config))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise AntherError(f"{missing[0]}: needs a value")
@@ -107,31 +108,31 @@ def to_object(config: DictConfig, schema: type, renames: Renames = Renames()) ->
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Keys whose values are no numbers to compute with: no limit is written as inf, nor is anything NaN."""
+    """Find keys with an infinite or NaN value; no limit is written as inf."""
     if isinstance(value, float) and not math.isfinite(value):
         yield key, value
     elif isinstance(value, dict):
         for name, part in value.items():
             yield from _not_finite(part, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _not_finite(part, f"{key}[{place}]")
+        for index, part in enumerate(value):
+            yield from _not_finite(part, f"{key}[{index}]")
 
 
 def drop_empty(folder: str) -> None:
-    """Remove an output folder that Hydra made before anybody could look at the configuration."""
-    with contextlib.suppress(OSError):  # not empty: it is somebody's
+    """Remove the output folder that Hydra created before the configuration was checked."""
+    with contextlib.suppress(OSError):  # not empty: it was there before
         Path(folder).rmdir()
 
 
 def program(module: str) -> list[str]:
-    """The words that started this process: `anther simulate`, or `python -m` and the module."""
+    """Return the command that started this process: `anther simulate`, or `python -m` and the module."""
     started = sys.argv[0].split()
     return started if started[:1] == ["anther"] else ["python", "-m", module]
 
 
 def output_dir() -> str:
-    """Hydra's output folder of this run (`hydra.run.dir=…` moves it)."""
+    """Return Hydra's output folder of this run (`hydra.run.dir`)."""
     return str(HydraConfig.get().runtime.output_dir)
 
 

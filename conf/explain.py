@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf object to, in one line that names the key and what would be right."""
+"""Explain errors of Hydra and OmegaConf in one line that names the key and a correct value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import get_type_hints
 from conf.overrides import quote
 from conf.renames import Renames, present_key, present_option
 
-CALLED = {
+OTHER_NAMES = {
     "aggregation": {
         "fedavg": "fedit (FedAvg of the factors)",
         "fedprox": "fedit, with adapter.shared.proximal_mu",
@@ -22,7 +22,7 @@ CALLED = {
     },
     "privacy": {"dp": "example", "dpsgd": "example", "dp-sgd": "example", "user": "device", "client": "device"},
 }
-"""Options by other names that people know them by."""
+"""Other common names of options, by group."""
 SYNONYMS = {
     "learning_rate": "lr",
     "epochs": "rounds",
@@ -39,7 +39,7 @@ SYNONYMS = {
     "eps": "privacy.epsilon",
     "random_seed": "seed",
 }
-"""Keys by other names that people know them by."""
+"""Other common names of keys."""
 EXPECTED = {
     r"could not be converted to Integer": "must be a whole number",
     r"could not be converted to Float": "must be a number",
@@ -51,7 +51,7 @@ EXPECTED = {
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key that a schema knows, groups and leaves."""
+    """Return every dotted key of a schema, groups and leaves."""
     keys = []
     for name, kind in get_type_hints(schema).items():
         keys.append(prefix + name)
@@ -61,23 +61,29 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def explain(error: BaseException, known: Sequence[str], renames: Renames = Renames()) -> str:  # noqa: B008
-    """One line for what Hydra or OmegaConf objects to."""
-    text = _flat(error)
-    cause = _flat(error.__cause__) if error.__cause__ else text
+    """Return one line for an error of Hydra or OmegaConf.
+
+    Args:
+        error: as it was raised.
+        known: keys of the schema (`known_keys`).
+        renames: former names, which are answered with the present ones.
+    """
+    text = _one_line(error)
+    cause = _one_line(error.__cause__) if error.__cause__ else text
     if option := re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.*)", text):
         choice, group, options = option.groups()
         listed = ", ".join(options.split(" Config search path")[0].split())
         choice = choice.removeprefix(f"{group}/")
         if present := present_option(group, choice, renames):
             return f"{group}={choice}: renamed to {present}"
-        return f"{group}={choice}: no such option{_meant(group, choice, options)}; {group} is one of: {listed}"
+        return f"{group}={choice}: no such option{_hint(group, choice, options)}; {group} is one of: {listed}"
     if unreadable := getattr(error, "override", None):
         return _unreadable(unreadable)
     if merging := re.search(r"Error merging override (.*)", text):
         return f"{merging[1]}: {_expected(cause)}"
     if nested := re.search(r"Could not override '([^']+)'.*", text):
         inner = re.search(r"Key '([^']+)' not in '(\w+)'", cause)
-        if inner and nested[1] in known:  # the key is right, but the value holds a wrong one
+        if inner and nested[1] in known:  # the key exists, but its value contains an unknown one
             for key in (f"{nested[1]}.{inner[1]}", f"{nested[1]}[].{inner[1]}"):
                 if present := present_key(key, renames):
                     return f"{key}: renamed to {present}"
@@ -97,23 +103,23 @@ def explain(error: BaseException, known: Sequence[str], renames: Renames = Renam
 
 
 def _unreadable(word: str) -> str:
-    """What to type instead of a word that Hydra's grammar has no meaning for."""
+    """Suggest a word that Hydra can parse."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         return f"{word}: can't be read; write key=value"
-    mend = shlex.quote(f"{key}={quote(value)}")
-    return f"{word}: can't be read as key=value; quote the value, and all of it for the shell: {mend}"
+    correct = shlex.quote(f"{key}={quote(value)}")
+    return f"{word}: can't be read as key=value; quote the value, and all of it for the shell: {correct}"
 
 
-def _meant(group: str, choice: str, options: str) -> str:
-    """A hint at the option that was meant, by what the field calls it or by its spelling."""
+def _hint(group: str, choice: str, options: str) -> str:
+    """Suggest an option by its other names or by its spelling."""
     names = options.replace(",", " ").split()
-    known = CALLED.get(group, {}).get(choice.lower())
+    known = OTHER_NAMES.get(group, {}).get(choice.lower())
     near = [known] if known else difflib.get_close_matches(choice, names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _flat(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
@@ -125,7 +131,7 @@ def _expected(cause: str) -> str:
 
 
 def _no_such_key(key: str, known: Sequence[str], renames: Renames) -> str:
-    """Suggest the nearest sibling, then the same or a near name elsewhere, else list what the parent holds."""
+    """Suggest the nearest sibling, else the same or a similar name elsewhere, else list the keys of the parent."""
     if present := present_key(key, renames):
         return f"{key}: renamed to {present}"
     parent, _, leaf = key.rpartition(".")
@@ -134,9 +140,9 @@ def _no_such_key(key: str, known: Sequence[str], renames: Renames) -> str:
     for name in known:
         everywhere.setdefault(name.rpartition(".")[2], []).append(name)
     if leaf in SYNONYMS:
-        same = SYNONYMS[leaf]
-        meant = [f"{parent}.{same}"] if same in siblings and parent else everywhere.get(same, [same])
-        return f"{key}: no such key; did you mean {' or '.join(meant)}?"
+        name = SYNONYMS[leaf]
+        keys = [f"{parent}.{name}"] if name in siblings and parent else everywhere.get(name, [name])
+        return f"{key}: no such key; did you mean {' or '.join(keys)}?"
     if near := difflib.get_close_matches(leaf, siblings, n=1):
         return f"{key}: no such key; did you mean {siblings[near[0]]}?"
     if near := difflib.get_close_matches(leaf, everywhere, n=1):

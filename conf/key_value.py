@@ -15,7 +15,7 @@ from common.errors import AntherError
 
 
 def parse_override(word: str, schema: type) -> DictConfig:
-    """Parse one `key=value`, for commands that are configured without Hydra.
+    """Parse one `key=value`.
 
     A value of a text key is taken literally: a folder may be called 2024_01, on, or Album #3, and nothing in it is
     interpolated. Other values are converted to the key's type in the schema; `null` is None if the type is optional.
@@ -27,17 +27,17 @@ def parse_override(word: str, schema: type) -> DictConfig:
     if not equals or not key:
         raise AntherError(f"{word}: can't be read as key=value; quote brackets and spaces")
     if not word.isprintable():
-        raise AntherError(f"{word}: holds characters that can't be printed")
+        raise AntherError(f"{word}: contains characters that can't be printed")
     kinds = _kinds(schema, key.split("."))
     if not kinds & {str, int, float, bool}:
         try:
             return OmegaConf.from_dotlist([word])
         except YAMLError:
             raise AntherError(f"{word}: can't be read as key=value; quote brackets and spaces") from None
-    found: Any = None if value == "null" and NoneType in kinds else _escaped(value)
+    nested: Any = None if value == "null" and NoneType in kinds else _escape(value)
     for part in reversed(key.split(".")):
-        found = {part: found}
-    return OmegaConf.create(found)
+        nested = {part: nested}
+    return OmegaConf.create(nested)
 
 
 def _kinds(schema: Any, path: Sequence[str]) -> set[type]:
@@ -49,6 +49,6 @@ def _kinds(schema: Any, path: Sequence[str]) -> set[type]:
     return set(get_args(schema)) if get_origin(schema) in (UnionType, Union) else {schema}
 
 
-def _escaped(value: str) -> str:
+def _escape(value: str) -> str:
     """Escape a value so that OmegaConf resolves the result to exactly this value."""
-    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
+    return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)

@@ -1,6 +1,6 @@
-"""The schema of `anther device plan`: a device of conf/device, a base, and what training may take.
+"""Schema of `anther plan`: a device of conf/device, a base, and a training budget.
 
-Composed without Hydra, for which `base` is a group of a simulation's options.
+Composed without Hydra, where `base` is a group of options of a simulation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from conf.renames import PLAN, refuse_renamed
 from conf.schemas.checks import require
 
 DEVICES = Path(__file__).parents[1] / "device"
-THIS = "this"  # the name of the device that we run on
+THIS = "this"  # name of the device that this process runs on
 
 
 @dataclass
@@ -103,15 +103,16 @@ class PlanConfig:
 
 
 def devices() -> list[str]:
-    """The names of all profiles that come with Anther."""
+    """Return the names of all built-in device profiles."""
     return sorted(path.stem for path in DEVICES.glob("*.yaml"))
 
 
 def compose_plan(words: Sequence[str], own: Path) -> PlanConfig:
-    """The plan that words such as `base=sd15 device=pi4_2gb device.memory_gib=1.2` ask for.
+    """Compose a plan from words such as `base=sd15 device=pi4_2gb device.memory_gib=1.2`.
 
     Args:
-        own: where `anther device benchmark` has left the profile of this device.
+        words: `key=value` each; later ones override earlier ones.
+        own: path of this device's profile, written by `anther device benchmark`.
 
     Raises:
         AntherError: a key or a value is refused, or there is no such device.
@@ -119,24 +120,24 @@ def compose_plan(words: Sequence[str], own: Path) -> PlanConfig:
     refuse_renamed(words, PLAN)
     named = [word.removeprefix("device=") for word in words if word.startswith("device=")]
     profile = _profile(named[-1] if named else THIS, own)
-    asked = [parse_override(word, PlanConfig) for word in words if not word.startswith("device=")]
+    overrides = [parse_override(word, PlanConfig) for word in words if not word.startswith("device=")]
     try:
-        config = OmegaConf.merge(OmegaConf.structured(PlanConfig), {"device": profile}, *asked)
+        config = OmegaConf.merge(OmegaConf.structured(PlanConfig), {"device": profile}, *overrides)
     except OmegaConfBaseException as error:
         raise AntherError(explain(error, known_keys(PlanConfig), PLAN)) from error
-    found: PlanConfig = to_object(config, PlanConfig, PLAN)  # type: ignore[arg-type]
-    return found
+    plan: PlanConfig = to_object(config, PlanConfig, PLAN)  # type: ignore[arg-type]
+    return plan
 
 
 def device_profile(name: str) -> DeviceProfileConfig:
-    """The profile of a device that comes with Anther; AntherError if there is none of this name."""
+    """Return a built-in device profile; AntherError if there is none of this name."""
     config = OmegaConf.merge(OmegaConf.structured(DeviceProfileConfig), _profile(name, DEVICES / f"{name}.yaml"))
-    found: DeviceProfileConfig = to_object(config, DeviceProfileConfig)  # type: ignore[arg-type]
-    return found
+    profile: DeviceProfileConfig = to_object(config, DeviceProfileConfig)  # type: ignore[arg-type]
+    return profile
 
 
 def _profile(name: str, own: Path) -> object:
-    """What the file of a device says."""
+    """Load the file of a device."""
     path = own if name == THIS else DEVICES / f"{name}.yaml"
     listed = f"name one of: {', '.join(devices())}"
     if name not in (THIS, *devices()):

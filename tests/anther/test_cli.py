@@ -1,4 +1,4 @@
-"""The program `anther`: it finds every command, and no module of the working directory."""
+"""The program `anther` runs every command, and no module of the working directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHADOWS = ("client", "server", "simulations", "models", "conf", "anther")
 
 @pytest.fixture
 def tutorial(tmp_path: Path) -> Path:
-    """A folder as of any Flower tutorial, with modules that are called as ours are."""
+    """A folder like that of a Flower tutorial, with modules that have the names of ours."""
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
     return tmp_path
@@ -31,7 +31,7 @@ def tutorial(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program as pip writes it, in a folder of its own."""
+    """The program as written by pip, in its own folder."""
     file = tmp_path_factory.mktemp("bin") / "anther"
     file.write_text(f"#!{sys.executable}\nimport sys\nfrom anther.cli import main\nsys.exit(main())\n")
     file.chmod(0o755)
@@ -46,14 +46,14 @@ def run(program: Path, folder: Path, *words: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("words", [("keys", "--help"), ("device", "ledger", "--help"), ("client.cli.forget", "--help")])
-def test_modules_of_the_folder_are_not_ours(program: Path, tutorial: Path, words: tuple[str, ...]) -> None:
+def test_modules_of_the_folder_are_not_imported(program: Path, tutorial: Path, words: tuple[str, ...]) -> None:
     done = run(program, tutorial, *words)
     assert done.returncode == 0, done.stderr
     assert "usage: " in done.stdout
     assert "wrong module" not in done.stdout + done.stderr
 
 
-def test_children_are_ours_too(tutorial: Path) -> None:
+def test_child_processes_import_our_modules(tutorial: Path) -> None:
     done = subprocess.run(
         processes.python("server.report.results", "--help"),
         cwd=tutorial,
@@ -66,7 +66,7 @@ def test_children_are_ours_too(tutorial: Path) -> None:
     assert "wrong module" not in done.stdout + done.stderr
 
 
-def test_every_child_is_started_so() -> None:
+def test_child_processes_are_started_safely() -> None:
     rooms = (
         "anther",
         "client",
@@ -95,7 +95,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_of_a_group_lists_its_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_group_help_lists_its_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["device", flag]) == 0
     listed = capsys.readouterr().out
     assert {name for name in cli.COMMANDS if f"\n  {name} " in listed} == set(cli.group("device"))
@@ -121,12 +121,12 @@ def test_command_exists(command: Command) -> None:
         (["client.enroll"], "client.enroll: moved to anther device enroll"),
     ],
 )
-def test_unknown_commands_get_a_hint(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command_gets_a_hint(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == cli.USAGE
     assert said in capsys.readouterr().err
 
 
-def test_words_reach_the_command(program: Path, tmp_path: Path) -> None:
+def test_arguments_reach_the_command(program: Path, tmp_path: Path) -> None:
     done = run(program, tmp_path, "simulate", "rounds=0")
     assert (done.returncode, done.stderr) == (2, "error: rounds=0: must be 1 or more\n")
 

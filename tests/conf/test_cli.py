@@ -1,4 +1,4 @@
-"""Every mistake at the command line costs one line, exit code 2, and leaves nothing behind."""
+"""Every mistake at the command line is one line with exit code 2, and leaves no files."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ main()
 
 @hydra_application("simulate", simulation.SimulationConfig)
 def app(config: simulation.SimulationConfig) -> None:
-    """Prints what a test wants to see of the configuration."""
+    """Print some values of the configuration."""
     if config.seed == 13:
         raise AntherError("seed=13: unlucky")
     print(f"rounds={config.rounds} level={config.privacy.level} writers={config.data.writers}")
@@ -111,7 +111,7 @@ def test_mistake_is_one_line(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_refused_run_keeps_files_that_were_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_refused_run_keeps_existing_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
     assert run(monkeypatch, "hydra.run.dir=mine", "rounds=0") == 2
@@ -120,27 +120,25 @@ def test_a_refused_run_keeps_files_that_were_there(monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "other").exists()
 
 
-def test_one_bad_job_stops_a_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_job_stops_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--multirun", "rounds=1,0,2") == 2
     printed = capsys.readouterr()
     assert printed.out == "rounds=1 level=none writers=20\n"
     assert printed.err == "error: rounds=0: must be 1 or more\n"
 
 
-def test_a_multirun_runs_every_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_multirun_runs_every_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--multirun", "rounds=1,2", "privacy=none,example") == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def test_the_command_line_has_the_word_over_a_preset(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_overrides_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "preset=private", "data.writers=3") == 0
     assert run(monkeypatch, "preset=private", "privacy=none") == 0
     assert capsys.readouterr().out == "rounds=25 level=example writers=3\nrounds=25 level=none writers=20\n"
 
 
-def test_broken_yaml_of_ones_own_is_one_line(
+def test_broken_own_yaml_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "own" / "fleet").mkdir(parents=True)
@@ -152,7 +150,7 @@ def test_broken_yaml_of_ones_own_is_one_line(
     assert "broken.yaml" in printed
 
 
-def test_wrong_key_in_a_yaml_file_is_named(
+def test_wrong_key_in_own_yaml_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "own" / "privacy").mkdir(parents=True)
@@ -161,8 +159,8 @@ def test_wrong_key_in_a_yaml_file_is_named(
     assert capsys.readouterr().err == "error: privacy.epsilonn: no such key; did you mean privacy.epsilon?\n"
 
 
-def test_as_a_program(tmp_path: Path) -> None:
-    """What a person sees: --cfg job, and one line, from a fresh interpreter in another folder."""
+def test_program(tmp_path: Path) -> None:
+    """In a new interpreter, in another folder: --cfg job, a one-line error, and --help."""
     (tmp_path / "app.py").write_text(APP)
     root = Path(__file__).parents[2]
 
@@ -192,7 +190,7 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert helped.stdout.count("  anther simulate ") == 10  # the usage line and nine examples
 
 
-def test_the_servers_help_explains_its_own_keys():
+def test_server_help_lists_its_keys():
     found = subprocess.run(
         [sys.executable, "-m", "server.supervisor.run", "--help"],
         cwd=Path(simulation.__file__).parents[2],

@@ -1,4 +1,4 @@
-"""One string of overrides, as on a command line, composes or is refused with one line."""
+"""A string of overrides composes, or is refused in one line."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from common.errors import AntherError
 from conf.compose import compose
 
 
-def test_overrides_are_words_of_a_command_line():
+def test_overrides_are_parsed_as_by_a_shell():
     config = compose("rounds=3 privacy=example 'data.pictures=[my photos,other]'")
     assert (config.rounds, config.privacy.level, config.data.pictures) == (3, "example", ["my photos", "other"])
     assert compose("").rounds == compose("  ").rounds
@@ -22,7 +22,7 @@ def test_overrides_are_words_of_a_command_line():
         ("privacy=null", "privacy|group"),
     ],
 )
-def test_mistakes_cost_one_line(overrides, message):
+def test_mistakes_are_one_line(overrides, message):
     with pytest.raises(AntherError, match=message) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)

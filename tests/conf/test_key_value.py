@@ -1,4 +1,4 @@
-"""Words of a device: a text is what was written, and everything else what its key is."""
+"""`key=value` without Hydra: text is read verbatim, other values by the type of their key."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_any_text_is_verbatim(value):
     assert read(word).fetch.folder == value
 
 
-def test_null_is_none_where_there_may_be_none():
+def test_null_is_none_if_optional():
     assert read("data=x", "data=null").data is None
     assert read("weights=int8").weights == "int8"
     with pytest.raises(AntherError, match="weights"):
@@ -79,23 +79,23 @@ def test_null_is_none_where_there_may_be_none():
     ],
 )
 def test_other_values_have_their_type(word, value):
-    found = read(word)
+    read_value = read(word)
     for part in word.partition("=")[0].split("."):
-        found = getattr(found, part)
-    assert found == value
-    assert type(found) is type(value)
+        read_value = getattr(read_value, part)
+    assert read_value == value
+    assert type(read_value) is type(value)
 
 
 @pytest.mark.parametrize(
     "word", ["max_rank=abc", "max_rank=12:30:45", "test=maybe", "throttle.max_wait_seconds=12:30:45", "max_rank=1.5"]
 )
-def test_wrong_types_are_refused_in_a_line(word):
+def test_wrong_types_are_refused(word):
     with pytest.raises(AntherError, match=word.partition("=")[0].replace(".", r"\.")):
         read(word)
 
 
 @pytest.mark.parametrize("word", ["x", "=x", "data=a\nconnection.insecure=true", "data=\x1b[2J"])
-def test_what_is_no_word_is_refused(word):
+def test_malformed_word_is_refused(word):
     with pytest.raises(AntherError):
         parse_override(word, NodeConfig)
 

@@ -1,4 +1,4 @@
-"""Paths and names on the command line are what was typed."""
+"""Paths and names on the command line are read as typed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_folders_are_text(folder: str) -> None:
         ('data.pictures=["a"]', ["a"]),
     ],
 )
-def test_quoted_lists_are_as_they_were(word: str, value: list[str]) -> None:
+def test_quoted_lists_stay(word: str, value: list[str]) -> None:
     assert compose([word]).data.pictures == value
 
 
@@ -78,19 +78,19 @@ def test_sweeps_groups_and_numbers_stay() -> None:
         "/`id`",
     ],
 )
-def test_any_folder_goes_through_the_shell_and_hydra(folder: str) -> None:
+def test_folder_survives_shell_and_hydra(folder: str) -> None:
     typed = shlex.join([f"base.path={quote(folder)}"])
     assert compose(shlex.split(typed)).base.path == folder
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12))
-def test_quoted_comes_back(text: str) -> None:
+def test_quote_round_trip(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     value = OverridesParser.create().parse_override(f"x={quote(text)}").value()
     assert str(value).replace("\\${", "${") == text
 
 
-def test_words_may_be_a_list() -> None:
+def test_compose_takes_a_list() -> None:
     assert compose(["rounds=3", "data.writers=2"]) == compose("rounds=3 data.writers=2")

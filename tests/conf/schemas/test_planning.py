@@ -1,4 +1,4 @@
-"""Every device profile is within its limits and says where its values come from; mistakes cost one line."""
+"""Device profiles are valid and state their sources; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ GOOD = {
 }
 
 
-def test_the_devices_of_the_issue_are_there() -> None:
+def test_built_in_devices() -> None:
     boards = {"pi4_2gb", "pi4_4gb", "pi4_8gb", "pi5_4gb", "pi5_8gb", "jetson_orin_nano"}
     assert set(devices()) == boards | {"android_midrange", "pixel8", "iphone15", "laptop"}
 
 
 @pytest.mark.parametrize("name", devices())
-def test_every_profile_is_sound_and_tells_its_sources(name: str) -> None:
+def test_profiles_are_valid_and_state_sources(name: str) -> None:
     plan = compose_plan([f"device={name}"], NOWHERE)
     assert plan.device.name == name
     assert (plan.device.battery_wh is None) == name.startswith(("pi", "jetson")) or name == "pixel8"
     lines = (DEVICES / f"{name}.yaml").read_text().splitlines()
-    assert f"anther device plan device={name}" in lines[0]
+    assert f"anther plan device={name}" in lines[0]
     assert any("estimate" in line for line in lines if line.startswith("#"))
     for key in KEYS:
         assert any(line.startswith(f"{key}: ") and "  # " in line for line in lines), key
 
 
-def test_boards_of_one_kind_differ_in_memory_alone() -> None:
+def test_boards_of_one_kind_differ_only_in_memory() -> None:
     for kind in ("pi4", "pi5"):
-        found = [compose_plan([f"device={name}"], NOWHERE).device for name in devices() if name.startswith(kind)]
-        assert len({(profile.matrix_gflops, profile.bandwidth_gbs, profile.watts_busy) for profile in found}) == 1
-        assert len({profile.memory_gib for profile in found}) == len(found)
+        profiles = [compose_plan([f"device={name}"], NOWHERE).device for name in devices() if name.startswith(kind)]
+        assert len({(profile.matrix_gflops, profile.bandwidth_gbs, profile.watts_busy) for profile in profiles}) == 1
+        assert len({profile.memory_gib for profile in profiles}) == len(profiles)
 
 
-def test_words_have_the_last_word() -> None:
+def test_words_override_profile() -> None:
     plan = compose_plan(
         ["device=pi5_8gb", "device.memory_gib=1.5", "rank=4", "base=sdxl", "device.battery_wh=20"], NOWHERE
     )
@@ -55,7 +55,7 @@ def test_words_have_the_last_word() -> None:
     assert plan.device.name == "pi5_8gb"
 
 
-def test_this_device_is_read_from_its_own_file(tmp_path: Path) -> None:
+def test_this_device_is_read_from_its_file(tmp_path: Path) -> None:
     own = tmp_path / "device.yaml"
     own.write_text("\n".join(f"{key}: {value}" for key, value in GOOD.items()))
     for words in ([], ["device=this"]):
@@ -82,7 +82,7 @@ def test_this_device_is_read_from_its_own_file(tmp_path: Path) -> None:
         (["device=pixel8", "device.mem=1"], "device.mem: no such key"),
     ],
 )
-def test_mistakes_cost_one_line(words: list[str], message: str) -> None:
+def test_mistakes_are_one_line(words: list[str], message: str) -> None:
     with pytest.raises(AntherError) as caught:
         compose_plan(words, NOWHERE)
     assert message in str(caught.value)
@@ -90,7 +90,7 @@ def test_mistakes_cost_one_line(words: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "name: [", "name: toaster", "nme: toaster", "- a"])
-def test_a_damaged_profile_costs_one_line(tmp_path: Path, text: str) -> None:
+def test_damaged_profile_is_one_line(tmp_path: Path, text: str) -> None:
     own = tmp_path / "device.yaml"
     own.write_text(text)
     with pytest.raises(AntherError) as caught:
@@ -98,7 +98,7 @@ def test_a_damaged_profile_costs_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_schema_refuses_by_itself() -> None:
+def test_schemas_check_values() -> None:
     assert DeviceProfileConfig(**GOOD).battery_wh is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="slowdown=50"):
         DeviceProfileConfig(**{**GOOD, "slowdown": 50.0})  # type: ignore[arg-type]

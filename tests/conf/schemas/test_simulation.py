@@ -1,4 +1,4 @@
-"""The YAML groups agree with the schemas and with each other."""
+"""The YAML groups match the schemas and each other."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ GROUPS = Path(simulation.__file__).parents[1]
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in GROUPS.glob("*/*.yaml")
-    if path.parent.name != "device"  # of another application: test_planning
+    if path.parent.name != "device"  # of `anther plan`: test_planning
 )
 
 
@@ -35,13 +35,13 @@ def test_every_option_composes(option: str) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_says_how_to_use_it(option: str) -> None:
+def test_every_option_shows_its_command(option: str) -> None:
     group, _, name = option.partition("=")
     header = (GROUPS / group / f"{name}.yaml").read_text().partition("\n\n")[0]
     assert f"anther simulate {option}" in header
 
 
-def test_a_device_is_the_same_in_every_fleet() -> None:
+def test_device_is_the_same_in_every_fleet() -> None:
     seen: dict[str, Any] = {}
     for path in sorted((GROUPS / "fleet").glob("*.yaml")):
         for profile in composed(f"fleet={path.stem}").fleet.profiles:
@@ -49,12 +49,12 @@ def test_a_device_is_the_same_in_every_fleet() -> None:
     assert {"pi4_4gb", "pi5_8gb", "pixel8", "iphone15", "laptop"} <= {name for name, _, measured in seen if measured}
 
 
-def test_folder_of_ones_own_pictures_joins_typeface_writers() -> None:
+def test_own_pictures_join_typeface_writers() -> None:
     data = composed("data=folder", "data.pictures=[photos]").data
     assert (data.pictures, data.writers) == (["photos"], 20)
 
 
-def test_known_keys_are_the_composed_ones() -> None:
+def test_known_keys_match_composed_keys() -> None:
     def flat(node: Any, prefix: str = "") -> list[str]:
         keys = []
         for key, value in node.items():
