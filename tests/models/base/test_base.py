@@ -28,7 +28,7 @@ from models.lora.batched_lora import BatchedAdapter, Layout, stack_adapters
 from tests.helpers.adapters import random_adapter
 
 
-def denoised(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[BatchedAdapter] = ()) -> Tensor:
+def run_network(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[BatchedAdapter] = ()) -> Tensor:
     with base.use_adapters(adapters) as denoise, torch.no_grad():
         return denoise(x, t, context)
 
@@ -48,7 +48,9 @@ def pipeline(pipeline_folder: Path) -> StableDiffusionPipeline:
 
 def test_without_adapters_equals_the_unet(base: Base, pipeline: StableDiffusionPipeline) -> None:
     x, t, context = inputs(base)
-    torch.testing.assert_close(denoised(base, x, t, context), pipeline.unet(x, t, encoder_hidden_states=context).sample)
+    torch.testing.assert_close(
+        run_network(base, x, t, context), pipeline.unet(x, t, encoder_hidden_states=context).sample
+    )
 
 
 def test_encodings_equal_the_pipelines(base: Base, pipeline: StableDiffusionPipeline) -> None:
@@ -143,7 +145,7 @@ def test_export_samples_equally_in_diffusers(pipeline_folder: Path, tmp_path: Pa
         plain = pipe.unet(x, t, encoder_hidden_states=context).sample
         pipe.load_lora_weights(tmp_path / "adapter.safetensors")
         reference = pipe.unet(x, t, encoder_hidden_states=context).sample
-    result = denoised(base, x, t, context, [stack_adapters(base.sites, [adapter])])
+    result = run_network(base, x, t, context, [stack_adapters(base.sites, [adapter])])
     torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, reference, atol=1e-3)
 

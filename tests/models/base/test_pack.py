@@ -153,11 +153,11 @@ def test_variant_folder(pipeline_folder: Path, tmp_path: Path, sharded: bool) ->
 def test_unusable_bases_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
     for i, (spoil, match) in enumerate(
         [
-            (lambda copy: pickled(copy / "text_encoder/model.safetensors"), "pickled weights are never read"),
+            (lambda copy: replace_by_pickle(copy / "text_encoder/model.safetensors"), "pickled weights are never read"),
             (lambda copy: (copy / "tokenizer/tokenizer.json").unlink(), "has no vocabulary"),
-            (lambda copy: lacking(copy / "text_encoder/model.safetensors"), "lacks 1 of the weights"),
-            (lambda copy: lacking(copy / "vae/diffusion_pytorch_model.safetensors"), "lacks 1 of the weights"),
-            (lambda copy: not_a_number(copy / "unet/diffusion_pytorch_model.safetensors"), "not finite"),
+            (lambda copy: drop_weight(copy / "text_encoder/model.safetensors"), "lacks 1 of the weights"),
+            (lambda copy: drop_weight(copy / "vae/diffusion_pytorch_model.safetensors"), "lacks 1 of the weights"),
+            (lambda copy: insert_nan(copy / "unet/diffusion_pytorch_model.safetensors"), "not finite"),
         ]
     ):
         copy = Path(shutil.copytree(pipeline_folder, tmp_path / str(i)))
@@ -167,18 +167,18 @@ def test_unusable_bases_are_refused(pipeline_folder: Path, tmp_path: Path) -> No
         assert {path.name for path in tmp_path.iterdir()} == {str(one) for one in range(i + 1)}
 
 
-def pickled(file: Path) -> None:
+def replace_by_pickle(file: Path) -> None:
     torch.save(load_file(file), file.with_name("pytorch_model.bin"))
     file.unlink()
 
 
-def lacking(file: Path) -> None:
+def drop_weight(file: Path) -> None:
     tensors = load_file(file)
     del tensors[next(name for name in sorted(tensors) if name.endswith(("fc1.weight", "conv_in.weight")))]
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def not_a_number(file: Path) -> None:
+def insert_nan(file: Path) -> None:
     tensors = load_file(file)
     tensors["conv_in.weight"][0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})

@@ -42,7 +42,7 @@ def unet(pipeline_folder: Path) -> UNet2DConditionModel:
 
 
 @pytest.fixture
-def ran() -> Iterator[list[nn.Module]]:
+def forward_calls() -> Iterator[list[nn.Module]]:
     """Record every forward call of a module."""
     seen: list[nn.Module] = []
     handle = register_module_forward_pre_hook(lambda module, _: seen.append(module))
@@ -50,9 +50,9 @@ def ran() -> Iterator[list[nn.Module]]:
     handle.remove()
 
 
-def networks(ran: Sequence[nn.Module]) -> list[nn.Module]:
+def networks(forward_calls: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the distinct UNets that ran."""
-    return list({id(module): module for module in ran if isinstance(module, UNet2DConditionModel)}.values())
+    return list({id(module): module for module in forward_calls if isinstance(module, UNet2DConditionModel)}.values())
 
 
 def denoiser(unet: nn.Module, sites: str = EVERYTHING, **options: Any) -> Denoiser:
@@ -66,7 +66,7 @@ def inputs(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
     return x.to(dtype), torch.arange(count) * 999 // count, context.to(dtype)
 
 
-def merged(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slot: int) -> Callable[..., Tensor]:
+def merged_unet(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slot: int) -> Callable[..., Tensor]:
     """Return the plain UNet in fp64 with W + Σ B A of one slot at every site, differentiable in the factors."""
     exact = copy.deepcopy(unet).double()
     weights = {f"{name}.weight": layer.weight for name, layer in exact.named_modules() if hasattr(layer, "weight")}
@@ -78,10 +78,10 @@ def merged(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], sl
     return lambda x, t, context: functional_call(exact, weights, (x, t, context)).sample
 
 
-def one_by_one(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slots: int) -> Tensor:
+def expected_outputs(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slots: int) -> Tensor:
     x, t, context = inputs(4)
     parts = zip(x.chunk(slots), t.chunk(slots), context.chunk(slots), strict=True)
-    return torch.cat([merged(unet, adapters, slot)(*part) for slot, part in enumerate(parts)])
+    return torch.cat([merged_unet(unet, adapters, slot)(*part) for slot, part in enumerate(parts)])
 
 
 def loss_gradients(output: Tensor, stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
@@ -92,7 +92,7 @@ def loss_gradients(output: Tensor, stacks: Mapping[str, BatchedFactors]) -> list
     )
 
 
-def trainable(stacks: Mapping[str, BatchedFactors]) -> dict[str, BatchedFactors]:
+def require_grad(stacks: Mapping[str, BatchedFactors]) -> dict[str, BatchedFactors]:
     return {
         name: BatchedFactors(*(factor.detach().requires_grad_() for factor in stack)) for name, stack in stacks.items()
     }
@@ -152,20 +152,20 @@ def test_equals_unet_with_merged_weights(unet: nn.Module, sites: str, checkpoint
     if checkpointing:
         model.network.enable_gradient_checkpointing()
     common = stack_adapters(model.sites, [random_adapter(model.sites, 3, 7, torch.float64)])
-    own = trainable(two_slots(model))
+    own = require_grad(two_slots(model))
     with model.use_adapters([common, own]) as denoise:
         actual = denoise(*inputs(4))
         gradients = loss_gradients(actual, own)
-    expected = one_by_one(unet, [common, own], 2)
+    expected = expected_outputs(unet, [common, own], 2)
     assert_exact([actual], [expected])
     assert_exact(gradients, loss_gradients(expected, own))
-    assert (one_by_one(unet, [common], 2) - expected).abs().max() > 1e-3
+    assert (expected_outputs(unet, [common], 2) - expected).abs().max() > 1e-3
 
 
 def test_every_site_affects_the_output(unet: nn.Module) -> None:
     """A layer with two names, or whose weight is read without calling it, would ignore its adapter."""
     model = denoiser(unet)
-    own = trainable(two_slots(model))
+    own = require_grad(two_slots(model))
     with model.use_adapters([own]) as denoise:
         gradients = loss_gradients(denoise(*inputs(2)), own)
     assert all(gradient[slot].abs().max() > 0 for gradient in gradients for slot in (0, 1))
@@ -179,13 +179,13 @@ def test_without_adapters_equals_unet(unet: nn.Module) -> None:
             torch.testing.assert_close(denoise(x, t, context), unet(x, t, context).sample)
 
 
-def test_copies_recompute_checkpointed_blocks(unet: nn.Module, ran: list[nn.Module]) -> None:
+def test_copies_recompute_checkpointed_blocks(unet: nn.Module, forward_calls: list[nn.Module]) -> None:
     model = denoiser(unet, ATTENTION)
     model.network.enable_gradient_checkpointing()
-    own = trainable(two_slots(model))
+    own = require_grad(two_slots(model))
 
     def passes() -> int:
-        return sum(isinstance(module, SlotLayer) for module in ran)
+        return sum(isinstance(module, SlotLayer) for module in forward_calls)
 
     with model.use_adapters([own]), model.use_adapters([own]) as denoise:  # the second copy
         output = denoise(*inputs(2))
@@ -208,7 +208,7 @@ def test_bf16_error_is_rounding_only(unet: nn.Module) -> None:
     assert losses.dtype == torch.float32
     exact = to_device(own, torch.empty(0, dtype=torch.float64))
     parts = zip(add_noise(SCHEDULE, x, noise, t).double().chunk(2), t.chunk(2), context.double().chunk(2), strict=True)
-    truth = torch.cat([merged(unet, [exact], slot)(*part) for slot, part in enumerate(parts)])
+    truth = torch.cat([merged_unet(unet, [exact], slot)(*part) for slot, part in enumerate(parts)])
     error = (output.double() - truth).norm() / truth.norm()
     assert 1e-4 < error < 8 * 2**-8  # half a unit in the last place is 2⁻⁹, and about fifty layers are stacked
     torch.testing.assert_close(losses.double(), (truth - expected).square().flatten(1).mean(1), rtol=16 * 2**-8, atol=0)
@@ -223,16 +223,16 @@ def test_quantized_equals_unet_with_rounded_weights(unet: nn.Module, weights: st
             weight = rounded.get_parameter(f"{name}.weight")
             weight.copy_(dequantize(quantize(weight, kind), weight.shape, torch.float64))
     assert list(model.sites) == list(find_sites(unet, EVERYTHING))
-    own = trainable(two_slots(model))
+    own = require_grad(two_slots(model))
     with model.use_adapters([own]) as denoise:
         actual = denoise(*inputs(4, model.full_precision))
         gradients = loss_gradients(actual, own)
-    exact = trainable(to_device(own, torch.empty(0, dtype=torch.float64)))
-    expected = one_by_one(rounded, [exact], 2)
+    exact = require_grad(to_device(own, torch.empty(0, dtype=torch.float64)))
+    expected = expected_outputs(rounded, [exact], 2)
     assert (actual - expected).norm() <= error * expected.norm()
     for own_grads, other_grads in zip(gradients, loss_gradients(expected, exact), strict=True):
         assert (own_grads - other_grads).norm() <= 10 * error * other_grads.norm()
-    assert (one_by_one(unet, [exact], 2) - expected).norm() > 1e-4 * expected.norm()
+    assert (expected_outputs(unet, [exact], 2) - expected).norm() > 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("weights", ["fp32", "mixed"])
@@ -240,7 +240,7 @@ def test_checkpointing_only_changes_saved_tensors(unet: nn.Module, weights: str)
     actual, saved = [], []
     for checkpointing in ("none", "block"):
         model = denoiser(unet, weights=weights, checkpointing=checkpointing)
-        own, bytes_kept = trainable(two_slots(model)), []
+        own, bytes_kept = require_grad(two_slots(model)), []
 
         def keep(tensor: Tensor, seen: list[int] = bytes_kept) -> Tensor:
             seen.append(tensor.nbytes)
@@ -263,7 +263,7 @@ def tensors(network: nn.Module) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "mixed"])
-def test_threads_share_weights_but_not_adapters(unet: nn.Module, ran: list[nn.Module], weights: str) -> None:
+def test_threads_share_weights_but_not_adapters(unet: nn.Module, forward_calls: list[nn.Module], weights: str) -> None:
     model, together = denoiser(unet, weights=weights), Barrier(3, timeout=60)
     adapters = [stack_adapters(model.sites, [random_adapter(model.sites, 2, s, torch.float64)]) for s in range(3)]
 
@@ -273,23 +273,25 @@ def test_threads_share_weights_but_not_adapters(unet: nn.Module, ran: list[nn.Mo
             return denoise(*inputs(2))
 
     @torch.no_grad()
-    def beside(stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
+    def concurrent_grads(stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
         with model.use_adapters([stacks]) as denoise:
             together.wait()
             return [denoise(*inputs(2)) for _ in range(3)]
 
     expected = [single(stacks) for stacks in adapters]
-    assert len(networks(ran)) == 1
+    assert len(networks(forward_calls)) == 1
     with ThreadPoolExecutor(3) as threads:
-        for actual, want in zip(threads.map(beside, adapters), expected, strict=True):
+        for actual, want in zip(threads.map(concurrent_grads, adapters), expected, strict=True):
             assert all(torch.equal(each, want) for each in actual)
-    assert len(networks(ran)) == 3
+    assert len(networks(forward_calls)) == 3
     single(adapters[0])
-    assert len(networks(ran)) == 3  # an idle copy is reused
-    first, *others = networks(ran)
+    assert len(networks(forward_calls)) == 3  # an idle copy is reused
+    first, *others = networks(forward_calls)
     assert all(tensors(other) == tensors(first) == tensors(model.network) for other in others)
     assert not any(
-        layer.active_adapters for network in [model.network, *networks(ran)] for layer in slot_layers(network).values()
+        layer.active_adapters
+        for network in [model.network, *networks(forward_calls)]
+        for layer in slot_layers(network).values()
     )
 
 
@@ -305,16 +307,16 @@ def test_nested_contexts_use_separate_networks(unet: nn.Module) -> None:
     assert not torch.allclose(before, within)
 
 
-def test_failure_clears_adapters(unet: nn.Module, ran: list[nn.Module]) -> None:
+def test_failure_clears_adapters(unet: nn.Module, forward_calls: list[nn.Module]) -> None:
     model = denoiser(unet, ATTENTION)
     own = two_slots(model)
     with pytest.raises(RuntimeError), model.use_adapters([own]) as denoise:
         denoise(*inputs(3))  # three examples don't fill two slots
-    assert not any(layer.active_adapters for layer in slot_layers(networks(ran)[0]).values())
+    assert not any(layer.active_adapters for layer in slot_layers(networks(forward_calls)[0]).values())
     with model.use_adapters([]) as denoise, torch.no_grad():
         actual = denoise(*inputs(3))
-    assert len(networks(ran)) == 1
-    torch.testing.assert_close(actual, merged(unet, [], 0)(*inputs(3)))
+    assert len(networks(forward_calls)) == 1
+    torch.testing.assert_close(actual, merged_unet(unet, [], 0)(*inputs(3)))
 
 
 def test_network_is_frozen(unet: nn.Module) -> None:
@@ -345,7 +347,7 @@ def test_compiles_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def check(seed: int, count: int) -> None:
         adapters = [random_adapter(model.sites, 2, seed + i, torch.float64) for i in (0, 1)]
-        own = trainable(stack_adapters(model.sites, adapters))
+        own = require_grad(stack_adapters(model.sites, adapters))
         with model.use_adapters([own]) as denoise:
             expected = denoise(*inputs(count))
         with model.use_adapters([own], compiled=True) as denoise:

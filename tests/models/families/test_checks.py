@@ -149,7 +149,7 @@ def test_sdxl_latent_statistics(tiny: TinyPipeline, tmp_path: Path) -> None:
     latents = torch.randn(1, *base.shape, generator=torch.Generator().manual_seed(0))
     result: list[Any] = []
     decode = pipeline.vae.decode
-    pipeline.vae.decode = lambda given, **more: (result.append(given), decode(given, **more))[1]
+    pipeline.vae.decode = lambda latents, **more: (result.append(latents), decode(latents, **more))[1]
     pipeline("cat", latents=latents.clone(), num_inference_steps=1, height=64, width=64, guidance_scale=1.0)
     drawn = pipeline(
         "cat",
@@ -209,10 +209,10 @@ class TestGuidanceEmbedding:
             height=side,
             width=side,
         ).images
-        given = base.encode_guidance(["fox"], guidance)
-        assert (given.null, given.strength) == (None, 1.0)
+        conditioning = base.encode_guidance(["fox"], guidance)
+        assert (conditioning.null, conditioning.strength) == (None, 1.0)
         with base.use_adapters([]) as denoise:
-            actual = sample("ddim", denoise, base.schedule, [noise], given.context, steps=4)
+            actual = sample("ddim", denoise, base.schedule, [noise], conditioning.context, steps=4)
         assert (actual - reference).abs().max() <= 1e-4 * reference.abs().max()
         with base.use_adapters([]) as denoise, torch.no_grad():
             other = sample("ddim", denoise, base.schedule, [noise], base.encode_guidance(["fox"], 7.0).context, steps=4)

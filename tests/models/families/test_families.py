@@ -71,15 +71,17 @@ def adapter(base: Base) -> Adapter:
     return random_adapter(base.sites, 2, seed=1)
 
 
-def sampled(tiny: TinyPipeline, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+def sample_latents(
+    tiny: TinyPipeline, adapted: Adapter, noise: torch.Tensor, steps: int, guidance: float
+) -> torch.Tensor:
     context, null, strength = tiny.base.encode_guidance(CAPTIONS, guidance)
-    with tiny.base.use_adapters([stack_adapters(tiny.base.sites, [given])]) as denoise:
+    with tiny.base.use_adapters([stack_adapters(tiny.base.sites, [adapted])]) as denoise:
         return sample(
             "ddim", denoise, tiny.base.schedule, [noise], context, steps=steps, guidance=strength, null_context=null
         )
 
 
-def loaded(pipeline: Any, file: Path) -> None:
+def load_adapter(pipeline: Any, file: Path) -> None:
     """Load an adapter in diffusers; PixArt has no loader there, so peft, which the others use, reads its file."""
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(file)
@@ -95,21 +97,21 @@ def test_export_samples_equally_in_diffusers(
     tiny: TinyPipeline, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To 1e-3 of the largest element, after four steps in float32."""
-    given, file = adapter(tiny.base), tmp_path / "adapter.safetensors"
-    export(given, file, family=tiny.base.family, sites=tiny.base.sites, metadata=tiny.base.provenance)
+    adapted, file = adapter(tiny.base), tmp_path / "adapter.safetensors"
+    export(adapted, file, family=tiny.base.family, sites=tiny.base.sites, metadata=tiny.base.provenance)
     pipeline = tiny.pipeline()
     noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
     plain = tiny.sample(pipeline, CAPTIONS, noise, 4, guidance)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "diffusers"):
-        loaded(pipeline, file)
+        load_adapter(pipeline, file)
     messages = [record.getMessage() for record in caplog.records]
     assert [line for line in messages if not line.startswith("No LoRA keys associated to CLIPText")] == []
     network = getattr(pipeline, tiny.base.family.network)
     received = {name for name, _ in network.named_parameters() if ".lora_" in name}
     assert len(received) == len(load_file(file)) == 2 * len(tiny.base.sites)
     reference = tiny.sample(pipeline, CAPTIONS, noise, 4, guidance)
-    actual = sampled(tiny, given, noise, 4, guidance)
+    actual = sample_latents(tiny, adapted, noise, 4, guidance)
     assert (actual - reference).abs().max() <= 1e-3 * reference.abs().max()
     assert (plain - reference).abs().max() > 1e-2 * reference.abs().max()
     assert np.abs(tiny.base.decode(actual).astype(int) - pictures(pipeline, reference)).max() <= 1
@@ -125,22 +127,22 @@ def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
 
 def test_kohya_keys(tiny: TinyPipeline, tmp_path: Path) -> None:
     """diffusers reads those of UNets; for Flux only at full width (see test_kohya), and none for SD3."""
-    given, family = adapter(tiny.base), tiny.base.family
+    adapted, family = adapter(tiny.base), tiny.base.family
     if family.kohya is None:
         with pytest.raises(AntherError, match="layout=diffusers"):
-            kohya_keys(given, tiny.base.sites, family)
+            kohya_keys(adapted, tiny.base.sites, family)
         return
     if family.network == "transformer":
         return
     file = tmp_path / "adapter.safetensors"
-    export(given, file, family=family, sites=tiny.base.sites, layout="kohya")
+    export(adapted, file, family=family, sites=tiny.base.sites, layout="kohya")
     stems = {key.split(".")[0] for key in load_file(file)}
     assert stems == {"lora_unet_" + name.replace(".", "_") for name in tiny.base.sites}
     pipeline = tiny.pipeline()
     pipeline.load_lora_weights(file)
     noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
     reference = tiny.sample(pipeline, CAPTIONS, noise, 1, 1.0)
-    assert (sampled(tiny, given, noise, 1, 1.0) - reference).abs().max() <= 1e-3 * reference.abs().max()
+    assert (sample_latents(tiny, adapted, noise, 1, 1.0) - reference).abs().max() <= 1e-3 * reference.abs().max()
 
 
 def test_examples_are_independent(tiny: TinyPipeline, examples: Examples) -> None:
@@ -174,10 +176,10 @@ def test_adapters_equal_merged_weights(tiny: TinyPipeline, examples: Examples) -
     times = base.schedule.times[[10, 500, 990]]
     with base.use_adapters([stack_adapters(base.sites, adapters)]) as denoise, torch.no_grad():
         result = denoise(examples.latents, times, examples.context)
-    for i, given in enumerate(adapters):
+    for i, adapted in enumerate(adapters):
         plain = recognize(tiny.folder).load(base.family.network)
         with torch.no_grad():
-            for name, (a, b) in given.items():
+            for name, (a, b) in adapted.items():
                 weight = plain.get_submodule(name).weight
                 weight += (b @ a).view_as(weight)
             row = slice(i, i + 1)
@@ -193,9 +195,9 @@ def test_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
     torch._dynamo.reset()
     base = tiny.base
     whole = torch.compile(base.family.forward, backend="eager", fullgraph=True, dynamic=False)
-    given = examples.latents[:1].repeat(1, 1, 2, 2), base.schedule.times[[500]], examples.context[:1]
+    inputs = examples.latents[:1].repeat(1, 1, 2, 2), base.schedule.times[[500]], examples.context[:1]
     with torch.no_grad():
-        torch.testing.assert_close(whole(base.network, *given), base.family.forward(base.network, *given))
+        torch.testing.assert_close(whole(base.network, *inputs), base.family.forward(base.network, *inputs))
 
 
 def test_packed_pipeline_matches(tiny: TinyPipeline, examples: Examples, tmp_path: Path) -> None:
@@ -228,8 +230,8 @@ def test_captions_are_encoded_independently(tiny: TinyPipeline) -> None:
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"compute": "bf16"}])
 def test_runs_quantized(tiny: TinyPipeline, examples: Examples, options: dict[str, str]) -> None:
     small = Base(tiny.folder, resolution=tiny.base.resolution, **options)
-    given, outputs = stack_adapters(small.sites, [adapter(small)]), []
+    batched, outputs = stack_adapters(small.sites, [adapter(small)]), []
     for base in (small, tiny.base):
-        with base.use_adapters([to_device(given, base.like)]) as denoise, torch.no_grad():
+        with base.use_adapters([to_device(batched, base.like)]) as denoise, torch.no_grad():
             outputs.append(denoise(examples.latents, base.schedule.times[[10, 500, 990]], examples.context).float())
     assert 0 < (outputs[0] - outputs[1]).norm() < 0.2 * outputs[1].norm()

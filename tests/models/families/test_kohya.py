@@ -91,14 +91,14 @@ def check(converted: dict[str, Tensor], adapter: Adapter) -> None:
         torch.testing.assert_close(converted[f"{name}.weight"], b.double() @ a.double(), rtol=0, atol=1e-12)
 
 
-def of(tiny: TinyPipeline, name: str) -> Base:
+def base_of(tiny: TinyPipeline, name: str) -> Base:
     if tiny.name != name:
         pytest.skip(f"of {name}")
     return Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
 
 
 def test_sd3_layers_match_original(tiny: TinyPipeline) -> None:
-    base = of(tiny, "sd3")
+    base = base_of(tiny, "sd3")
     adapter = random_adapter(base.sites, 2)
     checkpoint = as_checkpoint(kohya_keys(adapter, base.sites, SD3), SD3_MODULES)
     blank = torch.zeros(0)
@@ -151,7 +151,7 @@ def test_flux_layers_match_original() -> None:
 
 
 def test_tiny_flux_names_are_mapped(tiny: TinyPipeline) -> None:
-    base = of(tiny, "flux")
+    base = base_of(tiny, "flux")
     keys = products(kohya_keys(random_adapter(base.sites, 1), base.sites, FLUX))
     assert keys.keys() == {f"lora_unet_{module.replace('.', '_')}" for module in FLUX_MODULES}
 
@@ -169,7 +169,7 @@ def test_diffusers_reads_flux_kohya_files(some: str | None) -> None:
 
 
 def test_padding_ranks_keeps_products(tiny: TinyPipeline) -> None:
-    base = of(tiny, "sd3")
+    base = base_of(tiny, "sd3")
     ranks = {name: 1 + i % 3 for i, name in enumerate(base.sites)}
     adapter = random_adapter(base.sites, ranks)
     result = products(kohya_keys(adapter, base.sites, SD3))["lora_unet_joint_blocks_0_x_block_attn_qkv"]

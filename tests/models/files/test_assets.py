@@ -79,11 +79,11 @@ def test_digest_ignores_macos_files(tmp_path: Path) -> None:
 
 
 def test_user_without_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nameless(_: Path) -> Path:
+    def no_home(_: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")  # as for an unknown user id
 
     monkeypatch.delenv("ANTHER_HOME", raising=False)
-    monkeypatch.setattr(Path, "expanduser", nameless)
+    monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.raises(AntherError, match="set ANTHER_HOME"):
         assets.home()
 

@@ -65,14 +65,14 @@ def content(base: Path) -> dict[str, Any]:
     return json.loads(chunk_manifest.build(base).encode())
 
 
-def named(name: object) -> Callable[[dict[str, Any]], None]:
+def rename_file(name: object) -> Callable[[dict[str, Any]], None]:
     def change(manifest: dict[str, Any]) -> None:
         manifest["files"][0]["name"] = name
 
     return change
 
 
-def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
+def set_value(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
     def change(manifest: Any) -> None:
         for key in path[:-1]:
             manifest = manifest[key]
@@ -114,7 +114,7 @@ def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
 )
 def test_unsafe_names_are_refused(name: object, base: Path) -> None:
     manifest = content(base)
-    named(name)(manifest)
+    rename_file(name)(manifest)
     manifest["base"] = assets.combined_digest((str(file["name"]), file["sha256"]) for file in manifest["files"])
     with pytest.raises(AntherError, match="is invalid") as raised:
         chunk_manifest.decode_manifest(json.dumps(manifest).encode(), manifest["base"])
@@ -124,25 +124,25 @@ def test_unsafe_names_are_refused(name: object, base: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        put("format", value=2),
-        put("files", value=[]),
-        put("files", value={}),
-        put("files", value=[[]]),
-        put("name", value=".."),
-        put("name", value="a/b"),
-        put("name", value=None),
-        put("more", value=1),
-        put("files", 0, "size", value=-1),
-        put("files", 0, "size", value=True),
-        put("files", 0, "size", value=1.0),
-        put("files", 0, "size", value=10**30),
-        put("files", 0, "chunks", value=["0" * 64]),
-        put("files", 1, "chunks", value=["0" * 63]),
-        put("files", 1, "chunks", value=[7]),
-        put("files", 0, "sha256", value="x" * 64),
-        put("files", 0, "more", value=1),
-        put("base", value="0" * 64),
-        put("files", 0, "sha256", value="0" * 64),
+        set_value("format", value=2),
+        set_value("files", value=[]),
+        set_value("files", value={}),
+        set_value("files", value=[[]]),
+        set_value("name", value=".."),
+        set_value("name", value="a/b"),
+        set_value("name", value=None),
+        set_value("more", value=1),
+        set_value("files", 0, "size", value=-1),
+        set_value("files", 0, "size", value=True),
+        set_value("files", 0, "size", value=1.0),
+        set_value("files", 0, "size", value=10**30),
+        set_value("files", 0, "chunks", value=["0" * 64]),
+        set_value("files", 1, "chunks", value=["0" * 63]),
+        set_value("files", 1, "chunks", value=[7]),
+        set_value("files", 0, "sha256", value="x" * 64),
+        set_value("files", 0, "more", value=1),
+        set_value("base", value="0" * 64),
+        set_value("files", 0, "sha256", value="0" * 64),
     ],
 )
 def test_invalid_manifest_is_refused(change: Callable[[Any], None], base: Path) -> None:

@@ -23,7 +23,7 @@ from models.quantization.layers import QuantizedLinear
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def resident(file: Path) -> int:
+def resident_bytes(file: Path) -> int:
     """Return the bytes of a mapped file that are in this process's memory."""
     text = Path("/proc/self/smaps").read_text()
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-def marked(file: Path) -> Tensor:
+def mapped_tensor(file: Path) -> Tensor:
     with safe_open(file, "pt") as tensors:
         x = tensors.get_tensor("x")
     mark_mapped([x])
@@ -46,21 +46,21 @@ def marked(file: Path) -> Tensor:
 
 @linux
 def test_released_pages_are_read_again(file: Path) -> None:
-    x = marked(file)
+    x = mapped_tensor(file)
     before = x.sum()
-    assert resident(file) >= x.nbytes
+    assert resident_bytes(file) >= x.nbytes
     release_pages(x, 0, len(x) // 2)
-    assert resident(file) < 0.6 * x.nbytes
+    assert resident_bytes(file) < 0.6 * x.nbytes
     release_pages(x, 0, 0)
     release_pages(x, 0, len(x))
-    assert resident(file) < 0.1 * x.nbytes
+    assert resident_bytes(file) < 0.1 * x.nbytes
     assert x.sum() == before
     assert torch.equal(x, torch.arange(1 << 20, dtype=torch.int32))
 
 
 def test_unmapped_memory_is_not_released(file: Path) -> None:
     """MADV_DONTNEED would zero it."""
-    unmapped, mapped = torch.arange(1 << 20), marked(file)
+    unmapped, mapped = torch.arange(1 << 20), mapped_tensor(file)
     mark_mapped([unmapped])
     for x in (unmapped, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
         expected = x.clone()
@@ -81,7 +81,7 @@ def test_release_includes_readahead(tmp_path: Path) -> None:
         assert int(part[0]) == i
         release_pages(part, 0, len(part))
         if i % 10 == 0:  # the query is slow
-            assert resident(file) <= 1 << 17
+            assert resident_bytes(file) <= 1 << 17
     assert all(bool((part == i).all()) for i, part in enumerate(parts))
 
 
@@ -99,12 +99,12 @@ def test_layer_releases_read_pages(tmp_path: Path, kind: str) -> None:
     x = torch.randn(3, 2048, requires_grad=True)
     y, expected = layer(x), stays(x)
     assert torch.equal(y, expected)
-    assert resident(file) < 0.2 * file.stat().st_size
+    assert resident_bytes(file) < 0.2 * file.stat().st_size
     (actual,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(actual, *torch.autograd.grad(expected.sum(), x))
-    assert resident(file) < 0.2 * file.stat().st_size
+    assert resident_bytes(file) < 0.2 * file.stat().st_size
     layer.codes.sum()
-    assert resident(file) > 0.8 * file.stat().st_size
+    assert resident_bytes(file) > 0.8 * file.stat().st_size
 
 
 def test_packed_base_and_copies_are_marked(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def run(kind: str, checkpointing: str, sites: list[str]) -> Footprint:
     return footprint(base(kind, checkpointing), *example_shapes(SMALL[kind], 128), rank=RANK, sites=sites)
 
 
-def work(costs_found: Footprint) -> float:
-    return costs_found.matrix_operations + costs_found.convolution_operations + OPS_PER_BYTE * costs_found.moved_bytes
+def work(result: Footprint) -> float:
+    return result.matrix_operations + result.convolution_operations + OPS_PER_BYTE * result.moved_bytes
 
 
 @cache
@@ -37,38 +37,37 @@ def costs(kind: str, checkpointing: str = "none") -> PassCosts:
 @pytest.mark.parametrize(("kind", "checkpointing"), [("unet", "none"), ("pixart", "none"), ("pixart", "block")])
 def test_costs_match_dry_runs(kind: str, checkpointing: str) -> None:
     """Memory is never less, and without the base at most 1.5 times as large; time is within a quarter."""
-    costs_found = costs(kind, checkpointing)
-    names = [site.name for site in costs_found.sites]
+    result = costs(kind, checkpointing)
+    names = [site.name for site in result.sites]
     chance = random.Random(0)
     full = run(kind, checkpointing, names)
     fixed = full.base_bytes + full.objects_bytes
-    assert costs_found.bytes(names) == full.peak_bytes
-    assert costs_found.work(names) == pytest.approx(1.0)
+    assert result.bytes(names) == full.peak_bytes
+    assert result.work(names) == pytest.approx(1.0)
     for selected in (names[-1:], names[len(names) // 2 :], chance.sample(names, 5)):
         expected = run(kind, checkpointing, selected)
-        assert 1 <= (costs_found.bytes(selected) - fixed) / (expected.peak_bytes - fixed) <= 1.5
-        assert costs_found.work(selected) * work(full) == pytest.approx(work(expected), rel=0.25)
+        assert 1 <= (result.bytes(selected) - fixed) / (expected.peak_bytes - fixed) <= 1.5
+        assert result.work(selected) * work(full) == pytest.approx(work(expected), rel=0.25)
 
 
 def test_later_sites_cost_less() -> None:
-    costs_found = costs("unet").sites
-    names = [site.name for site in costs_found]
+    result = costs("unet").sites
+    names = [site.name for site in result]
     assert sorted(names) == sorted(base("unet", "none").sites)
     blocks = [name.split("_")[0] for name in names]
     assert blocks == sorted(blocks, key=["down", "mid", "up"].index)  # up blocks come last
-    assert all(one.work >= other.work for one, other in itertools.pairwise(costs_found))
-    assert costs_found[-1].peak_bytes < costs_found[0].peak_bytes
+    assert all(one.work >= other.work for one, other in itertools.pairwise(result))
+    assert result[-1].peak_bytes < result[0].peak_bytes
     sites = base("unet", "none").sites
     assert all(
-        one.site_bytes == TRAINED_BYTES * RANK * (sites[one.name].inputs + sites[one.name].outputs)
-        for one in costs_found
+        one.site_bytes == TRAINED_BYTES * RANK * (sites[one.name].inputs + sites[one.name].outputs) for one in result
     )
 
 
 def test_invalid_sites_are_refused() -> None:
-    costs_found = costs("pixart")
-    for selected in ([], ["nowhere"], [costs_found.sites[0].name, "nowhere"]):
+    result = costs("pixart")
+    for selected in ([], ["nowhere"], [result.sites[0].name, "nowhere"]):
         with pytest.raises(ValueError, match="none given, or some"):
-            costs_found.bytes(selected)
+            result.bytes(selected)
         with pytest.raises(ValueError, match="none given, or some"):
-            costs_found.work(selected)
+            result.work(selected)

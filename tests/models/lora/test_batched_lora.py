@@ -180,7 +180,7 @@ def test_add_slots_and_set_adapters() -> None:
 RANKS = st.dictionaries(st.sampled_from(list(SITES)), st.integers(0, 4))
 
 
-def by_hand(sites: Sites, rank: int, adapter: Adapter, fill: float | None = None) -> list[float]:
+def expected_row(sites: Sites, rank: int, adapter: Adapter, fill: float | None = None) -> list[float]:
     """Build the row element by element: A padded below, B padded to the right, in site order."""
     row: list[float] = []
     for name, site in sites.items():
@@ -201,8 +201,8 @@ def test_pack_unpack_and_mask(ranks: dict[str, int], rank: int, start: bool) -> 
     layout = Layout(SITES, rank)
     row = layout.pack(adapter)
     assert row.shape == (layout.size,)
-    assert row.tolist() == by_hand(SITES, rank, adapter)
-    assert layout.mask(adapter).tolist() == [bool(value) for value in by_hand(SITES, rank, adapter, fill=1.0)]
+    assert row.tolist() == expected_row(SITES, rank, adapter)
+    assert layout.mask(adapter).tolist() == [bool(value) for value in expected_row(SITES, rank, adapter, fill=1.0)]
     assert layout.fits(adapter) == (ranks == dict.fromkeys(SITES, rank))
     back = layout.unpack(row, adapter)
     row.zero_()
@@ -219,7 +219,7 @@ def test_pack_ignores_site_order(rank: int) -> None:
     adapter = random_adapter(SITES, dict.fromkeys(reversed(SITES), rank))
     layout = Layout(SITES, rank)
     assert layout.fits(adapter)
-    assert layout.pack(adapter).tolist() == by_hand(SITES, rank, adapter)
+    assert layout.pack(adapter).tolist() == expected_row(SITES, rank, adapter)
     assert layout.mask(adapter).all()
     back = layout.unpack(layout.pack(adapter), adapter)
     assert all(torch.equal(back[name].b, adapter[name].b) for name in SITES)

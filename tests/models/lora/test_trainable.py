@@ -26,7 +26,7 @@ kinds = pytest.mark.parametrize("trains", TRAINED_TENSORS)
 SOME = st.sets(st.sampled_from(sorted(SITES)))
 
 
-def between(bases: Adapter, seed: int) -> Adapter:
+def random_cores(bases: Adapter, seed: int) -> Adapter:
     """An adapter with random cores in these bases."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -38,7 +38,7 @@ def random_case(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Ad
     """Return the adapter that was sent, the trained one, and the bases."""
     if trains == "cores":
         bases = split_rank(random_bases(RANK, seed), rank)[0]
-        return between(bases, 1), between(bases, 2), bases
+        return random_cores(bases, 1), random_cores(bases, 2), bases
     sent, trained = random_adapter(SITES, rank, 1), random_adapter(SITES, rank, 2)
     fixed = {"b": "a", "a": "b", "split": "b"}.get(trains)
     return (
@@ -70,7 +70,7 @@ def test_partial_row_round_trip(trains: str, rank: int, seed: int, sites: set[st
     whole, _, bases = random_case(trains, RANK, seed)
     trained = select_sites(split_rank(whole, rank)[0], sites)
     if trains == "cores":
-        trained = select_sites(between(split_rank(bases or {}, rank)[0], 2), sites)
+        trained = select_sites(random_cores(split_rank(bases or {}, rank)[0], 2), sites)
     layout = trained_layout(SITES, RANK, trains, bases or whole)
     assert layout.size == sum(map(prod, trained_shapes(SITES, RANK, trains).values()))
     row = layout.pack(trained)
