@@ -22,7 +22,7 @@ help:  ## list the targets
 simulate: $(INSTALLED)  ## run a whole federation on this machine, with a report (ARGS="key=value …")
 	@$(BIN)/python -m anther simulate $(ARGS)
 
-audit: $(INSTALLED)  ## attack what privacy promises, with a report (ARGS="'runs=[DIR,DIR]'" attacks finished runs)
+audit: $(INSTALLED)  ## attack the promises of privacy, with a report (ARGS="'runs=[DIR,DIR]'" attacks finished runs)
 	@$(BIN)/python -m anther audit $(ARGS)
 
 gate: $(INSTALLED)  ## measure the cost and acceptance of 20,000 malicious messages

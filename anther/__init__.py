@@ -5,7 +5,7 @@
     result = anther.simulate("preset=quick data.writers=3", "outputs/first")
     print(result.summary["loss"], result.report)
 
-Names are imported when they are first used: `import anther` alone loads neither PyTorch nor Hydra.
+Names are imported when they are first used: `import anther` loads neither PyTorch nor Hydra.
 """
 
 from __future__ import annotations

@@ -31,10 +31,8 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "conf.schemas.simulation:SimulationConfig",
             groups=True,
         ),
-        "audit": Command("simulations.audit.run", "attack what privacy promises", "conf.schemas.audit:AuditConfig"),
-        "plan": Command(
-            "client.cli.plan", "show what a device can train, before it tries", "conf.schemas.planning:PlanConfig"
-        ),
+        "audit": Command("simulations.audit.run", "attack the promises of privacy", "conf.schemas.audit:AuditConfig"),
+        "plan": Command("client.cli.plan", "predict how a device can train", "conf.schemas.planning:PlanConfig"),
         "bench": Command("anther.bench", "measure a claim: anther bench NAME"),
     },
     "Server": {
@@ -55,11 +53,11 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "device status": Command("client.cli.status", "show what this device is doing and has done"),
         "device plan": Command("client.cli.plan", "the same as anther plan", "conf.schemas.planning:PlanConfig"),
         "device benchmark": Command("client.cli.benchmark", "measure how fast this device trains"),
-        "device ledger": Command("client.cli.ledger", "show what was shared, and the privacy that it cost"),
+        "device ledger": Command("client.cli.ledger", "show every shared update, and the privacy spent"),
         "device draw": Command("client.cli.draw", "draw pictures with the personal adapter"),
         "device roll-back": Command("client.cli.roll_back", "restore an earlier personal adapter"),
         "device leave": Command("client.cli.leave", "leave the federation"),
-        "device forget": Command("client.cli.forget", "delete what was learned"),
+        "device forget": Command("client.cli.forget", "delete the learned adapters"),
     },
     "Files": {
         "pack": Command("models.base.pack", "quantize a base once, for all devices"),

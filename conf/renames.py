@@ -152,7 +152,7 @@ def _config_dirs(words: Sequence[str]) -> Iterator[Path]:
 
 
 def _words_of(file: Path, folder: Path) -> Iterator[str]:
-    """List what a YAML file sets, as `key=value` with full keys, and the options that its defaults list chooses."""
+    """List the settings of a YAML file as `key=value` with full keys, and the options of its defaults list."""
     try:
         text = file.read_text(encoding="utf-8")
         content = yaml.safe_load(text)

@@ -80,7 +80,7 @@ class NoiseTestsConfig:
     noise: str = "secure"
     """secure, or simulated."""
     base: str | None = "glyphs"
-    """Base on which pictures are trained alone and together; null: none."""
+    """Base on which pictures are trained separately and together; null: none."""
 
     def __post_init__(self) -> None:
         length = self.max_length
@@ -116,7 +116,7 @@ class MembershipConfig:
 
 @dataclass
 class AuditConfig:
-    """What is audited."""
+    """Subjects and confidence of an audit."""
 
     runs: list[str] = field(default_factory=list)
     """Folders of finished runs; empty: the training loop itself."""

@@ -89,7 +89,7 @@ class WorkloadConfig:
     """Scale of a simulated device's costs, as if the base were a larger one."""
 
     memory_factor: float = 1.0
-    """Factor on the memory of a pass, beyond what a process takes by itself."""
+    """Factor on the memory of a pass, beyond that of an idle process."""
     compute_factor: float = 1.0
     """Factor on the operations and the memory traffic of a pass."""
 

@@ -219,7 +219,7 @@ def read_enrollment(file: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise AntherError(f"{file}: can't be read ({error}); enrol again with anther device enroll") from error
+        raise AntherError(f"{file}: can't be read ({error}); run anther device enroll again") from error
     try:
         words = [word for line in lines if line.strip() and not line.startswith("#") for word in shlex.split(line)]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Schemas of differential privacy: what is promised per picture and per device, and what private evaluation costs."""
+"""Schemas of differential privacy: the guarantees per picture and per device, and private evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conf.schemas.checks import none_or_positive, require, require_choice
 
 @dataclass
 class PrivateEvalConfig:
-    """What the operator of a private run sees of its progress: a noised gain, paid from the same ε."""
+    """Progress of a private run, shown to its operator: a noised gain, paid from the same ε."""
 
     interval: int = 0
     """Rounds between evaluations; 0: none."""

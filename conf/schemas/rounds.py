@@ -66,10 +66,10 @@ class PlanningConfig:
 
 @dataclass
 class CompressionConfig:
-    """Precision of what travels."""
+    """Precision of uploads and downloads."""
 
     upload: str = "fp32"
-    """How devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded stochastically after any
+    """Precision of uploads: fp32; or the change of the adapter in fp16, int8 or int4, rounded stochastically after any
     noise. Where factors stay comparable (fedit, ffa, fedsa, fedsb, hetlora) the rounding error enters the next
     round."""
     metered_upload: str | None = None
@@ -121,7 +121,7 @@ class RobustConfig:
     """Defenses against malicious updates."""
 
     rules: list[str] = field(default_factory=list)
-    """Applied in this order. replay, which comes first, rejects what was sent in an earlier round; norm_bound, krum,
+    """Applied in this order. replay, which comes first, rejects updates of earlier rounds; norm_bound, krum,
     foolsgold, afa and geometric_median judge whole updates; median or trimmed_mean, which comes last, works on
     entries of the product."""
     outlier_fraction: float | None = None

@@ -1,4 +1,4 @@
-"""Schemas of what is trained: the frozen base, the pictures, the adapters, and the trainer's share of the machine."""
+"""Schemas of training: the frozen base, the pictures, the adapters, and the trainer's share of the machine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class DataConfig:
     validation: int = 5
     """Glyphs per device that decide when training stops."""
     test: int = 6
-    """Glyphs per device that nobody trains on."""
+    """Glyphs per device that are held out from training."""
     label_skew: bool = False
     """Give each writer glyphs of one kind (digits, capital or lowercase letters, in turn), and of other kinds only if
     those run out."""

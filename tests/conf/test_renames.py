@@ -28,6 +28,8 @@ SCHEMAS: dict[str, tuple[Renames, tuple[type, ...]]] = {
     "audit": (renames.AUDIT, (AuditConfig,)),
     "pretraining": (renames.PRETRAINING, (TrainBaseConfig, TrainJudgeConfig)),
 }
+FORMER = {row.new: row.old for row in renames.SIMULATE.keys}
+SERVER_OPTIMIZER, OPTIMIZER = FORMER["server_optimizer.name"], FORMER["adapter.shared.optimizer"]
 ROWS = [(name, row) for name, (table, _) in SCHEMAS.items() for row in (*table.groups, *table.keys)]
 
 
@@ -87,13 +89,13 @@ def test_values_of_lists_and_sweeps_are_renamed() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("strategy.optimiser=adam",), "strategy.optimiser=adam: renamed to server_optimizer.name=adam"),
+        ((f"{SERVER_OPTIMIZER}=adam",), f"{SERVER_OPTIMIZER}=adam: renamed to server_optimizer.name=adam"),
         (("strategy=fedit",), "strategy=fedit: renamed to aggregation=fedit"),
         (("--multirun", "strategy=exact,fedit"), "strategy=exact,fedit: renamed to aggregation=exact,fedit"),
         (("~strategy",), "strategy: renamed to aggregation"),
         (
-            ("adapter.shared={optimiser: sgd}",),
-            "adapter.shared.optimiser: renamed to adapter.shared.optimizer",
+            (f"adapter.shared={{{OPTIMIZER.rpartition('.')[2]}: sgd}}",),
+            f"{OPTIMIZER}: renamed to adapter.shared.optimizer",
         ),
         (("fleet.profiles=[{share: 2}]",), "fleet.profiles[].share: renamed to fleet.profiles[].count"),
         (("adapter.sites=${strategy.energy}",), "${strategy.energy}: renamed to ${aggregation.energy_fraction}"),

@@ -168,7 +168,7 @@ def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_divergence_is_reported(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
-    with pytest.raises(AntherError, match=r"lower tiny\.learning_rate"):
+    with pytest.raises(AntherError, match=r"lower tiny\.lr"):
         train(
             model,
             lambda _: model.weight.sum() * float("nan"),

@@ -127,7 +127,7 @@ def report(name: str, step: int, elapsed: float, loss: Tensor) -> None:
     """
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise AntherError(f"{name}: the loss is {value} at step {step}; lower {name}.learning_rate")
+        raise AntherError(f"{name}: the loss is {value} at step {step}; lower {name}.lr")
     print(f"{name} step {step} {elapsed:.0f} s loss {value:.4f}", flush=True)
 
 
