@@ -1,7 +1,8 @@
 """Delete everything that this device has learned:  anther device forget --yes [--federation ID | --all]
 
-Deletes adapters, state between rounds, previews and caches: of the last federation, of the one with that id, or of all.
-The ledger stays; only `anther device ledger reset --forget` starts a new one.
+Deletes the results of training on your pictures (adapters and state between rounds), previews and caches: of the last
+federation, of the one with that id, or of all. The ledger stays; only `anther device ledger reset --forget` starts a
+new one. Your pictures are not touched.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Show everything that this device has shared, and the privacy cost:  anther device ledger [--json]
 
+The privacy cost ε (epsilon) limits how much anyone can learn about any one of your pictures: smaller is more private.
 `reset --forget` sets the ledger aside and starts a new one, in case it was lost or damaged and there is no backup. Data
 that was encrypted with it and can't be read any more is set aside too.
 """

@@ -1,8 +1,8 @@
-"""Return to a previous personal adapter:  anther device roll-back [--to DATE]
+"""Return to an earlier result of training on your pictures:  anther device roll-back [--to DATE]
 
-The shared adapter that it was trained on is restored with it. `--list` lists the stored ones by their creation date.
-Without a date, the one before the current adapter is restored; the current one stays stored. The server doesn't learn
-of it: updates always start from the adapter that the server sends.
+Each training stores a personal adapter, a small addition to the base model; `--list` lists them by date. Without a
+date, the one before the current adapter is restored, together with the shared adapter that it was trained on. The
+current one stays stored. The server doesn't learn of it: updates always start from the adapter that the server sends.
 """
 
 from __future__ import annotations

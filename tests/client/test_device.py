@@ -84,7 +84,7 @@ def test_report_is_coarse(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("now", "reported"),
     [
         (Conditions(), {}),
         (Conditions(battery=0.7999, charging=True), {"battery": 0.6, "charging": True}),
@@ -100,10 +100,10 @@ def test_report_is_coarse(root: Path, tmp_path: Path) -> None:
         (Conditions(free_mib=12.3, watts=4.5, owner_active=False, metered=False), {}),  # not sent to the server
     ],
 )
-def test_report_rounds_sensor_readings(root: Path, now: Conditions, told: dict[str, Any]) -> None:
+def test_report_rounds_sensor_readings(root: Path, now: Conditions, reported: dict[str, Any]) -> None:
     config = {"data": str(root / "ann"), "name": "tablet"}
     plain = from_config(config, HELD).report
-    assert from_config(config, HELD, read=lambda: now).report == dataclasses.replace(plain, **told)
+    assert from_config(config, HELD, read=lambda: now).report == dataclasses.replace(plain, **reported)
     assert (plain.battery, plain.charging, plain.busy, plain.hot, plain.metered) == (None, False, False, False, False)
 
 

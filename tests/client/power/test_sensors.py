@@ -24,8 +24,8 @@ PHONE = json.dumps({"plugged": "UNPLUGGED", "percentage": 50, "voltage": 4000, "
 BOARD = {"nvidia-smi": "80.50, 42"}
 
 
-def choose_for(meter: str, found: System, *, cuda: bool = False) -> PowerSensors:
-    return choose_sensors(PowerConfig(meter=meter), found, cuda=cuda)
+def choose_for(meter: str, machine: System, *, cuda: bool = False) -> PowerSensors:
+    return choose_sensors(PowerConfig(meter=meter), machine, cuda=cuda)
 
 
 def test_no_sensors(tmp_path: Path) -> None:

@@ -87,15 +87,15 @@ def after_two(folder: Path, others: float) -> Device:
     return device
 
 
-@pytest.mark.parametrize(("others", "chosen"), [(0.4, SECOND), (0.5, SECOND), (0.6, FIRST), (math.nan, FIRST)])
-def test_worse_adapter_does_not_replace_better(tmp_path: Path, others: float, chosen: Adapter) -> None:
+@pytest.mark.parametrize(("others", "expected"), [(0.4, SECOND), (0.5, SECOND), (0.6, FIRST), (math.nan, FIRST)])
+def test_worse_adapter_does_not_replace_better(tmp_path: Path, others: float, expected: Adapter) -> None:
     device = after_two(tmp_path, others)
-    assert same(stored_adapters(device), chosen)
+    assert same(stored_adapters(device), expected)
     perform = Judging(others)
     answer_request(sent(THIRD, 3), device, perform)
     train = trains(perform)
     assert train.frozen is not None
-    assert same(train.frozen, FIRST if chosen is FIRST else THIRD)
+    assert same(train.frozen, FIRST if expected is FIRST else THIRD)
 
 
 def test_choice_uses_own_validation_pictures(tmp_path: Path) -> None:

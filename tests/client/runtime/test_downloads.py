@@ -135,8 +135,8 @@ def test_fetch_continues_after_kill_at_every_step(
     assert fetched[-1] == 0
 
 
-def work(wanted: str, server: BaseServer) -> None:
-    fetch(wanted, FREE, server)
+def work(base_hash: str, server: BaseServer) -> None:
+    fetch(base_hash, FREE, server)
 
 
 def test_broken_connection_is_retried(base: Path) -> None:

@@ -281,14 +281,14 @@ def test_private_reply_has_no_measured_cost(base: Base, tmp_path: Path) -> None:
             ]
             return list(perform(base, timed, memory=PLENTY, timesteps=2))
 
-    def answer_slowly(asked: Train | Personalize) -> Update | Personalized:
+    def answer_slowly(request_: Train | Personalize) -> Update | Personalized:
         device = real(
             base,
             tmp_path / str(len(response)),
             lambda: SimulatedNoise(seed=1, client="d", round=1, purpose="shared"),
             measured_cost=lambda: charger.meter.last,
         )
-        reply = run_handlers({"": handle(asked, device)}, with_meter(SlowPasses(), charger.meter))[""]
+        reply = run_handlers({"": handle(request_, device)}, with_meter(SlowPasses(), charger.meter))[""]
         assert isinstance(reply, Update | Personalized), reply
         response.append((reply.seconds, reply.joules, reply.quality))
         return reply
