@@ -244,7 +244,7 @@ class CentralDP:
         Decoded updates are clipped, in whatever precision they were sent. A device may add the quantization residual of
         one round to its next change: the residual depends only on its own data, and the clip covers it, so each round's
         sum moves by at most C whatever a device remembers. The coin flips of a sampled round are fresh, which is all
-        that amplification requires: earlier rounds may determine what is clipped, but not whether the device takes
+        that amplification requires: earlier rounds may determine the clipped values, but not whether the device takes
         part.
 
         A site that a device was not asked to train counts as a change of 0, which dilutes its mean: the divisor is the

@@ -88,7 +88,7 @@ class FederatedStrategy(Strategy):
     """Strategy of a run.
 
     Args:
-        plan: plan of a device without limits. Its `round` is replaced, and the aggregation determines what it trains.
+        plan: plan of a device without limits. Its `round` is replaced, and the aggregation determines its trained part.
         sites: sites of the adapter in the base that `plan` names.
         aggregation: rule that computes the next adapter.
         selection: selects the devices that train in a round.

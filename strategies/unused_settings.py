@@ -17,14 +17,14 @@ def refuse_unused(config: SimulationConfig) -> None:
 
 
 def _unused(config: SimulationConfig) -> Iterator[tuple[str, str]]:
-    """Yield each setting that is given and not used, with its value, and what would use it."""
+    """Yield each setting that is given and not used, with its value and the component that would use it."""
     for key, value, used, user in _settings(config):
         if value is not None and not used:
             yield f"{key}={value:g}" if isinstance(value, int | float) else key, user
 
 
 def _settings(config: SimulationConfig) -> Iterator[tuple[str, object, bool, str]]:
-    """Yield key, value (None: not given), whether it is used, and what would use it."""
+    """Yield key, value (None: not given), whether it is used, and the component that would use it."""
     robust, rules, optimizer = config.robust, set(config.robust.rules), config.server_optimizer
     fleet, selection, loop = config.fleet, config.selection, config.round_loop
     by_median, selects = "norm_bound" in rules and robust.norm_bound is None, config.cohort.size is not None

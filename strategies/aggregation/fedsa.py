@@ -1,9 +1,9 @@
 """FedSA-LoRA: the mean of A is shared, and each device keeps its own B (Guo et al., 2025, arXiv:2410.01463).
 
-A learns what devices have in common, B what is specific to one device. Both are trained on the device, under the same
-clip and noise if there are any; only A is uploaded. B at the server stays zero, so the shared adapter has no product by
-itself: a device that has trained evaluates, generates and personalizes with its own B (`client.rounds.local_factors`),
-any other device uses the base.
+A learns the features that devices have in common, B those specific to one device. Both are trained on the device,
+under the same clip and noise if there are any; only A is uploaded. B at the server stays zero, so the shared adapter
+has no product by itself: a device that has trained evaluates, generates and personalizes with its own B
+(`client.rounds.local_factors`), any other device uses the base.
 """
 
 from __future__ import annotations

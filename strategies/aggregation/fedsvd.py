@@ -1,7 +1,7 @@
 """FedSVD: the mean of B, and a new A in every round (Lee et al., 2025, arXiv:2505.12805).
 
 Devices train only B, so the mean is exact and noise enters a product once. Then B̄ A = U Σ Vᵀ, the next A is Vᵀ and the
-next B is U Σ: A follows what was learned without being trained. Its rows are orthonormal, so ‖ξ_B A‖ = ‖ξ_B‖ and
+next B is U Σ: A follows the trained B without being trained itself. Its rows are orthonormal, so ‖ξ_B A‖ = ‖ξ_B‖ and
 ‖∂/∂B‖ ≤ ‖∂/∂W‖, and a clip and its noise have the same effect at every site.
 """
 
@@ -48,8 +48,8 @@ class FedSVD:
 def orthonormalize(factors: Factors) -> Factors:
     """Return the same product with an A of orthonormal rows and B = U Σ, in float64.
 
-    With Aᵀ = Q_a R_a and B R_aᵀ = Q_b R_b, the decomposition is that of the small R_b. A has all r rows even where
-    singular values are 0: they span what A spanned, so that those directions can still learn.
+    With Aᵀ = Q_a R_a and B R_aᵀ = Q_b R_b, the decomposition is that of the small R_b. A keeps all r rows, also where
+    singular values are 0: they span the same space as before, so these directions can still be trained.
 
     Args:
         factors: A `[r, in]` and B `[out, r]`, r ≤ in.

@@ -144,8 +144,8 @@ def sketch(adapter: Adapter, sites: Sites, probes: Probes) -> Tensor:
 def relative_distances(new: Tensor, earlier: Tensor, change: Tensor) -> Tensor:
     """Compute ‖P − P_k‖ / ‖P − P_start‖ over the sites that both updates trained.
 
-    Infinite if these sites have fewer than `MIN_PROBES` probes, or nothing changed: an unchanged adapter repeats what
-    the server sent, and is left to other rules.
+    Infinite if these sites have fewer than `MIN_PROBES` probes, or nothing changed: an unchanged adapter repeats the
+    download and is left to other rules.
 
     Args:
         new: sketch of P `[sites, 1 + n]`.

@@ -19,8 +19,8 @@ class RobustAggregation:
     A change with scale s is passed on as two updates: the device's update with the fraction s of its weight, and an
     unchanged adapter with the rest. For a mean of products, such as `exact`, this equals the mean with s · C_k; for a
     mean of factors, such as `fedit`, each factor moves by the fraction s. The bound then applies to the contribution of
-    a device to the mean of products, and no rule detects what a mean of factors makes of rotated factors: use `exact`
-    against attackers that may rotate them.
+    a device to the mean of products, and no rule detects the error of a mean of rotated factors: use
+    `exact` against attackers that may rotate them.
 
     Args:
         aggregation: rule that is applied last.

@@ -23,7 +23,7 @@ class RegisteredGrid(Protocol):
     """Grid that knows the registered device of each node (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def names(self) -> Mapping[int, str]:
-        """Return the registered names of nodes, each of which belongs to a key; other nodes are missing."""
+        """Return the registered names of nodes; each name belongs to a key, and other nodes are missing."""
         ...
 
     def query_nodes(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:

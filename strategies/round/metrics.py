@@ -26,7 +26,7 @@ class DeviceMetrics:
     seconds: float
     joules: float
     epsilon: float | None
-    """ε of its ledger so far, at most what the plans of this run explain; None without DP."""
+    """ε of its ledger so far, limited to the ε that the plans of this run explain; None without DP."""
     events: int = 0
     """Largest reported number of ledger entries that its rounds in this run can have written."""
     rounds: int = 0
@@ -99,8 +99,8 @@ class TrainMetrics:
     loss: float | None
     """Mean training loss over the devices that report it; under DP none does."""
     epsilon: float | None
-    """Largest ε per picture of a device's ledger so far, limited to what the plans of this run explain; None without
-    DP."""
+    """Largest ε per picture of a device's ledger so far, limited to the ε that the plans of this run explain; None
+    without DP."""
     told: float | None = None
     """Largest ε that a device reported in this round. It may include other runs or be false, and is not used."""
     guarantees: tuple[Guarantee, ...] = ()

@@ -102,8 +102,7 @@ def test_central_dp_does_not_replace_ineligible_devices(tmp_path: Path, secret: 
         level = {"budget": replace(BUDGET, participations=None), "sampling_rate": 0.5}
         selection = {"selection": poisson(0.5), "level": level}
     all_idle, some_busy = (
-        private(tmp_path / name, eligibility=Eligibility(idle=True), **selection)
-        for name in ("everybody idle", "two busy")
+        private(tmp_path / name, eligibility=Eligibility(idle=True), **selection) for name in ("all idle", "two busy")
     )
     left_out = 0
     for number in (1, 2, 3):

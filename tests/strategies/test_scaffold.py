@@ -111,7 +111,7 @@ class ScaffoldFleet:
 def algorithm(selected: Sequence[Sequence[str]], devices: int = len(NAMES)) -> list[np.ndarray]:
     """Run algorithm 1, option II, with a global learning rate of 1; returns x after each round."""
     x = c = np.zeros(flat(START).size)
-    variates_ = dict.fromkeys(NAMES, c)
+    variates = dict.fromkeys(NAMES, c)
     results = []
     for names in selected:
         moved, variate_changes = [], []
@@ -119,11 +119,11 @@ def algorithm(selected: Sequence[Sequence[str]], devices: int = len(NAMES)) -> l
             y = x
             curvature, best = quadratic(name)
             for _ in range(STEPS):
-                y = y - RATE * (curvature * (y - best) - variates_[name] + c)
-            after = variates_[name] - c + (x - y) / (STEPS * RATE)
+                y = y - RATE * (curvature * (y - best) - variates[name] + c)
+            after = variates[name] - c + (x - y) / (STEPS * RATE)
             moved.append(y - x)
-            variate_changes.append(after - variates_[name])
-            variates_ = {**variates_, name: after}
+            variate_changes.append(after - variates[name])
+            variates = {**variates, name: after}
         x, c = x + np.mean(moved, axis=0), c + np.sum(variate_changes, axis=0) / devices
         results.append(x)
     return results
@@ -184,8 +184,8 @@ def test_quantized_updates_keep_variates_consistent(tmp_path: Path) -> None:
     fleet, x = ScaffoldFleet(tmp_path, plan=replace(PLAN, update="int4", feedback=True)), flat(START)
     for number in range(1, 4):
         x = fleet.round(number, x)
-    variates_ = [fleet.grid._devices[node].store._storage for node in sorted(fleet.grid._devices)]
-    variates = [_after(storage.read("variate.safetensors")) for storage in variates_]
+    storages = [fleet.grid._devices[node].store._storage for node in sorted(fleet.grid._devices)]
+    variates = [_after(storage.read("variate.safetensors")) for storage in storages]
     assert flat(fleet.strategy.state["control"]) == pytest.approx(np.mean(variates, axis=0), abs=1e-6)
 
 
@@ -236,20 +236,20 @@ def test_only_the_trained_part_is_corrected(tmp_path: Path, rule: Aggregation) -
         assert strategy.trained.dropped == {}
     first, second = performer.trained[: len(NAMES)], performer.trained[len(NAMES) :]
 
-    def variates_(job: jobs.TrainJob, adapter: Adapter) -> np.ndarray:
+    def vectorize(job: jobs.TrainJob, adapter: Adapter) -> np.ndarray:
         """Flatten the uploaded tensors."""
         results = trained_tensors(adapter, rule.trains(1), job.lora_xs_bases)
         return np.concatenate([results[name].double().numpy().ravel() for name in sorted(results)])
 
     variates = {
-        job.client: (variates_(job, job.start) - variates_(job, results.adapter)) / (STEPS * RATE)
+        job.client: (vectorize(job, job.start) - vectorize(job, results.adapter)) / (STEPS * RATE)
         for job, results in first
     }
     common = np.mean(list(variates.values()), axis=0)
     assert len(second) == len(NAMES)
     for job, _ in second:
         assert job.correction is not None
-        assert variates_(job, job.correction) == pytest.approx(common - variates[job.client], abs=1e-4)
+        assert vectorize(job, job.correction) == pytest.approx(common - variates[job.client], abs=1e-4)
         for name, (a, b) in job.correction.items():
             if rule.trains(1) != "cores":
                 fixed_factor = b if rule.trains(1) == "split" else a

@@ -101,12 +101,12 @@ def test_ranks_grow_and_shrink(rule):
 
 
 @pytest.mark.parametrize(
-    "settings_",
+    "options",
     [{"lr": 0.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"beta2": 1.0}, {"tau": 0.0}, {"lr": float("nan")}],
 )
-def test_values_out_of_range(settings_):
-    with pytest.raises(ValueError, match=f"{next(iter(settings_))}=.*must be"):
-        FedOpt(**ADAM | settings_, yogi=False)
+def test_values_out_of_range(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*must be"):
+        FedOpt(**ADAM | options, yogi=False)
 
 
 @given(round_=rounds(ranks=(1, 4)))

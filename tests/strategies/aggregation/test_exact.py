@@ -37,8 +37,8 @@ def test_order_of_devices_does_not_matter(round, shuffled):
     current, updates = round
     other = updates.copy()
     shuffled.shuffle(other)
-    for settings_ in ({}, {"max_rank": 4}):
-        first, second = (aggregate(current, devices, **settings_).adapter for devices in (updates, other))
+    for options in ({}, {"max_rank": 4}):
+        first, second = (aggregate(current, devices, **options).adapter for devices in (updates, other))
         assert all(close(dense(first, site), dense(second, site)) for site in SITES)
 
 

@@ -89,10 +89,10 @@ def test_untrained_directions_can_still_learn():
 
 
 @rules
-@pytest.mark.parametrize("rounds_", [1, 3])
-def test_single_device_gets_its_product_back(rule, rounds_):
+@pytest.mark.parametrize("count", [1, 3])
+def test_single_device_gets_its_product_back(rule, count):
     current = random_adapter(4, 0)
-    for number in range(1, 1 + rounds_):
+    for number in range(1, 1 + count):
         update, _ = split_rank(current, 4)
         update = {site: type(f)(f.a + 0.1, f.b - 0.1) for site, f in update.items()}
         ((update, _),) = restricted_to(current, [(update, 2.0)], rule.trains(number))

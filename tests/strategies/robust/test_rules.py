@@ -45,7 +45,7 @@ def mean(judged, vectors):
 
 @st.composite
 def attacked(draw, fraction=0.2):
-    """Draw shuffled vectors, of which at most a fifth are outliers, and the honest ones among them."""
+    """Draw shuffled vectors with at most a fifth of outliers, and the honest ones among them."""
     n = draw(st.integers(5, 24))
     malicious = draw(st.integers(0, count(fraction, n)))
     random = np.random.default_rng(draw(st.integers(0, 2**31)))

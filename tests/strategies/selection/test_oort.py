@@ -77,7 +77,7 @@ def test_weighted_sample_follows_the_weights() -> None:
 
 
 def test_pacer_admits_slower_devices_at_constant_utility() -> None:
-    """The pacer is updated after two windows, and after each further window."""
+    """The pacer is updated after two windows and then after each window."""
     flat, steep = [1.0] * 9, [1.0, 1.0, 1.0, 10.0, 10.0, 10.0]
     assert [paced_quantile(flat[:rounds], 0.3, window=3, step=0.1) for rounds in (0, 5, 6, 8, 9)] == pytest.approx(
         [0.3, 0.3, 0.4, 0.4, 0.5]
@@ -89,7 +89,7 @@ def test_pacer_admits_slower_devices_at_constant_utility() -> None:
 
 
 def test_exploration_decays() -> None:
-    """Of ten devices, nine are new in the first round and three in the end, more if there are no others."""
+    """Nine of ten devices are new in the first round, and three in the end, or more if there are no others."""
     old = {f"old{i}": {"asked": 1, "last": 1, "loss": 1.0} for i in range(20)}
     devices = candidates(**{f"new{i:02d}": {} for i in range(20)}, **old)
     rule = Oort(size=10, seed=1, settings=OortSettings())
