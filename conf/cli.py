@@ -27,7 +27,7 @@ from common.terminal import use_plain_output
 from conf.explain import explain, known_keys
 from conf.key_help import register_resolver
 from conf.overrides import prepare_overrides
-from conf.renames import BY_APPLICATION, Renames, refuse_renamed
+from conf.renames import BY_APPLICATION, NO_RENAMES, Renames, refuse_renamed
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -47,7 +47,7 @@ def hydra_application(
         after: called after all jobs of the command.
     """
 
-    renames = BY_APPLICATION.get(name, Renames())
+    renames = BY_APPLICATION.get(name, NO_RENAMES)
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)
@@ -91,7 +91,7 @@ def hydra_application(
     return decorate
 
 
-def to_object(config: DictConfig, schema: type, renames: Renames = Renames()) -> Any:  # noqa: B008
+def to_object(config: DictConfig, schema: type, renames: Renames = NO_RENAMES) -> Any:
     """Return the validated instance of `schema` for a composed configuration; AntherError if it is refused."""
     try:
         # Merge plain data into a new schema, because Hydra's `+key=value` unlocks the composed one.

@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from typing import get_type_hints
 
 from conf.overrides import quote
-from conf.renames import Renames, present_key, present_option
+from conf.renames import NO_RENAMES, Renames, present_key, present_option
 
 OTHER_NAMES = {
     "aggregation": {
@@ -60,7 +60,7 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def explain(error: BaseException, known: Sequence[str], renames: Renames = Renames()) -> str:  # noqa: B008
+def explain(error: BaseException, known: Sequence[str], renames: Renames = NO_RENAMES) -> str:
     """Return one line for an error of Hydra or OmegaConf.
 
     Args:

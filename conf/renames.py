@@ -24,6 +24,7 @@ class Renames(NamedTuple):
     groups: Sequence[Renamed] = ()
 
 
+NO_RENAMES = Renames()
 SIMULATE = Renames(renamed_keys.SIMULATION, renamed_keys.SIMULATION_GROUPS)
 SERVE = Renames((*renamed_keys.SIMULATION, *renamed_keys.SERVER), renamed_keys.SIMULATION_GROUPS)
 NODE, PLAN = Renames(renamed_keys.NODE), Renames(renamed_keys.PLAN)
