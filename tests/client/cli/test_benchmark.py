@@ -27,13 +27,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Make every piece of work take the same time by the clock."""
 
-    class Clock:
+    class FakeClock:
         now = 0.0
 
         def perf_counter(self) -> float:
             return self.now
 
-    result = Clock()
+    result = FakeClock()
     monkeypatch.setattr(benchmark, "time", result)
 
     def take(seconds: float) -> None:

@@ -50,9 +50,11 @@ def test_clientapp_is_the_devices_own(monkeypatch):
     def procedure(**named):
         load = clientapp.get_load_client_app_fn(default_app_ref="evil:app", app_path="/x", multi_app=True)
         called.update(
-            named, pulled=clientapp.pull_task_input("client"), installed=clientapp.install_from_fab(bundle(0), None),
+            named,
+            pulled=clientapp.pull_task_input("client"),
+            installed=clientapp.install_from_fab(bundle(0), None),
             app=load("evil", "1"),
-        )  # fmt: skip
+        )
 
     monkeypatch.setattr(clientapp, "run_clientapp", procedure)
     supernode.answer_task("127.0.0.1:1", supernode._Task("token", ("pulled input",)))
