@@ -27,13 +27,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Make every piece of work take the same time by the clock."""
 
-    class FakeClock:
+    class _FakeClock:
         now = 0.0
 
         def perf_counter(self) -> float:
             return self.now
 
-    result = FakeClock()
+    result = _FakeClock()
     monkeypatch.setattr(benchmark, "time", result)
 
     def take(seconds: float) -> None:
