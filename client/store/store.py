@@ -264,7 +264,7 @@ class Store:
     def seed(self) -> int:
         """Return the seed of a real device's non-private streams, drawn once and never sent.
 
-        No ε depends on its secrecy (`training.batches.Batches`). It is stored so that devices differ, and so that
+        No ε depends on its secrecy (`training.batches.BatchSampler`). It is stored so that devices differ, and so that
         others cannot recompute the random numbers behind a non-private update.
         """
         if (stored := self._storage.read(SEED)) is None:
