@@ -24,11 +24,11 @@ class _FixedBatches(SimulatedNoise):
 
     def __init__(self, *batches: list[int]) -> None:
         super().__init__(seed=0, client="a", round=1, purpose="shared")
-        self._dictated = iter(batches)
+        self._given_batches = iter(batches)
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
-        dictated = next(self._dictated, None)
-        return torch.arange(size) if dictated is None else torch.tensor(dictated, dtype=torch.long)
+        batch = next(self._given_batches, None)
+        return torch.arange(size) if batch is None else torch.tensor(batch, dtype=torch.long)
 
 
 def examples(count: int) -> Examples:

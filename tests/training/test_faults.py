@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
         OSError,
         "no entropy",
     ),
-    "empty, and no noise": (
+    "empty batch without noise": (
         lambda base: private(base, "bad", rate=0.0, noise=_FailingNoise("rounded_gaussian", 2)),
         OSError,
         "no entropy",
@@ -151,14 +151,14 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
         ValueError,
         "fit",
     ),
-    "nothing to stop by": (
+    "no validation examples": (
         lambda base: job(
             base, "bad", early_stopping=EarlyStopping(validation=examples(base, 0, 1), every=1, patience=1)
         ),
         ValueError,
         "validation",
     ),
-    "nothing to see": (lambda base: job(base, "bad", count=0), ValueError, "no pictures"),
+    "no pictures": (lambda base: job(base, "bad", count=0), ValueError, "no pictures"),
     "prior of another size": (
         lambda base: job(base, "bad", prior=Prior(examples=examples(base, 2, 5, side=4))),
         ValueError,
@@ -169,7 +169,7 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "no clip": (lambda base: private(base, "bad", clip=math.inf), ValueError, "unbounded"),
     "cancelled at once": (lambda base: job(base, "bad", cancelled=lambda: True), Cancelled, "after step"),
     "callback raises": (lambda base: job(base, "bad", cancelled=lambda: 1 // 0 > 0), ZeroDivisionError, "zero"),
-    "cancelled amid": (lambda base: private(base, "bad", cancelled=after(2)), Cancelled, "after step"),
+    "cancelled within a step": (lambda base: private(base, "bad", cancelled=after(2)), Cancelled, "after step"),
 }
 
 
@@ -225,7 +225,7 @@ def test_rows_are_reused_after_faults(fine: Base) -> None:
         FAULTS["fewer contexts"][0],
         FAULTS["no second noise"][0],
         lambda base: job(base, "c", rank=3, steps=1),
-        FAULTS["cancelled amid"][0],
+        FAULTS["cancelled within a step"][0],
         lambda base: private(base, "d", rate=0.0, steps=2),
         lambda base: job(base, "e", steps=0),
     ]
@@ -291,7 +291,7 @@ def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
     """Buffers are kept between calls, also after faults: results equal those on a new base."""
     unseen = Base(pipeline_folder, sites=ATTENTION)
     expected = train(unseen, valid_jobs(unseen), memory=PLENTY, timesteps=2)
-    for faults in (["NaN data", "no second noise", "cancelled amid"], ["NaN at the start, private"] * 3):
+    for faults in (["NaN data", "no second noise", "cancelled within a step"], ["NaN at the start, private"] * 3):
         dirty = [FAULTS[fault][0](base) for fault in faults]
         bad = train(
             base,
