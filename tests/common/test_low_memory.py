@@ -1,4 +1,4 @@
-"""The start of a lean process, in a process of its own."""
+"""Imports of a process with little memory, tested in a separate process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(transformers.__version__ > "")
 """
 
 
-def test_a_network_needs_no_more_than_itself() -> None:
+def test_networks_import_no_unneeded_libraries() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
@@ -34,7 +34,7 @@ def test_a_network_needs_no_more_than_itself() -> None:
     assert done.stdout.splitlines() == ["[]", "True"], done.stderr
 
 
-def test_what_was_imported_before_stays() -> None:
+def test_earlier_imports_stay() -> None:
     import transformers
 
     with low_memory.imports():

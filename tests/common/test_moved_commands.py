@@ -42,5 +42,5 @@ def test_python_refuses_it(module: str) -> None:
     assert done.stderr == f"error: python -m {module}: moved to {MOVED[module]}\n"
 
 
-def test_import_is_left_alone() -> None:
+def test_import_is_unchanged() -> None:
     assert importlib.util.find_spec("client.enroll") is None

@@ -1,4 +1,4 @@
-"""A terminal that isn't UTF-8 gets plain letters; errors are one line."""
+"""Output on terminals with limited encodings, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from common.terminal import use_plain_output
         ("utf-8", "about 3 s left … ε = 8 ± 1 ██ Größe"),
     ],
 )
-def test_every_encoding_prints(encoding: str, printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_in_any_encoding(encoding: str, printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
     use_plain_output()
@@ -45,7 +45,7 @@ def test_errors_are_one_line() -> None:
         (errno.ENOENT, "No such file"),
     ],
 )
-def test_what_the_system_refuses_is_named(number: int, words: str) -> None:
+def test_system_errors_name_the_file(number: int, words: str) -> None:
     import os
 
     line = str(os_error(OSError(number, os.strerror(number), "/some/place")))
@@ -53,7 +53,7 @@ def test_what_the_system_refuses_is_named(number: int, words: str) -> None:
     assert words in line
 
 
-def test_a_database_too() -> None:
+def test_database_errors_are_one_line() -> None:
     assert "disk full" in describe_error(sqlite3.OperationalError("database or disk is full")).replace(
         "is its disk full", "disk full"
     )
