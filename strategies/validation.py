@@ -33,7 +33,8 @@ def check_combination(
 ) -> None:
     """Check the arguments of `strategies.strategy.FederatedStrategy`, which documents them.
 
-    This is the last check. A configured run is checked earlier, with messages that name its keys (`strategies.factory.strategy`).
+    This is the last check. A configured run is checked earlier, with messages that name its keys
+    (`strategies.factory.strategy`).
 
     Raises:
         ValueError: arguments contradict each other.

@@ -17,7 +17,8 @@ combination marked *runs*, and checks that `strategies.factory.strategy` refuses
 | `privacy=` | noise is added | unit | assumed adversary | ε is |
 |---|---|---|---|---|
 | `none` | nowhere | | none | |
-| `example` | on the device, in each step of DP-SGD | one picture | every other party, including the server | per image |
+| `example` | on the device, in each step of DP-SGD | one picture | every other party, including the server | per \
+image |
 | `device` | on the server, to the sum of clipped updates, once a round | all data of one device | every party except \
 the server; with `cohort.sampling_rate` also except observers of the network ([below](#secrecy-of-the-sample)) | per \
 device |
@@ -41,11 +42,13 @@ the data; floating point noise on a floating point sum does not have this proper
 then truncated towards zero to whole steps; each therefore moves the sum by at most C in exact arithmetic |
 | noise | round(σ · 2²⁰ · g) steps, g ~ N(0, 1); for an integer x, x + round(g) = round(x + g), so the loss of the \
 Gaussian mechanism holds by post-processing |
-| sampler | Box-Muller on random bits of the operating system; where 53 bits of a uniform do not determine the integer, \
-more are drawn and interval arithmetic determines it. Poisson batches compare exactly with the rate in the same way |
+| sampler | Box-Muller on random bits of the operating system; where 53 bits of a uniform do not determine the \
+integer, more are drawn and interval arithmetic determines it. Poisson batches compare exactly with the rate in the \
+same way |
 | distance from exact | a number is still undetermined after 4,096 bits with a probability under 2⁻⁴⁰⁰⁰; therefore \
 2⁻⁶⁰ is subtracted from every δ before ε is computed |
-| release | only the integers are converted to floating point; optimizers, rounding of uploads and `snr` use only these |
+| release | only the integers are converted to floating point; optimizers, rounding of uploads and `snr` use only \
+these |
 | assumptions | the operating system's bytes are uniform; NumPy's float64 log, sin and cos are correct to 16 units in \
 the last place; σ is at most 2²¹ |
 
@@ -77,9 +80,9 @@ TAIL = """
 - Every device has the weight 1. A device that trains a lower rank, or only some of the sites, contributes zeros beyond
   them, and the divisor stays. Ranks and sites follow from the device type, or from the adapter, which is released, and
   never from pictures.
-- A device that `cohort.eligibility` excludes, that no plan fits, or that does not report its metrics when asked is drawn
-  like any other. It is then not asked, and no other device replaces it: it contributes zero, is charged, and counts as
-  asked in every selection that uses this count. A device on a metered link has the same plan as the others
+- A device that `cohort.eligibility` excludes, that no plan fits, or that does not report its metrics when asked is
+  drawn like any other. It is then not asked, and no other device replaces it: it contributes zero, is charged, and
+  counts as asked in every selection that uses this count. A device on a metered link has the same plan as the others
   (`planning.metered_rank` applies to runs without privacy and to `example`). Therefore a device's report on its current
   state, or a missing one, affects no other device, now or later.
 - A device that has reached its maximum number of participations is not drawn again. The number of times each device was
@@ -87,8 +90,8 @@ TAIL = """
 - A release that no device would accept because its norms are over `models.lora.norm_bound.MAX_NORM` does not become the
   next adapter. This follows only from the release. The round stays charged.
 - With `privacy.device.target_quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that
-  determines it is noised with σ_b = expected / 20 and the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the cost of the round is
-  exactly that of z.
+  determines it is noised with σ_b = expected / 20 and the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the cost of the round
+  is exactly that of z.
 - The set of connected devices is assumed to be public, as are a device's name and type: its speed, link, memory, ranks
   and sites. A device that disconnects leaves the draw.
 - The printed ε per image is the largest in any device's ledger, limited to the cost of this run for a device that takes
@@ -139,7 +142,8 @@ random coins, so ε does not change. The rounding error of one round's change is
 - Under `example` it is the rounding error of a noised change. A device whose policy has permitted a round without
   privacy refuses to take part in a private one afterwards, so nothing without noise is ever carried into a release.
 - Under `device` it depends on the device's own data and on no other's. The server clips the decoded update, so each
-  round's sum moves by the clip at most, whatever a device has stored; and the coins of the draw are fresh in each round.
+  round's sum moves by the clip at most, whatever a device has stored; and the coins of the draw are fresh in each
+  round.
 
 ## Corrections on the device
 
@@ -168,9 +172,9 @@ divisor. From the first access to its pictures on, a device replies in the same 
 
 - *Neighboring data sets.* Each of the first N pictures by name has a place, and ε compares a place with its picture and
   the same place without it. A picture that is missing, damaged or impossible to encode is absent, and the others keep
-  their places; the device's own log names it. On a device with at most N pictures this is the addition or removal of one
-  picture. With more, the rest are not used, and removing one picture together with its line lets another in: ε is then
-  that of two pictures.
+  their places; the device's own log names it. On a device with at most N pictures this is the addition or removal of
+  one picture. With more, the rest are not used, and removing one picture together with its line lets another in: ε is
+  then that of two pictures.
 - *Errors do not depend on pictures.* Without any picture, or with fewer than `min_pictures`, the reply contains only
   noise and is charged like any other. Between data sets that reach a minimum of m and those that do not, ε is that of a
   group of m pictures. A gradient that is not finite counts as zero, and a round whose numbers overflow ends with its
@@ -182,21 +186,21 @@ divisor. From the first access to its pictures on, a device replies in the same 
   can be constructed so that their last bits determine the entire result.
 - *Time is public.* A job has a number of passes that suffices for batches of N pictures, and waits for the duration of
   those not needed. Examples beyond this number are not trained on: the probability of this event, under 10⁻¹² a step,
-  is subtracted from every δ (`training.public_duration`). With N pictures at rate q and T steps the job lasts about
-  1 + (1 − q) / qN + 7 √((1 − q) / qNT) times as long as its mean batches take, and exactly as long where q is 1. A
-  noised gain measures blank pictures in the places of absent ones. Seconds and joules in a reply follow from the plan.
-- *Residual timing channels.* Finding and decoding pictures takes longer with more or larger ones, in every round, and so
-  does encoding them, in the first round after a change. The wait uses the median of the job's own passes, which vary
+  is subtracted from every δ (`training.public_duration`). With N pictures at rate q and T steps the job lasts about 1 +
+  (1 − q) / qN + 7 √((1 − q) / qNT) times as long as its mean batches take, and exactly as long where q is 1. A noised
+  gain measures blank pictures in the places of absent ones. Seconds and joules in a reply follow from the plan.
+- *Residual timing channels.* Finding and decoding pictures takes longer with more or larger ones, in every round, and
+  so does encoding them, in the first round after a change. The wait uses the median of the job's own passes, which vary
   with the other load of the machine. The battery, heat and the owner's use delay a job, and a reply that was already
   sealed is sent immediately when requested again. A party that can read a device's power or temperature sees when it
   waits. ε covers none of this.
 - *Personalization has no fixed duration.* Its reply is determined in advance, and no part of the adapter leaves the
-  device. Where privacy is promised all steps are taken: early stopping determines which adapter is kept and not the time
-  of the reply. But pictures are encoded and examined, and the duration follows from their number; a device without
+  device. Where privacy is promised all steps are taken: early stopping determines which adapter is kept and not the
+  time of the reply. But pictures are encoded and examined, and the duration follows from their number; a device without
   pictures replies immediately. A server may ask often at no charge: ε does not cover the information in this time.
 - *Adaptive servers.* The ε in a device's ledger is that of the requested plans, composed as if they had been fixed in
-  advance. A server that chooses σ and q of a round from the replies of earlier rounds can extract more: in two rounds it
-  raises ε = 1 to 1.16 at δ = 10⁻⁵. Runs of this program fix both in advance.
+  advance. A server that chooses σ and q of a round from the replies of earlier rounds can extract more: in two rounds
+  it raises ε = 1 to 1.16 at δ = 10⁻⁵. Runs of this program fix both in advance.
 
 ## Compressed downloads
 
@@ -207,8 +211,8 @@ server and is added to the next adapter there. It is also a function of releases
 
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,
   √(‖x̃‖² − D s²)₊ / (s √D) with the known standard deviation s. Under `example` without `device` an optimizer stands
-  between the noise and an update, so the differences between updates replace the noise: a low estimate, because the data
-  of the devices differs as well.
+  between the noise and an update, so the differences between updates replace the noise: a low estimate, because the
+  data of the devices differs as well.
 - Participation and timing: how long a device takes, whether it drops out or refuses, and therefore how long a round
   lasts. ε bounds the information in updates and not in these. Under `example` see [Replies of a
   device](#replies-of-a-device). Under `device` the server sees it and is trusted with it; it affects no other device

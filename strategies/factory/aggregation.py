@@ -141,9 +141,9 @@ def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> Serve
         return None
     if reason := rule.sensitivity.rotation_reason:
         raise AntherError(
-            f"server_optimizer.name={settings.name}: changes of factors can be summed over rounds only if directions "
-            f"persist, and with {config.aggregation.name} {reason}; use aggregation=exact or aggregation=fedit, without "
-            "median or trimmed_mean, or server_optimizer.name=none"
+            f"server_optimizer.name={settings.name}: changes of factors can be summed over rounds only if "
+            f"directions persist, and with {config.aggregation.name} {reason}; use aggregation=exact or "
+            "aggregation=fedit, without median or trimmed_mean, or server_optimizer.name=none"
         )
     momentum = 0.9 if settings.momentum is None else settings.momentum
     lookup(OPTIMIZERS, "server_optimizer.name", settings.name)
@@ -151,7 +151,8 @@ def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> Serve
         return FedAvgM(lr=settings.lr or 1.0, momentum=momentum)
     if settings.name not in ("fedadam", "fedyogi"):
         raise AntherError(
-            f"server_optimizer.name={settings.name}: registered, but strategies/factory/aggregation.py does not create it"
+            f"server_optimizer.name={settings.name}: registered, but strategies/factory/aggregation.py does not "
+            "create it"
         )
     return FedOpt(
         lr=settings.lr or 0.003,

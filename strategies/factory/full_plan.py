@@ -45,8 +45,8 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
     compression, rule = config.compression, build_aggregation(config)
     if compression.keep_fraction < 1 and not rule.stable_factors:
         raise AntherError(
-            f"compression.keep_fraction={compression.keep_fraction}: the residual can't be used in a later round, since "
-            f"{config.aggregation.name} rotates or replaces the factors; use aggregation=fedit, or leave it 1"
+            f"compression.keep_fraction={compression.keep_fraction}: the residual can't be used in a later round, "
+            f"since {config.aggregation.name} rotates or replaces the factors; use aggregation=fedit, or leave it 1"
         )
     scaffold = config.drift_correction == "scaffold"
     if scaffold and (reason := _scaffold_conflict(config, rule)):

@@ -66,7 +66,8 @@ def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
         case "random":
             return Sample(size=size, seed=config.seed)
     raise AntherError(
-        f"selection={settings.name}: strategies/factory/selection.py does not create it; known are {', '.join(SELECTIONS)}"
+        f"selection={settings.name}: strategies/factory/selection.py does not create it; known are "
+        f"{', '.join(SELECTIONS)}"
     )
 
 

@@ -165,12 +165,13 @@ def _check_round_loop(config: SimulationConfig) -> None:
     loop, cohort, weighting = config.round_loop, config.cohort, config.aggregation.weighting
     if loop.mode == "async" and weighting != "device":
         raise AntherError(
-            f"aggregation.weighting={weighting}: an update of an older adapter has other directions, which are not slices "
-            "of it; leave it device, or use round_loop.mode=sync"
+            f"aggregation.weighting={weighting}: an update of an older adapter has other directions, which are not "
+            "slices of it; leave it device, or use round_loop.mode=sync"
         )
     if loop.mode == "async" and cohort.overselection > 1:
         raise AntherError(
-            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async no reply is too late; leave it 1"
+            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async no reply is too late; leave "
+            "it 1"
         )
     key, limit = (
         ("round_loop.buffer_size", loop.buffer_size or BUFFER_SIZE)
@@ -179,18 +180,19 @@ def _check_round_loop(config: SimulationConfig) -> None:
     )
     if limit is not None and loop.quorum > limit:
         raise AntherError(
-            f"round_loop.quorum={loop.quorum}: no round has more replies than {key}={limit}; lower the quorum or raise it"
+            f"round_loop.quorum={loop.quorum}: no round has more replies than {key}={limit}; lower the quorum or "
+            "raise it"
         )
     if config.privacy.of_devices:
         if cohort.overselection > 1:
             raise AntherError(
-                f"cohort.overselection={cohort.overselection:g}: the time of a reply would decide whether it counts, and "
-                "device-level privacy charges every device that is asked; leave it 1"
+                f"cohort.overselection={cohort.overselection:g}: the time of a reply would decide whether it counts, "
+                "and device-level privacy charges every device that is asked; leave it 1"
             )
         if loop.quorum > 1:
             raise AntherError(
-                f"round_loop.quorum={loop.quorum}: with device-level privacy the release does not depend on the replies, "
-                "and keeping the adapter would reveal them; leave it 1"
+                f"round_loop.quorum={loop.quorum}: with device-level privacy the release does not depend on the "
+                "replies, and keeping the adapter would reveal them; leave it 1"
             )
 
 

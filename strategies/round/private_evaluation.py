@@ -123,8 +123,8 @@ def evaluation_policy(config: SimulationConfig, *, simulated: bool) -> Evaluatio
         return EvaluationPolicy(interval=0)
     if level.of_examples and level.of_devices:
         raise AntherError(
-            f"private_eval.interval={settings.interval}: with privacy=both a gain is noised on the device, and clipping "
-            "it again on the server leaves only noise; set it to 0"
+            f"private_eval.interval={settings.interval}: with privacy=both a gain is noised on the device, and "
+            "clipping it again on the server leaves only noise; set it to 0"
         )
     if level.of_examples:
         return EvaluationPolicy(

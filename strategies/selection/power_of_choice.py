@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 from common.seeding import derive_seed
 from strategies.selection import DeviceCandidate, DeviceCandidates, check_size
@@ -15,7 +16,7 @@ from strategies.selection import DeviceCandidate, DeviceCandidates, check_size
 
 def best_of_sample(
     devices: DeviceCandidates,
-    merit: Callable[[DeviceCandidate], object],
+    merit: Callable[[DeviceCandidate], Any],
     *,
     size: int,
     candidate_factor: float,
@@ -38,7 +39,8 @@ def best_of_sample(
     names = sorted(devices)
     rng = random.Random(derive_seed(seed, draw, "choice"))
     drawn = rng.sample(names, min(len(names), -int(-candidate_factor * size // 1)))
-    return sorted(sorted(sorted(drawn), key=lambda name: merit(devices[name]), reverse=True)[:size])  # type: ignore[arg-type,return-value]
+    ranked = sorted(sorted(drawn), key=lambda name: merit(devices[name]), reverse=True)
+    return sorted(ranked[:size])
 
 
 def check_candidate_factor(candidate_factor: float, size: int) -> None:

@@ -1,7 +1,7 @@
 """Adding or removing one real device moves the server's sum by at most its clip, and the count by one half.
 
-As in `tests.privacy.test_neighbors`, there is no noise, every device has a personal adapter from the second round on, and
-releases are replaced by values that are equal in both runs.
+As in `tests.privacy.test_neighbors`, there is no noise, every device has a personal adapter from the second round on,
+and releases are replaced by values that are equal in both runs.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: PrivacyMode
     bases = lora_xs_bases(base) if isinstance(mode.rule, FedSB) else None
     numbers = [NAMES.index(name) for name in present]
     noise = CentralDPEvaluation(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: NoNoise())
-    requests = plan(base, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
+    full = plan(base, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
     return FederatedStrategy(
-        plan=requests,
+        plan=full,
         sites=base.sites,
         aggregation=mode.rule,
         selection=Everyone()
@@ -116,7 +116,7 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: PrivacyMode
         lora_xs_bases=bases,
         accept_simulated=True,
         central_dp=CentralDP(
-            run=requests.run,
+            run=full.run,
             sites=base.sites,
             mechanism=GaussianMechanism(noise_multiplier=1.5, expected=EXPECTED, adaptive=mode.adaptive),
             sampling_rate=mode.rate,
