@@ -237,7 +237,7 @@ EXAMPLE_MUTANTS = (
         "privacy/clipping.py",
         "gradients.trunc_()",
         "gradients.round_()",
-        "tests/privacy/test_clipping.py::test_removing_row_changes_owner_sum_within_bound",
+        "tests/privacy/test_clipping.py::test_truncation_removes_less_than_a_step",
     ),
     Mutant(
         "gradients not rounded",
