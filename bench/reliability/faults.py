@@ -238,11 +238,13 @@ def shift_clock(scene: FaultScene) -> str:
     device.stop()
     device.environment = _shifted_clock()
     device.start()
-    wait_until(lambda: "clock is" in device.output[offset:], 240, f"a message on the clock\n{device.output[-2000:]}")
+    wait_until(
+        lambda: "clock differs" in device.output[offset:], 240, f"a message on the clock\n{device.output[-2000:]}"
+    )
     device.stop()
     device.environment = {}
     device.start()
-    return next(line for line in device.output[offset:].splitlines() if "clock is" in line)
+    return next(line for line in device.output[offset:].splitlines() if "clock differs" in line)
 
 
 def rotate_certificate(scene: FaultScene) -> None:
