@@ -24,8 +24,8 @@ from tests.helpers.timed_fleet import COSTS
 def test_profiles_are_assigned_by_count():
     fleet = compose("fleet=week").fleet
     cycle = profile_cycle(fleet)
-    assert len(cycle) == sum(profile.share for profile in fleet.profiles) == 10
-    assert [cycle.count(profile) for profile in fleet.profiles] == [profile.share for profile in fleet.profiles]
+    assert len(cycle) == sum(profile.count for profile in fleet.profiles) == 10
+    assert [cycle.count(profile) for profile in fleet.profiles] == [profile.count for profile in fleet.profiles]
 
 
 def test_unstated_hardware_is_predicted():

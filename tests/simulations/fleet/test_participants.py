@@ -155,8 +155,8 @@ def test_copies_have_other_pictures_and_noise(base: Base, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("data.devices=19", "data.devices=19: fewer than data.writers=20"),
-        ("data.devices=30 'data.pictures=[x]'", "leave data.devices or data.pictures out"),
+        ("data.devices=19", "data.devices=19: must be data.writers=20 or more"),
+        ("data.devices=30 'data.pictures=[x]'", "leave one of them out"),
         ("data.devices=30 cohort.size=31", "cohort.size=31: there are only 30 devices"),
         ("cohort.eval_size=21", "cohort.eval_size=21: there are only 20 devices"),
         ("cohort.eval_size=0", "cohort.eval_size=0"),
