@@ -4,8 +4,8 @@
 
 Runs `simulations.run preset=claim` once for each seed, and compares arms on the writers' held-out letters, paired over
 writers: shared with base, personal with shared, personal with base, and personal with local (the same device without
-    the
-federation). A gain is L_base − L_arm. An interval is a 95 % percentile bootstrap over writers of the mean difference.
+the federation). A gain is L_base − L_arm. An interval is a 95 % percentile bootstrap over writers of the mean
+difference.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@
 Bytes are those of encoded updates including headers, on the shapes of a published base; weights are not needed. A
 device trains and sends one of:
 
-    factors   A and B of every site            B alone   A is fixed (ffa, fedsvd, every second round of rolora)
-    A alone   B is fixed, or stays on the device (fedsa)
+    factors   A and B of every site
+    B         while A is fixed (ffa, fedsvd, every second round of rolora)
+    A         while B is fixed, or stays on the device (fedsa)
     cores     rank² numbers per site, between fixed factors (fedsb)
 
 The whole adapter, A and B, is sent down (compression.download).
 
-    --gain    also runs whole federations on the glyph base, for each method, precision and seed, on development
-    writers:
+    --gain    also runs whole federations on the glyph base, for each method, precision and seed, on development writers:
               the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
 """
 
