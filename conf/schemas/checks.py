@@ -18,7 +18,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_choice(key: str, value: str, options: tuple[str, ...]) -> None:
-    """Require one of `options`; a missing value passes, because Hydra reports it."""
+    """Require one of `options`; a missing value passes, because Hydra reports it.
+
+    Args:
+        key: full name of the key, for the message.
+        value: configured value.
+        options: allowed values.
+    """
     require(value in (*options, MISSING), f"{key}={value}: must be one of: {', '.join(options)}")
 
 
@@ -29,10 +35,12 @@ def require_color(key: str, color: str) -> None:
 
 
 def none_or_positive(value: float | None) -> bool:
+    """Return whether a value is unset or over 0."""
     return value is None or value > 0
 
 
 def is_regex(pattern: str) -> bool:
+    """Return whether a pattern is a regular expression."""
     try:
         re.compile(pattern)
     except re.error:
