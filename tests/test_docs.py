@@ -102,8 +102,8 @@ def test_linked_headings_exist() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
 
 
-def said() -> list[str]:
-    """Every text of the programs; what is filled into one is an ellipsis."""
+def program_texts() -> list[str]:
+    """List every text of the programs, with an ellipsis for each inserted value."""
     found = []
     for room in ("client", "server", "strategies", "privacy", "protocol", "models", "conf", "common"):
         for file in (ROOT / room).rglob("*.py"):
@@ -120,7 +120,7 @@ def test_explained_messages_exist() -> None:
     section = text("docs/deploy.md").partition("\n## Troubleshooting")[2].partition("\n## ")[0]
     messages = [row[1] for row in re.finditer(r"^\| `([^`]+)` \|", section, re.MULTILINE)]
     assert len(messages) > 30
-    programs = said()
+    programs = program_texts()
     for message in messages:
         pattern = re.compile(".*".join(re.escape(part) for part in message.split("…")), re.DOTALL)
         assert any(pattern.search(re.sub(r"%[\w.]*[sdf]", "…", text)) for text in programs), message

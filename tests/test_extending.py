@@ -1,4 +1,4 @@
-"""docs/extending.md: the examples that are complete modules run, and do what the page says."""
+"""docs/extending.md: the examples that are complete modules run, with the documented result."""
 
 from __future__ import annotations
 

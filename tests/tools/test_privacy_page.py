@@ -229,7 +229,7 @@ def test_rule_with_unknown_parameters_is_refused(monkeypatch, tmp_path):
         (
             "timing",
             "TIMINGS",
-            TimingDeclaration(prechargeable=False, reason="whoever comes is taken"),
+            TimingDeclaration(prechargeable=False, reason="every reply is taken"),
             ["device", "both"],
         ),
     ],
