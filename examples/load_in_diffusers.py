@@ -1,4 +1,4 @@
-"""Load an adapter of a run into diffusers, and generate images with and without it.
+"""Load an adapter of a run into diffusers, and generate pictures with and without it.
 
     python examples/load_in_diffusers.py outputs/DATE/TIME/adapters/shared.safetensors --caption "lowercase letter a"
 
@@ -30,7 +30,7 @@ pipeline = DiffusionPipeline.from_pretrained(locate(arguments.base))
 
 
 def generate() -> Image.Image:
-    """Generate one image from a fixed seed."""
+    """Generate one picture from a fixed seed."""
     size = {"height": arguments.size, "width": arguments.size} if arguments.size else {}
     generator = torch.Generator().manual_seed(0)
     image: Image.Image = pipeline(arguments.caption, num_inference_steps=20, generator=generator, **size).images[0]

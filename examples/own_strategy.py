@@ -57,7 +57,7 @@ grid = CohortGrid(
 
 # %% Three rounds
 def on_round(record: Round) -> None:
-    """Print the loss on held-out images after a round."""
+    """Print the loss on held-out pictures after a round."""
     if record.validation.shared is not None:  # round 0 is the state before training, and isn't evaluated
         print(f"round {record.number}: {record.validation.shared:.4f} ({record.validation.base:.4f} for the base)")
 

@@ -18,7 +18,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/example")
 result = simulate("preset=quick rounds=4", folder)
 print(f"report: {result.report}")
 
-# %% Loss on held-out images, of the base and of the shared adapter after every round
+# %% Loss on held-out pictures, of the base and of the shared adapter after every round
 rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 measured = [one for one in rounds if one["shared"] is not None]
 for one in measured:
@@ -28,7 +28,7 @@ for one in measured:
 figure, axes = plt.subplots(figsize=(6, 4))
 axes.plot([one["round"] for one in measured], [one["shared"] for one in measured], marker="o", label="shared adapter")
 axes.axhline(measured[0]["base"], color="gray", linestyle="--", label="base")
-axes.set(xlabel="round", ylabel="loss on held-out images")
+axes.set(xlabel="round", ylabel="loss on held-out pictures")
 axes.legend()
 figure.savefig(folder / "loss.svg")
 print(folder / "loss.svg")
