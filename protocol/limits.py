@@ -1,8 +1,8 @@
 """Ranges of all values in messages, for any sender.
 
-Types by themselves admit a count of 10⁴⁰⁰⁰, which no float represents, a name of a megabyte, and names with a line feed
-or an unpaired surrogate, which forge a line of a log or can't be written to a file. Further limits on plans are set by a
-device's policy, and on replies by the strategy.
+Types by themselves admit a count of 10⁴⁰⁰⁰, which no float represents, a name of a megabyte, and names with a line
+feed or an unpaired surrogate, which forge a line of a log or can't be written to a file. Further limits on plans are
+set by a device's policy, and on replies by the strategy.
 """
 
 from __future__ import annotations

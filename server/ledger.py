@@ -127,7 +127,7 @@ class ServerLedger:
 
 
 def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarantee:
-    """Compose the charges of the device that has paid most, with the evaluations of `budget.other_releases` that are planned.
+    """Compose the charges of the device that has paid most, with the planned evaluations of `budget.other_releases`.
 
     Without secret sampling, a device pays for the rounds in which it was sampled. With secret sampling, every device
     pays for every round: the sampling rate accounts for the chance that it wasn't sampled. `seen` is the ε against an

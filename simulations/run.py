@@ -164,7 +164,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
 
 
 def check_time(config: SimulationConfig) -> None:
-    """Refuse settings that need devices which take time if the fleet answers at once, and a quorum above all devices."""
+    """Refuse settings that need a timed fleet if the fleet answers at once, and a quorum above all devices."""
     fleet, over, loop = config.fleet, config.cohort.overselection, config.round_loop
     hint = "requires a fleet with timed=true, such as fleet=week"
     if over > 1 and not fleet.timed:

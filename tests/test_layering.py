@@ -193,7 +193,7 @@ def test_allowed_import_is_not_found(path: str, source: str) -> None:
 
 
 def room(path: str) -> str:
-    """Return the innermost package of a file that has sub-packages around it, or the file itself at a package's root."""
+    """Return a file's top-level room: its package and first sub-package, or the file itself at a package's root."""
     parts = path.split("/")
     return "/".join(parts[:2]) if len(parts) > 2 else path.removesuffix(".py")
 

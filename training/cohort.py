@@ -170,7 +170,7 @@ class _Cohort:
         return self.outcomes
 
     def _next_microbatches(self) -> list[Microbatch]:
-        """Return the next concurrent passes: one per core with its share of the queue, or all of one size if private."""
+        """Return the next concurrent passes: one per core, with its share of the queue; if private, all of one size."""
         share = -(-len(self.queue) // self.parallel_passes)
         microbatches: list[Microbatch] = []
         while len(self.queue) and len(microbatches) < self.parallel_passes:

@@ -54,7 +54,8 @@ EXAMPLE_MUTANTS = (
         "realized batch size as divisor",
         "training/cohort.py",
         "resident.pending = batch.size\n",
-        "resident.pending = batch.size\n            self.buffers.divisors[row] = max(1, batch.size // batch.per_unit)\n",
+        "resident.pending = batch.size\n"
+        "            self.buffers.divisors[row] = max(1, batch.size // batch.per_unit)\n",
         f"{_NEIGHBOURS}[clipped]",
     ),
     Mutant(
@@ -194,14 +195,16 @@ EXAMPLE_MUTANTS = (
         "float16 noise",
         "privacy/noise.py",
         "torch.from_numpy(samples[:size])",
-        "torch.from_numpy(np.rint((samples[:size] / stddev).astype(np.float16).astype(float) * stddev).astype(np.int64))",
+        "torch.from_numpy("
+        "np.rint((samples[:size] / stddev).astype(np.float16).astype(float) * stddev).astype(np.int64))",
         f"{_NOISE}::test_numbers_do_not_repeat[secure]",
     ),
     Mutant(
         "float32 noise",
         "privacy/noise.py",
         "torch.from_numpy(samples[:size])",
-        "torch.from_numpy(np.rint((samples[:size] / stddev).astype(np.float32).astype(float) * stddev).astype(np.int64))",
+        "torch.from_numpy("
+        "np.rint((samples[:size] / stddev).astype(np.float32).astype(float) * stddev).astype(np.int64))",
         f"{_NOISE}::test_numbers_do_not_repeat[secure]",
     ),
     Mutant(
@@ -377,7 +380,8 @@ EXAMPLE_MUTANTS = (
         "training/inference.py",
         "size = min(timesteps, _max_pass_size(base, pools, adapters, memory))\n"
         "    entries = torch.arange(len(noise_index) * timesteps).split(timesteps)",
-        "size = _max_pass_size(base, pools, adapters, memory)\n    entries = [torch.arange(len(noise_index) * timesteps)]",
+        "size = _max_pass_size(base, pools, adapters, memory)\n"
+        "    entries = [torch.arange(len(noise_index) * timesteps)]",
         "tests/training/test_inference.py::test_no_pass_holds_two_examples",
     ),
 )

@@ -12,8 +12,8 @@ device trains and sends one of:
 
 The whole adapter, A and B, is sent down (compression.download).
 
-    --gain    also runs whole federations on the glyph base, for each method, precision and seed, on development writers:
-              the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
+    --gain    also runs whole federations on the glyph base, for each method, precision and seed, on development
+              writers: the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
 def gain_kept(
     encoded_runs: Sequence[Mapping[str, Any]], fp32_runs: Sequence[Mapping[str, Any]]
 ) -> tuple[float, float, float]:
-    """Compute the share of the gain at fp32 over all seeds' writers, with its 95 % interval for a fixed gain at fp32."""
+    """Compute the share of the fp32 gain over all seeds' writers, with its 95 % interval for a fixed gain at fp32."""
     gain, reference = (
         np.concatenate([np.subtract(run["losses"]["base"], run["losses"]["shared"]) for run in runs])
         for runs in (encoded_runs, fp32_runs)

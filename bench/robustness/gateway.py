@@ -263,8 +263,9 @@ def summary(results: GatewayResults) -> str:
     """Summarize the results in one line."""
     attacked_rounds, calm = median(results.seconds or [0.0]), median(results.calm_seconds or [0.0])
     return (
-        f"rounds: {len(results.seconds)}, {len(results.lost)} without an honest reply; median {attacked_rounds:.2f} s, calm "
-        f"{calm:.2f} s ({results.slower:.2f} ×); gateway +{results.memory_mib:.0f} MiB; database {results.disk_mib:.0f} MiB; "
+        f"rounds: {len(results.seconds)}, {len(results.lost)} without an honest reply; "
+        f"median {attacked_rounds:.2f} s, calm {calm:.2f} s ({results.slower:.2f} ×); "
+        f"gateway +{results.memory_mib:.0f} MiB; database {results.disk_mib:.0f} MiB; "
         f"restarted: {', '.join(results.restarted) or 'nothing'}"
     )
 

@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="anther plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"devices: this, {', '.join(devices())}\n\nkeys (key=value), with their defaults:\n\n{key_help(PlanConfig)}",
+        epilog=f"devices: this, {', '.join(devices())}\n\n"
+        f"keys (key=value), with their defaults:\n\n{key_help(PlanConfig)}",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="base, device, rank, steps, batch_size, …")
     parser.add_argument("--json", action="store_true", help="print the options as JSON")

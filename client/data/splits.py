@@ -109,8 +109,9 @@ def check_depth(root: Path, files: Collection[str]) -> None:
         folders = PurePosixPath(file).parts[:-1]
         if any(split_named(folder) is not None for folder in folders):
             raise AntherError(
-                f"{root / shorten(file)}: lies in a folder that looks like a split but is nested, or whose parent can't "
-                f"be listed: move {', '.join(SPLITS)} directly into the folder that you name, and make it listable"
+                f"{root / shorten(file)}: lies in a folder that looks like a split but is nested, or whose parent "
+                f"can't be listed: move {', '.join(SPLITS)} directly into the folder that you name, and make it "
+                "listable"
             )
 
 

@@ -67,8 +67,8 @@ def search_plans(
         predict: the memory and arithmetic of a setting.
 
     Returns:
-        The options from the first to the best and `plan.alternatives` below it, and the index of the best; None if none is
-            feasible.
+        The options from the first to the best and `plan.alternatives` below it, and the index of the best; None if
+            none is feasible.
     """
     options: list[TrainingOption] = []
     best = None

@@ -44,8 +44,8 @@ class CohortConfig:
     eval_size: int | None = None
     """Devices asked to evaluate each round's adapter; null: as size."""
     overselection: float = 1.0
-    """Factor on size for the number of devices asked; the first `size` replies end the round. A simulation needs a timed
-    fleet for it."""
+    """Factor on size for the number of devices asked; the first `size` replies end the round. A simulation needs a
+    timed fleet for it."""
     eligibility: EligibilityConfig = field(default_factory=EligibilityConfig)
     max_state_age: float = 600.0
     """Seconds after which a device is asked for its state again, if the state is used."""
@@ -118,7 +118,8 @@ class SelectionConfig:
     utility_weight: float | None = None
     """Weight of utility, against the battery that a round leaves (eafl), 0 to 1; null: 0.25."""
     candidate_factor: float | None = None
-    """Candidates drawn per selected device (deadline, power_of_choice, energy_delay); the best are selected. null: 2."""
+    """Candidates drawn per selected device (deadline, power_of_choice, energy_delay); the best are selected. null:
+    2."""
 
     def __post_init__(self) -> None:
         require_choice("selection.name", self.name, SELECTIONS)

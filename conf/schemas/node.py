@@ -62,7 +62,7 @@ class ThrottleConfig:
     min_free_mib: float = 150.0
     """Least free memory in MiB for everything else that runs; below it, training gives its memory back."""
     max_wait_seconds: float = 900.0
-    """Seconds of a pause with the base in memory; afterwards the memory is freed, and the round restarts when allowed."""
+    """Seconds of a pause with the base in memory; afterwards it is freed, and the round restarts when allowed."""
     poll_seconds: float = 1.0
     """Seconds between checks during a pause."""
 

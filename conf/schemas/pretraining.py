@@ -14,7 +14,7 @@ class StageConfig:
     steps: int = 1000
     """Optimizer steps at most."""
     seconds: float | None = None
-    """Time budget in seconds, without compilation; the learning rate reaches zero at its end. null: only steps count."""
+    """Time budget in seconds, without compilation; the learning rate is zero at its end. null: only steps count."""
     batch_size: int = 512
     """Examples per step."""
     lr: float = 1e-3

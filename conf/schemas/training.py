@@ -73,7 +73,8 @@ class DataConfig:
             require(not self.pictures, f"{key}: can't be combined with data.pictures; leave one of them out")
             require(
                 not self.label_skew,
-                f"{key}: can't be combined with data.label_skew, because glyphs of one kind would run out; leave one of them out",
+                f"{key}: can't be combined with data.label_skew, because glyphs of one kind would run out; "
+                "leave one of them out",
             )
             require(self.devices >= self.writers, f"{key}: must be data.writers={self.writers} or more")
 

@@ -169,7 +169,7 @@ class Base(Denoiser):
 
     @contextmanager
     def _wrap_errors(self, part: str) -> Iterator[None]:
-        """Convert any error of a loaded part, whose configuration may not fit its weights, to a one-line AntherError."""
+        """Convert any error of a loaded part to a one-line AntherError: its configuration may not fit its weights."""
         try:
             yield
         except (AntherError, MemoryError, torch.OutOfMemoryError):

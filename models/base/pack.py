@@ -1,9 +1,9 @@
 """Quantize a base once and store it:  anther pack BASE --weights nf4 --out DIR
 
 The result is a pipeline folder like the input, with a quantized network. Tensors are copied one by one, so that packing
-needs memory for the largest tensor, for Python, and for the VAE, which is loaded to verify the result before it appears.
-A packed base is identified by its hash, as every base is, and should be packed once and distributed: another processor
-may round differently.
+needs memory for the largest tensor, for Python, and for the VAE, which is loaded to verify the result before it
+appears. A packed base is identified by its hash, as every base is, and should be packed once and distributed: another
+processor may round differently.
 """
 
 from __future__ import annotations

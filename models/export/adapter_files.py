@@ -21,8 +21,8 @@ from models.lora.adapter import Adapter
 
 CONTENTS = {
     "shared": "the shared adapter of a federation",
-    "shared+personal": "the shared adapter and one device's personal adapter combined: load it by itself, not on top of "
-    "the shared one, which would then count twice",
+    "shared+personal": "the shared adapter and one device's personal adapter combined: load it by itself, not on top "
+    "of the shared one, which would then count twice",
     "personal": "one device's personal adapter: load it together with the shared adapter that it was trained on",
 }
 

@@ -64,7 +64,8 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
             _number(config, key, 0.01, maximum=1.0)
         if (kind := config.get("beta_schedule", "linear")) not in _BETA_SCHEDULES:
             raise AntherError(
-                f"scheduler {shorten(name)}: beta_schedule={shorten(kind)}: only {', '.join(_BETA_SCHEDULES)} are supported"
+                f"scheduler {shorten(name)}: beta_schedule={shorten(kind)}: only {', '.join(_BETA_SCHEDULES)} are "
+                "supported"
             )
     else:
         _check_betas(name, config["trained_betas"])

@@ -44,7 +44,8 @@ class Footprint:
     """One forward and backward pass of one microbatch, at the moment of peak memory."""
 
     base_bytes: int
-    """Frozen weights that stay in memory; codes of a packed base don't, as their file is mapped (`models.files.paging`)."""
+    """Frozen weights that stay in memory. Codes of a packed base don't: their file is mapped
+    (`models.files.paging`)."""
     activations_bytes: int = 0
     """Tensors of the pass: saved by autograd, intermediate gradients, and inputs."""
     workspace_bytes: int = 0

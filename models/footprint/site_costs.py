@@ -4,7 +4,8 @@ Layers before the first trained site need no backward pass, so autograd saves no
 its factors, moments and gradients. Subsets differ in nothing else:
 
     bytes(S) = max(all − saved before the first of S, forward only) + Σ over S of the site's own bytes
-    work(S)  = forward + backward · (fraction of the forward pass after the first of S) + Σ over S of the site's own work
+    work(S)  = forward + backward · (fraction of the forward pass after the first of S)
+               + Σ over S of the site's own work
 
 Bytes should never be less than in a dry run of the same sites (`tests/models/footprint/test_site_costs.py`): inputs
 that an operation saves for a gradient that isn't needed are not subtracted.
@@ -33,8 +34,7 @@ from models.footprint.footprint import (
 from models.lora.batched_lora import slot_layers
 
 TRAINED_BYTES = 20
-"""Bytes of a trained number beyond those of a frozen one: as received and as trained, two moments, the sum of gradients.
-"""
+"""Bytes of a trained number beyond those of a frozen one: as received, as trained, two moments and the gradient sum."""
 
 
 @dataclass(frozen=True, kw_only=True)

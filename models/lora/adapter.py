@@ -1,8 +1,8 @@
 """LoRA adapters as plain tensors.
 
-At a site with weight W [out, in] an adapter adds the product B A, with A [r, in] and B [out, r]. The scale α/r is folded
-into B, so that adapters of different rank can be compared, added and concatenated (Hu et al., 2021, arXiv:2106.09685,
-§4.1).
+At a site with weight W [out, in] an adapter adds the product B A, with A [r, in] and B [out, r]. The scale α/r is
+folded into B, so that adapters of different rank can be compared, added and concatenated (Hu et al., 2021,
+arXiv:2106.09685, §4.1).
 """
 
 from __future__ import annotations

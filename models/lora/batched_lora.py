@@ -108,8 +108,8 @@ def set_adapters(layers: Mapping[str, SlotLayer], adapters: Sequence[BatchedAdap
 class Layout:
     """Positions of A and B of every site, at one rank, in a flat row of D numbers.
 
-    Adapters, moments, gradients and noise of S slots are [S, D] buffers, so that optimizer, clipping and noise take only
-    a few kernels. Adapters of smaller rank are padded with zeros by `pack`; `mask` marks the padding.
+    Adapters, moments, gradients and noise of S slots are [S, D] buffers, so that optimizer, clipping and noise take
+    only a few kernels. Adapters of smaller rank are padded with zeros by `pack`; `mask` marks the padding.
     """
 
     def __init__(self, sites: Sites, rank: int) -> None:

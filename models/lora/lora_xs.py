@@ -3,8 +3,8 @@
 The *bases* are an Adapter with factors A, whose rows are orthonormal, and L, whose columns are. They are sent with an
 adapter as `<site>.lora_A` and `<site>.frame`.
 
-A core has r² numbers where factors have r (in + out). Under differential privacy this reduces the noise accordingly, and
-the mean is exact, since L (Σ C_k) A is linear in the cores.
+A core has r² numbers where factors have r (in + out). Under differential privacy this reduces the noise accordingly,
+and the mean is exact, since L (Σ C_k) A is linear in the cores.
 
 References:
     LoRA-XS (Bałazy et al., 2024, arXiv:2405.17604); LoRA-SB (Singhal et al., 2025, arXiv:2502.15436).

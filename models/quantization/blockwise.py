@@ -2,8 +2,8 @@
 
 Consecutive weights form a block with one scale; codes stand for values in [−1, 1]. The values of NF4 are quantiles of
 the normal distribution (Dettmers et al., 2023, arXiv:2305.14314, appendix E), those of int8 are evenly spaced. Scales
-are quantized too, as there (§3): 8 bits each, in steps of 2^(1/16) below the layer's largest. A block uses the step with
-the least squared error, which is seldom that of its largest entry.
+are quantized too, as there (§3): 8 bits each, in steps of 2^(1/16) below the layer's largest. A block uses the step
+with the least squared error, which is seldom that of its largest entry.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def quantize_layers(network: nn.Module, mode: str) -> None:
 
 
 def quantize_meta(network: nn.Module, types: Mapping[str, str]) -> None:
-    """Replace layers of a network on the meta device by quantized ones of these types, of equal size but without data."""
+    """Replace layers of a network on the meta device by quantized ones of these types: equal in size, without data."""
     for name, quant_type in types.items():
         replace_layer(network, name, empty_quantized(quant_type, network.get_parameter(f"{name}.weight").numel()))
 

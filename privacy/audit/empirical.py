@@ -28,8 +28,8 @@ from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.audit import tradeoff
 from privacy.audit.tradeoff import Inverse
 
-# Shares of the canaries that are guessed to be in (highest scores) and out (lowest scores). The best pair depends on the
-# mechanism, so all are tried, and each gets its part of the significance.
+# Shares of the canaries that are guessed to be in (highest scores) and out (lowest scores). The best pair depends on
+# the mechanism, so all are tried, and each gets its part of the significance.
 SHARES = ((1 / 4, 1 / 4), (1 / 16, 1 / 16), (1 / 4, 0.0))
 _HALVINGS, _DOUBLINGS, _BISECTIONS = 3, 7, 5  # of σ, when searching for the smallest refuted one
 _MAX_EPSILON = 64.0  # no number of guesses distinguishes it from a larger ε

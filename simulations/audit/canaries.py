@@ -184,8 +184,8 @@ def attacks(experiment: Experiment, releases: np.ndarray) -> dict[str, np.ndarra
     """Score the canaries by adversaries who see the releases, or their differences from other releases.
 
     The differences reveal noise that is shared between devices or rounds; otherwise they are weaker. The likelihood
-    ratio is optimal if the noise is as claimed. If there is less noise, the sum is better, since its mean doesn't depend
-    on the noise.
+    ratio is optimal if the noise is as claimed. If there is less noise, the sum is better, since its mean doesn't
+    depend on the noise.
 
     Args:
         experiment: the canaries.

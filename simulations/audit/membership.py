@@ -2,8 +2,8 @@
 
 Members are pictures on devices that participated. Non-members are pictures of the same writers that the run did not
 use: test pictures and the rest of the training pool, without the pictures that selected the best round. Pictures were
-split by the writer's name only, independently of their content. Since letters are not split evenly, members are compared
-with non-members of the same letter (`privacy.audit.membership`).
+split by the writer's name only, independently of their content. Since letters are not split evenly, members are
+compared with non-members of the same letter (`privacy.audit.membership`).
 """
 
 from __future__ import annotations

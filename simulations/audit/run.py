@@ -3,8 +3,8 @@
 Without `runs` the mechanisms are tested: canaries in the training loop and canary clients in the rounds of
 `privacy=device`, for several claims of ε, and once without noise, which the audit must detect. All inputs are known, so
 the noise is also separated from the releases and tested against its claimed distribution. With `runs` the shared
-adapters of finished runs are attacked: who was trained on? The exit code is 1 if a claim is refuted, a test of the noise
-fails, or missing noise is not detected.
+adapters of finished runs are attacked: who was trained on? The exit code is 1 if a claim is refuted, a test of the
+noise fails, or missing noise is not detected.
 """
 
 from __future__ import annotations

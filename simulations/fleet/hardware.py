@@ -1,7 +1,7 @@
 """Hardware of the fleet's profiles: stated in the profile, or else taken from `conf/device` and predicted.
 
-A stated rate is that of one base (`measured_on`). For other bases the rate is predicted as in `anther device plan`: operations
-of a training pass at the run's resolution over the device's sustained speed.
+A stated rate is that of one base (`measured_on`). For other bases the rate is predicted as in `anther device plan`:
+operations of a training pass at the run's resolution over the device's sustained speed.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def ray_grid(config: SimulationConfig, folder: Path, *, devices: int, device: st
 class RayGrid(ForwardingGrid):
     """Flower's grid of a simulation without timeouts: it waits for all replies unless the simulation ended.
 
-    A device whose process died, e.g. for lack of memory, is asked once more; replies that it has sealed are not computed
-    again.
+    A device whose process died, e.g. for lack of memory, is asked once more; replies that it has sealed are not
+    computed again.
     """
 
     def __init__(self, grid: Grid | None, running: Future[None], devices: int) -> None:

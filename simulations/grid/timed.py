@@ -34,8 +34,8 @@ from simulations.grid.cohort import CohortGrid, GroupCommit, Perform, commit_eac
 class TimedGrid(CohortGrid):
     """A `CohortGrid` whose devices need time to train and may fail.
 
-    A job is trained when the first reply is due, together with all running jobs that will complete. Jobs of devices that
-    fail are never trained.
+    A job is trained when the first reply is due, together with all running jobs that will complete. Jobs of devices
+    that fail are never trained.
 
     Args:
         devices: the fleet.

@@ -90,7 +90,7 @@ class Display:
         """Print a completed round, also one from before a resumption.
 
         Args:
-            record: `round`; `base` and `shared` (validation losses), or `gain` and `gain_error` of a noised measurement.
+            record: `round`; `base` and `shared` (validation losses), or `gain` and `gain_error` if measured with noise.
                 For a round of training also `replied` or `devices`, `dropped`, `refused` (part of the dropped),
                 `bytes_up`, `bytes_down` and `guarantees` so far. For a timed fleet also `hours` on its clock and
                 `lost`, the number of lost devices.

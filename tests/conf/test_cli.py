@@ -68,8 +68,8 @@ MISTAKES = {
     "adapter.shared=4": "adapter.shared=4: is a group of keys, not a value",
     "adapter.sites=[": "adapter.sites=[: can't be read as key=value; quote the value, and all of it for the shell: "
     """'adapter.sites='"'"'['"'"''""",
-    "aggregation=fedavg": "aggregation=fedavg: no such option; did you mean fedit (FedAvg of the factors)?; aggregation is one "
-    "of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
+    "aggregation=fedavg": "aggregation=fedavg: no such option; did you mean fedit (FedAvg of the factors)?; "
+    "aggregation is one of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
     "privacy=exampel": "privacy=exampel: no such option; did you mean example?; privacy is one of: both, device, "
     "example, none",
     "lr=1e-4": "lr: no such key; did you mean server_optimizer.lr or adapter.shared.lr or adapter.personal.lr or "

@@ -103,7 +103,7 @@ def test_noise_seed_without_device_or_round_fails(key: str) -> None:
 
 
 def test_noise_rounded_before_scaling_fails() -> None:
-    """The float32 lattice of Mironov (2012): a release shows which sums are impossible. It is coarse for large σ only."""
+    """The float32 lattice of Mironov (2012) shows which sums are impossible. It is coarse for large σ only."""
     rounded = LowPrecisionNoise(SecureNoise(), torch.float32)
     assert {"last digits", "equal numbers"} & failed(known_inputs.observe_source(rounded, 2**12)[1])
     assert failed(known_inputs.observe_source(SecureNoise(), 2**12)[1]) == set()

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = (
     "base.device=cpu data.writers=20 data.validation=2 data.test=2 adapter.shared.steps=1 adapter.shared.rank=2 "
-    "adapter.personal.steps=1 adapter.personal.rank=2 adapter.eval_interval=1 adapter.patience=1 evaluation.timesteps=1 "
-    "evaluation.gallery_size=0 evaluation.devices=3 tracker.tensorboard=false"
+    "adapter.personal.steps=1 adapter.personal.rank=2 adapter.eval_interval=1 adapter.patience=1 "
+    "evaluation.timesteps=1 evaluation.gallery_size=0 evaluation.devices=3 tracker.tensorboard=false"
 )
 
 STEADY_MEMORY = {

@@ -62,8 +62,9 @@ def compose_cached(overrides: str):
 def configure(selected: Combination, folder: Path):
     option = f"adapter.lora_xs_bases={bases_file(folder)}" if selected.aggregation == "fedsb" else ""
     config = compose_cached(
-        f"{option} aggregation={selected.aggregation} privacy={selected.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
-        f"adapter.shared.steps=1 robust.rules=[{','.join(selected.robust)}] {SELECTION_OPTIONS[selected.selection]}"
+        f"{option} aggregation={selected.aggregation} privacy={selected.level} rounds=2 data.writers=4 "
+        f"adapter.shared.rank=3 adapter.shared.steps=1 robust.rules=[{','.join(selected.robust)}] "
+        f"{SELECTION_OPTIONS[selected.selection]}"
     )
     return replace(config, round_loop=replace(config.round_loop, mode=selected.timing))
 

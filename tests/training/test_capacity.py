@@ -48,7 +48,7 @@ def random_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: li
 
 
 def random_jobs(base: Base, pick: Pick) -> list[TrainJob]:
-    """Jobs with equal shapes of examples; sometimes with a common frozen adapter, sometimes with mostly empty batches."""
+    """Jobs with equal shapes of examples; sometimes with a common frozen adapter, or with mostly empty batches."""
     many = [None, nonzero_adapter(base, pick.choice([1, 3]), 9), nonzero_adapter(base, 24, 8)]
     frozen = pick.choice([many[:1], many[1:2], many[2:], many])
     rates = pick.choice([[0.02, 0.05], [0.1, 0.5, 1.0]])
@@ -107,7 +107,7 @@ def test_peak_memory_is_within_the_budget_for_200_lists(base: Base) -> None:
     ],
 )
 def test_rare_buffers_are_counted(base: Base, kind: str) -> None:
-    """Concurrent steps of all jobs, masks of an adapter's own numbers, copies of frozen adapters, and incomplete units."""
+    """Concurrent steps of all jobs, masks of an adapter's own numbers, copies of frozen adapters, incomplete units."""
     frozen, large = nonzero_adapter(base, 24, 8), nonzero_adapter(base, 16, 1)
     makers: dict[str, Callable[[int], TrainJob]] = {
         "low rates": lambda place: private(base, f"{place}", 0.02, rank=16, draws=1, steps=2),

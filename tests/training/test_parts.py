@@ -140,7 +140,7 @@ def test_fixed_factors_stay_and_get_no_noise(fine: Base, trains: str) -> None:
 
 @pytest.mark.parametrize("trains", ["both", *PARTS])
 def test_no_gradients_of_fixed_factors_and_other_sites(fine: Base, trains: str) -> None:
-    """Observes the operation that applies adapters to a layer: no other gradient is requested, and none at other sites."""
+    """Observes the operation that applies adapters to a layer: no other gradient is requested, none at other sites."""
     between = at_some_sites(random_bases(fine, 2, 3)) if trains == "cores" else None
     start = between_bases(between, 7, fine) if between else at_some_sites(nonzero_adapter(fine, 2, 7))
     kept: list[tuple[bool, ...]] = []

@@ -86,9 +86,9 @@ def style_table(families: int, styles: int, generator: Generator) -> Tensor:
 def measure(judge: Judge, families: Sequence[Typeface]) -> dict[str, float]:
     """Measure reading accuracy, and how well styles of unseen families are distinguished.
 
-    Glyphs at even positions of a family's `order` define its style, those at odd positions are queries. `retrieval_1` is
-    the fraction of single glyphs, `retrieval_5` of means of five, that are nearest to their own family; `style_match` is
-    that of single real glyphs.
+    Glyphs at even positions of a family's `order` define its style, those at odd positions are queries. `retrieval_1`
+    is the fraction of single glyphs, `retrieval_5` of means of five, that are nearest to their own family;
+    `style_match` is that of single real glyphs.
     """
     truth = np.arange(len(GLYPHS))
     read = [judge.read(family.images) for family in families]

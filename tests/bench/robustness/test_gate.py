@@ -1,7 +1,7 @@
 """Tests of attacks in both directions: nothing crashes, and no accepted message violates an invariant.
 
-The invariants are those of `bench.robustness.invariants`, which shares no code with the code under test; tests also show
-that they can be violated.
+The invariants are those of `bench.robustness.invariants`, which shares no code with the code under test; tests also
+show that they can be violated.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def _epsilon_is_known() -> None:
 
 
 class Moved(Performer):
-    """Changes the received adapter by amounts that depend only on the round, so that training is known and repeatable."""
+    """Changes the received adapter by amounts that depend only on the round: training is known and repeatable."""
 
     def __init__(self, scale: float = 0.01) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def test_refused_round_keeps_residual(tmp_path: Path) -> None:
 
 
 def test_rolled_back_server_gets_no_residual_twice(tmp_path: Path) -> None:
-    """Round 1's residual was sent in round 2, and round 2's residual belongs to a round that the server has forgotten."""
+    """Round 1's residual was sent in round 2; round 2's residual belongs to a round that the server has forgotten."""
     device = make_device(tmp_path)
     for number in (2, 4):
         answer_request(device, request(number))
@@ -323,7 +323,7 @@ def killed_at(call: int, work: Callable[[], None]) -> bool:
 
 
 class RandomShift(Moved):
-    """Shifts all factors by one random number per round, as private training would, so that rounds can be identified."""
+    """Shifts all factors by one random number per round, as private training would, to make rounds identifiable."""
 
     def _perform(self, job: jobs.Job) -> Result:
         trained = super()._perform(job)
