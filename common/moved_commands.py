@@ -64,6 +64,11 @@ MOVED = {
 def refuse_key_value(arguments: Sequence[str], keys: Sequence[str], usage: str) -> None:
     """Refuse `key=value` where a command takes options now.
 
+    Args:
+        arguments: words of the command line.
+        keys: keys that the command took before.
+        usage: how to call the command now.
+
     Raises:
         AntherError: one line with the present usage.
     """

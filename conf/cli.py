@@ -92,7 +92,19 @@ def hydra_application(
 
 
 def to_object(config: DictConfig, schema: type, renames: Renames = NO_RENAMES) -> Any:
-    """Return the validated instance of `schema` for a composed configuration; AntherError if it is refused."""
+    """Return the validated instance of `schema` for a composed configuration.
+
+    Args:
+        config: composed configuration.
+        schema: dataclass of the application.
+        renames: former keys, which messages explain.
+
+    Returns:
+        An instance of `schema`.
+
+    Raises:
+        AntherError: a value is missing, not finite, or refused by the schema.
+    """
     try:
         # Merge plain data into a new schema, because Hydra's `+key=value` unlocks the composed one.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(config))

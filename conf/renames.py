@@ -81,7 +81,16 @@ def present_key(key: str, renames: Renames) -> str | None:
 
 
 def present_option(group: str, option: str, renames: Renames) -> str | None:
-    """Return the present name of a group's former option; None for other options."""
+    """Return the present name of a group's former option.
+
+    Args:
+        group: configuration group, such as `aggregation`.
+        option: name of the option.
+        renames: former names of the application.
+
+    Returns:
+        `group=option` under its present names; None for an option that was not renamed.
+    """
     word = f"{group}={option}"
     present = present_word(word, renames)
     return None if present == word else present

@@ -79,10 +79,14 @@ class SimulatedNoise:
         self._noises: dict[torch.device, torch.Generator] = {}
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
+        """See `NoiseSource.poisson_batch`."""
         return (torch.rand(size, generator=self._batches, dtype=torch.float64) < rate).nonzero().flatten()
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
-        """Each device type has its own stream: drawing on the CPU would take longer than a step on the GPU."""
+        """See `NoiseSource.rounded_gaussian`.
+
+        Each device type has its own stream: drawing on the CPU would take longer than a step on the GPU.
+        """
         check_stddev(stddev)
         if device not in self._noises:
             self._noises[device] = torch.Generator(device).manual_seed(self._seed)
@@ -103,6 +107,7 @@ class SecureNoise:
     release = True
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
+        """See `NoiseSource.poisson_batch`."""
         whole = math.floor(rate / _CELL)
         first = _random_bits(size)
         joins = first < whole
@@ -111,6 +116,7 @@ class SecureNoise:
         return torch.from_numpy(np.flatnonzero(joins))
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        """See `NoiseSource.rounded_gaussian`."""
         check_stddev(stddev)
         blocks = [_pairs(min(_BLOCK, remaining), stddev) for remaining in _remaining_counts(-(-size // 2))]
         samples = np.concatenate([np.empty(0, np.int64), *blocks])

@@ -281,7 +281,16 @@ class CentralDP:
 
 
 def changes(layout: Layout, current: Adapter, trained: Iterable[Adapter]) -> Iterator[Tensor]:
-    """Yield each device's change of the trained tensors `[D]`, float64; 0 for directions and sites it did not train."""
+    """Yield each device's change of the trained tensors; 0 for directions and sites it did not train.
+
+    Args:
+        layout: layout of the trained tensors, D numbers.
+        current: adapter that the round started from, A `[r, in]` and B `[out, r]` by site.
+        trained: adapter of each device, of rank r or less.
+
+    Yields:
+        Change of one device, float64 `[D]`.
+    """
     for adapter in trained:
         start, _ = split_rank(select_sites(current, adapter), rank(adapter))
         yield layout.pack(adapter).double() - layout.pack(start).double()

@@ -560,7 +560,14 @@ class FederatedStrategy(Strategy):
         config: ConfigRecord,  # noqa: ARG002  # Flower's interface; settings are in the messages
         grid: Grid,
     ) -> Iterable[Message]:
-        """Make an Evaluate message for each selected device; none if this round is not evaluated."""
+        """Make an Evaluate message for each selected device; none if this round is not evaluated.
+
+        Args:
+            server_round: number of the round.
+            arrays: adapter to evaluate.
+            config: unused.
+            grid: grid that reaches the devices.
+        """
         data, rounded = self._encode_download(records.adapter_from_record(arrays))
         self._evaluating = self.is_evaluated(server_round) and self._charge_evaluation(server_round, data)
         self._asked = self._select_evaluation(self.query(grid), server_round) if self._evaluating else {}
@@ -628,7 +635,16 @@ class FederatedStrategy(Strategy):
     def configure_personalize(
         self, request: Personalize, grid: Grid, names: Collection[str] | None = None
     ) -> Iterable[Message]:
-        """Make a Personalize message for every connected device, or those among them in `names`."""
+        """Make a Personalize message for every connected device, or those among them in `names`.
+
+        Args:
+            request: message to send; its adapter is encoded for download.
+            grid: grid that reaches the devices.
+            names: names of devices; None: all.
+
+        Returns:
+            The messages, one per device.
+        """
         data, rounded = self._encode_download(request.adapter)
         request = replace(request, adapter=data, rounded=rounded, adapted=self._adapted, timesteps=self._timesteps)
         self._asked = self.query(grid)

@@ -27,7 +27,7 @@ def public_classes(tree: ast.AST) -> Iterator[str]:
 
 
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield the public functions of a module and the public methods of its public classes, overrides aside."""
+    """Yield the public functions of a module and the public methods of its public classes."""
     for node in tree.body:
         for each in node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]:
             if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) and not each.name.startswith("_"):

@@ -95,5 +95,11 @@ def reduce(buffers: CohortBuffers, microbatch: Microbatch, grads: Tensor, losses
 
 
 def clip_unit(buffers: CohortBuffers, client: Tensor, unit: Tensor) -> ClippedGradients:
-    """Clip a unit [1, D] of one client [1] that was summed from its pieces."""
+    """Clip a unit's gradient that was summed from its pieces.
+
+    Args:
+        buffers: bounds of the clients.
+        client: row of the client, int64 [1].
+        unit: summed gradient [1, D].
+    """
     return buffers.sums.clip(client, unit, torch.ones_like(client))

@@ -69,11 +69,13 @@ class DryRun(LiveStorages):
         return result
 
     def on_alloc(self, key: int, size: int, given: Storages) -> None:
+        """See `LiveStorages.on_alloc`."""
         super().on_alloc(key, size, given)
         if given and all(other in self._frozen or other in self._dequantized for other in given):
             self._dequantized[key] = size
 
     def on_free(self, key: int, size: int) -> None:
+        """See `LiveStorages.on_free`."""
         super().on_free(key, size)
         self._dequantized.pop(key, None)
 

@@ -40,11 +40,17 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def on_alloc(self, key: int, size: int, given: Storages) -> None:  # noqa: ARG002  # subclasses use `given`
-        """Called when an operation on the storages `given` creates one of `size` bytes."""
+        """Called when an operation creates a storage.
+
+        Args:
+            key: id of the storage.
+            size: bytes of the storage.
+            given: storages of the operation's inputs, by id.
+        """
         self.live += size
 
     def on_free(self, key: int, size: int) -> None:  # noqa: ARG002
-        """Called when a storage is freed."""
+        """Called when a storage of `size` bytes is freed."""
         self.live -= size
 
     def _free_hook(self, key: int, size: int) -> Any:

@@ -93,6 +93,7 @@ class ZeroNoise:
         return self._batches.poisson_batch(size, rate)
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        """Return zeros, int64 [size]."""
         return torch.zeros(size, dtype=torch.int64, device=device)
 
 
@@ -128,6 +129,7 @@ class RecordingSource:
         return batch
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        """See `NoiseSource.rounded_gaussian`."""
         return self.inner.rounded_gaussian(size, stddev, device)
 
 

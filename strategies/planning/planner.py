@@ -102,7 +102,13 @@ class Planner:
         return None if best is None else self._with_cost(report, *best, download)
 
     def at_every_site(self, report: DeviceReport, full: TrainingPlan, *, download: int) -> PlannedDevice:
-        """Plan every site of `full` and at least one step, whether or not this is feasible for the device."""
+        """Plan every site of `full` and at least one step, whether or not this is feasible for the device.
+
+        Args:
+            report: report of the device.
+            full: plan with all sites.
+            download: bytes of the adapter that is sent.
+        """
         transfers = transfer_seconds(report, full, sites=self.sites, download=download)
         steps = affordable_steps(
             report, self.limits, transfer_seconds=transfers, seconds_per_step=seconds_per_step(report, full)

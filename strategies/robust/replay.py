@@ -113,7 +113,16 @@ class ReplayFilter:
 
 
 def draw_probes(sites: Sites, count: int, seed: int) -> Probes:
-    """Draw `count` probes for each site."""
+    """Draw random signs for each site.
+
+    Args:
+        sites: dimensions by name.
+        count: n, number of probes per site.
+        seed: seed of the signs.
+
+    Returns:
+        u `[n, out]` and v `[n, in]` for each site, float64.
+    """
 
     def signs(size: int, *key: str) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(seed, *key))

@@ -27,7 +27,13 @@ class RegisteredGrid(Protocol):
         ...
 
     def query_nodes(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
-        """Send queries and yield replies; a reply may also be yielded by a later call."""
+        """Send queries and yield replies; a reply may also be yielded by a later call.
+
+        Args:
+            messages: at most one query per node.
+            timeout: maximum seconds for an answer.
+            wait: seconds to wait after sending a query.
+        """
         ...
 
 

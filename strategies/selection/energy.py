@@ -40,7 +40,13 @@ class Energy:
 
 
 def reward(utility: float, candidate: DeviceCandidate, *, weight: float) -> float:
-    """Compute f · utility + (1 − f) · power."""
+    """Compute f · utility + (1 − f) · power.
+
+    Args:
+        utility: Oort's utility of the device, about 0 to 1.
+        candidate: the device; power is its `remaining_charge`.
+        weight: f, 0 to 1.
+    """
     return weight * utility + (1 - weight) * remaining_charge(candidate)
 
 

@@ -149,7 +149,16 @@ def paced_quantile(losses: Sequence[float], start: float, *, window: int, step: 
 
 
 def above_cutoff(scores: Mapping[str, float], size: int, cutoff: float) -> dict[str, float]:
-    """Keep the devices with at least the fraction `cutoff` of the `size`-th best score."""
+    """Keep the devices with at least the fraction `cutoff` of the `size`-th best score.
+
+    Args:
+        scores: scores by device name.
+        size: number of devices to draw from the result; below 1 the result is empty.
+        cutoff: fraction, 0 to 1.
+
+    Returns:
+        Scores of the kept devices, by name.
+    """
     if size < 1:
         return {}
     threshold = cutoff * sorted(scores.values(), reverse=True)[size - 1]
@@ -157,6 +166,15 @@ def above_cutoff(scores: Mapping[str, float], size: int, cutoff: float) -> dict[
 
 
 def weighted_sample(weights: Mapping[str, float], size: int, rng: random.Random) -> list[str]:
-    """Draw `size` names without replacement, in proportion to weight (Efraimidis & Spirakis, 2006)."""
+    """Draw names without replacement, in proportion to weight (Efraimidis & Spirakis, 2006).
+
+    Args:
+        weights: weights by name; those below 10⁻⁹ count as 10⁻⁹.
+        size: number of names; all names if there are fewer.
+        rng: source of randomness.
+
+    Returns:
+        Names in the order drawn.
+    """
     keys = {name: math.log(1 - rng.random()) / max(weights[name], 1e-9) for name in sorted(weights)}
     return sorted(keys, key=lambda name: (keys[name], name), reverse=True)[:size]

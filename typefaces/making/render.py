@@ -21,7 +21,13 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom of the ink; 
 
 
 def font(path: Path, index: int, size: float) -> ImageFont.FreeTypeFont:
-    """Load a font with basic layout: no ligatures, kerning, or contextual forms."""
+    """Load a font with basic layout: no ligatures, kerning, or contextual forms.
+
+    Args:
+        path: font file.
+        index: of the face in a collection.
+        size: pixels per em.
+    """
     return ImageFont.truetype(str(path), size, index=index, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -11,7 +11,16 @@ DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy [B,4,H,W], t [B
 
 
 def diffuse(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (noisy latents, target v): z = √ᾱ x + √(1-ᾱ) ε and v = √ᾱ ε - √(1-ᾱ) x; ᾱ is [B]."""
+    """Add noise: z = √ᾱ x + √(1-ᾱ) ε, with the target v = √ᾱ ε - √(1-ᾱ) x.
+
+    Args:
+        x: latents [B, 4, H, W].
+        noise: ε, as x.
+        alpha_bar: ᾱ [B].
+
+    Returns:
+        z and v, as x.
+    """
     signal = alpha_bar.sqrt()[:, None, None, None]
     sigma = (1 - alpha_bar).sqrt()[:, None, None, None]
     return signal * x + sigma * noise, signal * noise - sigma * x

@@ -57,7 +57,13 @@ def ema_decay(stage: StageConfig, step: int) -> float:
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> Generator:
-    """Return the random generator of one step."""
+    """Return the random generator of one step.
+
+    Args:
+        seed: seed of the training.
+        step: index of the step.
+        device: device of the generator.
+    """
     return Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
