@@ -1,4 +1,4 @@
-"""`python -m anther`: the same as the program `anther`."""
+"""Entry point of `python -m anther`, the same as the console script `anther`."""
 
 import sys
 

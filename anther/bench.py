@@ -10,7 +10,7 @@ from anther.commands import benchmarks
 
 
 def main() -> int:
-    """Run the benchmark that the first argument names; without one, list them."""
+    """Run the benchmark named by the first argument; without one, list all benchmarks."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(listing())
         return 0

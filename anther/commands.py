@@ -31,7 +31,9 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "conf.schemas.simulation:SimulationConfig",
             groups=True,
         ),
-        "audit": Command("simulations.audit.run", "attack the promises of privacy", "conf.schemas.audit:AuditConfig"),
+        "audit": Command(
+            "simulations.audit.run", "test the privacy guarantees by attacks", "conf.schemas.audit:AuditConfig"
+        ),
         "plan": Command("client.cli.plan", "predict how a device can train", "conf.schemas.planning:PlanConfig"),
         "bench": Command("anther.bench", "measure a claim: anther bench NAME"),
     },
@@ -49,8 +51,10 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "device enroll": Command(
             "client.cli.enroll", "join a federation with a ticket", "conf.schemas.node:NodeConfig"
         ),
-        "device run": Command("client.runtime.supervisor", "take part until stopped", "conf.schemas.node:NodeConfig"),
-        "device status": Command("client.cli.status", "show what this device is doing and has done"),
+        "device run": Command(
+            "client.runtime.supervisor", "train in the federation until stopped", "conf.schemas.node:NodeConfig"
+        ),
+        "device status": Command("client.cli.status", "show this device's current work and its history"),
         "device plan": Command("client.cli.plan", "the same as anther plan", "conf.schemas.planning:PlanConfig"),
         "device benchmark": Command("client.cli.benchmark", "measure how fast this device trains"),
         "device ledger": Command("client.cli.ledger", "show every shared update, and the privacy spent"),
@@ -84,10 +88,10 @@ def benchmarks() -> Mapping[str, tuple[str, str]]:
     if spec is None or not spec.submodule_search_locations:
         raise AntherError("anther bench: benchmarks are not installed; run it in a checkout of the repository")
     root = Path(spec.submodule_search_locations[0])
-    found = {}
+    by_name = {}
     for file in sorted(root.glob("*/*.py")):
         source = file.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in source:
             summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0].rstrip(".")
-            found[file.stem] = (f"bench.{file.parent.name}.{file.stem}", summary)
-    return found
+            by_name[file.stem] = (f"bench.{file.parent.name}.{file.stem}", summary)
+    return by_name

@@ -35,13 +35,13 @@ def main() -> int:
 
 def words() -> dict[str, list[str]]:
     """Return the words that may follow each command; the empty command stands for `anther` itself."""
-    found: dict[str, list[str]] = {"": sorted({name.split()[0] for name in COMMANDS})}
+    following: dict[str, list[str]] = {"": sorted({name.split()[0] for name in COMMANDS})}
     for name, command in COMMANDS.items():
         group, _, second = name.partition(" ")
         if second:
-            found.setdefault(group, []).append(second)
-        found[name] = [*found.get(name, []), *_arguments(name, command)]
-    return found
+            following.setdefault(group, []).append(second)
+        following[name] = [*following.get(name, []), *_arguments(name, command)]
+    return following
 
 
 def _arguments(name: str, command: Command) -> list[str]:
@@ -80,7 +80,7 @@ def script(shell: str, words: Mapping[str, list[str]]) -> str:
 
     Args:
         shell: bash, zsh or fish.
-        words: as of `words`.
+        words: result of `words()`.
     """
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](words)
 

@@ -44,7 +44,7 @@ def hydra_application(
     Args:
         name: name of the YAML file.
         schema: dataclass that describes it.
-        after: called after all jobs of the command.
+        after: function called after all jobs of the command.
     """
 
     renames = BY_APPLICATION.get(name, NO_RENAMES)

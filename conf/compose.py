@@ -23,7 +23,7 @@ def compose(overrides: str | Sequence[str]) -> SimulationConfig:
     """Compose `conf/simulate.yaml` with overrides as on a command line.
 
     Args:
-        overrides: `"rounds=3 privacy=example"`, or a list of such words.
+        overrides: `"rounds=3 privacy=example"`, or a list of such overrides.
 
     Raises:
         AntherError: one of them is refused.

@@ -64,9 +64,9 @@ def explain(error: BaseException, known: Sequence[str], renames: Renames = NO_RE
     """Return one line for an error of Hydra or OmegaConf.
 
     Args:
-        error: as it was raised.
+        error: the exception.
         known: keys of the schema (`known_keys`).
-        renames: former names, which are answered with the present ones.
+        renames: former names; the message gives the present ones.
     """
     text = _one_line(error)
     cause = _one_line(error.__cause__) if error.__cause__ else text
@@ -93,7 +93,7 @@ def explain(error: BaseException, known: Sequence[str], renames: Renames = NO_RE
     if interpolated and (present := present_key(interpolated[1], renames)):
         return f"${{{interpolated[1]}}}: renamed to ${{{present}}}"
     if twice := re.search(r"Multiple values for ([\w/]+)\.", text):
-        return f"{twice[1]}: chosen twice; write {twice[1]}=… once, without +"
+        return f"{twice[1]}: set twice; write {twice[1]}=… once, without +"
     full_key = re.search(r"full_key: ([\w.\[\]]+)", f"{cause} {text}")
     if unknown := re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')", cause):
         return _no_such_key(full_key[1] if full_key else unknown[1], known, renames)

@@ -55,7 +55,7 @@ def key_help(schema: type, values: Any = None, only: Collection[str] = ()) -> st
 
 
 def _group(schema: type, values: Any, prefix: str, only: Collection[str] = ()) -> Iterator[str]:
-    """Keys of a group, then its groups."""
+    """List the keys of a group, then its subgroups."""
     hints, docs, groups = get_type_hints(schema), field_docs(schema), []
     if prefix:
         yield ""

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 
 class Renamed(NamedTuple):
-    """A key, or a group of options, that has another name now."""
+    """Renamed key or group of options."""
 
     old: str
     """`[]` stands for any element of a list."""
     new: str
     values: Mapping[str, str] = {}
-    """Former values that have other names now."""
+    """Renamed values, by former value."""
 
 
 SIMULATION_GROUPS: tuple[Renamed, ...] = (

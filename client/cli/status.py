@@ -1,4 +1,4 @@
-"""Show what this device is doing and has done:  anther device status [--json]
+"""Show this device's current work and its history:  anther device status [--json]
 
 Read from the files that the device keeps in ANTHER_HOME; nothing is sent, and a running device isn't disturbed.
 """

@@ -63,7 +63,9 @@ class CanaryClientsConfig:
     def __post_init__(self) -> None:
         require(self.count == 0 or self.count >= 32, f"clients.count={self.count}: must be 0, or 32 or more")
         enough = math.isqrt(self.dimension) ** 2 >= self.count
-        require(enough, f"clients.dimension={self.dimension}: must be clients.count or more: each has one number")
+        require(
+            enough, f"clients.dimension={self.dimension}: must be clients.count or more: each client has its own entry"
+        )
         require(len(self.epsilons) > 0, "clients.epsilons=[]: name a claim, or set clients.count=0")
         for epsilon in self.epsilons:
             require(epsilon > 0, f"clients.epsilons: {epsilon} must be over 0")
@@ -76,7 +78,7 @@ class NoiseTestsConfig:
     """Tests of the noise distribution, in settings where everything else is known."""
 
     max_length: int = 2**20
-    """Numbers of the longest release. Repetition within half of it is detected; 0: skip these tests."""
+    """Length of the longest release. A period of up to half this length is detected; 0: skip these tests."""
     noise: str = "secure"
     """secure, or simulated."""
     base: str | None = "glyphs"
@@ -110,8 +112,8 @@ class MembershipConfig:
         require(0 < fraction < 1, f"membership.timestep_fraction={fraction}: must lie between 0 and 1")
         samples = self.bootstrap_samples
         require(samples >= 100, f"membership.bootstrap_samples={samples}: must be 100 or more")
-        given = self.memory_gib
-        require(given is None or given > 0, f"membership.memory_gib={given}: must be over 0, or null")
+        memory = self.memory_gib
+        require(memory is None or memory > 0, f"membership.memory_gib={memory}: must be over 0, or null")
 
 
 @dataclass

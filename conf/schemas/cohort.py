@@ -1,4 +1,4 @@
-"""Schemas of a round's cohort: which devices are asked, and how they are selected."""
+"""Schemas of a round's cohort: its size, the eligibility of devices, and their selection."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class EligibilityConfig:
     """Conditions on a device that is asked to train; by default none."""
 
     idle: bool = False
-    """Its owner doesn't use it."""
+    """Require that the owner isn't using the device."""
     min_battery: float | None = None
-    """Least charge, as a fraction of a full battery, unless it is charging; null: any."""
+    """Minimum charge, as a fraction of a full battery, of a device that isn't charging; null: any."""
     cool: bool = False
-    """It isn't hot."""
+    """Require that the device isn't hot."""
     unmetered: bool = False
-    """Its link isn't paid by volume."""
+    """Require a link that isn't paid by volume."""
     min_memory_gib: float | None = None
-    """Least memory in GiB; null: any."""
+    """Minimum memory in GiB; null: any."""
     has_pictures: bool = False
-    """It holds pictures."""
+    """Require pictures on the device."""
 
     def __post_init__(self) -> None:
         battery, memory = self.min_battery, self.min_memory_gib
@@ -35,7 +35,7 @@ class EligibilityConfig:
 
 @dataclass
 class CohortConfig:
-    """The devices of one round, drawn anew each round."""
+    """The devices of one round; every round draws new ones."""
 
     size: int | None = None
     """Devices asked to train per round; null: all."""
@@ -48,7 +48,7 @@ class CohortConfig:
     timed fleet for it."""
     eligibility: EligibilityConfig = field(default_factory=EligibilityConfig)
     max_state_age: float = 600.0
-    """Seconds after which a device is asked for its state again, if the state is used."""
+    """Age in seconds at which a device's state is requested again, if the state is used."""
 
     def __post_init__(self) -> None:
         require(none_or_positive(self.size), f"cohort.size={self.size}: must be 1 or more, or null for all")
@@ -69,23 +69,23 @@ class OortConfig:
     """Utility and exploration of Oort (OSDI 2021), for selection=oort and eafl."""
 
     alpha: float = 2.0
-    """Exponent of the penalty on devices that are slower than most."""
+    """Exponent of the penalty on devices that are slower than the preferred duration."""
     exploration: float = 0.9
     """Fraction of the first round's devices that were never asked before."""
     exploration_decay: float = 0.98
     """Factor on that fraction in each round."""
     min_exploration: float = 0.3
-    """Least fraction."""
+    """Minimum of that fraction."""
     cutoff: float = 0.95
     """Devices with this fraction of the last selected device's utility may replace it."""
     clip_quantile: float = 0.9
     """Quantile at which utilities are clipped."""
     duration_quantile: float = 0.3
-    """Quantile of the devices' seconds that a round should take at first."""
+    """Initial quantile of the devices' round durations that is the preferred duration."""
     pacer_window: int = 20
     """Rounds between adjustments of that quantile by the pacer."""
     pacer_step: float = 0.05
-    """Size of an adjustment."""
+    """Size of the pacer's adjustments."""
     max_selections: int | None = None
     """Rounds after which a device is left out while there are others; null: no limit."""
 
@@ -104,13 +104,13 @@ class OortConfig:
             value = getattr(self, name)
             require(0 < value <= 1, f"selection.oort.{name}={value}: must be over 0 and at most 1")
         require(self.pacer_window >= 1, f"selection.oort.pacer_window={self.pacer_window}: must be 1 or more")
-        most = self.max_selections
-        require(none_or_positive(most), f"selection.oort.max_selections={most}: must be 1 or more, or null")
+        maximum = self.max_selections
+        require(none_or_positive(maximum), f"selection.oort.max_selections={maximum}: must be 1 or more, or null")
 
 
 @dataclass
 class SelectionConfig:
-    """How the devices of a cohort of cohort.size are selected."""
+    """Selection of the cohort.size devices of a round."""
 
     name: str = "random"
     """random, round_robin, oort, eafl, deadline, power_of_choice or energy_delay."""

@@ -1,4 +1,4 @@
-"""Schemas of a simulated fleet: kinds of devices, and the virtual clock that they live by."""
+"""Schemas of a simulated fleet: device profiles, workload and virtual clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ProfileConfig:
     downlink_mbps: float = MISSING
     """Downlink in Mbit/s."""
     metered: bool = False
-    """Whether its link is paid by volume."""
+    """Whether its link is metered (paid by volume)."""
     device: str | None = None
     """Hardware: a file name of conf/device; null: as stated by memory_gib, examples_per_second and watts."""
     memory_gib: float | None = None
@@ -42,14 +42,14 @@ class ProfileConfig:
     charger_watts: float = 0.0
     """Power of its charger into the battery, in watts."""
     plugged_hours: list[float] = field(default_factory=lambda: [0.0, 24.0])
-    """Pairs of hours on the owner's clock, from when to when it is plugged in; a pair that ends before it begins ends
-    on the next day."""
+    """Intervals [start, end] in hours of the owner's clock when it is plugged in; an interval with end < start ends on
+    the next day."""
     idle_hours: list[float] = field(default_factory=lambda: [0.0, 24.0])
-    """Pairs of hours on the owner's clock, from when to when the owner doesn't use it."""
+    """Intervals [start, end] in hours of the owner's clock when the owner doesn't use it."""
     interruptible: bool = False
     """Whether it aborts its work when the owner unplugs it or begins to use it."""
     dropout_per_hour: float = 0.0
-    """Probability that it vanishes in an hour of work, for no known reason."""
+    """Probability per hour of work that it drops out, without a modeled cause."""
     throttle_after: float | None = None
     """Seconds of work until it is hot; null: never."""
     cooldown: float = 600.0
@@ -72,10 +72,10 @@ class ProfileConfig:
         for name in ("plugged_hours", "idle_hours"):
             hours = getattr(self, name)
             pairs = len(hours) % 2 == 0 and all(0 <= hour <= 24 for hour in hours)
-            self._require(pairs, f"{name}={hours}", "must be pairs of hours, 0 to 24")
-        for name, most in (("dropout_per_hour", 1.0), ("throttled_speed", 1.0), ("charger_watts", 1e4)):
+            self._require(pairs, f"{name}={hours}", "must be pairs [start, end] of hours, 0 to 24")
+        for name, maximum in (("dropout_per_hour", 1.0), ("throttled_speed", 1.0), ("charger_watts", 1e4)):
             value = getattr(self, name)
-            self._require(0 <= value <= most, f"{name}={value}", f"must be 0 to {most:g}")
+            self._require(0 <= value <= maximum, f"{name}={value}", f"must be 0 to {maximum:g}")
         self._require(self.dropout_per_hour < 1, f"dropout_per_hour={self.dropout_per_hour}", "must be under 1")
         hot = self.throttle_after
         self._require(none_or_positive(hot), f"throttle_after={hot}", "must be over 0, or null")
@@ -106,20 +106,20 @@ class FleetConfig:
     profiles: list[ProfileConfig] = MISSING
     """Kinds of devices, dealt to the writers in turn."""
     timed: bool = False
-    """Let devices live on a virtual clock: work takes time, memory and battery, and heats them."""
+    """Simulate devices on a virtual clock: work takes time, memory and battery, and heats the device."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     timezone_spread: float = 0.0
     """Largest difference between owners' clocks in hours (timed fleets)."""
     schedule_jitter: float = 1.0
     """Largest difference between an owner's days in hours (timed fleets)."""
     trace: str | None = None
-    """CSV or JSON file of when devices are plugged in and idle, instead of the profiles' hours."""
+    """CSV or JSON file of the times when devices are plugged in and idle, instead of the profiles' hours."""
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
-        for name, most in (("timezone_spread", 24.0), ("schedule_jitter", 12.0)):
+        for name, maximum in (("timezone_spread", 24.0), ("schedule_jitter", 12.0)):
             value = getattr(self, name)
-            require(0 <= value <= most, f"fleet.{name}={value}: must be 0 to {most:g} hours")
+            require(0 <= value <= maximum, f"fleet.{name}={value}: must be 0 to {maximum:g} hours")
         for profile in self.profiles if self.timed else ():
             mend = "set device to the name of a file of conf/device"
             require(profile.device is not None, f"fleet.timed: {profile.name} names no hardware: {mend}")

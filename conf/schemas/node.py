@@ -1,4 +1,4 @@
-"""Schema of a real device, `anther device run`: decided by its owner, never by a server.
+"""Schema of a real device, `anther device run`. The owner sets every value, never a server.
 
 `anther device enroll` writes its words to ANTHER_HOME/node.conf, one `key=value` per line; the command line overrides
 them.
@@ -33,7 +33,7 @@ class ConnectionConfig:
     insecure: bool = False
     """No TLS and no keys: for a server on this machine only."""
     poll_seconds: float = 0.5
-    """Seconds between polls for a message during a run; they grow up to max_poll_seconds while none comes."""
+    """Seconds between polls for a message during a run; they grow up to max_poll_seconds while none arrives."""
     max_poll_seconds: float = 5.0
     """Longest interval between polls in seconds."""
 
@@ -50,7 +50,7 @@ class ThrottleConfig:
     require_charging: bool = True
     """A device with a battery trains only while charging."""
     min_battery: float = 0.4
-    """Least charge for training, as a fraction of a full battery."""
+    """Minimum charge for training, as a fraction of a full battery."""
     max_celsius: float | None = 80.0
     """Highest temperature of the device in °C, and no thermal throttling; null: any."""
     max_battery_celsius: float | None = 40.0
@@ -60,7 +60,7 @@ class ThrottleConfig:
     require_unmetered: bool = False
     """Pause while the network is paid by volume."""
     min_free_mib: float = 150.0
-    """Least free memory in MiB for everything else that runs; below it, training gives its memory back."""
+    """Minimum free memory in MiB for other processes; below it, training frees its memory."""
     max_wait_seconds: float = 900.0
     """Seconds of a pause with the base in memory; afterwards it is freed, and the round restarts when allowed."""
     poll_seconds: float = 1.0
@@ -89,7 +89,7 @@ class PowerConfig:
 
     def __post_init__(self) -> None:
         require_choice("power.meter", self.meter, METERS)
-        require((self.meter == "file") == (self.file is not None), "power.file: goes with power.meter=file")
+        require((self.meter == "file") == (self.file is not None), "power.file: requires power.meter=file")
         require(self.watts is None or self.watts > 0, f"power.watts={self.watts}: must be over 0, or null")
 
 
@@ -139,7 +139,7 @@ class StorageConfig:
     """Encryption of the device's store."""
 
     encrypt: str = "auto"
-    """auto: if the platform keeps a key for us; always: refuse to store anything without one; never."""
+    """auto: encrypt if the platform has a key store; always: refuse to store anything without one; never."""
 
     def __post_init__(self) -> None:
         require_choice("storage.encrypt", self.encrypt, ("auto", "always", "never"))
@@ -206,7 +206,7 @@ class NodeConfig:
 
 
 def read_enrollment(file: Path) -> list[str]:
-    """Return the words that an enrollment has written, in order, under the keys' present names.
+    """Return the `key=value` words of the enrollment's file, in order, under the keys' present names.
 
     Returns:
         An empty list if the device is not enrolled.

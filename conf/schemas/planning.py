@@ -33,7 +33,7 @@ class DeviceProfileConfig:
     memory_gib: float = MISSING
     """Memory in GiB that a training process may use, beyond the system and other processes."""
     runtime_mib: float = MISSING
-    """Part of it in MiB that the process uses before a network is loaded."""
+    """Memory in MiB that the process uses before a network is loaded, part of memory_gib."""
     matrix_gflops: float = MISSING
     """Sustained GFLOP/s of large fp32 matrix products."""
     convolution_gflops: float = MISSING
@@ -41,7 +41,7 @@ class DeviceProfileConfig:
     bandwidth_gbs: float = MISSING
     """Bandwidth in 10⁹ bytes/s, read and written by an element-wise operation into fresh memory."""
     slowdown: float = 1.0
-    """Seconds of a real training step over those predicted from the three rates."""
+    """Ratio of the measured seconds of a training step to those predicted from the three rates."""
     watts_idle: float = MISSING
     """Power of the whole device at rest, in watts."""
     watts_busy: float = MISSING
@@ -80,13 +80,13 @@ class PlanConfig:
     rank: int = 8
     """Rank of the adapter."""
     steps: int = 100
-    """Training steps wanted; a plan may allow fewer."""
+    """Requested training steps; a plan may allow fewer."""
     min_steps: int = 20
     """Fewest training steps of an acceptable plan."""
     batch_size: int = 1
     """Pictures per step."""
     max_hours: float = 8.0
-    """Time budget of the training in hours: a night."""
+    """Time budget of the training in hours; the default is one night."""
     max_battery_fraction: float = 0.5
     """Energy budget, as a fraction of a full battery."""
     alternatives: int = 3

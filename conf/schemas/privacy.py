@@ -29,7 +29,7 @@ class PrivateEvalConfig:
 
 @dataclass
 class DevicePrivacyConfig:
-    """The server's clip and noise, once per round; the unit is all of one device."""
+    """The server's clipping and noise, once per round; the unit of privacy is all data of one device."""
 
     clip_norm: float = 1.0
     """Bound on the norm of one device's update; the initial bound if it is adaptive."""
@@ -38,7 +38,7 @@ class DevicePrivacyConfig:
     clip_norm_lr: float = 0.2
     """Step of an adaptive bound per round, as a power of e."""
     max_participations: int | None = None
-    """Rounds that one device may take part in, which ε is solved for; null: all."""
+    """Maximum rounds per device; σ is solved for this number. null: all rounds."""
     epsilon: float | None = None
     """ε; null: privacy.epsilon."""
     delta: float | None = None
@@ -50,11 +50,11 @@ class DevicePrivacyConfig:
         between = share is None or 0 < share < 1
         require(between, f"privacy.device.target_quantile={share}: must lie between 0 and 1, or null")
         require(self.clip_norm_lr > 0, f"privacy.device.clip_norm_lr={self.clip_norm_lr}: must be over 0")
-        most = self.max_participations
-        require(none_or_positive(most), f"privacy.device.max_participations={most}: must be 1 or more, or null")
+        maximum = self.max_participations
+        require(none_or_positive(maximum), f"privacy.device.max_participations={maximum}: must be 1 or more, or null")
         require(none_or_positive(self.epsilon), f"privacy.device.epsilon={self.epsilon}: must be over 0, or null")
-        given = self.delta
-        require(given is None or 0 < given < 1, f"privacy.device.delta={given}: must lie between 0 and 1, or null")
+        delta = self.delta
+        require(delta is None or 0 < delta < 1, f"privacy.device.delta={delta}: must lie between 0 and 1, or null")
 
 
 @dataclass
@@ -70,7 +70,7 @@ class PrivacyConfig:
     clip_norm: float = 0.01
     """C, the bound on the norm of one picture's gradient."""
     noise_multiplicity: int = 1
-    """Draws of diffusion noise and time per picture that are averaged before the clip."""
+    """Draws of diffusion noise and timestep per picture; their gradients are averaged before clipping."""
     device: DevicePrivacyConfig = field(default_factory=DevicePrivacyConfig)
 
     def __post_init__(self) -> None:

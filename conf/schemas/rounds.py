@@ -39,7 +39,7 @@ class AggregationConfig:
 
 @dataclass
 class PlanningConfig:
-    """Fit of a round's work to each device."""
+    """Assignment of a round's work to each device."""
 
     name: str = "full"
     """full: every device trains every site; device: each trains the most valuable sites that its memory, time and power
@@ -94,7 +94,7 @@ class CompressionConfig:
 
 @dataclass
 class ServerOptimizerConfig:
-    """The server's step along the mean change of a round (not with rules that rotate their factors)."""
+    """The server's step along the mean update of a round (not with rules that rotate their factors)."""
 
     name: str = "none"
     """fedavgm, fedadam or fedyogi; none: the mean is the next adapter."""

@@ -1,4 +1,4 @@
-"""Schema of a server, `conf/serve.yaml`: the federation's own settings beside those of its runs."""
+"""Schema of a server, `conf/serve.yaml`: the settings of the federation, besides those of its runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from conf.schemas.simulation import SimulationConfig
 
 @dataclass
 class LimitsConfig:
-    """Limits on the requests of enrolled devices and of strangers."""
+    """Limits on the requests of enrolled devices and of unauthenticated clients."""
 
     requests_per_minute: int = 1200
-    """Requests of one device per minute; a device at work makes about 150."""
+    """Requests of one device per minute; a training device makes about 150."""
     concurrent_requests: int = 8
     """Requests of one device at the same time, until their responses are read."""
     connections_per_address: int = 64
@@ -38,7 +38,7 @@ class LimitsConfig:
 
 @dataclass
 class ServerConfig:
-    """Address of the federation, and who may join."""
+    """Address of the federation, and its limits on devices."""
 
     folder: str | None = None
     """Folder of its keys, device registry and state; null: ANTHER_HOME/server."""
@@ -57,11 +57,11 @@ class ServerConfig:
     """Disk space for messages in GiB. Beyond it the SuperLink restarts without them, and the run continues after its
     last complete round."""
     insecure: bool = False
-    """No TLS and no keys: on loopback only, for trials."""
+    """No TLS and no keys: on loopback only, for tests."""
     max_devices: int = 100
-    """Most devices that take part; with privacy per device and cohort.sampling_rate, the noise is computed for it."""
+    """Maximum number of devices; with privacy per device and cohort.sampling_rate, the noise is computed for it."""
     max_devices_per_holder: int = 5
-    """Most devices of one person."""
+    """Maximum number of devices per person."""
     allow_rerun: bool = False
     """Start another run of a configuration whose last run is finished. Refused by default, because a machine that
     restarts would otherwise ask every device for another run."""
@@ -69,7 +69,7 @@ class ServerConfig:
     min_devices: int = 2
     """Devices that a run waits for before it starts or continues; 1 lets one device train without others."""
     max_idle_hours: float = 48.0
-    """Hours without an accepted reply in any round, after which the run stops, unfinished."""
+    """Hours without an accepted reply after which the run stops, unfinished."""
 
     def __post_init__(self) -> None:
         for key in ("port", "superlink_port"):

@@ -48,7 +48,7 @@ class EvaluationConfig:
     devices: int | None = None
     """Devices that get a personal adapter and are evaluated; null: one per writer."""
     baseline_local: bool = True
-    """Also train every device without the federation, for comparison: as much work again as the federation."""
+    """Also train every device without the federation, for comparison; doubles the training work."""
     timesteps: int = 3
     """Fixed timesteps per held-out glyph, each with one fixed noise."""
     gallery_size: int = 4

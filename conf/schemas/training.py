@@ -90,7 +90,7 @@ class LocalTrainingConfig:
     rank: int = 8
     """Rank of the adapter."""
     steps: int = 4
-    """Optimizer steps: per round (shared), or at most (personal)."""
+    """Optimizer steps: per round (shared), or the maximum (personal)."""
     batch_size: int = 4
     """Pictures per step."""
     lr: float = 1e-3
@@ -134,7 +134,7 @@ class LocalBaselineConfig:
 
 @dataclass
 class AdapterConfig:
-    """Position and training of the LoRA adapters."""
+    """Placement and training of the LoRA adapters."""
 
     sites: str | None = None
     """Regular expression on the names of the base's layers; null: the projections of every attention."""

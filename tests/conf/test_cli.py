@@ -52,7 +52,7 @@ MISTAKES = {
     "ranks_halves, spread, week",
     "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick, scale",
     "base=null": "a group takes the name of one of its options; --help lists them",
-    "+preset=quick": "preset: chosen twice; write preset=… once, without +",
+    "+preset=quick": "preset: set twice; write preset=… once, without +",
     "roundz=3": "roundz: no such key; did you mean rounds?",
     "adapter.shared.rnk=3": "adapter.shared.rnk: no such key; did you mean adapter.shared.rank?",
     "rank=3": "rank: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
