@@ -28,7 +28,7 @@ def child(keys: np.ndarray | int, number: np.ndarray | int) -> np.ndarray:
 
 
 def uniform(keys: np.ndarray | int) -> np.ndarray:
-    """Return the first number of each stream, float64 in [0, 1)."""
+    """Return the first number of each stream, float64 in [0, 1), with the shape of `keys`."""
     return (child(keys, 0).view(np.uint64) >> np.uint64(11)) * 2.0**-53
 
 

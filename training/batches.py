@@ -103,9 +103,12 @@ def stratified(starts: np.ndarray, places: np.ndarray, strata: int) -> np.ndarra
     I.1).
 
     Args:
-        starts: uniform numbers in [0, 1).
-        places: positions, as many as there are strata.
+        starts: uniform numbers in [0, 1), one per entry [n] or one for all.
+        places: position of each entry, 0 to `strata` − 1, [n].
         strata: number of equal parts of [0, 1).
+
+    Returns:
+        Phases, float64 [n].
     """
     return (starts + places / strata) % 1
 

@@ -31,11 +31,18 @@ class Picture:
 
     @property
     def pixels(self) -> np.ndarray:
-        """All pixels."""
+        """All pixels, uint8 [H, W] or [H, W, 3]."""
         return self._pixels
 
     def at_least(self, side: int) -> np.ndarray:
-        """Return the pixels, or a smaller copy that is good enough for any use at `side` pixels."""
+        """Return the pixels, or a smaller copy that is good enough for any use at `side` pixels.
+
+        Args:
+            side: in pixels.
+
+        Returns:
+            uint8 [h, w] or [h, w, 3].
+        """
         del side
         return self.pixels
 

@@ -55,7 +55,16 @@ def fixed_pass_size(device: torch.device, jobs: Sequence[TrainJob], limit: int, 
 
 
 def batch_size_distribution(assumed_pictures: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return sizes of a Poisson batch and their binomial probabilities, which sum to 1 up to float64 rounding."""
+    """Compute the distribution of the size of a Poisson batch.
+
+    Args:
+        assumed_pictures: N.
+        rate: sampling rate q in [0, 1].
+
+    Returns:
+        Sizes 0 … N, int64 [N + 1], and their binomial probabilities, float64 [N + 1], which sum to 1 up to float64
+        rounding. If q is 0 or 1, both are [1].
+    """
     counts = np.arange(assumed_pictures + 1)
     if rate in (0, 1):
         return counts[[-int(rate)]], np.ones(1)

@@ -218,7 +218,14 @@ class Base(Denoiser):
         return max(1, min(small, small * 64**2 // self.resolution**2))
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """Convert a uint8 image to the base's input: gray or color as its VAE, center-cropped to its resolution."""
+        """Convert an image to the base's input: gray or color as its VAE, center-cropped to its resolution.
+
+        Args:
+            image: uint8 [H, W] or [H, W, 3], of any size.
+
+        Returns:
+            uint8 [resolution, resolution] for a gray base, [resolution, resolution, 3] otherwise.
+        """
         from PIL import Image, ImageOps
 
         picture = Image.fromarray(image).convert("L" if self._gray else "RGB")

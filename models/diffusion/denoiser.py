@@ -130,7 +130,7 @@ class Denoiser:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor with the network's device and dtype."""
+        """An empty tensor [0] with the network's device and dtype."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     @contextmanager

@@ -101,7 +101,12 @@ def rectified_flow(length: int, *, trained_shift: float, shift: float, logit_nor
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Shift σ towards noise, as larger images need (Esser et al., 2024, arXiv:2403.03206, eq. 23)."""
+    """Shift σ towards noise, as larger images need (Esser et al., 2024, arXiv:2403.03206, eq. 23).
+
+    Args:
+        sigmas: σ in [0, 1], of any shape, which the result has too.
+        shift: factor of the odds σ / (1 − σ); 1 changes nothing.
+    """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

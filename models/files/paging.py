@@ -20,7 +20,10 @@ _MARKED = WeakTensorKeyDictionary()  # address range of the mapping; not a tenso
 
 
 def mark_mapped(tensors: Iterable[Tensor]) -> None:
-    """Record which tensors are mapped from files. They must never be written to; copies aren't marked."""
+    """Record which tensors, of any shape, are mapped from files.
+
+    They must never be written to; copies aren't marked.
+    """
     mappings = _mappings()
     for tensor in tensors:
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -36,9 +39,9 @@ def release_pages(tensor: Tensor, start: int, stop: int) -> None:
     it, memory contents would be lost.
 
     Args:
-        tensor: on the CPU; ignored unless it is marked.
-        start: index of the first element.
-        stop: index after the last element.
+        tensor: contiguous, of any shape, on the CPU; ignored unless it is marked.
+        start: flat index of the first element.
+        stop: flat index after the last element.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return

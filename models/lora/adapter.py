@@ -32,7 +32,10 @@ class Factors(NamedTuple):
 
 
 Sites = Mapping[str, Site]
+"""Dimensions of layers, by their names in the network."""
+
 Adapter = Mapping[str, Factors]
+"""A [r, in] and B [out, r] by the name of the site; r may differ between sites."""
 
 
 def rank(adapter: Adapter) -> int:
@@ -62,7 +65,14 @@ def init_adapter(sites: Sites, rank: int, seed: int) -> Adapter:
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """Return the adapter whose product is the sum of the given products: ranks are concatenated."""
+    """Return the adapter whose product is the sum of the given products.
+
+    Args:
+        adapters: adapter k has A [r_k, in] and B [out, r_k].
+
+    Returns:
+        A [Σ r_k, in] and B [out, Σ r_k] per site, over the adapters that have the site.
+    """
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     present = {name: [adapter[name] for adapter in adapters if name in adapter] for name in names}
     return {
@@ -77,14 +87,22 @@ def select_sites(adapter: Adapter, sites: Collection[str]) -> Adapter:
 
 
 def split_rank(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
-    """Return the first `rank` directions of every site, and the remaining ones."""
+    """Split every site into its first directions and the remaining ones.
+
+    Args:
+        adapter: A [r, in] and B [out, r] per site.
+        rank: number n of directions in the first part, or all if there are fewer.
+
+    Returns:
+        A [n, in] and B [out, n]; A [r − n, in] and B [out, r − n].
+    """
     head = {name: Factors(f.a[:rank], f.b[:, :rank]) for name, f in adapter.items()}
     tail = {name: Factors(f.a[rank:], f.b[:, rank:]) for name, f in adapter.items()}
     return head, tail
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Flatten to the names of messages and files: `<site>.lora_A`, `<site>.lora_B`."""
+    """Flatten to the names of messages and files: `<site>.lora_A` [r, in] and `<site>.lora_B` [out, r]."""
     tensors = {}
     for name, factors in adapter.items():
         tensors[f"{name}.lora_A"] = factors.a.contiguous()
@@ -93,7 +111,12 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
-    """Invert `to_tensors`. The names must come in pairs, as checked by `protocol.tensor_codec`."""
+    """Invert `to_tensors`.
+
+    Args:
+        tensors: `<site>.lora_A` [r, in] and `<site>.lora_B` [out, r]. They must come in pairs, as checked by
+            `protocol.tensor_codec`; other names are ignored.
+    """
     names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     return {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
 

@@ -38,17 +38,42 @@ class SlotLayer(nn.Module):
         self.active_adapters: tuple[BatchedFactors, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return W x + Σ B_s A_s x.
+
+        Args:
+            x: [N, …, in] of a linear layer, or [N, c, h, w] of a convolution.
+
+        Returns:
+            [N, …, out], or [N, out, h', w'].
+        """
         y, remaining = self.begin(x)
         for factors in remaining:
             y = y + self.product(x, factors).view_as(y)
         return y
 
     def begin(self, x: Tensor) -> tuple[Tensor, tuple[BatchedFactors, ...]]:
-        """Return the frozen layer's output, and the factors whose products still have to be added."""
+        """Start the forward pass.
+
+        Args:
+            x: see `forward`.
+
+        Returns:
+            The layer's output so far, shaped as that of `forward`, and the factors whose products still have to be
+            added.
+        """
         return self.base(x), self.active_adapters
 
     def product(self, x: Tensor, factors: BatchedFactors) -> Tensor:
-        """Return B_s A_s x, with as many elements as the layer's output."""
+        """Compute B_s A_s x for the examples of each slot.
+
+        Args:
+            x: see `forward`.
+            factors: A [S, r, in] and B [S, out, r]. S divides N.
+
+        Returns:
+            The elements of the layer's output, in the same order but split by slot: [S, N/S · …, out], or
+            [S, N/S, out, h', w'].
+        """
         raise NotImplementedError
 
 
@@ -56,12 +81,14 @@ class SlotLinear(SlotLayer):
     """y = W x + Σ B_s A_s x. The trained factors, which come last, share one operation with W."""
 
     def begin(self, x: Tensor) -> tuple[Tensor, tuple[BatchedFactors, ...]]:
+        """See `SlotLayer.begin`."""
         trained = self.active_adapters and any(factor.requires_grad for factor in self.active_adapters[-1])
         if not (trained and isinstance(self.base, nn.Linear)):
             return super().begin(x)
         return slot_linear(x, self.base.weight, self.base.bias, *self.active_adapters[-1]), self.active_adapters[:-1]
 
     def product(self, x: Tensor, factors: BatchedFactors) -> Tensor:
+        """See `SlotLayer.product`."""
         tokens = x.unflatten(0, (factors.a.shape[0], -1)).flatten(1, -2)  # [S, N/S · tokens, in]
         return torch.bmm(torch.bmm(tokens, factors.a.mT), factors.b.mT)
 
@@ -73,6 +100,7 @@ class SlotConv2d(SlotLayer):
     """
 
     def product(self, x: Tensor, factors: BatchedFactors) -> Tensor:
+        """See `SlotLayer.product`."""
         slots, rank = factors.a.shape[:2]
         grouped = x.unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)  # [N/S, S·c, h, w]
         kernel = factors.a.reshape(slots * rank, x.shape[1], *self.base.kernel_size)
@@ -99,7 +127,7 @@ def slot_layers(network: nn.Module) -> dict[str, SlotLayer]:
 
 
 def set_adapters(layers: Mapping[str, SlotLayer], adapters: Sequence[BatchedAdapter]) -> None:
-    """Make the layers add the sum of these adapters; sites of rank 0 are skipped."""
+    """Make the layers add the sum of these adapters, each A [S, r, in] and B [S, out, r]; rank 0 is skipped."""
     for name, layer in layers.items():
         present = (adapter[name] for adapter in adapters if name in adapter)
         layer.active_adapters = tuple(factors for factors in present if factors.a.shape[1] > 0)
@@ -171,9 +199,14 @@ class Layout:
 
 
 def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> BatchedAdapter:
-    """Stack adapters along the slot axis, padded to the largest rank.
+    """Stack adapters along the slot axis, padded with zeros to the largest rank.
 
-    One slot suffices if all are the same object; the result is empty if all are None.
+    Args:
+        sites: dimensions by name.
+        adapters: adapter of each of the S slots; None: zero.
+
+    Returns:
+        A [S, r, in] and B [S, out, r] per site; [1, …] if all adapters are the same object. Empty if all are None.
     """
     if all(adapter is None for adapter in adapters):
         return {}
@@ -193,5 +226,5 @@ def select_slots(stacks: BatchedAdapter, slots: Tensor) -> BatchedAdapter:
 
 
 def to_device(stacks: BatchedAdapter, like: Tensor) -> BatchedAdapter:
-    """Return the adapter on the device and in the dtype of `like`."""
+    """Move an adapter to the device and the dtype of `like`, a tensor of any shape."""
     return {name: BatchedFactors(factors.a.to(like), factors.b.to(like)) for name, factors in stacks.items()}

@@ -27,17 +27,32 @@ _ORTHONORMAL = 1e-3  # largest entry of |LᵀL − I| and |A Aᵀ − I|
 
 
 def zero_adapter(bases: Adapter) -> Adapter:
-    """Return the adapter in these bases whose product is zero."""
+    """Return the adapter in these bases whose product is zero: A [r, in] and B = 0 [out, r]."""
     return {name: Factors(a, torch.zeros_like(left)) for name, (a, left) in bases.items()}
 
 
 def to_tensors_with_bases(adapter: Adapter, bases: Adapter) -> dict[str, Tensor]:
-    """Flatten an adapter and its bases to the names of messages."""
+    """Flatten an adapter and its bases to the names of messages.
+
+    Args:
+        adapter: A [r, in] and B [out, r] per site.
+        bases: A [r, in] and L [out, r] per site.
+
+    Returns:
+        `<site>.lora_A` [r, in], `<site>.lora_B` [out, r] and `<site>.frame` [out, r], which is L.
+    """
     return to_tensors(adapter) | {f"{name}.frame": factors.b for name, factors in bases.items()}
 
 
 def bases_from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
-    """Extract the bases from tensors whose names `protocol.tensor_codec` has checked.
+    """Extract the bases from received tensors.
+
+    Args:
+        tensors: `<site>.lora_A` [r, in] and `<site>.frame` [out, r], with names that `protocol.tensor_codec` has
+            checked.
+
+    Returns:
+        A [r, in] and L [out, r] per site.
 
     Raises:
         AntherError: a factor isn't orthonormal; then Lᵀ B would not be the trained core.

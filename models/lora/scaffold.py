@@ -19,29 +19,33 @@ from torch import Tensor
 _SUFFIX = ".control"  # in messages; don't change
 
 ControlVariate = dict[str, Tensor]
+"""By name of a trained tensor, with its shape (`models.lora.trainable.trained_shapes`)."""
 
 
 def control_delta(
     server: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, steps: int, rate: float
 ) -> ControlVariate:
-    """Compute c_i⁺ − c_i = −c − (y − x) / (K η) in float64.
+    """Compute c_i⁺ − c_i = −c − (y − x) / (K η).
 
     Args:
-        server: c.
-        moved: y − x.
+        server: c, with the shapes of the trained tensors.
+        moved: y − x, as c; may lack some of its tensors.
         steps: K.
         rate: η.
+
+    Returns:
+        c_i⁺ − c_i, float64, for the tensors of `moved`.
     """
     return {name: -server[name].double() - moved[name].double() / (steps * rate) for name in moved}
 
 
 def to_control_tensors(control: Mapping[str, Tensor]) -> ControlVariate:
-    """Flatten c to the names under which it is sent with the adapter."""
+    """Flatten c, with its shapes, to the names under which it is sent with the adapter."""
     return {name + _SUFFIX: tensor for name, tensor in control.items()}
 
 
 def from_control_tensors(tensors: Mapping[str, Tensor]) -> ControlVariate:
-    """Invert `to_control_tensors`: extract c from all received tensors."""
+    """Invert `to_control_tensors`: extract c from all received tensors; shapes stay as received."""
     return {name.removesuffix(_SUFFIX): tensor for name, tensor in tensors.items() if name.endswith(_SUFFIX)}
 
 

@@ -63,9 +63,12 @@ def trained_tensors(adapter: Adapter, trainable: str, bases: Adapter | None) -> 
     """Return the trained tensors of an adapter, as they are uploaded.
 
     Args:
-        adapter: A and B of every site.
+        adapter: A [r, in] and B [out, r] of every site.
         trainable: key of `TRAINED_TENSORS`.
-        bases: A and L if cores are trained, else None.
+        bases: A [r, in] and L [out, r] if cores are trained, else None.
+
+    Returns:
+        Tensors by name, with the shapes of `trained_shapes`.
     """
     return {
         f"{name}.{spec.name}": _trained_part(spec, factors, bases[name] if bases else None).contiguous()
@@ -80,10 +83,13 @@ def from_trained_tensors(
     """Invert `trained_tensors` at the sites of `start`, which provides the fixed factors.
 
     Args:
-        tensors: trained tensors by name.
+        tensors: trained tensors by name, with the shapes of `trained_shapes`.
         trainable: key of `TRAINED_TENSORS`.
         start: adapter that training started from.
-        bases: A and L if cores are trained, else None.
+        bases: A [r, in] and L [out, r] if cores are trained, else None.
+
+    Returns:
+        A [r, in] and B [out, r] per site.
     """
     return {
         name: _combine(
@@ -135,7 +141,7 @@ class PartialLayout(Layout):
         }
 
     def set_fixed(self, fixed: Adapter) -> None:
-        """Set the fixed factors, of this layout's rank or a smaller one."""
+        """Set the fixed factors: A [r', in] and B, or L, [out, r'] per site, with r' at most this layout's rank."""
         for name, batched in self.fixed.items():
             batched.a.zero_()
             batched.b.zero_()

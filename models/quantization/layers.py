@@ -97,6 +97,7 @@ class QuantizedLinear(QuantizedLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b: x is [..., in], the result [..., out]."""
         return _Linear.apply(x, self.bias, self.shape, *self.packed)
 
 
@@ -109,5 +110,6 @@ class QuantizedConv2d(QuantizedLayer):
         self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x [N, c, h, w]: [N, out, h', w']."""
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
         return _Conv2d.apply(x, self.bias, self.shape, geometry, *self.packed)

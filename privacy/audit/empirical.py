@@ -294,7 +294,7 @@ def cosine_epsilon(cosines: Sequence[float] | np.ndarray, dimension: int, delta:
     those that did. The estimate has no confidence level, and covers only effects that are visible to such canaries.
 
     Args:
-        cosines: cosine of each participating canary.
+        cosines: cosine of each participating canary, [canaries]; two or more.
         dimension: d, size of an update.
         delta: δ.
     """

@@ -224,7 +224,7 @@ def collisions(integers: np.ndarray, deviation: float, name: str = "equal number
 
 
 def on_grid(values: np.ndarray, name: str = "on the grid") -> Check:
-    """Check that all values, in steps of the grid, are whole."""
+    """Check that all values, of any shape and in steps of the grid, are whole."""
     off = int((np.abs(values - np.rint(values)) > 1e-6).sum())
     return Check(name, 0.0 if off else 1.0, f"{off} of {values.size} numbers are no whole steps")
 

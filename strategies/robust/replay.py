@@ -69,8 +69,8 @@ class ReplayFilter:
     ) -> None:
         """Reject an update that is a replay, and append its sketch to `round_sketches` in either case.
 
-        Of `round_sketches`, the update is compared only with those of the same device: otherwise the order of arrival
-        would decide.
+        Within `round_sketches`, the update is compared only with those of the same device: otherwise the order of
+        arrival would decide.
 
         Args:
             current: adapter that was sent to the device.
