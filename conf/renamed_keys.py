@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Renamed(NamedTuple):
@@ -15,7 +15,7 @@ class Renamed(NamedTuple):
     old: str
     """`[]` stands for any element of a list."""
     new: str
-    values: Mapping[str, str] = {}
+    values: Mapping[str, Any] = {}
     """Renamed values, by former value."""
 
 

@@ -115,7 +115,16 @@ def present_settings(settings: dict[str, Any], renames: Renames) -> dict[str, An
     return present
 
 
+def first_settings(settings: dict[str, Any], renames: Renames) -> dict[str, Any]:
+    """Return a configuration under the first name of every key: the inverse of `present_settings`."""
+    rows = {row.new: row for row in reversed(renames.keys)}.values()
+    values = ({new: _YAML_BOOLS.get(old, old) for old, new in row.values.items()} for row in rows)
+    reverse = [Renamed(row.new, row.old, names) for row, names in zip(rows, values, strict=True)]
+    return present_settings(settings, Renames(reverse))
+
+
 _ABSENT = object()
+_YAML_BOOLS = {"true": True, "false": False}
 
 
 def _present_value(value: str, row: Renamed) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from common import atomic_files
 from common.errors import AntherError
-from conf.renames import SIMULATE, present_settings
+from conf.renames import SIMULATE, first_settings, present_settings
 from conf.schemas.simulation import SimulationConfig
 
 RUN = "run.json"
@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 
 
 def config_hash(config: SimulationConfig) -> str:
-    """Return the SHA-256 of everything that determines a run's results: the configuration without `resume`."""
-    return _hash(_settings(config))
+    """Return the SHA-256 of everything that determines a run's results: the configuration without `resume`.
+
+    It names the run, and random numbers derive from that name, so keys have their first names here: a renamed key
+    changes neither.
+    """
+    settings = first_settings(_settings(config), SIMULATE)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
         raise AntherError(
             f"{file}: damaged ({error}): this run can't be resumed, start a new one in another folder"
         ) from error
-    if not _same_run(record, config):
+    if record["config_hash"] != config_hash(config):
         differences = _differences(present_settings(record["config"], SIMULATE), _settings(config))
         changed = [f"{key} was {old}, now {new}" for key, old, new in differences]
         raise AntherError(
@@ -91,18 +96,6 @@ def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, 
         elif recorded != digest:
             raise AntherError(f"{folder}: was run with another {name} ({recorded}): restore it, or start a new run")
     return int(record["memory"])
-
-
-def _same_run(record: Mapping[str, Any], config: SimulationConfig) -> bool:
-    """Return whether a stored run has this configuration, also if it was stored under former names of keys."""
-    stored, wanted = record["config"], config_hash(config)
-    if record["config_hash"] == wanted:
-        return True
-    return bool(record["config_hash"] == _hash(stored) and _hash(present_settings(stored, SIMULATE)) == wanted)
-
-
-def _hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(config: SimulationConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from conf.cli import hydra_application
 from conf.compose import compose
 from conf.explain import known_keys
 from conf.renamed_keys import Renamed
-from conf.renames import Renames, present_key, present_settings, present_words, refuse_renamed
+from conf.renames import Renames, first_settings, present_key, present_settings, present_words, refuse_renamed
 from conf.schemas import node, planning
 from conf.schemas.audit import AuditConfig
 from conf.schemas.fleet import ProfileConfig
@@ -190,6 +190,8 @@ def test_stored_settings_are_translated() -> None:
         "selection": {"name": "random"},
     }
     assert present_settings(present, renames.SIMULATE) == present
+    assert first_settings(present, renames.SIMULATE) == stored
+    assert first_settings(stored, renames.SIMULATE) == stored
 
 
 def test_enrollment_is_translated(tmp_path: Path) -> None:

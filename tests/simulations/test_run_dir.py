@@ -69,3 +69,13 @@ def test_added_setting_counts_if_set(tmp_path: Path) -> None:
     run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
     with pytest.raises(AntherError, match=r"data\.background was None, now black"):
         run_dir.check(tmp_path / "run", black)
+
+
+def test_hash_is_that_of_the_first_key_names() -> None:
+    """Quantization and selection draw from the run's name: renaming a key must not change their results."""
+    settings = (
+        "aggregation=fedit adapter.shared.lr_schedule=cosine robust.rules=[norm_bound,trimmed_mean] selection=eafl "
+        "cohort.size=4 fleet=week compression.upload=int8 private_eval.interval=2 trainer.compile=true"
+    )
+    # Of commit 0741131, by `strategy=fedit strategy.decay=true strategy.robust=[norm,trimmed] selection=energy …`.
+    assert run_dir.config_hash(compose(settings)) == "af66e5cde2f18920cf431859c45d8ebf7d79fd932de9544a6341b2289e1bfe50"
