@@ -77,5 +77,5 @@ def test_hash_is_that_of_the_first_key_names() -> None:
         "aggregation=fedit adapter.shared.lr_schedule=cosine robust.rules=[norm_bound,trimmed_mean] selection=eafl "
         "cohort.size=4 fleet=week compression.upload=int8 private_eval.interval=2 trainer.compile=true"
     )
-    # Of commit 0741131, by `strategy=fedit strategy.decay=true strategy.robust=[norm,trimmed] selection=energy …`.
+    # Computed by commit 0741131 for the same settings, `strategy.robust=[norm,trimmed] selection=energy …`.
     assert run_dir.config_hash(compose(settings)) == "af66e5cde2f18920cf431859c45d8ebf7d79fd932de9544a6341b2289e1bfe50"
