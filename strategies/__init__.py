@@ -1,4 +1,4 @@
-"""How adapters are combined, devices chosen and asked: aggregation, selection, planning, and Flower's Strategy."""
+"""Federated strategy: aggregation of adapters, selection of devices, planning, and Flower's `Strategy`."""
 
 from common import moved_commands
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class BudgetExhausted(AntherError):  # noqa: N818 - the end of a budget is no error
-    """The budget does not cover another round: the run ends early, with its current adapter."""
+    """Raised if the budget does not cover another round. The run then ends early, with its current adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Charge:
     run: str
     round: int
     mechanism: PoissonGaussian
-    """One step. With a sampling rate of 1, only the devices in `asked` pay for it."""
+    """Mechanism of one step. With a sampling rate of 1, only the devices in `asked` are charged."""
     clip: float
     """C, the sensitivity of the sum."""
     expected: float
@@ -47,10 +47,10 @@ class Charge:
     adapter: str
     """SHA-256 of the adapter that is sent."""
     asked: tuple[str, ...] | None
-    """Names of the devices that pay: all selected ones, whether or not they can be contacted. None for every device, if
-    the sample is secret and amplifies."""
+    """Names of the charged devices: all selected ones, whether or not they can be contacted. None: every device is
+    charged, since the sample is secret and amplifies privacy."""
     release: bool
-    """False for simulated noise, which is charged too."""
+    """Whether the noised result is a private release. False for simulated noise, which is charged too."""
     purpose: str = TRAIN
     unit: str = DEVICE
     relation: str = ADD_OR_REMOVE_ONE
@@ -58,14 +58,15 @@ class Charge:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceBudget:
-    """Limit for all rounds of a run, for each device."""
+    """Limit of each device for all rounds of a run."""
 
     epsilon: float
     delta: float
     other_releases: tuple[PoissonGaussian, ...] = ()
-    """Further planned releases of the run, which every device pays from the same ε."""
+    """Further planned releases of the run, charged to every device under the same ε."""
     participations: int | None = None
-    """Rounds that one device may be selected in; None: rounds are secret samples, and every device pays for each."""
+    """Number of rounds that one device may be selected in; None: samples are secret, and every device is charged for
+    every round."""
 
 
 class ChargeLedger(Protocol):
@@ -76,7 +77,7 @@ class ChargeLedger(Protocol):
         ...
 
     def reserve(self, charge: Charge, budget: DeviceBudget) -> Guarantee:
-        """Charge for a round, durably.
+        """Record the charge for a round durably.
 
         Args:
             charge: charge of the round.
@@ -113,7 +114,7 @@ class Anchor:
 
 @dataclass(frozen=True, kw_only=True)
 class _ChargedRound:
-    """Round that is charged for and not released yet."""
+    """Round that has been charged and not released yet."""
 
     guarantee: Guarantee
     clip: float
@@ -127,10 +128,11 @@ class CentralDP:
         run: name under which charges are made.
         sites: sites of the adapter.
         mechanism: noise and divisor of a round.
-        sampling_rate: q of a selection that amplifies; 1 for every other.
+        sampling_rate: q of a selection that amplifies privacy; 1 for any other selection.
         clip: C of the first round.
         budget: limit for each device.
-        noise: makes the noise source of a round; `SecureNoise` unless the server's own configuration is in test mode.
+        noise: function from a round's number to its noise source, which is `SecureNoise` unless the server's own
+            configuration is in test mode.
         ledger: storage of charges.
         lora_xs_bases: if only cores are trained, the fixed factors around them. Only the cores are clipped and noised.
     """
@@ -159,7 +161,7 @@ class CentralDP:
         self.clip = last.next_clip if last else self._initial_clip
 
     def eligible(self, names: Collection[str]) -> set[str]:
-        """Return the devices that may be selected once more.
+        """Return the devices that may be selected in another round.
 
         With a secret sample these are all devices: leaving one out would change the sampling rate.
 
@@ -176,12 +178,12 @@ class CentralDP:
         return eligible
 
     def charge_round(self, round: int, selected: Sequence[str], adapter: bytes) -> None:
-        """Charge for a round, before anything of it leaves the server.
+        """Charge for a round before any of its messages leaves the server.
 
         Args:
             round: number of the round.
-            selected: devices that pay, contacted or not. Otherwise the transient state of a device would determine when
-                it reaches its limit, and so which device is selected in its place.
+            selected: devices to charge, contacted or not. If only contacted devices were charged, the transient state
+                of a device would determine when it reaches its limit, and so which device is selected in its place.
             adapter: payload that is sent.
 
         Raises:
@@ -205,7 +207,7 @@ class CentralDP:
     def charge_evaluation(
         self, round: int, adapter: bytes, mechanism: PoissonGaussian, *, clip: float, expected: float
     ) -> bool:
-        """Charge every device for the evaluation of a round's adapter, before any is contacted.
+        """Charge every device for the evaluation of a round's adapter, before any device is contacted.
 
         Args:
             round: number of the round.
@@ -215,7 +217,7 @@ class CentralDP:
             expected: divisor of the noised sum.
 
         Returns:
-            False if the budget does not cover it. The round is then not evaluated, and otherwise unaffected.
+            False if the budget does not cover the evaluation, which is then skipped; the round is otherwise unaffected.
         """
         charge = Charge(
             run=self._run,
@@ -238,17 +240,17 @@ class CentralDP:
     def privatize(
         self, rule: Aggregation, current: Adapter, trained: Iterable[Adapter], *, round: int
     ) -> tuple[Aggregated, CentralDPMetrics]:
-        """Compute the next adapter; it is noised even if no device replied, since keeping the old one would reveal
-        that.
+        """Compute the next adapter from the noised mean of the clipped updates.
 
-        Decoded updates are clipped, in whatever precision they were sent. A device may add the quantization residual of
-        one round to its next change: the residual depends only on its own data, and the clip covers it, so each round's
-        sum moves by at most C whatever a device remembers. The coin flips of a sampled round are fresh, which is all
-        that amplification requires: earlier rounds may determine the clipped values, but not whether the device takes
-        part.
+        Noise is added even if no device replied, since keeping the old adapter would reveal that. Decoded updates are
+        clipped, in whatever precision they were sent. A device may add the quantization residual of one round to its
+        next change: the residual depends only on its own data, and the clip covers it, so each round's sum moves by at
+        most C, regardless of the state that a device keeps between rounds. The coin flips of a sampled round are fresh,
+        which is all that amplification requires: earlier rounds may determine the clipped values, but not whether the
+        device takes part.
 
         A site that a device was not asked to train counts as a change of 0, which dilutes its mean: the divisor is the
-        public constant at every site. The plan determines these sites, and it depends on nothing private.
+        public constant at every site. The plan determines these sites, and it does not depend on private data.
 
         Args:
             rule: linear aggregation rule.

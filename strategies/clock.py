@@ -7,14 +7,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Time in seconds, with a way to wait."""
+    """Clock in seconds, which can also wait until a time."""
 
     def now(self) -> float:
         """Return seconds since a fixed point in time."""
         ...
 
     def wait(self, until: float) -> None:
-        """Return at the given time, or earlier if an event may have happened."""
+        """Wait until the given time; may return earlier if an event may have happened."""
         ...
 
 

@@ -30,7 +30,7 @@ class Download(NamedTuple):
     data: bytes
     adapter: Adapter
     rounded: QuantizedFormat | None
-    """None: full precision, as in `protocol.tensor_codec`."""
+    """Quantized format; None: full precision, as in `protocol.tensor_codec`."""
 
 
 def encode_download(adapter: Adapter, precision: str) -> Download:

@@ -1,4 +1,4 @@
-"""FedBuff: devices train all the time, and K updates make a round (Nguyen et al., 2022, arXiv:2106.06639, algorithm 1).
+"""FedBuff: devices train continuously, and K updates form a round (Nguyen et al., 2022, arXiv:2106.06639, algorithm 1).
 
 An update may have started from an older adapter than the current one. Its change of that older adapter is then scaled
 by 1/√(1 + τ), τ rounds later, and applied to the current adapter. The aggregation determines the form of the change.
@@ -17,7 +17,7 @@ PLANS_PER_ROUND = 10_000
 """Largest number of plans in a round. Each plan has its own number, since a device answers each number only once."""
 
 BUFFER_SIZE, CONCURRENCY = 10, 10
-"""Default number of updates per round, and of devices that train at any time."""
+"""Default number of updates per round, and of devices that train concurrently."""
 
 Rebase = Callable[[Adapter, Adapter, Adapter, float], Adapter]
 """Function of (current, started, trained, scale): the update as if it had started from the current adapter."""
@@ -71,4 +71,4 @@ def rebase_product(current: Adapter, started: Adapter, trained: Adapter, scale: 
 
 
 REBASES: dict[str, Rebase] = {"exact": rebase_product, "fedit": rebase_factors}
-"""By aggregation; other aggregations can't use updates of an older adapter."""
+"""Rebase function of each aggregation; other aggregations can't use updates of an older adapter."""

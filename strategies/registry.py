@@ -1,4 +1,4 @@
-"""Registries of the components on each axis of a strategy, and which combinations are private.
+"""Registries of the components on each axis of a strategy, and rules for the combinations that can be private.
 
 Each component declares the influence of one device on it (`sensitivity`). The rules below use only these declarations:
 a new component is refused under privacy until it has one, and then appears in docs/privacy.md with its reason. Secure
@@ -124,7 +124,7 @@ def lookup(axis: Mapping[str, Any], key: str, name: str) -> Any:
         name: its name.
 
     Raises:
-        AntherError: there is none. Nothing else is used in its place.
+        AntherError: no component has this name. There is no fallback.
     """
     if name not in axis:
         raise AntherError(f"{key}={name}: nothing is registered under this name; known are {', '.join(axis)}")
@@ -146,7 +146,7 @@ def create(axis: Mapping[str, Any], key: str, name: str, settings: Mapping[str, 
     component = lookup(axis, key, name)
     parameters = inspect.signature(component).parameters.values()
     if missing := [one.name for one in parameters if one.default is one.empty and one.name not in settings]:
-        raise AntherError(f"{key}={name}: it requires {', '.join(missing)}, and is given {', '.join(settings)}")
+        raise AntherError(f"{key}={name}: it requires {', '.join(missing)}; available are {', '.join(settings)}")
     return component(**{one.name: settings[one.name] for one in parameters if one.name in settings})
 
 
@@ -226,7 +226,7 @@ def _async_conflict(combination: Combination) -> str | None:
         alternatives = " or ".join(f"aggregation={name}" for name in REBASES)
         return f"{combination.aggregation} can't use an update of an older adapter; use {alternatives}"
     if combination.selection == "poisson":
-        return "Poisson sampling requires rounds that don't overlap; leave cohort.sampling_rate null"
+        return "Poisson sampling requires rounds that don't overlap; set cohort.sampling_rate to null"
     return None
 
 

@@ -7,8 +7,8 @@ stays the same direction from round to round. This holds for a mean of factors, 
 factors towards those of the previous round before Δ_t is computed. Rules that create or rotate factors in every round
 have no Δ.
 
-An optimizer sees the release of a round and its state from earlier releases, and no single update. The privacy
-guarantee of the round therefore holds for the step too.
+The inputs of an optimizer are the release of a round and its state from earlier releases, but no single update. The
+privacy guarantee of the round therefore holds for the step too.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _check(lr: float, momentum: float) -> None:
 def _at_rank_of(name: str, before: Tensor, after: Tensor) -> Tensor:
     """Resize a tensor to the rank that it has after the round, float64.
 
-    A new direction counts as one whose A has always been that of `after`, with B = 0.
+    A new direction is treated as if it had always existed, with the A of `after` and B = 0.
     """
     return _overlaid(before, after.double() if name.endswith(".lora_A") else torch.zeros_like(after).double())
 

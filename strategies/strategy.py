@@ -123,7 +123,7 @@ class FederatedStrategy(Strategy):
         accepted: number of updates accepted so far in the current round.
         eligible_nodes: nodes that could be asked in the last round.
         busy_nodes: nodes that must not be asked to train.
-        max_new: largest number of devices to ask; None: all that are selected.
+        max_new: maximum number of devices to ask; None: all that are selected.
     """
 
     def __init__(
@@ -333,8 +333,8 @@ class FederatedStrategy(Strategy):
             arrays: current adapter.
             config: unused.
             grid: connection to the devices.
-            number: number of the plans; None: that of the round.
-            draw: number of the random stream of the selection; None: that of the plans.
+            number: number that the plans carry; None: the number of the round.
+            draw: number of the random stream of the selection; None: the number of the plans.
 
         Raises:
             AntherError: under device-level privacy, not enough disk space for all updates; nothing is charged.
@@ -352,7 +352,7 @@ class FederatedStrategy(Strategy):
         if self._plan.scaffold:
             start = trained_tensors(adapter, trains, self.lora_xs_bases)
             control = initial_control(self.state.get(_CONTROL), start)
-        if self.lora_xs_bases or control:  # further tensors are sent in full precision, and so is the adapter
+        if self.lora_xs_bases or control:  # such tensors are sent in full precision, together with the adapter
             tensors = to_tensors_with_bases(adapter, self.lora_xs_bases) if self.lora_xs_bases else to_tensors(adapter)
             data = encode(tensors | to_control_tensors(control))
         full = replace(self._plan, round=number, rank=min(self._plan.rank, rank(adapter)), trains=trains)
@@ -368,7 +368,7 @@ class FederatedStrategy(Strategy):
             # depend on another's. Including those that can't be asked, so that the size does not reveal them.
             self._reserved = RoundUpdates(len(selected) * update_bytes(self.sites, full.rank))
             self.central_dp.charge_round(server_round, [one.report.device for one in selected], data)
-        # Computed before any reply arrives, which would have to wait for it.
+        # Computed before any reply arrives, so that no reply has to wait for it.
         self._max_epsilon = self._explained(server_round, evaluated=server_round - 1)
         self._request = RoundRequest(
             adapter=adapter,
@@ -403,8 +403,8 @@ class FederatedStrategy(Strategy):
         """Aggregate the replies of a round.
 
         Returns:
-            The next adapter and its metrics, or None for both if no reply was accepted. Under device-level privacy an
-            adapter is noised and released in any case; None for both if devices would refuse it.
+            The next adapter and its metrics, or None for both if no reply was accepted. Under device-level privacy, a
+            noised adapter is released in any case, unless devices would refuse it (None for both).
         """
         request, reserved = self.take_request(), self._reserved
         self._reserved = None

@@ -1,4 +1,4 @@
-"""Refuse settings that have no effect in a configuration, since their user expects one."""
+"""Refuse settings that have no effect in a configuration, since a user who sets one expects an effect."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from conf.schemas.simulation import SimulationConfig
 def refuse_unused(config: SimulationConfig) -> None:
     """Raise AntherError with one line for the first unused setting."""
     for key, user in _unused(config):
-        raise AntherError(f"{key}: only used by {user}; leave it out")
+        raise AntherError(f"{key}: only used by {user}; remove it")
 
 
 def _unused(config: SimulationConfig) -> Iterator[tuple[str, str]]:
-    """Yield each setting that is given and not used, with its value and the component that would use it."""
+    """Yield each setting that is set but not used, with its value and the component that would use it."""
     for key, value, used, user in _settings(config):
         if value is not None and not used:
             yield f"{key}={value:g}" if isinstance(value, int | float) else key, user
 
 
 def _settings(config: SimulationConfig) -> Iterator[tuple[str, object, bool, str]]:
-    """Yield key, value (None: not given), whether it is used, and the component that would use it."""
+    """Yield the key of each setting, its value (None: not set), whether it is used, and the component that uses it."""
     robust, rules, optimizer = config.robust, set(config.robust.rules), config.server_optimizer
     fleet, selection, loop = config.fleet, config.selection, config.round_loop
     by_median, selects = "norm_bound" in rules and robust.norm_bound is None, config.cohort.size is not None

@@ -1,4 +1,4 @@
-"""Consistency of the parts of a strategy."""
+"""Check that the parts of a strategy are consistent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_combination(
         ValueError: arguments contradict each other.
     """
     if central_dp and quorum > 1:
-        raise ValueError("quorum: with device-level privacy a release does not depend on the replies; leave it 1")
+        raise ValueError("quorum: with device-level privacy a release does not depend on the replies; set it to 1")
     if central_dp and replay_filter:
         raise ValueError(f"replay_filter under device-level privacy: {replay_filter.sensitivity.reason}")
     if replay_filter and aggregation.trains(1) == "split":
@@ -69,11 +69,11 @@ def check_combination(
     if central_dp and central_dp.sampling_rate != rate:
         raise ValueError(f"accounted with a sampling rate of {central_dp.sampling_rate}, selected with {rate}")
     if limits.metered_rank is not None and not aggregation.mixed_ranks:
-        raise ValueError("limits.metered_rank: this aggregation requires equal ranks; leave it None")
+        raise ValueError("limits.metered_rank: this aggregation requires equal ranks; set it to None")
     if central_dp and (selection.sensitivity.uses_transient_state or limits.uses_transient_state):
         raise ValueError("selection or limits use transient device state, which device-level privacy protects")
     if central_dp and (limits.metered_rank is not None or limits.metered_update is not None):
-        raise ValueError("limits: the link of a device is private under device-level privacy; leave metered_… None")
+        raise ValueError("limits: the link of a device is private under device-level privacy; set metered_… to None")
     if limits.metered_update is not None and limits.feedback and not aggregation.stable_factors:
         raise ValueError("feedback requires an aggregation with stable factors")
     if evaluation_policy.interval and plan.privacy and not evaluation_policy.local_noise:

@@ -73,15 +73,15 @@ class ProductMean:
 
 
 class Exact:
-    """Mean of products, truncated to `max_rank` and to the directions that `energy` needs.
+    """Mean of products, truncated to `max_rank` and to the directions required to keep the fraction `energy`.
 
     The rows of A in the result are orthonormal and B carries all the scale. Rows of a fresh A ~ N(0, 1/in) also have
     norm ≈ 1, so a learning rate has the same effect in every round. With √σ on both sides, A would shrink with the size
-    of the update and the next round would hardly move.
+    of the update and the next round would make little progress.
 
     Args:
-        rank: smallest rank of the result; it is padded to it.
-        max_rank: largest rank of the result; None: no limit.
+        rank: minimum rank of the result, which is padded if its rank is lower.
+        max_rank: maximum rank of the result; None: no limit.
         energy: fraction of Σ σ² to keep; None: all.
         by_slice: weight each slice of rank separately (`strategies.aggregation.slices`).
         seed: seed of the random vectors that compress sums and fill unused directions.

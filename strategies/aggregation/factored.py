@@ -41,14 +41,14 @@ def compress(
     """Compute the best low-rank factors of the product B A (Eckart–Young), in float64.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a, the singular values of B A are those of the small R_b R_aᵀ. The rank of the
-    result is the numerical rank, at most `max_rank`, and no larger than the fraction `energy` needs.
+    result is the numerical rank, at most `max_rank`, and no larger than required to keep the fraction `energy`.
 
     Args:
         a: A `[s, in]`.
         b: B `[out, s]`.
         max_rank: largest rank of the result; None: no limit.
         energy: fraction of Σ σ² to keep; None: all.
-        lost: Σ σ² of parts that were truncated from the product earlier; it counts as not kept.
+        lost: Σ σ² of parts that were truncated from the product earlier; it counts as truncated here.
         rounding: rounding error of the inputs, relative to the first singular value. Smaller singular values are
             treated as zero.
     """
@@ -172,7 +172,7 @@ def stacked_mean(current: Factors, updates: SiteUpdates) -> tuple[Tensor, Tensor
 
 
 def _untrained(current: Factors, updates: SiteUpdates) -> Factors:
-    """Collect the current directions that some device left untrained, weighted by those devices, float64."""
+    """Collect the current directions that a device did not train, with the total weight of those devices, float64."""
     ranks = [len(factors.a) for factors, _ in updates]
     smallest = min(ranks)
     columns = range(smallest, len(current.a))

@@ -14,7 +14,7 @@ from strategies.aggregation.one_factor import factor_mean
 
 
 class FedSA:
-    """Σ p_k A_k. All devices train one rank, which their own B has too."""
+    """Σ p_k A_k. All devices train the same rank, which their local B has too."""
 
     mixed_ranks = False
     stable_factors = True

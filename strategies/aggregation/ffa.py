@@ -15,7 +15,7 @@ class FFA:
     """Σ p_k B_k, with the common A.
 
     Devices in the paper have one rank. Here a device may train only the first directions of A; the columns of B that it
-    did not train count unchanged, so that the mean is still the mean of the products.
+    did not train count with their current values, so that the mean is still the mean of the products.
     """
 
     mixed_ranks = True

@@ -34,8 +34,9 @@ NOT_LINEAR = Linearity(
 class FlexLoRA:
     """Σ p_k B_k A_k truncated to `rank`; the rows of A are orthonormal and B carries all the scale.
 
-    A device in the paper holds nothing beyond its own rank, which therefore adds nothing to the mean: directions that
-    few devices train fade. Here these directions stay frozen beside the trained ones, and fade in the same way.
+    In the paper, a device has no directions beyond its own rank, so it adds zero to their mean: directions that few
+    devices train fade. Here a device keeps these directions frozen beside the trained ones, and they fade in the same
+    way.
     """
 
     mixed_ranks = True
@@ -71,7 +72,8 @@ def truncated_sum(
     Args:
         current: adapter that the round started from.
         updates: at least one update.
-        terms: makes the factors A `[r, in]` and B `[out, r]` of each term from the site's current factors and updates.
+        terms: function from a site's current factors and updates to the factors A `[r, in]` and B `[out, r]` of each
+            term.
         rank: rank of the result.
         seed: seed of the random vectors, and of A in directions that the sum does not have.
     """

@@ -16,7 +16,7 @@ from strategies.aggregation.factored import compress, pad, stacked_mean
 
 
 class FLoRA:
-    """`rank` fresh directions with random A and zero B, followed by everything that was learned so far.
+    """`rank` fresh directions with random A and zero B, followed by all directions learned so far.
 
     The payload grows by the ranks of all devices in every round, up to the sides of the matrices. The rule is an exact
     reference and not meant for a real federation.

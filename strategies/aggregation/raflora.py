@@ -1,7 +1,7 @@
 """raFLoRA: each direction is averaged over the devices that trained it (Wu et al., 2026, arXiv:2602.13486).
 
-Implemented after the abstract. With weights that ignore ranks, a direction that few devices train is divided among all
-of them, shrinks by the same factor every round and is lost: rank collapse.
+Implemented from the paper's abstract. With weights that ignore ranks, a direction that few devices train is averaged
+over all devices. It shrinks by the same factor in every round and vanishes (rank collapse).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from strategies.aggregation.flexlora import NOT_LINEAR, truncated_sum
 class RaFLoRA:
     """Σ_j Σ {p_k b_kj a_kj : r_k ≥ j} / Σ {p_k : r_k ≥ j} over directions j, truncated to `rank` as in FlexLoRA.
 
-    Directions between two ranks that occur form one partition, with one weight. A direction that no device trained
-    stays unchanged.
+    Directions between two consecutive device ranks form one partition, and have the same weight. A direction that no
+    device trained stays unchanged.
     """
 
     mixed_ranks = True

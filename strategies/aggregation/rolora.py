@@ -1,7 +1,7 @@
 """RoLoRA: devices train B in one round and A in the next (Chen et al., 2025, arXiv:2502.01755).
 
 In each round one factor is common to all devices, so the mean of the products is the product of the means, and over two
-rounds both factors learn. Half of an adapter is uploaded.
+rounds both factors are trained. Half of an adapter is uploaded.
 """
 
 from __future__ import annotations

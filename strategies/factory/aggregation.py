@@ -23,7 +23,7 @@ from strategies.server_optimizers import FedAvgM, FedOpt, ServerOptimizer
 
 
 def build_aggregation(config: SimulationConfig) -> Aggregation:
-    """Make the rule of `aggregation.name`, with the rules of `robust.rules` that compare all updates of a round.
+    """Build the rule of `aggregation.name`, with the rules of `robust.rules` that compare all updates of a round.
 
     Raises:
         AntherError: settings contradict each other.
@@ -78,7 +78,7 @@ def build_aggregation(config: SimulationConfig) -> Aggregation:
 def build_replay_filter(
     config: SimulationConfig, rule: Aggregation, sites: Sites, *, seed: int | None
 ) -> ReplayFilter | None:
-    """Make the replay filter if `robust.rules` names it.
+    """Build the replay filter if `robust.rules` names it.
 
     Args:
         config: configuration of the run.
@@ -100,7 +100,7 @@ def build_replay_filter(
 
 
 def _build_rule(config: SimulationConfig) -> Aggregation:
-    """Make the rule of `aggregation.name`."""
+    """Build the rule of `aggregation.name`, without robust rules."""
     settings, rank, seed = config.aggregation, config.adapter.shared.rank, derive_seed(config.seed, "aggregation")
     name = settings.name
     arguments = {"rank": rank, "seed": seed}
@@ -126,7 +126,7 @@ def _build_rule(config: SimulationConfig) -> Aggregation:
 
 
 def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> ServerOptimizer | None:
-    """Make the optimizer of `server_optimizer.name`; None if the rule's mean is the next adapter.
+    """Build the optimizer of `server_optimizer.name`; None if the rule's mean is the next adapter.
 
     Raises:
         AntherError: a rule whose factors change their meaning between rounds, or a learning rate without an optimizer.

@@ -12,7 +12,7 @@ from strategies.round.private_evaluation import evaluation_mechanisms
 
 
 def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingPlan:
-    """Make the plan of a device without limits, with σ solved for all rounds and evaluations together.
+    """Compute the plan of a device without limits, with σ solved for all rounds and evaluations together.
 
     q and the divisor of the noised sum are public constants: they assume the number of pictures that an owner is
     expected to provide, not the actual one.
@@ -46,7 +46,7 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
     if compression.keep_fraction < 1 and not rule.stable_factors:
         raise AntherError(
             f"compression.keep_fraction={compression.keep_fraction}: the residual can't be used in a later round, "
-            f"since {config.aggregation.name} rotates or replaces the factors; use aggregation=fedit, or leave it 1"
+            f"since {config.aggregation.name} rotates or replaces the factors; use aggregation=fedit, or set it to 1"
         )
     scaffold = config.drift_correction == "scaffold"
     if scaffold and (reason := _scaffold_conflict(config, rule)):

@@ -24,7 +24,7 @@ from strategies.selection.sample import Sample
 
 
 def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
-    """Make the selection for training.
+    """Build the selection for training.
 
     It selects each device with probability `cohort.sampling_rate`, or `cohort.size` devices by `selection`, or all.
 
@@ -87,7 +87,7 @@ def _oort_settings(oort: OortConfig) -> OortSettings:
 
 
 def build_evaluation_selection(config: SimulationConfig) -> NameSelection:
-    """Make the selection for evaluation: `cohort.eval_size` devices, else `cohort.size`, else all.
+    """Build the selection for evaluation: `cohort.eval_size` devices, else `cohort.size`, else all.
 
     The devices are the same in every round. Under privacy they change, since each evaluation is charged to its device.
     """

@@ -1,4 +1,4 @@
-"""Strategy of a configuration."""
+"""Build the strategy of a configuration."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(
     clock: Clock | None = None,
     base: Base | None = None,
 ) -> FederatedStrategy:
-    """Make the strategy of a configuration.
+    """Build the strategy of a configuration.
 
     Args:
         config: configuration of the run.
@@ -142,7 +142,7 @@ def _eligibility(settings: EligibilityConfig) -> Eligibility:
 
 
 def _build_site_selector(config: SimulationConfig, base: Base | None) -> SiteSelector | None:
-    """Make the site selector of planning.name=device; None if devices train all sites."""
+    """Build the site selector of planning.name=device; None if devices train all sites."""
     if config.planning.name == "full":
         return None
     if base is None:
@@ -166,12 +166,12 @@ def _check_round_loop(config: SimulationConfig) -> None:
     if loop.mode == "async" and weighting != "device":
         raise AntherError(
             f"aggregation.weighting={weighting}: an update of an older adapter has other directions, which are not "
-            "slices of it; leave it device, or use round_loop.mode=sync"
+            "slices of it; set it to device, or use round_loop.mode=sync"
         )
     if loop.mode == "async" and cohort.overselection > 1:
         raise AntherError(
-            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async no reply is too late; leave "
-            "it 1"
+            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async no reply is too late; set "
+            "it to 1"
         )
     key, limit = (
         ("round_loop.buffer_size", loop.buffer_size or BUFFER_SIZE)
@@ -187,12 +187,12 @@ def _check_round_loop(config: SimulationConfig) -> None:
         if cohort.overselection > 1:
             raise AntherError(
                 f"cohort.overselection={cohort.overselection:g}: the time of a reply would decide whether it counts, "
-                "and device-level privacy charges every device that is asked; leave it 1"
+                "and device-level privacy charges every device that is asked; set it to 1"
             )
         if loop.quorum > 1:
             raise AntherError(
                 f"round_loop.quorum={loop.quorum}: with device-level privacy the release does not depend on the "
-                "replies, and keeping the adapter would reveal them; leave it 1"
+                "replies, and keeping the adapter would reveal them; set it to 1"
             )
 
 
@@ -220,7 +220,7 @@ def _central_dp(
     seed: int | None,
     ledger: ChargeLedger | None,
 ) -> CentralDP:
-    """Make the server's clip and noise, with σ solved for the largest total charge of one device.
+    """Build the server's clip and noise, with σ solved for the largest total charge of one device.
 
     Args:
         config: configuration of the run.
@@ -239,7 +239,7 @@ def _central_dp(
     if participations is None and settings.max_participations is not None:
         raise AntherError(
             f"privacy.device.max_participations={settings.max_participations}: with cohort.sampling_rate every device "
-            "pays for every round; leave it null"
+            "is charged for every round; set it to null"
         )
     size = devices if cohort.size is None else cohort.size
     if participations is not None and devices * participations < size * config.rounds:
@@ -282,5 +282,5 @@ def _central_dp(
 
 
 def _noise(purpose: str, seed: int | None) -> Callable[[int], NoiseSource]:
-    """Make the server's noise source of a round; without a seed, from the operating system."""
+    """Return a function from a round to the server's noise source; without a seed, from the operating system."""
     return partial(noise_source, purpose=purpose, client="server", seed=seed)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from models.footprint.site_costs import PassCosts
 
 MAX_PARTIAL_SETS = 128
-"""Partial sets that are kept. Up to seven sites nothing is lost; with more, sets of similar gain are thinned out."""
+"""Maximum number of partial sets. With up to seven sites none is dropped; with more, sets of similar gain are thinned
+out."""
 
 
 class SiteSet(NamedTuple):
@@ -52,7 +53,7 @@ def site_sets(costs: PassCosts, gains: Mapping[str, float], *, max_partial: int 
     Args:
         costs: costs of each site.
         gains: gain of each site, 0 or more, with the sum 1.
-        max_partial: number of partial sets that are kept. With 2^(number of sites), the list has the best set for any
+        max_partial: maximum number of partial sets. With 2^(number of sites), the list contains the best set for any
             limits.
     """
     sets: list[SiteSet] = []

@@ -25,14 +25,14 @@ class PlanLimits:
     metered_rank: int | None = None
     """Largest rank of a device on a metered link; None: no limit."""
     metered_update: str | None = None
-    """Precision of updates from devices on a metered or slow link, if the full plan has more bits; None: as for the
-    others."""
+    """Precision of updates from devices on a metered or slow link, if the full plan has more bits; None: that of the
+    full plan."""
     feedback: bool = False
-    """Whether these devices add the quantization residual to their next update."""
+    """Whether devices that use `metered_update` add the quantization residual to their next update."""
     deadline: float | None = None
-    """Seconds of a round on one device, including transfers; None: no limit."""
+    """Maximum seconds of a round on one device, including transfers; None: no limit."""
     joules: float | None = None
-    """Energy of a round's training on one device; None: no limit."""
+    """Maximum energy of a round's training on one device; None: no limit."""
     battery_share: float | None = None
     """Largest fraction of the remaining battery charge for a device that isn't charging; None: no limit."""
 
@@ -46,7 +46,7 @@ class PlanLimits:
 class CosineDecay:
     """Learning rate that decreases to zero over the rounds (Loshchilov & Hutter, 2017, arXiv:1608.03983, eq. 5).
 
-    Noise that training has accumulated decays towards its end, and little is added.
+    Towards the end of training, the accumulated noise decays, and little noise is added.
     """
 
     rounds: int
@@ -69,7 +69,7 @@ def restricted_plan(
         mixed_ranks: whether a rank may be lower than that of the full plan.
 
     Returns:
-        The plan; None if there is none, or if a plan that can't be reduced would have to be.
+        The plan; None if the device can train no site, or if the plan would have to be reduced and can't be.
     """
     ranks = [full.rank, *([] if report.rank is None else [report.rank])]
     if report.metered and limits.metered_rank is not None:
@@ -95,7 +95,7 @@ def affordable_steps(
     Args:
         report: report of the device.
         limits: limits of the run.
-        transfer_seconds: seconds of its transfers.
+        transfer_seconds: seconds of the device's transfers.
         seconds_per_step: seconds of one step.
     """
     bounds: list[float] = [_UNLIMITED_STEPS]
@@ -128,7 +128,7 @@ def transfer_seconds(report: DeviceReport, plan: TrainingPlan, *, sites: Sites, 
 
 
 def upload_bytes(plan: TrainingPlan, sites: Sites) -> float:
-    """Compute the bytes of a plan's update, without a few for names."""
+    """Compute the bytes of a plan's update, without the few bytes of tensor names."""
     trained = {name: site for name, site in sites.items() if plan.sites is None or name in plan.sites}
     numbers = sum(map(prod, trained_shapes(trained, plan.rank, plan.trains).values()))
     return numbers * (4.0 if plan.update == "fp32" else bytes_per_number(plan.update, plan.keep))

@@ -18,19 +18,20 @@ class PlannedDevice:
 
     plan: TrainingPlan
     seconds: float
-    """Including transfers."""
+    """Predicted time, including transfers."""
     joules: float
-    """Energy of training."""
+    """Predicted energy of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Make plans within limits.
+    """Planner within the limits of a run.
 
     Args:
         sites: sites of the adapter.
         limits: limits of the run.
-        mixed_ranks: whether a device may train a lower rank than that of the full plan; if not, it is left out.
+        mixed_ranks: whether a device may train a lower rank than that of the full plan. If not, a device that would
+            have to is left out.
         site_selector: selects the sites that a device trains; None: all of them, for at least one step.
     """
 
@@ -42,7 +43,7 @@ class Planner:
     def plans(
         self, reports: Iterable[DeviceReport], full: TrainingPlan, *, adapter: Adapter, download: int
     ) -> dict[str, PlannedDevice]:
-        """Plan for each device, never more than `full`; devices without a feasible plan are left out.
+        """Compute a plan for each device, never larger than `full`; devices without a feasible plan are left out.
 
         Devices with equal reports share one plan, which is computed once.
 
@@ -50,7 +51,7 @@ class Planner:
             reports: reports of the devices.
             full: plan of a device without limits.
             adapter: adapter that is sent.
-            download: its bytes.
+            download: bytes of the encoded adapter.
 
         Returns:
             Plans by device name.
@@ -74,7 +75,7 @@ class Planner:
         site_sets: dict[tuple[str, ...] | None, list[SiteSet]],
         download: int,
     ) -> PlannedDevice | None:
-        """Plan for one device.
+        """Compute the plan of one device; None if no plan is feasible.
 
         Args:
             report: report of the device, without its name.
@@ -102,7 +103,7 @@ class Planner:
         return None if best is None else self._with_cost(report, *best, download)
 
     def at_every_site(self, report: DeviceReport, full: TrainingPlan, *, download: int) -> PlannedDevice:
-        """Plan every site of `full` and at least one step, whether or not this is feasible for the device.
+        """Compute a plan with every site of `full` and at least one step, even if it is not feasible for the device.
 
         Args:
             report: report of the device.

@@ -19,8 +19,8 @@ class AFA:
 
     Two differences from the paper: similarity is Σ p_j cos(C_k, C_j) / Σ p_j over the other devices with a common site,
     and not the cosine with an aggregate that includes C_k, where a large C_k counts more. And σ is estimated from the
-    median absolute deviation: outliers of one fifth, on one side, widen the standard deviation until they are within 2
-    σ.
+    median absolute deviation: if one fifth of the devices are outliers on the same side, they widen the standard
+    deviation until they are within 2 σ.
 
     Args:
         xi: ξ of the first pass.
@@ -68,7 +68,7 @@ def similarity(cosines: Tensor, weights: Tensor) -> Tensor:
 def outliers(values: Tensor, xi: float) -> Tensor:
     """Find values `[K]` more than ξ σ beyond their median, on the side of the mean; bool `[K]`.
 
-    Never half of the values or more, and no NaN.
+    Fewer than half of the values are marked, and NaN never is.
     """
     median = values.nanquantile(0.5)
     sigma = (_SIGMA * (values - median).abs().nanquantile(0.5)).clamp(min=_EVEN)

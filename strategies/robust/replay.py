@@ -44,8 +44,8 @@ class ReplayFilter:
         sites: sites of the adapter.
         seed: seed of the probes; None: from the operating system. An attacker who knows it can change an update in
             directions that no probe measures.
-        threshold: largest distance of a replay, as a fraction of the distance from the adapter that was sent.
-        capacity: largest number of stored numbers.
+        threshold: maximum distance of a replay, as a fraction of the distance from the adapter that was sent.
+        capacity: maximum number of float32 values in the stored sketches.
     """
 
     sensitivity = Filtering(

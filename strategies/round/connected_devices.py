@@ -38,7 +38,7 @@ class RegisteredGrid(Protocol):
 
 
 class ConnectedDevices:
-    """Connected devices that hold the base of the run.
+    """Connected devices with the base of the run.
 
     A name belongs to the node that was registered under it. Without a registry (a simulation, or a server without keys)
     it belongs to the first node that uses it, while that node is connected.
@@ -57,7 +57,7 @@ class ConnectedDevices:
         self._reported_at: dict[int, float] = {}  # time of the latest report, by node
 
     def nodes_to_query(self, present: Collection[int], *, now: float = 0.0) -> list[int]:
-        """Return the present nodes without a current report, and forget nodes that have left."""
+        """Return the connected nodes without a current report, and drop the reports of disconnected nodes."""
         self._rejected_at = {
             node: when for node, when in self._rejected_at.items() if node in present and now < when + _RETRY_SECONDS
         }
@@ -78,7 +78,7 @@ class ConnectedDevices:
 
         Args:
             before: time in seconds.
-            exclude: nodes whose reports aren't needed, and that should not be disturbed.
+            exclude: nodes that must not be queried, e.g. since they are training.
         """
         self.stale |= {node for node in self.reports if self._reported_at[node] < before and node not in exclude}
 
@@ -120,7 +120,7 @@ class ConnectedDevices:
             self._nodes[report.device] = node
             self.stale.discard(node)
             return
-        if node not in self.reports:  # otherwise its old report stays, stale
+        if node not in self.reports:  # otherwise its earlier report remains, marked as stale
             self._rejected_at[node] = now
         log.warning("node %d, which reports the name %r, is rejected: %s", node, report.device[:100], reason)
 

@@ -19,10 +19,9 @@ def explained_epsilon(
     """Compute ε per picture of a device that took part in all of these rounds and evaluations; None without DP.
 
     A device's ledger covers every federation of the device and can't be inspected, so the reported number may be false.
-    A device must not determine the guarantee of this run, and its participation elsewhere does not belong there. No
-    honest device has spent more in this run than one that took part in everything, since each answers a round only
-    once. The smaller of the two values therefore bounds what this run has learned about its pictures, even if the
-    reported one is false.
+    A device must not determine the guarantee of this run, and its participation elsewhere does not belong there. An
+    honest device has spent at most this much in this run, since it answers each round only once. The smaller of the two
+    values therefore bounds what this run has learned about its pictures, even if the reported one is false.
 
     Args:
         plan: plan of a round.

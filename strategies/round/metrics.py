@@ -19,7 +19,7 @@ class DeviceMetrics:
     """Totals of one device over one or more rounds. Field names are stored in checkpoints."""
 
     rank: int
-    """Largest rank that it trained."""
+    """Largest rank that the device trained."""
     steps: int
     bytes_down: int
     bytes_up: int
@@ -34,14 +34,15 @@ class DeviceMetrics:
     asked: int = 0
     """Training requests, answered or not; under device-level privacy, rounds that it was selected for."""
     last: int = 0
-    """Latest of these rounds; 0 before any."""
+    """Latest round in `asked`; 0 if none."""
     loss: float | None = None
     """Latest reported mean training loss; None under privacy, where it is not stored."""
 
     def merge(self, later: DeviceMetrics) -> DeviceMetrics:
         """Add the metrics of later rounds."""
-        # The count is echoed to the next device that uses the name, which refuses an impossible one: growth is bounded.
-        # A ledger that other runs write to grows faster; its echo then lags, and an echo permits nothing.
+        # The count is sent to the next device that uses this name, and a device refuses an impossible count. Its growth
+        # is therefore bounded. If other runs write to the ledger too, it grows faster and the count is too low, which
+        # is harmless: the count grants nothing.
         rounds = max(1, later.last - self.last)
         events = min(later.events, self.events + MAX_EVENTS_PER_ROUND * rounds) if self.events else later.events
         return replace(
@@ -238,7 +239,7 @@ def _device_metrics(
     bytes_up: Mapping[tuple[str, int], int],
     keep_losses: bool,
 ) -> dict[str, DeviceMetrics]:
-    """Compute the metrics of each device that was asked or counts as such, possibly more than once.
+    """Compute the metrics of each device that was asked or counts as asked, once or more.
 
     Args:
         updates: accepted updates.

@@ -23,21 +23,21 @@ class CentralDPEvaluation:
     """Server noise on the sum of the devices' mean gains; the privacy unit is one device."""
 
     noise_multiplier: float
-    """σ: the sum gets N(0, (σ·clip)²)."""
+    """σ: the noise on the sum is N(0, (σ·clip)²)."""
     clip: float
     """Bound on the contribution of one device's mean gain to the sum."""
     devices: int
     """Number of devices that are asked: the public divisor of the noised sum."""
     noise: Callable[[int], NoiseSource]
-    """Makes the noise source of a round."""
+    """Function from a round's number to its noise source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPolicy:
-    """Schedule of evaluations on devices, in the clear or with noise of one of two kinds."""
+    """Schedule of evaluations on devices, and their noise: none, local or central."""
 
     interval: int = 1
-    """Evaluate every this many rounds; 0: never."""
+    """Interval of evaluations, in rounds; 0: never."""
     local_noise: EvaluationPrivacy | None = None
     """Each device noises the gains of its own pictures and reports nothing else; the privacy unit is one picture."""
     central_noise: CentralDPEvaluation | None = None
@@ -106,7 +106,7 @@ class EvaluationPolicy:
 
 
 def evaluation_policy(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
-    """Make the evaluation policy of a run: in the clear without privacy, otherwise as `private_eval` says.
+    """Build the evaluation policy of a run: without noise if the run isn't private, otherwise as in `private_eval`.
 
     Args:
         config: configuration of the run.

@@ -1,7 +1,7 @@
 """Updates of a round on disk, so that memory does not grow with the number of devices that reply.
 
 Each update is written when it is accepted, as float32, and read as views of the memory-mapped file. A rule that adds
-one update after another holds one at a time; a rule that iterates over all of them repeatedly pages them in. The
+one update after another loads one at a time; a rule that iterates over all of them repeatedly pages them in. The
 operating system may evict these pages at any time, since the file has their contents. Memory for derived values is up
 to the rule (here: one site at a time, and constant in the number of devices for `exact` and `fedit`).
 
@@ -67,9 +67,9 @@ class _StoredUpdate(Mapping[str, Factors]):
 
 
 class UpdateSpool(Sequence[tuple[Adapter, float]]):
-    """Updates of weight 1, sorted by key whatever their order of arrival.
+    """Updates of weight 1, sorted by key.
 
-    Floating point sums depend on the order, and replies arrive in any.
+    Floating point sums depend on the order of their terms, and replies arrive in any order.
 
     Args:
         reserved_bytes: disk space to reserve, so that no update can use up the space of another one.

@@ -21,14 +21,14 @@ class RoundRequest:
     """Training requests that were sent, to validate the replies against."""
 
     adapter: Adapter
-    """As decoded by the devices."""
+    """Adapter that was sent, as decoded by the devices."""
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
-    """By node."""
+    """Report and plan of each device, by node."""
     not_contacted: tuple[str, ...] = ()
     """Names of the selected devices that could not be contacted. Under device-level privacy they count as asked."""
     bytes_down: int
     control_update: ControlUpdate | None
-    """None without SCAFFOLD."""
+    """Update of the server's control variate; None without SCAFFOLD."""
     residual: Mapping[str, Tensor]
     """Quantization residual of the adapter that was sent, to be added to the next one."""
     sent_at: float | None = None

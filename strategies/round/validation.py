@@ -1,7 +1,7 @@
 """Validate replies: each is checked against its request; rejected replies are counted by reason.
 
-Stock strategies abort the run on one malformed reply, and one NaN update makes the model NaN. Here a bad reply is
-rejected and counted, and the round continues with the others.
+Flower's built-in strategies abort the run on one malformed reply, and one NaN update makes the model NaN. Here a bad
+reply is rejected and counted, and the round continues with the others.
 """
 
 from __future__ import annotations

@@ -30,29 +30,29 @@ class DeviceCandidate:
 
     report: DeviceReport
     plan: TrainingPlan
-    """Plan that it would get."""
+    """Plan that the device would be sent."""
     seconds: float
     """Predicted time, including transfers."""
     joules: float
     """Predicted energy of training."""
     ready: bool = True
-    """Whether it is asked if it is selected. Devices that aren't are candidates only under device-level privacy."""
+    """Whether the device is asked if it is selected. Other devices are candidates only under device-level privacy."""
     metrics: DeviceMetrics | None = None
     """Its metrics of all earlier rounds; None if it was never asked."""
 
     @property
     def asked(self) -> int:
-        """Rounds that it was asked in or selected for."""
+        """Number of rounds that the device was asked in or selected for."""
         return self.metrics.asked if self.metrics else 0
 
     @property
     def last(self) -> int:
-        """Latest of these rounds; 0 before any."""
+        """Latest round that the device was asked in or selected for; 0 if none."""
         return self.metrics.last if self.metrics else 0
 
     @property
     def loss(self) -> float | None:
-        """Latest reported loss; None before any, and under privacy."""
+        """Latest reported loss; None if none was reported, and under privacy."""
         return self.metrics.loss if self.metrics else None
 
 

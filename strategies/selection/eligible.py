@@ -17,17 +17,17 @@ class Eligibility:
     """Requirements for a device; none by default."""
 
     idle: bool = False
-    """Not in use."""
+    """Require that the device isn't in use."""
     battery: float | None = None
-    """Minimum battery charge as a fraction, unless it is charging; None: any."""
+    """Minimum battery charge, as a fraction, of a device that isn't charging; None: any."""
     cool: bool = False
-    """Not hot."""
+    """Require that the device isn't hot."""
     unmetered: bool = False
-    """Not on a metered link."""
+    """Require a link that isn't metered."""
     pictures: bool = False
-    """Has pictures to train on."""
+    """Require pictures on the device."""
     memory_gib: float | None = None
-    """Minimum memory; None: any."""
+    """Minimum memory in GiB; None: any."""
 
     @property
     def uses_transient_state(self) -> bool:
@@ -38,7 +38,7 @@ class Eligibility:
         return next(self.unmet(report), None) is None
 
     def unmet(self, report: DeviceReport) -> Iterator[str]:
-        """Yield a word for each requirement that the device does not meet."""
+        """Yield a short reason for each requirement that the device does not meet."""
         if self.idle and report.busy:
             yield "busy"
         low = self.battery is not None and report.battery is not None and report.battery < self.battery

@@ -1,4 +1,4 @@
-"""Select the devices that train most for their time and energy.
+"""Select the devices with the most training per unit of time and energy.
 
 Both are predicted from report and plan before a device is ever asked, so no exploration is needed. The merit of a
 device is the square of its training examples over the product of its seconds and joules: an energy-delay product, as

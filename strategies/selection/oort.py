@@ -39,7 +39,7 @@ class OortSettings:
     pacer_step: float = 0.05
     """Change of that quantile in an update."""
     max_selections: int | None = None
-    """Rounds after which a device is no longer asked while there are others; None: no limit."""
+    """Rounds after which a device is asked only if too few others are available; None: no limit."""
 
 
 def utility_only(utility: float, candidate: DeviceCandidate) -> float:  # noqa: ARG001
@@ -48,7 +48,7 @@ def utility_only(utility: float, candidate: DeviceCandidate) -> float:  # noqa: 
 
 
 class Oort:
-    """Select `size` devices: most by utility, and some that were never asked.
+    """Select `size` devices: known ones by utility (exploitation), and some that were never asked (exploration).
 
     Args:
         size: number of devices.
@@ -111,7 +111,7 @@ def utilities(
     """Compute the utility of each device that was asked before, about 0 to 1.
 
     Args:
-        known: these devices, by name.
+        known: devices that were asked before, by name.
         preferred: T, the preferred seconds of a round.
         round: number of the round.
         settings: settings of the paper.
@@ -129,8 +129,8 @@ def paced_quantile(losses: Sequence[float], start: float, *, window: int, step: 
     """Compute the quantile of durations for T: the pacer of algorithm 1, as in FedScale.
 
     Every `window` rounds it compares the utility of the last window with the one before. If they are equal within a
-    tenth, fast devices have little left to contribute, and slower ones are admitted. If they differ by a factor of
-    five, fewer are.
+    tenth, fast devices have little left to contribute, and slower ones are admitted. If the difference is five times
+    the earlier utility or more, fewer slow devices are admitted.
 
     Args:
         losses: mean loss of each earlier round.

@@ -27,7 +27,7 @@ def best_of_sample(
 
     Args:
         devices: candidates by name.
-        merit: value by which they are ranked, largest first; names break ties.
+        merit: value by which devices are ranked, largest first; names break ties.
         size: number of devices to select.
         candidate_factor: drawn devices per selected one.
         seed: seed of the run.

@@ -1,4 +1,4 @@
-"""Round robin: select the devices that were asked least often, and among these those asked longest ago."""
+"""Round robin: select the devices that were asked least often, and among these the least recently asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from strategies.selection import DeviceCandidates, Sampling, check_size
 
 
 class RoundRobin:
-    """Select `size` devices; names break ties. If all are always present, none is asked twice before all were once.
+    """Select `size` devices; names break ties.
+
+    If all devices are always connected, no device is asked twice before every other device was asked once.
 
     Args:
         size: number of devices.

@@ -207,7 +207,7 @@ def test_rule_with_unknown_parameters_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", ParameterizedRule)
     config = compose("aggregation=fedit")
     config.aggregation.name = "new"
-    with pytest.raises(AntherError, match="it requires temperature, and is given rank, seed"):
+    with pytest.raises(AntherError, match="it requires temperature; available are rank, seed"):
         build_strategy(config, tmp_path)
 
 

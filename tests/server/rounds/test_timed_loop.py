@@ -482,8 +482,8 @@ def test_private_round_ends_without_devices(tmp_path, monkeypatch):
             "aggregation=hetlora round_loop.mode=async",
             "round_loop.mode=async: hetlora can't use an update of an older",
         ),
-        ("round_loop.mode=async cohort.sampling_rate=0.5", "leave cohort.sampling_rate null"),
-        ("aggregation.weighting=rank_slice round_loop.mode=async", "leave it device, or use round_loop.mode=sync"),
+        ("round_loop.mode=async cohort.sampling_rate=0.5", "set cohort.sampling_rate to null"),
+        ("aggregation.weighting=rank_slice round_loop.mode=async", "set it to device, or use round_loop.mode=sync"),
         ("aggregation=fedit round_loop.mode=async privacy=device", "timing async can't be charged in advance"),
         (
             "aggregation=fedit privacy=device cohort.size=2 cohort.overselection=1.5",
