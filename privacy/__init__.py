@@ -1,1 +1,1 @@
-"""Clipping, noise, accounting, ledger, policy."""
+"""Differential privacy: clipping, noise, accounting, a device's ledger and its owner's policy."""

@@ -34,14 +34,15 @@ TOLERANCE = 0.005  # ε of a solved σ lies in [(1 − TOLERANCE) target, target
 TRUNCATION_DELTA = 1e-12
 """Probability with which the Poisson batches of a step may be truncated, so that a job takes a public time.
 
-`training.public_duration` proves that δ grows by exactly this. It is subtracted from every δ, also if nothing is cut.
+`training.public_duration` proves that δ grows by exactly this. It is subtracted from every δ, even if nothing is
+truncated.
 """
 MAX_SELF_COMPOSITION = 100_000  # steps: dp-accounting raises a number to the power of the number of compositions
 MAX_POINTS = 500_000
 """Approximate limit on the points of all arrays of one grid, so that computing ε has a bounded cost for any σ and q
 that a server requests: half a second of a desktop's core, two of a Raspberry Pi's, and about 50 MiB. An ordinary run
 takes a tenth."""
-MAX_EPSILON = 1000.0  # a larger ε is no meaningful guarantee: not solved for, and not worth a finer grid
+MAX_EPSILON = 1000.0  # a larger ε is no meaningful guarantee: σ is not solved for it, and grids are not refined
 
 SAMPLER_DELTA = 2.0**-60
 """Share of every δ that covers the distance between sampled and exact noise.
@@ -79,7 +80,7 @@ class PoissonGaussian:
 
 @dataclass(frozen=True)
 class NonPrivate:
-    """A release without noise: ε is infinite from here on."""
+    """Release without noise; ε of any sequence that contains it is infinite."""
 
 
 Mechanism = PoissonGaussian | NonPrivate
@@ -87,7 +88,7 @@ Mechanism = PoissonGaussian | NonPrivate
 
 @dataclass(frozen=True)
 class Guarantee:
-    """An (ε, δ)-differential privacy guarantee with its unit and neighboring relation."""
+    """(ε, δ)-differential privacy guarantee with its unit and neighboring relation."""
 
     value: float
     """ε."""
@@ -109,7 +110,7 @@ class Guarantee:
 def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Guarantee:
     """Compute ε of the composition of all events under add/remove-one: an upper bound, tight to about 0.1 %.
 
-    By definition ε is 0 wherever δ by itself covers everything, as for one step with a sampling rate of δ or less. ε is
+    By definition ε is 0 if the mechanism is (0, δ)-DP, as for one step with a sampling rate of δ or less. ε is
     infinite for a δ that the discretized distributions can't represent (10⁻¹⁵), or that `TRUNCATION_DELTA` uses up.
 
     Args:
@@ -155,14 +156,14 @@ def noise_multiplier_for(
         delta: δ.
         sampling_rate: q of the Poisson batches.
         steps: number of steps with σ.
-        other_events: mechanisms that are paid from the same ε.
+        other_events: further mechanisms charged to the same ε.
 
     Returns:
         The noise multiplier σ.
 
     Raises:
         AntherError: there is no such σ: `epsilon` is too large, sampling by itself satisfies it, or `other_events`
-            leave nothing of it.
+            exceed it.
         ValueError: a value is out of range.
     """
     if not epsilon > 0 or sampling_rate == 0:
@@ -193,12 +194,12 @@ def noise_multiplier_for(
     return upper
 
 
-_epsilon = epsilon  # under a name that no parameter shadows
+_epsilon = epsilon  # alias for functions with a parameter `epsilon`
 
 
 @lru_cache(maxsize=4096)
 def _composed_epsilon(kinds: tuple[StepKind, ...], delta: float) -> float:
-    """ε of the given kinds of steps, on increasingly fine grids until two agree or a finer one would be too much work.
+    """Compute ε of these kinds of steps, on finer and finer grids until two agree or the next is too expensive.
 
     Every grid gives an upper bound, so stopping early overstates ε and never understates it.
     """
@@ -231,7 +232,7 @@ def clear_fft_caches() -> None:
 
 
 def _first_interval(kinds: tuple[StepKind, ...]) -> float:
-    """The coarsest interval, or an even coarser one if it has too many points for losses this large.
+    """Return the interval of the first grid: the default, or a coarser one if losses this large need too many points.
 
     A step's loss deviates by at most 1/σ, and the retained range of the sum of n is about ±8 √n / σ; that of a single
     step is 1/(2 σ²) + 40 / σ. There are two directions, adding and removing, and each array is composed once.
@@ -241,7 +242,7 @@ def _first_interval(kinds: tuple[StepKind, ...]) -> float:
 
 
 class _Level(NamedTuple):
-    """The composed privacy losses of steps on one grid, and the number of points computed for them."""
+    """Composed privacy losses of steps on one grid, and the number of points computed for them."""
 
     losses: PrivacyLossDistribution
     points: int
@@ -259,22 +260,22 @@ def _composed_losses(kinds: tuple[StepKind, ...], interval: float) -> _Level:
         return _Level(pld.identity(interval), 0)
     sigma, rate, steps = kinds[-1]
     before, step = _composed_losses(kinds[:-1], interval), _step_losses(sigma, rate, interval)
-    many, rest = divmod(steps, MAX_SELF_COMPOSITION)
-    these = step.self_compose(rest) if rest else pld.identity(interval)
-    if many:
-        these = these.compose(step.self_compose(MAX_SELF_COMPOSITION).self_compose(many))
-    composed = before.losses.compose(these)
-    return _Level(composed, before.points + _points(step) + _points(these) + _points(composed))
+    blocks, remainder = divmod(steps, MAX_SELF_COMPOSITION)
+    repeated = step.self_compose(remainder) if remainder else pld.identity(interval)
+    if blocks:
+        repeated = repeated.compose(step.self_compose(MAX_SELF_COMPOSITION).self_compose(blocks))
+    composed = before.losses.compose(repeated)
+    return _Level(composed, before.points + _points(step) + _points(repeated) + _points(composed))
 
 
 def _points(losses: PrivacyLossDistribution) -> int:
-    """Number of entries of a distribution's arrays, in both directions."""
+    """Count the entries of a distribution's arrays, in both directions."""
     return int(losses._pmf_remove.size + losses._pmf_add.size)
 
 
 @lru_cache(maxsize=8)
 def _step_losses(sigma: float, rate: float, interval: float) -> PrivacyLossDistribution:
-    """Privacy losses of one step. Cached, since each round adds more of the same steps."""
+    """Compute the privacy losses of one step. Cached, since each round adds more of the same steps."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution as pld
 

@@ -1,4 +1,4 @@
-"""Noised gain: how much an adapter lowers a loss, released under differential privacy.
+"""Noised gain: the reduction of a loss by an adapter, released under differential privacy.
 
 The unit of privacy is one picture if a device noises the gains of its own pictures before it reports anything, or one
 device if the trusted server noises the gains that devices reported. Both are the Gaussian mechanism (Dwork & Roth,
@@ -6,8 +6,8 @@ device if the trusted server noises the gains that devices reported. Both are th
 `PoissonGaussian` with a sampling rate of 1 and one step.
 
 The sum is counted in whole steps of clip / `STEPS_PER_CLIP`, and its noise is a rounded Gaussian in the same steps
-(`privacy.noise`). So the sensitivity holds exactly, and a released gain can be any whole number of
-steps, whatever the gains are.
+(`privacy.noise`). So the sensitivity holds exactly, and for any gains, the released gain can be any
+whole number of steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS_PER_CLIP = 1024
 
 
 class BoundedGainSum(NamedTuple):
-    """A sum of clipped gains in whole steps, with its sensitivity."""
+    """Sum of clipped gains in whole steps, with its sensitivity."""
 
     steps: int
     sensitivity: int
@@ -37,7 +37,7 @@ class BoundedGainSum(NamedTuple):
 def clipped_sum(gains: Iterable[float], clip: float) -> BoundedGainSum:
     """Sum the gains, each clipped to [−clip, clip] and rounded to a whole step. NaN counts as zero.
 
-    Formal guarantee: adding or removing one gain changes `steps` by at most `sensitivity`, whatever the others are.
+    Formal guarantee: adding or removing one gain changes `steps` by at most `sensitivity`, for any other gains.
 
     Raises:
         ValueError: `clip` is not positive and finite.
@@ -56,7 +56,7 @@ def noised_mean(
     Without any gain the result is noise only, so that not even the number of gains is revealed.
 
     Args:
-        gains: one gain for each unit.
+        gains: gain of each unit.
         clip: bound on the absolute value of a gain.
         noise_multiplier: σ.
         count: public constant that the sum is divided by; never the number of gains.
@@ -76,7 +76,7 @@ def noised_mean(
 
 
 def noise_error(*, clip: float, noise_multiplier: float, count: int, means: int = 1) -> float:
-    """Standard error due to the noise of the average of several noised means.
+    """Compute the standard error of the average of several noised means due to their noise.
 
     Args:
         clip: bound on the absolute value of a gain.

@@ -37,9 +37,9 @@ class ClippedUpdates(NamedTuple):
     """Sums over the clipped updates of a round."""
 
     total: BoundedVectorSum
-    """Σ clip(u_k), [D], of sensitivity C."""
+    """Σ clip(u_k) [D], of sensitivity C."""
     below: BoundedVectorSum
-    """Σ (b_k − ½), [1], with b_k = 1 if ‖u_k‖ ≤ C and 0 otherwise, of sensitivity ½."""
+    """Σ (b_k − ½) [1], with b_k = 1 if ‖u_k‖ ≤ C and 0 otherwise, of sensitivity ½."""
     dropped: int
     """Number of updates with a non-finite norm. They count as if their devices had not taken part."""
 
@@ -47,8 +47,8 @@ class ClippedUpdates(NamedTuple):
 def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUpdates:
     """Compute Σ u_k · min(1, C / ‖u_k‖) with weight 1 for every update and norms in float64.
 
-    Formal guarantee: adding or removing one update, whatever it contains, changes `total` by at most C and `below` by
-    at most ½ in L2 norm. This is exact, unlike for floating point sums (Casacuberta et al., 2022, arXiv:2207.10635):
+    Formal guarantee: adding or removing any one update changes `total` by at most C and `below` by at most ½ in L2
+    norm. This is exact, unlike for floating point sums (Casacuberta et al., 2022, arXiv:2207.10635):
     clipped updates are truncated to whole steps of C / `RESOLUTION`, which add up without rounding in any order.
 
     Args:
@@ -84,7 +84,7 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUp
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveClip:
-    """A clip that follows a quantile of the updates' norms (Andrew et al., 2021)."""
+    """Clip that follows a quantile of the updates' norms (Andrew et al., 2021)."""
 
     quantile: float
     """γ: target share of updates with a norm below the clip."""
@@ -94,7 +94,7 @@ class AdaptiveClip:
     """σ_b: standard deviation of the noise on the count of updates below the clip."""
 
     def noise_multiplier(self, z: float) -> float:
-        """Noise multiplier of the sum, z_Δ = (z⁻² − (2σ_b)⁻²)^(−½).
+        """Compute the noise multiplier of the sum, z_Δ = (z⁻² − (2σ_b)⁻²)^(−½).
 
         With it, sum and count together cost as much as a single release with z (theorem 1).
 
@@ -118,7 +118,7 @@ class AdaptiveClip:
 
 @dataclass(frozen=True, eq=False)
 class NoisedMean:
-    """The noised mean of one round, and values that follow from it by post-processing."""
+    """Noised mean of one round, and values that follow from it by post-processing."""
 
     mean: Tensor
     """[D], float64."""
@@ -132,7 +132,7 @@ class NoisedMean:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianMechanism:
-    """The Gaussian mechanism on the updates of a round.
+    """Gaussian mechanism on the updates of a round.
 
     Raises:
         ValueError: a value is out of range.
@@ -151,7 +151,7 @@ class GaussianMechanism:
             raise ValueError(f"expected={self.expected}: must be positive and finite")
         if (sum_multiplier := self._sum_multiplier) > MAX_NOISE_MULTIPLIER:
             raise AntherError(
-                f"noise multiplier {sum_multiplier:.3g}: over {MAX_NOISE_MULTIPLIER:g}, allow a larger epsilon"
+                f"noise multiplier {sum_multiplier:.3g}: over {MAX_NOISE_MULTIPLIER:g}; allow a larger epsilon"
             )
 
     @property

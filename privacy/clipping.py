@@ -1,8 +1,8 @@
-"""Per-example clipping whose result carries its own guarantee.
+"""Per-example clipping, with sums that carry their sensitivity.
 
 Implements algorithm 1 of Abadi et al. (2016, arXiv:1607.00133): g ← g · min(1, C / ‖g‖₂), summed over the examples of
 a batch. Each clipped gradient is truncated towards zero to whole steps of C / `RESOLUTION`, and the noise is a whole
-number of steps too. The bound stays with the sums, and the noise is derived from it, so that the two can't disagree:
+number of steps too. The sums store their bound, and the noise is derived from it, so that the two can't disagree:
 
     sums = BoundedGradientSums(clients, segments, like=buffer, private=True)
     sums.reset(clients, bounds, noise_multipliers)
@@ -23,7 +23,7 @@ from torch import Tensor
 from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
-_CHUNK = 32  # numbers whose squares are summed in float32, before float64 takes over
+_CHUNK = 32  # numbers whose squares are summed in float32; sums of several chunks are float64
 _SAFETY_FACTOR = 1 - 2.0**-18
 """Norms are scaled to this fraction of their bounds. It covers all rounding errors, see `clip_and_sum`."""
 _MIN_BOUND = 1e-12  # smaller bounds would vanish among squares that float32 can't represent
@@ -48,7 +48,7 @@ def clip_and_sum(
     would carry an unbounded row past the clip.
 
     Formal guarantee (with steps): adding or removing one row of `gradients` changes its owner's sum by at most the L2
-    norm of the owner's bounds, exactly and whatever the row contains, and leaves all other sums unchanged.
+    norm of the owner's bounds, exactly and for any row, and does not change the other sums.
 
     Proof. Let n be the norm of a part as `_norm` computes it. Squares of float32 numbers are added in float32 in groups
     of 32, in any order, so each group's norm is at least 1 − 17·2⁻²⁴ of the true one, except for squares under 2⁻¹²⁶,
@@ -99,20 +99,23 @@ def sum_segments(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _norm(rows: Tensor) -> Tensor:
-    """L2 norms [N] of rows [N, d], float64. Long float32 sums would lose digits; a float64 copy would take longer."""
-    whole = rows.shape[1] // _CHUNK * _CHUNK
-    norms = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, _CHUNK)), dim=2)
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
-    return torch.cat([norms, rest], dim=1).double().square().sum(1).sqrt()
+    """Compute L2 norms [N] of rows [N, d], float64.
+
+    Long float32 sums would lose digits, and a float64 copy of the rows would take longer.
+    """
+    chunked = rows.shape[1] // _CHUNK * _CHUNK
+    chunk_norms = torch.linalg.vector_norm(rows[:, :chunked].unflatten(1, (-1, _CHUNK)), dim=2)
+    tail_norm = torch.linalg.vector_norm(rows[:, chunked:], dim=1, keepdim=True)
+    return torch.cat([chunk_norms, tail_norm], dim=1).double().square().sum(1).sqrt()
 
 
 class BoundedGradientSums:
     """Sums [S, D] of clipped gradients, one row for each client, over the microbatches of its logical batch.
 
-    Formal guarantee of private sums: adding or removing one example changes its client's sum by at most the L2 norm of
-    the client's `bounds`, whatever the other examples are, and the noise is the client's σ times that norm. Sums and
-    noise are whole steps of that norm / `RESOLUTION`, so that every whole step is a possible release whatever the
-    examples are.
+    Formal guarantee of private sums: for any other examples, adding or removing one example changes its client's sum by
+    at most the L2 norm of the client's `bounds`, and the noise is the client's σ times that norm. Sums and noise are
+    whole steps of that norm / `RESOLUTION`, so that for any examples, every whole number of steps is a possible
+    release.
 
     Args:
         clients: number of rows S.
@@ -183,7 +186,7 @@ class BoundedGradientSums:
         self.dropped.index_add_(0, clients, clipped.dropped)
 
     def stddev(self, client: int) -> float:
-        """Standard deviation of a client's noise, in steps: σ times its sensitivity. 0 if it has no noise."""
+        """Return the standard deviation of a client's noise, in steps: σ times its sensitivity; 0 without noise."""
         return self._stddevs[client]
 
     def pop_noised(self, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
@@ -213,7 +216,7 @@ class BoundedGradientSums:
 
 
 def stddev(bounds: Sequence[float], noise_multiplier: float) -> float:
-    """Standard deviation, in steps, of the noise that hides one example.
+    """Compute the standard deviation, in steps, of the noise that hides one example.
 
     It is σ times the sensitivity, the L2 norm of the bounds, which is `RESOLUTION` steps. It is 0 if σ is 0 or there is
     nothing to hide because all bounds are 0.

@@ -5,7 +5,7 @@ its number as associated data: none can be changed or swapped without detection.
 detected by the ledger's anchors, as without encryption.
 
 *Not covered*: names and sizes of files; policy.toml, which its owner edits; the marker `enrolled`, which holds an id
-and a path; previews, which are meant to be looked at; the pictures themselves, which stay where their owner put them;
+and a path; previews, which the owner looks at; the pictures themselves, which stay in the owner's folder;
 and copies of this process' memory in swap or in a dump. Anyone who can run code as the owner while the key is available
 reads everything: encryption protects a card or a disk that is taken away.
 """
@@ -27,7 +27,7 @@ from common.errors import AntherError
 from privacy.storage import FileStorage, Journal
 
 # Stored values of these constants can't change: existing stores use them.
-HEADER_FILE = "sealed"  # its presence says that a store is encrypted, its content with which key
+HEADER_FILE = "sealed"  # if it exists, the store is encrypted; its content identifies the key
 ENCRYPTING, ENCRYPTED = "sealing", "sealed"
 KEY_BYTES = 32
 BLOB, LINE, HEAD = "blob", "line", "head"
@@ -37,7 +37,10 @@ _NONCE = 12
 
 
 class DamagedDataError(AntherError, ValueError):
-    """Data that was not encrypted under this key and name. Also a ValueError, for callers that can recover it."""
+    """Raised for data that was not encrypted under this key and name.
+
+    Also a ValueError, for callers that can recover the data.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,12 @@ class EncryptionHeader:
             AESGCM(key).decrypt(proof[:_NONCE], proof[_NONCE:], _associated_data(self.store, self.state))
         except (InvalidTag, ValueError):
             raise AntherError(
-                f"{where}: the store was encrypted with another key than the given one: restore that key"
+                f"{where}: the store was encrypted with another key than the configured one: restore that key"
             ) from None
 
 
 class StoreCipher:
-    """Encrypts and decrypts the data of one store.
+    """Cipher of the data of one store.
 
     Every nonce is random: good for 2³² messages under one key, more than a device writes in its lifetime.
     """
@@ -153,7 +156,7 @@ def is_encrypted(data: bytes) -> bool:
 
 
 class EncryptedStorage:
-    """Storage of one device that encrypts the content of a `FileStorage`.
+    """Encrypted storage of one device, around a `FileStorage`.
 
     Args:
         files: the underlying storage.
@@ -161,7 +164,7 @@ class EncryptedStorage:
         is_plaintext: whether the blob of a given name is stored in plaintext.
 
     Raises:
-        DamagedDataError: on reading data that was not encrypted for its place.
+        DamagedDataError: data was read that was not encrypted under its key and name.
     """
 
     def __init__(self, files: FileStorage, cipher: StoreCipher, is_plaintext: Callable[[str], bool]) -> None:
@@ -213,5 +216,5 @@ class _EncryptedJournal:
 
 
 def _associated_data(*parts: object) -> bytes:
-    """Encode associated data injectively."""
+    """Encode associated data injectively, i.e. so that different data have different encodings."""
     return hashlib.sha256(json.dumps(["anther", *parts]).encode()).digest()

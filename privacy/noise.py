@@ -1,6 +1,6 @@
 """Sources of DP noise and of Poisson batches.
 
-The server has no influence on either: with the seed of the noise it could subtract the noise.
+The server must not determine either: with the seed of the noise it could subtract the noise.
 
 Noise is a whole number of steps of a public grid: the rounded Gaussian round(s·g) with g ~ N(0, 1). If the sum x is a
 whole number of steps too, then x + round(s·g) = round(x + s·g). This is the Gaussian mechanism followed by rounding, so
@@ -28,7 +28,7 @@ MAX_STDDEV_STEPS = 2.0**41
 """Largest standard deviation, in steps. Up to it, every sample is exact in float64."""
 
 _BITS = 53  # random bits of a uniform that are drawn first
-_CELL = 2.0**-_BITS  # width of the interval that these bits leave open
+_CELL = 2.0**-_BITS  # width of the interval of numbers that begin with these bits
 _MARGIN = 2.0**-45  # relative to the radius, see `_pairs`
 _MAX_BITS = 4096
 _BLOCK = 1 << 14  # pairs that are drawn at a time, so that their arrays stay in the cache
@@ -98,9 +98,9 @@ class SecureNoise:
     """Noise from the operating system's CSPRNG. It has no seed, so that it can be neither chosen nor repeated.
 
     Both draws are exact: they have the distribution that `NoiseSource` states, not an approximation of it. Uniforms are
-    real numbers whose first 53 bits are drawn at once; further bits are drawn where these don't decide the result. What
-    remains is the event that a number is undecided after 4,096 bits, with a probability below 2⁻⁴⁰⁰⁰, which
-    `accounting.SAMPLER_DELTA` covers, and two assumptions: the operating system's bytes are uniform, and NumPy's
+    real numbers whose first 53 bits are drawn at once; further bits are drawn if these don't decide the result. The
+    only exception is a number that is undecided after 4,096 bits, which has a probability below 2⁻⁴⁰⁰⁰ and is covered
+    by `accounting.SAMPLER_DELTA`. Exactness assumes that the operating system's bytes are uniform, and that NumPy's
     float64 log, sin and cos are accurate to 16 units in the last place (4 are documented).
     """
 
@@ -108,11 +108,11 @@ class SecureNoise:
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         """See `NoiseSource.poisson_batch`."""
-        whole = math.floor(rate / _CELL)
+        threshold = math.floor(rate / _CELL)
         first = _random_bits(size)
-        joins = first < whole
-        for index in np.flatnonzero(first == whole):  # the next bits decide
-            joins[index] = _bernoulli(rate / _CELL - whole)
+        joins = first < threshold
+        for index in np.flatnonzero(first == threshold):  # the next bits decide
+            joins[index] = _bernoulli(rate / _CELL - threshold)
         return torch.from_numpy(np.flatnonzero(joins))
 
     def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
@@ -176,17 +176,17 @@ def _resolve(first: int, second: int, stddev: float) -> tuple[int, int]:
 
     context = MPIntervalContext()  # the precision of mpmath's global context is shared by all threads
     for bits in range(_BITS + 64, _MAX_BITS, 64):
-        first, second = ((known << 64) | int.from_bytes(os.urandom(8)) for known in (first, second))
+        first, second = ((bits_so_far << 64) | int.from_bytes(os.urandom(8)) for bits_so_far in (first, second))
         if first == 0:  # the radius has no bound yet
             continue
         context.prec = bits + 64
-        u, v = (context.mpf([known, known + 1]) / (1 << bits) for known in (first, second))
+        u, v = (context.mpf([lower, lower + 1]) / (1 << bits) for lower in (first, second))
         radius, angle = context.sqrt(-2 * context.log(u)) * context.mpf(stddev), 2 * context.pi * v
         ends = [(radius * component + context.mpf(0.5))._mpi_ for component in (context.cos(angle), context.sin(angle))]
         (a, b), (c, d) = ([to_int(end, round_floor) for end in interval] for interval in ends)
         if a == b and c == d:
             return a, c
-    raise ArithmeticError(f"{_MAX_BITS} random bits decided nothing: is the operating system's generator broken?")
+    raise ArithmeticError(f"{_MAX_BITS} random bits decided nothing: check the operating system's random generator")
 
 
 def _bernoulli(probability: float) -> bool:

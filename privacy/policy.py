@@ -1,12 +1,12 @@
-"""The owner's policy on a device: the server may ask for less, never for weaker privacy.
+"""Policy of a device's owner: the server may request less than it allows, but never weaker privacy.
 
 The policy is `policy.toml` next to the device's store, edited by its owner. Missing keys, and a missing file, mean
 these defaults:
 
-- The device takes part in runs without privacy until it first takes part in one with privacy. From then on it shares
-  nothing without noise, whatever is requested, and nothing that would exceed ε = `DEFAULT_MAX_EPSILON` per picture. So
-  the first run decides, and no later one can revoke its guarantee.
-- An owner who sets `max_epsilon` requires privacy from the beginning: nothing at all is shared without noise.
+- The device takes part in runs without privacy until it first takes part in one with privacy. From then on it refuses
+  every request to share without noise, or to exceed ε = `DEFAULT_MAX_EPSILON` per picture. So a run's guarantee can't
+  be revoked by a later run.
+- If the owner sets `max_epsilon`, privacy is required from the beginning: nothing is shared without noise.
 
 A refusal states the request and the limit, which the server may know, and nothing about the pictures. With
 fewer than `min_pictures`, a device refuses to share without noise; if asked with noise, it trains on no picture and
@@ -39,7 +39,8 @@ _MAX_NOISE_MULTIPLIER = 1e6  # more noise hides every signal, and much more over
 
 
 class RequestRefusedError(AntherError):
-    """A device's refusal of a request. The reason reveals nothing about the pictures and may be sent to the server."""
+    """Raised if a device refuses a request. The reason reveals nothing about the pictures and may be sent to the
+    server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Policy:
     """Cap on ε per picture of everything that the device ever shares. With a cap, nothing is shared without noise,
     neither an adapter nor a loss on its pictures. None: see the module's docstring."""
     delta: float = 1e-5
-    """δ at which the cap is meant, for any δ of a plan."""
+    """δ at which ε is compared with the cap, for any δ of a plan."""
     min_noise_multiplier: float = 0.05
     """Minimum σ. A smaller one gives no meaningful guarantee, and its ε takes long to compute."""
     max_clip: float = 100.0
@@ -64,19 +65,20 @@ class Policy:
     sites: str = ".*"
     """Regular expression for the full names of layers that may have an adapter, e.g. `.*attn[12].*`."""
     bases: tuple[str, ...] = ()
-    """Content hashes of the bases that may be adapted. Empty: any base that the device holds."""
+    """Content hashes of the bases that may be adapted. Empty: any base on the device."""
     measures: str = "raw"
-    """The most that may be reported about an adapter's loss on the pictures: nothing (`none`), a noised gain, charged
-    to the same ε (`noised`), or exact losses (`raw`), if nothing forbids sharing without noise."""
+    """Maximum information that may be reported about an adapter's loss on the pictures: nothing (`none`), a noised
+    gain, charged to the same ε (`noised`), or exact losses (`raw`), if sharing without noise is allowed."""
     max_rank: int = 1024
     max_steps: int = 10_000
-    """Per round."""
+    """Maximum number of optimizer steps per round."""
     max_batch: int = 1024
-    """Examples per step, counting every draw."""
+    """Maximum number of examples per step, counting every draw."""
     max_learning_rate: float = 10.0
-    """For both optimizers: AdamW takes steps of about its learning rate, and plain SGD seldom needs more."""
+    """Maximum learning rate of both optimizers: AdamW takes steps of about its learning rate, and plain SGD seldom
+    needs more."""
     max_timesteps: int = 32
-    """Timesteps at which the loss of a picture is measured."""
+    """Maximum number of timesteps at which the loss of a picture is measured."""
     min_sampling_rate: float = 1e-4
     """Minimum q. A smaller one gives no further amplification, and its ε takes long to compute."""
 
@@ -147,7 +149,8 @@ class Policy:
             raise RequestRefusedError(f"timesteps={timesteps}: this device allows 1 to {self.max_timesteps}")
 
     def check_evaluation(self, privacy: EvaluationPrivacy | None) -> None:
-        """Raise RequestRefusedError unless losses on the pictures may be reported so. None: exact losses."""
+        """Raise RequestRefusedError unless losses on the pictures may be reported with this noise; None: exact
+        losses."""
         if self.measures == "none":
             raise RequestRefusedError("this device reports no losses on its pictures")
         if privacy is None:
@@ -164,7 +167,8 @@ class Policy:
             raise RequestRefusedError("this device's own minimum of pictures is not met")
 
     def promises_privacy(self, past: Iterable[Mechanism]) -> bool:
-        """Whether privacy is guaranteed: by the owner's cap, or by an earlier private release."""
+        """Whether everything that is shared must be private: by the owner's cap, or after an earlier private
+        release."""
         return self.max_epsilon is not None or any(isinstance(event, PoissonGaussian) for event in past)
 
     def check_spending(self, past: Sequence[Mechanism], new: Mechanism) -> None:

@@ -5,7 +5,7 @@ The design follows the bounded functions of jax-privacy: clipping and summing re
 would hold for a weight that a unit could choose.
 
 Sums and their noise are integers, in steps of a grid that depends on public numbers only. So the set of possible
-releases is the same whatever the data are (`privacy.noise`).
+releases is the same for all data (`privacy.noise`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sensitivity:
             raise ValueError(f"sensitivity={self.norm}: must be positive and finite")
 
     def noise_stddev(self, noise_multiplier: float) -> float:
-        """Standard deviation of the noise on each number: σ times the norm.
+        """Compute the standard deviation of the noise on each number: σ times the norm.
 
         Raises:
             ValueError: `noise_multiplier` is not in (0, `MAX_NOISE_MULTIPLIER`].
@@ -60,7 +60,7 @@ class Sensitivity:
 
 @dataclass(frozen=True, eq=False)
 class BoundedVectorSum:
-    """A sum of clipped contributions in whole grid steps, int64 [D], with its sensitivity.
+    """Sum of clipped contributions in whole grid steps, int64 [D], with its sensitivity.
 
     It is not private: only the result of `add_noise` may be shared.
     """

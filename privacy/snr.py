@@ -16,7 +16,8 @@ from torch import Tensor
 def signal_to_noise(mean: Tensor, noise_stddev: float) -> float:
     """Estimate √(‖x̃‖² − D s²)₊ / (s √D) for x̃ = x + N(0, s² I_D).
 
-    The square is an unbiased estimate where it is not truncated at 0. Below about (2/D)^¼ it can't be told from 0.
+    The square is an unbiased estimate where it is not truncated at 0. Below about (2/D)^¼ it can't be distinguished
+    from 0.
 
     Args:
         mean: noised mean x̃ [D].
@@ -29,15 +30,15 @@ def signal_to_noise(mean: Tensor, noise_stddev: float) -> float:
 def signal_to_spread(updates: Iterable[Tensor]) -> float | None:
     """Estimate the same ratio for the mean of K updates that were noised separately, by noise of unknown size.
 
-    An optimizer that normalizes its gradients stands between the noise of DP-SGD and an update, so the spread of the
-    updates takes the noise's place: √(‖ū‖² − s²/K)₊ / √(s²/K) with s² = Σ‖u_k − ū‖² / (K − 1). Differences between
-    people count as noise here, so the estimate is low.
+    If an optimizer normalizes its gradients, the noise of an update is not known from the noise of DP-SGD. The spread
+    of the updates is used instead: √(‖ū‖² − s²/K)₊ / √(s²/K) with s² = Σ‖u_k − ū‖² / (K − 1). It also contains
+    differences between people's updates, so the estimate is low.
 
     Args:
         updates: noised updates u_k [D] each.
 
     Returns:
-        The estimate. None for fewer than two updates, or if they hardly differ.
+        The estimate. None for fewer than two updates, or if they are nearly equal.
     """
     total, squares, count = torch.zeros(()), 0.0, 0
     for update in updates:

@@ -1,10 +1,10 @@
-"""Merging of step kinds, so that few distributions have to be composed.
+"""Merge kinds of steps, so that few distributions have to be composed.
 
 A step with (σ, q) costs no more than one with (σ', q') if σ' ≤ σ and q' ≥ q, because its output is a post-processing of
 the latter's output: add the missing noise, and with probability 1 − q/q' replace the output by that without the unit
 (Poisson sampling of a sample). So kinds may be rounded and merged towards less noise and more sampling: merged kinds
-are charged as the worst of them, and ε stays an upper bound. The ledger of an ordinary run has few kinds, and none of
-them is changed.
+are charged like the most expensive of them, and ε stays an upper bound. The ledger of an ordinary run has few kinds,
+and none of them is changed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Storage of one device: blobs by name, and append-only journals.
 
-The ledger's guarantees rest on it: no effect may depend on a write before the write is durable. With `FileStorage` it
-is durable when the call returns. The storage of a simulated fleet may wait for one commit of many devices, which the
-driver makes before it performs their jobs and before it hands out their replies.
+The ledger's guarantees require that no effect depends on a write before the write is durable. With `FileStorage`, a
+write is durable when the call returns. The storage of a simulated fleet may wait for one commit of many devices, which
+the driver makes before it runs their jobs and before it returns their replies.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ASIDE, HEAD = "forgotten", "head"
 
 
 class Journal(Protocol):
-    """A journal while its lock is held."""
+    """Locked journal."""
 
     @property
     def lines(self) -> Sequence[bytes]:
-        """All complete lines when the lock was taken, oldest first, without line ends."""
+        """Complete lines at the time of locking, oldest first, without line ends."""
         ...
 
     @property
     def head(self) -> bytes | None:
-        """The head that was last stored outside of the device's storage; None if there is none."""
+        """Head that was last stored outside of the device's storage; None if it is missing."""
         ...
 
     @property
@@ -51,7 +51,7 @@ class Storage(Protocol):
     """Storage of one device. Names are relative paths, chosen by the device's own code only."""
 
     def read(self, name: str) -> bytes | None:
-        """Return a blob, or None if there is none."""
+        """Return a blob; None if it doesn't exist."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
@@ -67,7 +67,7 @@ class Storage(Protocol):
         ...
 
     def where(self, name: str) -> str:
-        """Location of a blob or journal, for messages."""
+        """Return the location of a blob or journal, for messages."""
         ...
 
 
@@ -184,7 +184,7 @@ def _open_locked(path: Path) -> int:
 
 
 def _complete_lines(path: Path, handle: int) -> list[bytes]:
-    """Return complete lines and cut off a torn last one: nothing depended on it yet."""
+    """Return complete lines, and remove a torn last line, on which nothing depends yet."""
     data = path.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]
     if len(complete) < len(data):

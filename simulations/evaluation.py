@@ -1,7 +1,7 @@
 """Evaluation of the arms on held-out pictures: base, local, shared, personal.
 
-The local arm, which is optional, trains each device without the others: with the total steps and the total rank of the
-shared and personal adapters, a learning rate of its own, and its best validation checkpoint.
+The local arm, which is optional, trains each device without the federation: with the total steps and the total rank of
+the shared and personal adapters, its own learning rate, and its best validation checkpoint.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def train_local(
     Args:
         config: configuration of the run.
         base: base of the run.
-        people: whom to train.
+        people: people to train for.
         pools: their encoded pictures.
         perform: runs jobs.
 
@@ -117,7 +117,7 @@ def arms(people: Sequence[Participant], local: Mapping[str, Adapter] | None, sha
     Args:
         people: the people to evaluate.
         local: adapters of the local arm by person; None: the arm is left out.
-        shared: the shared adapter as devices have it.
+        shared: shared adapter, as decoded by devices.
         base: base of the run.
     """
     personal = {}
@@ -156,7 +156,9 @@ def losses(
 def gallery(
     config: SimulationConfig, base: Base, people: Sequence[Participant], adapters: Adapters, memory: int
 ) -> dict[str, Gallery]:
-    """Generate the captions of everyone's first test pictures under every arm, from the same noise for each caption.
+    """Generate images for the captions of each person's first test pictures under every arm.
+
+    Images of one caption start from the same noise.
 
     Base and shared generate the same picture of a caption for all people, so it is generated once.
 
@@ -171,27 +173,27 @@ def gallery(
         Galleries by person.
     """
     shown = {person.name: person.pictures.test[: config.evaluation.gallery_size] for person in people}
-    wanted: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
+    requests: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
     for person in people:
         for picture in shown[person.name]:
             for arm in (BASE, *adapters):
                 adapter = adapters.get(arm, {}).get(person.name)
-                wanted[arm, _owner(arm, person), picture.caption] = adapter
-    distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
+                requests[arm, _owner(arm, person), picture.caption] = adapter
+    distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in requests.values()}
     slot = {key: index for index, key in enumerate(distinct)}
     stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.like)
     latents = generate(
         base,
-        captions=[caption for _, _, caption in wanted],
-        seeds=[derive_seed(config.seed, caption, "gallery") for _, _, caption in wanted],
+        captions=[caption for _, _, caption in requests],
+        seeds=[derive_seed(config.seed, caption, "gallery") for _, _, caption in requests],
         adapters=[stacks],
-        slots=[slot[id(adapter)] for adapter in wanted.values()],
+        slots=[slot[id(adapter)] for adapter in requests.values()],
         sampler=config.evaluation.sampler,
         steps=config.evaluation.sampling_steps,
         guidance=config.evaluation.guidance_scale,
         memory=inference_share(memory),
     )
-    pictures = dict(zip(wanted, base.decode(latents), strict=True))
+    pictures = dict(zip(requests, base.decode(latents), strict=True))
     return {
         person.name: Gallery(
             captions=tuple(picture.caption for picture in shown[person.name]),
@@ -229,11 +231,11 @@ def scores(
     for person in writers:
         arms = {arm: glyphs(pictures) for arm, pictures in galleries[person.name].arms.items()}
         reading = judge.read(arms[REAL])
-        others = [style for name, style in styles.items() if name != person.name]
+        other_styles = [style for name, style in styles.items() if name != person.name]
         by_person[person.name] = {
             arm: Score(
                 legibility=float(legible(judge.read(arms[arm]), reading).mean()),
-                style=style_match(judge.embed(arms[arm]), styles[person.name], others) if others else None,
+                style=style_match(judge.embed(arms[arm]), styles[person.name], other_styles) if other_styles else None,
             )
             for arm in arms
             if arm != REAL

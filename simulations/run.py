@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """A finished run."""
+    """Results of a finished run."""
 
     folder: Path
     summary: dict[str, Any]
@@ -93,7 +93,7 @@ def simulate(
 
     Args:
         config: a configuration, or command line words: `"rounds=3 privacy=example"`, or a list of them.
-        folder: output folder; it must not hold another run.
+        folder: output folder; it must not contain another run.
         display: shows progress; None: nothing is shown.
         command: command that the report gives for repeating the run; None: derived from the words, or a call of this
             function.
@@ -147,8 +147,8 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     memory = budget(config.trainer.memory_gib, base.device)
     check_free(memory, base.device)
     hashes = {"base": base.hash, "data": assets.digest(assets.locate("typefaces"))}
-    if own := participants.own_pictures_hash(people):
-        hashes[run_dir.PICTURES] = own
+    if pictures_hash := participants.own_pictures_hash(people):
+        hashes[run_dir.PICTURES] = pictures_hash
     memory = run_dir.claim(folder, config, hashes, memory=memory)  # last: all other checks have passed
     from simulations.report import results
 
@@ -178,7 +178,7 @@ def check_time(config: SimulationConfig) -> None:
 
 
 def _timed_settings(config: SimulationConfig) -> Iterator[str]:
-    """Yield the given settings that only a timed fleet uses."""
+    """Yield the configured settings that only a timed fleet uses."""
     eligible, fleet = config.cohort.eligibility, config.fleet
     if eligible.min_battery is not None:
         yield f"cohort.eligibility.min_battery={eligible.min_battery:g}"

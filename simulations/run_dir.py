@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def config_hash(config: SimulationConfig) -> str:
-    """Return the SHA-256 of everything that determines a run's results: the configuration without `resume`.
+    """Return the SHA-256 of the configuration without `resume`, which determines a run's results.
 
     It names the run, and random numbers derive from that name, so keys have their first names here: a renamed key
     changes neither.
@@ -35,10 +35,10 @@ def config_hash(config: SimulationConfig) -> str:
 
 
 def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
-    """Return the record of the run in `folder`, which has this configuration; empty if the folder is free.
+    """Return the record of the run in `folder`, which has this configuration; empty for a new or empty folder.
 
     Raises:
-        AntherError: the folder holds something else, or there is no run to resume.
+        AntherError: the folder contains another run or other files, or no run to resume.
     """
     file = folder / RUN
     if not config.resume:
@@ -80,7 +80,7 @@ def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, 
         memory: bytes for a new run; a resumed run keeps its own value, so that its jobs share passes in the same way.
 
     Raises:
-        AntherError: as for `check`, or the run has other assets; nothing was written.
+        AntherError: see `check`; or the run has other assets. Nothing is written then.
     """
     record = check(folder, config)
     if not record:
@@ -99,7 +99,7 @@ def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, 
 
 
 def _settings(config: SimulationConfig) -> dict[str, Any]:
-    """Return all settings except `resume` and added settings that have the value of runs from before."""
+    """Return all settings except `resume`, and except added settings with the value that earlier runs used."""
     settings = dataclasses.asdict(config)
     del settings["resume"]
     for key, before in _ADDED_SETTINGS.items():

@@ -28,7 +28,7 @@ class SimulationSetup(NamedTuple):
 
 def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
     """Build the setup of the run in `folder`; errors in pictures are reported before the base is loaded."""
-    own = own_pictures(config.data)
+    folders = own_pictures(config.data)
     loaded = base.load(
         config.base.path,
         sites=config.adapter.sites,
@@ -39,7 +39,7 @@ def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
         resolution=config.base.resolution,
     )
     database = Database(folder / "devices" / FILE)
-    return SimulationSetup(loaded, participants(config, loaded, database.device, own), database)
+    return SimulationSetup(loaded, participants(config, loaded, database.device, folders), database)
 
 
 def make_perform(config: SimulationConfig, base: Base, memory: int) -> Perform:

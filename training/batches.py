@@ -54,7 +54,7 @@ class BatchSampler:
         return batch if self._job.prior is None else _with_partners(batch, self._job, self._job.prior)
 
     def _shuffled(self) -> StepBatch:
-        """The next pictures of an endless sequence of shuffles, with timesteps stratified over the batch."""
+        """Return the next pictures of an endless sequence of shuffles, with timesteps stratified over the batch."""
         size = self._job.batch_size
         while len(self._queue) < size:
             shuffle = torch.randperm(self._job.pictures, generator=self._generator).numpy()
@@ -71,7 +71,7 @@ class BatchSampler:
         )
 
     def _poisson(self) -> StepBatch:
-        """A Poisson batch. The draws of a picture have stratified timesteps and cycle through its views.
+        """Sample a Poisson batch. The draws of a picture have stratified timesteps and cycle through its views.
 
         A picture's streams are keyed by its content, so that they depend on no other picture. If they were keyed by
         position, they would shift when an earlier picture is removed, and more than one gradient would change. So (t,
@@ -114,7 +114,7 @@ def stratified(starts: np.ndarray, places: np.ndarray, strata: int) -> np.ndarra
 
 
 def _with_partners(batch: StepBatch, job: TrainJob, prior: Prior) -> StepBatch:
-    """Follow each entry by its partner: the same timestep, another noise, an example of the prior."""
+    """Insert after each entry its partner: an example of the prior, with the same timestep and another noise."""
     partner_keys = counter_rng.child(batch.noise_keys, 0)
     prior_indices = (partner_keys.view(np.uint64) % np.uint64(len(prior.examples))).astype(np.int64)
     return StepBatch(
@@ -126,6 +126,6 @@ def _with_partners(batch: StepBatch, job: TrainJob, prior: Prior) -> StepBatch:
     )
 
 
-def _interleave(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Interleave two arrays of equal length."""
-    return np.stack([one, other], axis=1).reshape(-1)
+    return np.stack([first, second], axis=1).reshape(-1)

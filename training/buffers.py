@@ -20,7 +20,7 @@ from training.optimizer import SGD, AdamW
 
 
 class BufferSpec(NamedTuple):
-    """Everything that determines the sizes of the buffers, so that later jobs with an equal spec can reuse them."""
+    """Settings that determine the sizes of the buffers; later jobs with an equal spec can reuse them."""
 
     sites: tuple[str, ...]  # sites that any job trains; the others have no space and no gradient
     rank: int  # largest trained rank
@@ -32,7 +32,7 @@ class BufferSpec(NamedTuple):
     per_site: bool  # whether private jobs clip per site
     latents: torch.Size  # shape for one example
     context: torch.Size
-    examples: int  # maximum per job, with those of its prior; for private jobs as many as the plan assumes
+    examples: int  # maximum number per job, including its prior; for private jobs the number that the plan assumes
     stopping: bool  # whether any job keeps its best adapter
     optimizer: str
     proximal: bool  # whether any job has a proximal term
@@ -131,7 +131,7 @@ class CohortBuffers:
                 start += len(pool)
 
     def first_example(self, row: int) -> int:
-        """Index in the pool of a row's first example."""
+        """Return the index in the pool of a row's first example."""
         return row * self._examples
 
     def add_corrections(self, index: Tensor, gradients: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class CohortBuffers:
         return gradients if self._corrections is None else gradients + self._corrections[index]
 
     def frozen(self, rows: Tensor) -> BatchedAdapter:
-        """Frozen adapters of these rows [n]."""
+        """Return the frozen adapters of these rows [n]."""
         if not self._frozen_layout.size:
             return {}
         return self._frozen_layout.stacks(self._frozen if self._common else self._frozen[rows])
@@ -205,7 +205,7 @@ def check_job(job: TrainJob, sites: Sites) -> None:
 
 
 def clip_bounds(job: TrainJob, sites: Iterable[str]) -> list[float]:
-    """Clipping norms of the parts of an example's gradient; ∞ without privacy."""
+    """Return the clipping norms of the parts of an example's gradient; ∞ without privacy."""
     if job.privacy is None:
         return [math.inf]
     if job.clips_per_site:
@@ -218,7 +218,7 @@ def _pools(job: TrainJob) -> list[Examples]:
 
 
 def _examples_per_row(job: TrainJob) -> int:
-    """Number of examples that a row has space for.
+    """Return the number of examples that a row has space for.
 
     `client.rounds.train` gives a private job at most as many pictures as its plan assumes.
     """
@@ -227,17 +227,17 @@ def _examples_per_row(job: TrainJob) -> int:
 
 
 def _site_names(adapters: Iterable[Adapter]) -> tuple[str, ...]:
-    """Sites of any of these adapters, in order of first appearance."""
+    """Return the sites of any of these adapters, in order of first appearance."""
     return tuple(dict.fromkeys(chain.from_iterable(adapters)))
 
 
 def _named_sites(base: Denoiser, names: Collection[str]) -> Sites:
-    """The base's sites with these names, in the base's order."""
+    """Return the base's sites with these names, in the base's order."""
     return {name: site for name, site in base.sites.items() if name in names}
 
 
 def trained_layout(base: Denoiser, spec: BufferSpec) -> Layout:
-    """Layout of the trained parameters in a row."""
+    """Return the layout of the trained parameters in a row."""
     sites = _named_sites(base, spec.sites)
     if spec.trains == "both":
         return Layout(sites, spec.rank)
@@ -246,19 +246,20 @@ def trained_layout(base: Denoiser, spec: BufferSpec) -> Layout:
 
 
 def frozen_layout(base: Denoiser, spec: BufferSpec) -> Layout:
-    """Layout of a frozen adapter in a row."""
+    """Return the layout of a frozen adapter in a row."""
     return Layout(_named_sites(base, spec.frozen_sites), spec.frozen_rank)
 
 
 def shared_bytes(base: Denoiser, spec: BufferSpec) -> int:
-    """Bytes of a frozen adapter that all jobs share, with its copies during loading, and of fixed factors."""
+    """Compute the bytes of a frozen adapter that all jobs share, with its copies during loading, and of fixed
+    factors."""
     frozen = 3 * frozen_layout(base, spec).size if spec.common else 0
     fixed = 0 if spec.trains == "both" else Layout(_named_sites(base, spec.sites), spec.rank).size
     return (frozen + fixed) * base.full_precision.itemsize
 
 
 def row_bytes(base: Denoiser, spec: BufferSpec) -> int:
-    """Bytes on the device for one resident job."""
+    """Compute the bytes on the device for one resident job."""
     full_precision, compute = base.full_precision.itemsize, base.dtype.itemsize
     # Adapter, two moments, sum and mask; three temporaries between passes; the best adapter.
     buffers = 8 + spec.stopping + spec.proximal + spec.corrected

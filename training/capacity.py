@@ -23,11 +23,11 @@ MAX_ENTRIES = {"cpu": 64}  # more entries per pass don't speed up a core: `bench
 
 
 class InsufficientMemoryError(AntherError):
-    """The memory budget doesn't hold one job and one entry."""
+    """Raised if the memory budget is too small for one job and one entry."""
 
 
 class Capacity(NamedTuple):
-    """What fits on the device at once."""
+    """Numbers of jobs and entries that fit on the device at the same time."""
 
     jobs: int
     entries: int  # in all concurrent passes
@@ -52,8 +52,8 @@ def capacity(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> Capacity:
     if row_size + entry_size > limit:
         required = row_size + entry_size + budget - limit
         raise InsufficientMemoryError(
-            f"trainer.memory_gib={budget / GIB:.3g}: one picture of one device takes {required / GIB:.3g} GiB here: "
-            "give more, or train fewer sites"
+            f"trainer.memory_gib={budget / GIB:.3g}: one picture of one device requires {required / GIB:.3g} GiB here: "
+            "set a larger value, or train fewer sites"
         )
     step_entries = max(map(expected_entries, jobs))
     resident_jobs = max(
@@ -65,9 +65,10 @@ def capacity(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> Capacity:
 
 
 def expected_entries(job: TrainJob) -> float:
-    """Expected number of entries per step. Under DP it is the mean for the number of pictures that the plan assumes.
+    """Compute the expected number of entries per step.
 
-    So neither the number of jobs that fit, nor whether any does, reveals anything about the pictures.
+    Under DP it is the mean for the number of pictures that the plan assumes. So neither the number of jobs that fit,
+    nor whether any does, reveals anything about the pictures.
     """
     if job.privacy:
         return job.unit * job.privacy.sampling_rate * job.assumed_pictures
@@ -75,13 +76,13 @@ def expected_entries(job: TrainJob) -> float:
 
 
 def entry_bytes(base: Denoiser, spec: BufferSpec) -> int:
-    """Bytes that one entry takes during and after a pass, measured on a pass of one entry."""
+    """Return the bytes that one entry takes during and after a pass, measured on a pass of one entry."""
 
     def prepare() -> Callable[[], object]:
         buffers = CohortBuffers(base, spec, 1)
         zeros, ones = np.zeros(1, np.int64), np.ones(1)
-        one = zeros + 1
-        microbatch = Microbatch(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
+        count = zeros + 1
+        microbatch = Microbatch(zeros, zeros, ones / 2, zeros, ones, count, zeros, count, count, piece=False, last=True)
         return lambda: reduce(buffers, microbatch, *gradients(base, buffers, on_device(microbatch, base.device)))
 
     return _counted_bytes(base, spec, prepare)
@@ -90,7 +91,7 @@ def entry_bytes(base: Denoiser, spec: BufferSpec) -> int:
 def max_pictures_per_pass(
     base: Denoiser, latents: torch.Size, context: torch.Size, adapters: Sequence[BatchedAdapter], limit: int
 ) -> int:
-    """Number of pictures that one pass without gradients may hold; at least 1.
+    """Compute the maximum number of pictures in one pass without gradients; at least 1.
 
     Each picture takes a copy of those adapters that are not shared by all slots.
 
@@ -114,12 +115,12 @@ def max_pictures_per_pass(
 
 
 def max_pass_size(device: torch.device, total: int) -> int:
-    """Number of entries of one pass, given the total of all concurrent passes; at least 1."""
+    """Compute the number of entries of one pass from the total of all concurrent passes; at least 1."""
     return max(1, min(total // workers(device), MAX_ENTRIES.get(device.type, total)))
 
 
 def _counted_bytes(base: Denoiser, key: object, prepare: Callable[[], Callable[[], object]]) -> int:
-    """Bytes of the work that `prepare` returns, measured once for each key."""
+    """Return the peak bytes of the function that `prepare` returns, measured once for each key."""
     if key not in base.cache:
         run = prepare()
         with single_threaded_layers():

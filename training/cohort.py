@@ -66,7 +66,8 @@ def train(
         Results in the order of the jobs; the exception of a job that failed.
 
     Raises:
-        InsufficientMemoryError: `memory` holds none of the jobs. A single job that it doesn't hold fails by itself.
+        InsufficientMemoryError: `memory` is too small for each of the jobs. If it is too small for some of them, only
+            these fail.
     """
     groups: dict[object, list[int]] = {}
     for job_index, job in enumerate(jobs):
@@ -91,13 +92,13 @@ def train(
 
 @dataclass
 class _Resident:
-    """A job in progress."""
+    """Job in progress."""
 
     job_index: int  # among the jobs
     job: TrainJob
     batches: BatchSampler = field(init=False)
     step: int = 0  # completed steps
-    pending: int = 0  # entries of this step that are not done yet
+    pending: int = 0  # entries of this step without a result so far
     entries: int = 0  # total number of entries
     best: tuple[float, Tensor] | None = None  # validation loss and adapter
     since_best: int = 0  # evaluations since the best one
@@ -123,7 +124,7 @@ class _Resident:
 
 @dataclass
 class _Cohort:
-    """The jobs of one group, resident or waiting."""
+    """Jobs of one group, resident or waiting."""
 
     base: Denoiser
     jobs: list[TrainJob]
@@ -321,7 +322,7 @@ class _Cohort:
         for row, adapter, (is_finite, is_sound, loss) in zip(rows, fetched, flags, strict=True):
             resident = self.residents[row]
             job, entries, step = resident.job, resident.entries, resident.step
-            hint = f"learning_rate={job.learning_rate} too high?"
+            hint = f"lower learning_rate={job.learning_rate}"
             failed = f"{job.client}: training became not finite by step {step}; {hint}"
             if job.privacy and not is_finite:  # an error would reveal it early, and a retry would be another release
                 log.warning("%s. It returns its initial adapter", failed)
@@ -333,16 +334,16 @@ class _Cohort:
                 self._remove(row, AntherError(failed))
 
     def _idle_seconds(self, row: int, resident: _Resident) -> float:
-        """Remaining seconds of a private job's turns, each counted with the median duration of the measured ones.
+        """Compute the remaining seconds of a private job's turns from the median duration of the measured turns.
 
-        If only a few were measured, further turns run without data: the very first ones take longer than others.
+        If too few turns were measured, further turns run without data: the first turns take longer than later ones.
         """
         if self.stopwatch is None:
             return 0.0
-        nothing = Microbatch.zero_weight(row, self.buffers.first_example(row), self.pass_size, resident.job.unit)
+        padding = Microbatch.zero_weight(row, self.buffers.first_example(row), self.pass_size, resident.job.unit)
         for _ in range(len(self.stopwatch), min(MIN_TIMED_TURNS, resident.planned_turns)):
             with self.stopwatch:
-                list(run_passes(self.base.device, self._run_pass, [nothing] * self.parallel_passes))
+                list(run_passes(self.base.device, self._run_pass, [padding] * self.parallel_passes))
         seconds = self.stopwatch.seconds()
         return max(0.0, resident.planned_turns * median(seconds) - sum(seconds)) if seconds else 0.0
 
@@ -363,10 +364,13 @@ def free_buffers(base: Denoiser) -> None:
 def _buffers(
     base: Denoiser, spec: BufferSpec, capacity: int, size: int, compiled: bool, private: bool
 ) -> tuple[CohortBuffers, GraphedPasses | None]:
-    """Return buffers and, on a GPU, graphed passes over them; the last call's if they fit, as rounds are alike."""
+    """Return buffers and, on a GPU, graphed passes over them.
+
+    Those of the last call are reused if they fit, since consecutive rounds have similar jobs.
+    """
     key = (spec, capacity, size, compiled, private)
-    known, buffers = base.cache.pop(_BUFFERS, (None, None))
-    if known != key:
+    cached_key, buffers = base.cache.pop(_BUFFERS, (None, None))
+    if cached_key != key:
         del buffers  # before new ones are allocated
         rows = CohortBuffers(base, spec, capacity)
         graphed = None

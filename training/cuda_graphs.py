@@ -19,8 +19,8 @@ class GraphedPasses:
     """`training.step.gradients` for up to `size` entries, as CUDA graphs of that size and of halves of it.
 
     A pass uses the smallest graph that holds its entries, padded with entries of weight 0. Only the full size is
-    compiled, if requested; the others are for the last entries of a call. All graphs are captured here, so that no
-    round waits for one that it is the first to need.
+    compiled, if requested; the others are for the last entries of a call. All graphs are captured at creation, so that
+    no round waits for one that it is the first to need.
 
     Args:
         base: the base.
@@ -47,7 +47,7 @@ class GraphedPasses:
 
 
 class _Graph:
-    """A graph of one size."""
+    """Graph of one size."""
 
     def __init__(self, base: Denoiser, buffers: CohortBuffers, size: int, pool: Any, *, compiled: bool) -> None:
         numbers = torch.zeros(3, size, dtype=torch.long, device=base.device)

@@ -50,9 +50,8 @@ def perform(
             it for the next call.
         timesteps: number of fixed timesteps of a held-out loss.
         compiled: see `training.cohort.train`.
-        cancelled: called between the passes of all jobs other than training, which have their own callback. If it
-            returns
-            True, the jobs of that kind yield Cancelled.
+        cancelled: called between the passes of all jobs except training jobs, which have their own callback. If it
+            returns True, the jobs of that kind yield Cancelled.
 
     Returns:
         Results in the order of the jobs.
@@ -141,7 +140,7 @@ def _preprocess(base: Base, job: EncodeJob, check_cancelled: Callable[[], None])
 def measure(
     base: Base, jobs: Sequence[MeasureJob], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
 ) -> list[float]:
-    """Held-out losses. Jobs with and without an adapter share passes.
+    """Compute held-out losses. Jobs with and without an adapter share passes.
 
     Args:
         base: the base.
@@ -158,7 +157,7 @@ def measure(
 def measure_each(
     base: Base, jobs: Sequence[MeasureEachJob], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
 ) -> list[Tensor]:
-    """Losses float64 [n] of the examples of each job, in separate passes.
+    """Compute the losses float64 [n] of the examples of each job, in separate passes.
 
     Args:
         base: the base.

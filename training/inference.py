@@ -1,4 +1,4 @@
-"""The base with batched adapters, without gradients: held-out losses and image generation."""
+"""Inference of the base with batched adapters: held-out losses and image generation."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def held_out_losses(
     memory: int,
     cancelled: Callable[[], bool] = never,
 ) -> list[float]:
-    """Mean denoising loss of each pool of examples, under slot i for pool i.
+    """Compute the mean denoising loss of each pool of examples, under slot i for pool i.
 
     Every example is evaluated at the same evenly spaced timesteps, each with one fixed noise, so that losses of
-    different adapters on one pool differ by the adapters only.
+    different adapters on one pool differ only because of the adapters.
 
     Args:
         base: the base.
@@ -67,7 +67,7 @@ def each_loss(
     memory: int,
     cancelled: Callable[[], bool] = never,
 ) -> list[Tensor]:
-    """Denoising loss of each example of each pool, under slot i for pool i.
+    """Compute the denoising loss of each example of each pool, under slot i for pool i.
 
     As in `held_out_losses`, but all examples are evaluated with the same noise, and no pass holds entries of two
     examples: an example's loss is a function of it only, even if a layer's sums depend on the size of its batch.
@@ -96,7 +96,7 @@ def each_loss(
 
 
 def _max_pass_size(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[BatchedAdapter], memory: int) -> int:
-    """Maximum number of entries of one pass."""
+    """Compute the maximum number of entries of one pass."""
     return max_pictures_per_pass(base, pools[0].latents.shape[1:], pools[0].context.shape[1:], adapters, memory)
 
 
@@ -110,15 +110,15 @@ def _losses(
     parts: Sequence[Tensor],
     cancelled: Callable[[], bool],
 ) -> list[Tensor]:
-    """Losses [n, timesteps] of each pool, float64.
+    """Compute the losses [n, timesteps] of each pool, float64.
 
     Args:
         base: the base.
-        pools: pools of examples, N in all.
+        pools: pools of examples, N examples in total.
         adapters: batched adapters with a slot for each pool.
         timesteps: number of timesteps.
         noise_index: index of the fixed noise of each example [N].
-        parts: entries of each pass, N · timesteps in all; an example's timesteps are consecutive.
+        parts: entries of each pass, N · timesteps in total; an example's timesteps are consecutive.
         cancelled: called before every pass.
     """
     times = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().to(base.device)

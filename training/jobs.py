@@ -35,10 +35,10 @@ class Picture:
         return self._pixels
 
     def at_least(self, side: int) -> np.ndarray:
-        """Return the pixels, or a smaller copy that is good enough for any use at `side` pixels.
+        """Return the pixels, or a smaller copy of sufficient resolution for any use at `side` pixels.
 
         Args:
-            side: in pixels.
+            side: side of the square that is used, in pixels.
 
         Returns:
             uint8 [h, w] or [h, w, 3].
@@ -53,7 +53,7 @@ class Picture:
 
 
 class Examples(NamedTuple):
-    """Encoded pictures, as the denoiser takes them. They are cached, so that the encoders can be freed."""
+    """Encoded pictures, the denoiser's input. They are cached, so that the encoders can be freed."""
 
     latents: Tensor  # [n, c, h, w], scaled as the base's scheduler expects
     context: Tensor  # [n, tokens, d] text embeddings
@@ -102,11 +102,11 @@ class Prior:
 
 
 class Cancelled(Exception):  # noqa: N818 - nothing went wrong
-    """The job was cancelled by its requester."""
+    """Raised if the job was cancelled by its requester."""
 
 
 class OutOfMemory(Cancelled):
-    """The job was cancelled because the device runs out of memory, to which the job itself may contribute."""
+    """Raised if the job was cancelled because the device runs out of memory, maybe due to the job itself."""
 
 
 def never() -> bool:
@@ -143,7 +143,7 @@ class TrainJob:
     def __post_init__(self) -> None:
         if self.views < 1 or len(self.examples) % self.views:
             raise ValueError(
-                f"client {self.client}: {len(self.examples)} examples are no multiple of views={self.views}"
+                f"client {self.client}: {len(self.examples)} examples are not a multiple of views={self.views}"
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"client {self.client}: optimizer={self.optimizer!r}, must be adamw or sgd")
@@ -154,7 +154,7 @@ class TrainJob:
         if self.privacy and len(self.names) != self.pictures:
             raise ValueError(f"client {self.client}: a private job needs a name for each picture")
         if (self.trains == "cores") != (self.lora_xs_bases is not None):
-            raise ValueError(f"client {self.client}: lora_xs_bases goes with trains='cores' only")
+            raise ValueError(f"client {self.client}: lora_xs_bases requires trains='cores'")
         if self.prior and not len(self.prior.examples):
             raise ValueError(f"client {self.client}: prior preservation needs examples")
         if self.privacy and self.early_stopping:
@@ -215,7 +215,7 @@ class TrainedAdapter(NamedTuple):
 
     adapter: Adapter
     loss: float  # mean training loss over all steps; NaN without examples
-    steps: int  # steps actually taken
+    steps: int  # steps that were taken
     idle: float = 0.0  # remaining seconds of a private job's public duration, if it had the device to itself
 
 
@@ -231,8 +231,8 @@ class MeasureJob:
 class MeasureEachJob:
     """Denoising loss of each example. Result: Tensor float64 [n].
 
-    All examples are measured at the same timesteps with the same noise, in separate passes: the loss of one is the
-    same, to the last bit, whatever the others are. The sensitivity of a noised gain rests on this.
+    All examples are measured at the same timesteps with the same noise, in separate passes. The loss of an example does
+    not depend on the other examples, to the last bit. The sensitivity of a noised gain requires this.
     """
 
     examples: Examples

@@ -1,14 +1,14 @@
-"""Membership inference scores: how likely a picture was a training example of an adapter.
+"""Membership inference scores, which are higher if a picture is more likely a training example of an adapter.
 
-Three attacks by an adversary that holds the base and the adapter. Each score is higher for a likely member:
+Three attacks by an adversary that has the base and the adapter. Each score is higher for a likely member:
 
 - loss: minus the denoising loss, at fixed timesteps and noises (Yeom et al., 2018, arXiv:1709.01604, §3.2).
 - PIA: ε₀ = ε_θ(x_0, 0) replaces the noise of the picture's own trajectory; minus ‖ε_θ(x_t, t) − ε₀‖₄⁴ at the resulting
   x_t (Kong et al., 2023, arXiv:2305.18355).
 - SimA: minus ‖ε_θ(x_0, t)‖₄⁴, one query at the clean picture (Rao et al., 2025, arXiv:2509.25003).
 
-The adversary can also subtract the scores of the base without the adapter, which cancels how easy a picture is by
-itself.
+The adversary can also subtract the scores of the base without the adapter, which cancels the
+difficulty of the picture itself.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def scores(
 
 
 def loss_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep_list: list[int], keys: Tensor) -> Tensor:
-    """Minus the mean loss at several timesteps.
+    """Compute minus the mean loss at several timesteps.
 
     Args:
         schedule: diffusion schedule.
@@ -109,7 +109,7 @@ def loss_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep_list: 
 
 
 def pia_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep: int) -> Tensor:
-    """Minus the distance [N] at a timestep from the start of the picture's own trajectory.
+    """Compute minus the distance [N] at a timestep from the start of the picture's own trajectory.
 
     Args:
         schedule: diffusion schedule.
@@ -123,7 +123,7 @@ def pia_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep: int) -
 
 
 def sima_score(schedule: Schedule, predict: Predict, x0: Tensor, timestep: int) -> Tensor:
-    """Minus the size [N] of the noise that the network predicts for the clean picture at a timestep.
+    """Compute minus the size [N] of the noise that the network predicts for the clean picture at a timestep.
 
     Args:
         schedule: diffusion schedule.

@@ -1,7 +1,7 @@
 """Memory budget of a cohort, and measurement of the memory of a pass.
 
-The budget is a fraction of the machine's total memory, so that a machine has the same batching at every start. The
-memory of a pass is measured on the tensors of a pass of one entry, so that it doesn't depend on other processes.
+By default, the budget is a fraction of the machine's total memory, so that batches have the same sizes at every start.
+The memory of a pass is measured on the tensors of a pass of one entry, so that it doesn't depend on other processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # factor for kernels and allocators, on 
 
 
 def budget(memory_gib: float | None, device: torch.device) -> int:
-    """Bytes for a cohort on `device`: as configured, or a fixed fraction of the total."""
+    """Compute the bytes for a cohort on `device`: the configured ones, or a fixed fraction of the total."""
     return int(memory_gib * GIB) if memory_gib else int(DEFAULT_SHARE[device.type] * total_and_free(device)[0])
 
 
@@ -40,25 +40,26 @@ def check_free(required: int, device: torch.device, *, key: str = "trainer.memor
         )
 
 
-def training_share(granted: int) -> int:
-    """The part of a budget for training, which keeps it as buffers for the next call."""
-    return granted * 3 // 4
+def training_share(memory: int) -> int:
+    """Return the part of a memory budget in bytes for training, which keeps them as buffers for the next call."""
+    return memory * 3 // 4
 
 
-def inference_share(granted: int) -> int:
-    """The part of a budget for held-out losses and image generation, which may run while training keeps its buffers."""
-    return granted // 4
+def inference_share(memory: int) -> int:
+    """Return the part of a memory budget in bytes for held-out losses and image generation, while training keeps its
+    buffers."""
+    return memory // 4
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Peak bytes of the tensors that `work` allocates."""
+    """Measure the peak bytes of the tensors that `work` allocates."""
     with LiveStorages() as storages:
         work()
     return storages.peak
 
 
 def total_and_free(device: torch.device) -> tuple[int, int]:
-    """Total and free bytes of the machine's memory, or of the surrounding container's."""
+    """Return the total and free bytes of the machine's memory, or of the container that this process runs in."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

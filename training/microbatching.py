@@ -33,7 +33,7 @@ class Microbatch(NamedTuple):
 
     @staticmethod
     def zero_weight(row: int, example: int, size: int, unit: int) -> Microbatch:
-        """A pass of `size` entries with weight 0, which costs as much as any other pass of that size.
+        """Create a pass of `size` entries with weight 0, which costs as much as any other pass of that size.
 
         Args:
             row: row of the client.
@@ -90,7 +90,7 @@ class Microbatch(NamedTuple):
 
 @dataclass
 class _PendingStep:
-    """The remaining entries of one client's step."""
+    """Remaining entries of one client's step."""
 
     row: int
     batch: StepBatch  # with indices into the pooled examples
@@ -132,8 +132,8 @@ class EntryQueue:
         first = self._pending[0]
         unit = first.batch.per_unit
         if unit > size or first.start % unit:
-            rest = unit - first.start % unit
-            return self._make_microbatch([self._take(min(size, rest))], piece=True, last=rest <= size)
+            missing = unit - first.start % unit
+            return self._make_microbatch([self._take(min(size, missing))], piece=True, last=missing <= size)
         parts, remaining = [], size
         while self._pending and (
             units := min(remaining, self._pending[0].entries_left) // self._pending[0].batch.per_unit
@@ -143,7 +143,7 @@ class EntryQueue:
         return self._make_microbatch(parts, piece=False, last=True)
 
     def _take(self, entries: int) -> tuple[int, StepBatch]:
-        """Take entries off the first client."""
+        """Remove entries of the first client from the queue, and return them."""
         first = self._pending[0]
         batch = first.batch.part(slice(first.start, first.start + entries))
         first.start += entries

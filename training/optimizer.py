@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 
 class AdamW:
-    """AdamW without weight decay on rows [S, D], by PyTorch's fused kernel.
+    """AdamW without weight decay on rows [S, D], with PyTorch's fused kernel.
 
     Algorithm 2 of Loshchilov & Hutter (2019, arXiv:1711.05101). Padding stays zero: if all gradients were zero, so are
     both moments and the step.

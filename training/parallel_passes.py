@@ -1,7 +1,7 @@
 """Parallel passes through the base on the cores of a CPU.
 
 The layers of a small UNet are too small to be split between cores: threads spend most of their time waiting for each
-other, and even more on a busy machine. So each core runs whole passes with single-threaded layers.
+other, even more so on a busy machine. Therefore each core runs whole passes with single-threaded layers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ R = TypeVar("R")
 
 
 def workers(device: torch.device) -> int:
-    """Number of concurrent passes: PyTorch's number of threads on a CPU, otherwise one."""
+    """Return the number of concurrent passes: PyTorch's number of threads on a CPU, otherwise one."""
     return _cores() if device.type == "cpu" else 1
 
 
 def pass_size(device: torch.device, entries: int, limit: int) -> int:
-    """Number of entries of one pass: at most `limit`, and few enough that every core gets its share.
+    """Compute the number of entries of one pass: at most `limit`, and small enough to occupy every core.
 
     Args:
         device: the base's device.
         entries: entries of all passes.
-        limit: maximum per pass.
+        limit: maximum number of entries per pass.
     """
     return max(1, min(limit, -(-entries // workers(device))))
 
@@ -69,7 +69,7 @@ def without_denormals(device: torch.device) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Measures the durations of the code blocks that run within it. On a GPU only `seconds` synchronizes."""
+    """Context manager that measures the durations of code blocks. On a GPU, only `seconds` synchronizes."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -1,14 +1,14 @@
 """Public duration of a private job, in turns, independent of its Poisson batches.
 
 In one turn, each of a device's cores runs one pass of fixed size (`training.pass_size`). The number of turns that a job
-needs depends on its batches, and so on the number of pictures, which is private. So a job is given a public number of
-turns that suffices, with overwhelming probability, for the number of pictures that the plan assumes. Draws beyond it
-are dropped as if they had not been sampled, and the time of unused turns is spent waiting (`client.rounds.train`).
+needs depends on its batches, and so on the number of pictures, which is private. So a job has a public number of turns
+that suffices, with overwhelming probability, for the number of pictures that the plan assumes. Further draws are
+dropped as if they had not been sampled, and the time of unused turns is spent waiting (`client.rounds.train`).
 
 *Privacy cost of the truncation.* Let x be a picture, and c the coins of all others. Call c good if there are enough
 turns for every outcome of the coins of x. For a good c nothing is truncated, with or without x, and both releases equal
 those without a schedule; the bound of the Poisson-sampled Gaussian holds for each c, since its proof conditions on the
-other pictures' coins. For the other c, whose probability is at most β, nothing is claimed. Together this gives (ε, δ +
+other pictures' coins. For the other c, whose probability is at most β, no bound is assumed. Together this gives (ε, δ +
 β) for the (ε, δ) of the mechanism without truncation. It would be δ + (1 + e^ε) β if whether c is good depended on the
 coins of x. β is `TRUNCATION_DELTA` per step, which `privacy.accounting` subtracts from every δ. If every picture joins
 each batch, nothing is ever truncated.

@@ -17,7 +17,7 @@ from training.microbatching import Microbatch
 
 
 class Entries(NamedTuple):
-    """The entries [n] of a pass, on the device."""
+    """Entries [n] of a pass, on the device."""
 
     rows: Tensor
     examples: Tensor

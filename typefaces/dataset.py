@@ -1,7 +1,7 @@
 """The typefaces data set: families of 62 glyph images, each with one role, and the split within a writer.
 
 *Public* families train the base and the judge. A *writer*, of role development or test, is the private typeface of one
-device. Its glyphs are split into a few for training, some for early stopping, and the rest for evaluation.
+device. Its glyphs are split into a few for training, some for early stopping, and the others for evaluation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE = Path(__file__).parent / "data" / "typefaces.parquet"
 
 @dataclass(frozen=True)
 class Typeface:
-    """One typeface: a public family, or that of one writer."""
+    """Typeface of a public family or of one writer."""
 
     name: str
     role: str  # public | development | test
@@ -104,5 +104,5 @@ def decode(glyph: bytes) -> NDArray[np.uint8]:
 
 
 def digest(path: Path | None = None) -> str:
-    """Return the SHA-256 of the data file, which results are recorded with."""
+    """Return the SHA-256 of the data file, which is recorded with results."""
     return assets.digest(path or FILE)

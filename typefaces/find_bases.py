@@ -2,8 +2,8 @@
 
 For each adaptable layer W of the glyph base, A and L are the leading eigenvectors of Σ GᵀG and Σ GGᵀ, where G is the
 gradient of one public family's loss on W (`models.lora.lora_xs`). LoRA-SB takes them from the first gradient on the
-private data (Singhal et al., 2024, arXiv:2411.19557), which would cost privacy budget; public letters cost nothing.
-Writes `assets/glyphs-frame/frame.safetensors`; `anther assets --pin` then records it as the shipped one.
+private data (Singhal et al., 2024, arXiv:2411.19557), which would use privacy budget; public letters use none.
+Writes `assets/glyphs-frame/frame.safetensors`; `anther assets --pin` then records it as the shipped asset.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The judge: a small network that reads glyphs and embeds their style, and the metrics computed with it.
+"""Judge, a small network that classifies glyphs and embeds their style, and the metrics computed with it.
 
     judge = load()
     classes = judge.read(images)        # uint8 [N, 64, 64], 0 = ink -> int [N], indices into GLYPHS
     styles = judge.embed(images)        # -> float32 [N, 128], unit length
 
-*Legibility*: whether the judge reads a generated glyph as it reads the writer's real glyph of that character, so that a
-typeface that the judge can't read doesn't count against the generator. *Style match*: whether a generated glyph is
-nearer to this writer's real held-out glyphs than to other writers'.
+*Legibility*: whether the judge reads a generated glyph as it reads the writer's real glyph of that character. The
+generator is therefore not penalized for typefaces that the judge can't read. *Style match*: whether a generated glyph
+is nearer to this writer's real held-out glyphs than to other writers'.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Styles = NDArray[np.float32]  # [N, STYLE], unit length
 
 
 class Block(nn.Module):
-    """A residual block: [B, in, H, W] -> [B, out, H/stride, W/stride]."""
+    """Residual block: [B, in, H, W] -> [B, out, H/stride, W/stride]."""
 
     def __init__(self, *, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """[B, 1, 64, 64] in [-1, 1] -> (glyph logits [B, 62], unit style embedding [B, 128])."""
+    """Network of the judge: [B, 1, 64, 64] in [-1, 1] -> (glyph logits [B, 62], unit style embedding [B, 128])."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class JudgeNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained network, called with numpy images."""
+    """Trained network, called with NumPy images."""
 
     network: JudgeNetwork
 
@@ -147,7 +147,7 @@ def style_center(styles: Styles) -> Styles:
 
 
 def style_match(generated: Styles, own: Styles, others: Sequence[Styles]) -> float:
-    """Return how reliably generated glyphs match their writer: 1 = always nearest, 0.5 = chance.
+    """Measure how reliably generated glyphs match their writer: 1 = always nearest, 0.5 = chance.
 
     For each generated glyph, the fraction of other writers whose center is further (smaller cosine) than the center of
     the writer's own glyphs, ties counting half; then the mean over glyphs.
@@ -155,7 +155,7 @@ def style_match(generated: Styles, own: Styles, others: Sequence[Styles]) -> flo
     Args:
         generated: styles of generated glyphs [N, D].
         own: styles of the writer's real held-out glyphs [M, D].
-        others: likewise for each other writer [M_k, D].
+        others: styles of each other writer's real held-out glyphs [M_k, D].
     """
     if not len(generated) or not len(own) or not others:
         raise ValueError("style_match needs generated glyphs, real glyphs, and at least one other writer")

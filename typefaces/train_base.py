@@ -152,7 +152,7 @@ def measure(
     """Measure reconstruction, denoising loss and legibility per guidance scale; writes contact sheets.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         vae: trained autoencoder.
         model: UNet and text encoder.
         held: held-out families.

@@ -131,7 +131,7 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "batches of fixed size accounted as Poisson",
         "privacy/noise.py",
-        "joins = first < whole\n",
+        "joins = first < threshold\n",
         "joins = np.argsort(np.argsort(first)) < round(rate * size)\n",
         f"{_NOISE}::test_poisson_batches_have_the_rate",
     ),
@@ -224,7 +224,7 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "Bernoulli draws with 53 bits",
         "privacy/noise.py",
-        "joins[index] = _bernoulli(rate / _CELL - whole)",
+        "joins[index] = _bernoulli(rate / _CELL - threshold)",
         "joins[index] = True",
         f"{_NOISE}::test_bernoulli_draw_is_exact",
     ),

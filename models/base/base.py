@@ -44,7 +44,7 @@ class Base(Denoiser):
         resolution: side of an image in pixels; None: the network's native resolution.
 
     Attributes:
-        hash: content hash of the folder, by which devices prove that they hold the same base.
+        hash: content hash of the folder, by which devices verify that they have the same base.
         family: architecture-specific functions and constants.
         provenance: family, license and safety checker, copied into the metadata of exported adapters.
         shape: latent shape (c, h, w).
@@ -162,7 +162,7 @@ class Base(Denoiser):
             yield run
 
     def _check_finite(self, encoded: Tensor, part: str) -> Tensor:
-        """Return the output of a part if it is finite; that of a copy whose half precision overflowed isn't."""
+        """Return the output of a part if it is finite; that of a copy that overflowed in half precision isn't."""
         if not encoded.isfinite().all():
             raise AntherError(f"base {self.folder}: its {part} outputs numbers that are not finite: get another copy")
         return encoded
@@ -214,7 +214,7 @@ class Base(Denoiser):
         return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
 
     def _vae_batch(self, small: int) -> int:
-        """Images per VAE pass: `small` at 64 × 64 pixels, and inversely proportional to the area above."""
+        """Return the number of images per VAE pass: `small` at 64 × 64 pixels, and fewer for larger images, by area."""
         return max(1, min(small, small * 64**2 // self.resolution**2))
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Quantize a base once and store it:  anther pack BASE --weights nf4 --out DIR
 
 The result is a pipeline folder like the input, with a quantized network. Tensors are copied one by one, so that packing
-needs memory for the largest tensor, for Python, and for the VAE, which is loaded to verify the result before it
-appears. A packed base is identified by its hash, as every base is, and should be packed once and distributed: another
-processor may round differently.
+needs memory for the largest tensor, for Python, and for the VAE, which is loaded to verify the result before the folder
+gets its final name. A packed base is identified by its hash, as every base is, and should be packed once and
+distributed: another processor may round differently.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _parts(folder: Path) -> tuple[str, list[str]]:
         index = json.loads((folder / "model_index.json").read_text())
         parts = [name for name, value in index.items() if isinstance(value, list)]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise AntherError(f"base {folder}: no model_index.json in it: give a pipeline's folder") from error
+        raise AntherError(f"base {folder}: no model_index.json in it: name a pipeline's folder") from error
     for name in NETWORKS:
         if name in parts and (folder / name / "config.json").is_file():
             return name, parts
@@ -147,7 +147,7 @@ def _layout(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int],
 
 
 class _TensorReader:
-    """Reads tensors from a network's folder. Files are reopened for each tensor, so that no pages stay in memory."""
+    """Reader of tensors in a network's folder. Files are reopened for each tensor, so that no pages stay in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}

@@ -10,7 +10,7 @@ from models.files.loading import load_network
 
 TILE = 256  # side in pixels: a VAE needs more memory than the network, in proportion to the decoded area
 
-_EVEN = 8  # latents: a tile's side is a multiple, so that tiles overlap by whole latents
+_EVEN = 8  # latents: a tile's side is a multiple of this, so that tiles overlap by whole latents
 
 
 def small_vae(folder: Path) -> Any:
@@ -25,7 +25,7 @@ def in_tiles(vae: Any, side: int, scale: int) -> None:
 
     Args:
         vae: changed in place.
-        side: of a tile, in pixels.
+        side: side of a tile, in pixels.
         scale: pixels per latent.
 
     Raises:

@@ -60,7 +60,7 @@ def call_unet(
 
 
 class Denoiser:
-    """A frozen diffusers network with slot layers at its sites.
+    """Frozen diffusers network with slot layers at its sites.
 
     Args:
         network: changed in place.
@@ -111,26 +111,26 @@ class Denoiser:
         self._free: SimpleQueue[nn.Module] = SimpleQueue()  # idle copies; `network` itself never carries adapters
 
     def set_sites(self, names: Collection[str]) -> None:
-        """Move the adapters to other layers without loading anything again; `sites` keeps the network's order.
+        """Move the adapters to other layers without loading the network again; `sites` keeps the network's order.
 
         Raises:
-            AntherError: a name is unknown or repeated, or there is none.
+            AntherError: a name is unknown or repeated, or `names` is empty.
         """
-        wanted = set(names)
-        unknown = min(wanted - self._adaptable.keys(), default=None)
+        distinct = set(names)
+        unknown = min(distinct - self._adaptable.keys(), default=None)
         if unknown is not None:
             raise AntherError(f"site {unknown[:100]}: the base has no such layer to adapt")
-        if not 0 < len(wanted) == len(names):
-            raise AntherError(f"{len(names)} sites with {len(wanted)} distinct names: name each site once")
-        if wanted == self.sites.keys():
+        if not 0 < len(distinct) == len(names):
+            raise AntherError(f"{len(names)} sites with {len(distinct)} distinct names: name each site once")
+        if distinct == self.sites.keys():
             return
-        self.sites = {name: site for name, site in self._adaptable.items() if name in wanted}
-        add_slots(self.network, {name: self.sites[name] for name in wanted - slot_layers(self.network).keys()})
+        self.sites = {name: site for name, site in self._adaptable.items() if name in distinct}
+        add_slots(self.network, {name: self.sites[name] for name in distinct - slot_layers(self.network).keys()})
         self._free, self.cache = SimpleQueue(), {}  # both belonged to the previous sites
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor [0] with the network's device and dtype."""
+        """Return an empty tensor [0] with the network's device and dtype."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     @contextmanager
@@ -158,7 +158,7 @@ class Denoiser:
 
     @cached_property
     def _compiled(self) -> Callable[..., Tensor]:
-        # Inductor keeps channels first where any convolution narrows; backward would then copy every layer's inputs.
+        # Inductor keeps channels first if any convolution narrows; backward would then copy every layer's inputs.
         return torch.compile(_run, dynamic=False, options={"force_layout_optimization": True})
 
     def _attention(self) -> AbstractContextManager[None]:

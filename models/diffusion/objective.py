@@ -19,7 +19,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
 
 class SamplingGrid(NamedTuple):
-    """Steps of the schedule that sampling visits, from noise to the clean image; float32."""
+    """Steps of the schedule that are used in sampling, from noise to the clean image; float32."""
 
     signals: Tensor  # [steps + 1], the last 1
     sigmas: Tensor  # [steps + 1], the last 0
@@ -28,7 +28,7 @@ class SamplingGrid(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The forward process of a base, from least to most noise; made by `diffusion` or `rectified_flow`."""
+    """Forward process of a base, in order of increasing noise; created by `diffusion` or `rectified_flow`."""
 
     signals: Tensor  # [T] a_t, decreasing
     sigmas: Tensor  # [T] σ_t, increasing
@@ -169,5 +169,5 @@ def predict_x0_and_noise(
 
 
 def per_example_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each example [N]: never across the batch, so that slots stay independent."""
+    """Compute the mean squared error of each example [N], never across the batch, so that slots stay independent."""
     return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Adapter files in the layouts, and with the metadata, that other tools read.
+"""Adapter files with the layouts and metadata of other tools.
 
     NAME.safetensors          diffusers' layout: `pipe.load_lora_weights`, ComfyUI for transformers
     NAME.kohya.safetensors    kohya's layout: ComfyUI, A1111, Forge, sd-scripts; not for PixArt and Sana
@@ -34,7 +34,7 @@ def write(folder: Path, name: str, adapter: Adapter, base: Base, contents: str) 
         folder: destination.
         name: file name without suffixes.
         adapter: A and B of every site.
-        base: that the adapter belongs to.
+        base: base of the adapter.
         contents: key of `CONTENTS`.
     """
     for layout in LAYOUTS:
@@ -54,7 +54,7 @@ def describe(base: Base, contents: str) -> dict[str, str]:
     """Return the metadata of an adapter file for this base.
 
     Args:
-        base: that the adapter belongs to.
+        base: base of the adapter.
         contents: key of `CONTENTS`.
     """
     model, base_license = _model(base), base.provenance["licence"]

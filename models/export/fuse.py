@@ -87,8 +87,8 @@ def write_fused(base: str, adapter: Path, out: Path) -> str:
     if is_packed(folder / part):
         raise AntherError(f"base={base}: is packed: give the folder that it was packed from")
     _, metadata = _read(adapter)
-    if (expected := metadata.get("anther_base")) and expected != (given := assets.digest(folder)):
-        raise AntherError(f"{adapter}: belongs to base {expected[:12]}, not to {given[:12]}: give its own base")
+    if (expected := metadata.get("anther_base")) and expected != (actual := assets.digest(folder)):
+        raise AntherError(f"{adapter}: belongs to base {expected[:12]}, not to {actual[:12]}: name its own base")
     network = checkpoint.load(part)
     fuse(network, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -90,12 +90,12 @@ def export(
     layout: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter as one safetensors file; it appears under its name only when complete.
+    """Write an adapter as one safetensors file, atomically.
 
     Args:
         adapter: A [r, in] and B [out, r] of every site.
-        path: of the file.
-        family: of the base.
+        path: path of the file.
+        family: family of the base.
         sites: dimensions by name.
         layout: one of `LAYOUTS`.
         metadata: strings to store in the file.

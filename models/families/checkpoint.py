@@ -32,7 +32,7 @@ _VAES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete pipeline on disk, of a supported family."""
+    """Complete pipeline on disk, of a supported family."""
 
     folder: Path
     family: Family

@@ -34,7 +34,7 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
 
     Args:
         folder: the pipeline's folder, for messages.
-        family: of the pipeline.
+        family: family of the pipeline.
         network: configuration of the network.
         vae: configuration of the VAE.
         vae_class: class name of the VAE.
@@ -44,7 +44,7 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
     """
     part = f"base {folder}: its {family.network}"
     if "quantization_config" in network:
-        raise AntherError(f"{part} is already quantized: give the base in full precision, and set base.weights")
+        raise AntherError(f"{part} is already quantized: use the base in full precision, and set base.weights")
     _check_types(part, network, family.kind)
     _check_bounds(part, network)
     _check_bounds(f"base {folder}: its vae", vae)
@@ -62,11 +62,12 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
     _check_vae(f"base {folder}: its vae", vae)
     latent = latents.channels
     _check_statistics(f"base {folder}: its vae", vae, latent, family)
-    given = vae.get("latent_channels", _LATENT_CHANNELS[vae_class])
-    if latent != given:
-        kind = " (one for inpainting?)" if latent > given else ""
+    vae_channels = vae.get("latent_channels", _LATENT_CHANNELS[vae_class])
+    if latent != vae_channels:
+        kind = ", maybe for inpainting," if latent > vae_channels else ""
         raise AntherError(
-            f"{part} takes latents of {latent} channels{kind} and its vae makes {shorten(given)}: only text to image"
+            f"{part} takes latents of {latent} channels{kind} and its vae makes {shorten(vae_channels)}: only text to "
+            "image is supported"
         )
     output = network.get("out_channels")
     if output is not None and output not in (channels, 2 * channels):  # twice: it predicts its variance too

@@ -1,7 +1,7 @@
 """Load text encoders and tokenizers of a pipeline's folder, and verify that each is complete.
 
-transformers initializes weights that a file lacks at random, and makes an empty tokenizer from a folder without a
-vocabulary. Then all captions are encoded alike, and no error is raised.
+If a file lacks weights, transformers initializes them at random. If a folder has no vocabulary, it creates an empty
+tokenizer. In both cases no error is raised, and all captions are encoded alike with the empty tokenizer.
 """
 
 from __future__ import annotations

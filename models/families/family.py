@@ -31,7 +31,7 @@ class Latents(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One kind of base; every pipeline class belongs to one."""
+    """Kind of base; every pipeline class belongs to one family."""
 
     name: str
     pipeline: str  # class in model_index.json

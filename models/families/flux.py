@@ -19,7 +19,7 @@ _SIDE = 128  # latents of 1024 pixels: the pipeline's default, because the netwo
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
-    """The guidance scale has its own row, the last."""
+    """Encode a caption; the last row is reserved for the guidance scale."""
     tokens, pooled, _ = pipeline.encode_prompt(caption or "", device=pipeline.device)
     return pack(pack(tokens[0], pooled[0]), pooled.new_ones(1))
 
@@ -99,7 +99,7 @@ _KOHYA = KohyaFormat(
     names=(
         *map_qkv(_DOUBLE + r"attn\.to_%s", r"double_blocks.\1.img_attn.qkv"),
         *map_qkv(_DOUBLE + r"attn\.add_%s_proj", r"double_blocks.\1.txt_attn.qkv"),
-        *map_qkv(_SINGLE + r"attn\.to_%s", r"single_blocks.\1.linear1", rest=4),
+        *map_qkv(_SINGLE + r"attn\.to_%s", r"single_blocks.\1.linear1", further_rows=4),
         (_SINGLE + "proj_mlp", FusedPart(r"single_blocks.\1.linear1", 3, (1, 1, 1, 4))),
         *map_names(
             {

@@ -1,4 +1,4 @@
-"""Bases without weights: published ones at full size, for planning before a download, and those of folders.
+"""Bases without weights: published bases at full size, for planning before a download, and bases in folders.
 
 Configurations are those of the checkpoints' own `config.json`, where they differ from the class's defaults; parameter
 counts (tested on the meta device) are the published ones.
@@ -31,7 +31,7 @@ class BaseSpec:
     """Architecture of one base."""
 
     family: Family
-    config: Mapping[str, Any]  # of the network, where it differs from the class's defaults
+    config: Mapping[str, Any]  # values of the network's configuration that differ from the class's defaults
     scale: int = 8  # pixels per latent along a side
     name: str = "base"  # for messages
 

@@ -32,7 +32,7 @@ class FusedPart(NamedTuple):
 
 
 class PartFactors(NamedTuple):
-    """The adapter of one diffusers layer, as a part of a module."""
+    """Adapter of one diffusers layer, as a part of a module."""
 
     part: int
     parts: tuple[int, ...]
@@ -42,7 +42,7 @@ class PartFactors(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class KohyaFormat:
-    """How sd-scripts names and reads the layers of a family."""
+    """Names of a family's layers in sd-scripts, and the layers that it reads."""
 
     network_module: str
     """sd-scripts module that reads the file."""
@@ -102,15 +102,15 @@ def swap_halves(name: str, site: Site, up: Tensor) -> Tensor:
     return up
 
 
-def map_qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, FusedPart], ...]:
+def map_qkv(pattern: str, module: str, further_rows: int = 0) -> tuple[tuple[str, FusedPart], ...]:
     """Map the names of queries, keys and values to one merged module.
 
     Args:
         pattern: layer name, with %s in place of q, k and v.
         module: name of the merged module, with the pattern's groups.
-        rest: rows below them in the merged weight, relative to the rows of each.
+        further_rows: rows below them in the merged weight, relative to the rows of each.
     """
-    parts = (1, 1, 1, rest) if rest else (1, 1, 1)
+    parts = (1, 1, 1, further_rows) if further_rows else (1, 1, 1)
     return tuple((pattern % letter, FusedPart(module, part, parts)) for part, letter in enumerate("qkv"))
 
 

@@ -1,6 +1,6 @@
 """PixArt-Σ (Chen et al., 2024, arXiv:2403.04692): a diffusion transformer on T5's tokens and their mask.
 
-Captions are only lowercased: the pipeline's cleaning is for captions from the web.
+Captions are only lowercased: the pipeline's further cleaning is meant for captions from the web.
 """
 
 from __future__ import annotations

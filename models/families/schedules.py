@@ -27,7 +27,7 @@ _BETAS = (
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 _LONGEST = 10_000  # steps: the largest published schedule has 1,000
-_MIN_SIGNAL = 1e-6  # a_T below which predicting ε says nothing about the image
+_MIN_SIGNAL = 1e-6  # a_T below which a prediction of ε contains no information about the image
 
 
 def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool = False) -> Schedule:

@@ -26,7 +26,10 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
 def _forward(
     network: nn.Module, x: Tensor, t: Tensor, context: Tensor, *, timestep_cond: Tensor | None = None
 ) -> Tensor:
-    """Images are neither cropped nor resized (§2.2): size conditioning is (height, width, 0, 0, height, width)."""
+    """Call the network as for images that are neither cropped nor resized (§2.2).
+
+    The size conditioning is (height, width, 0, 0, height, width).
+    """
     tokens, pooled = unpack(context, _pooled(cast(Any, network).config))
     sizes = x.new_zeros(len(x), 6)
     sizes[:, 0::4], sizes[:, 1::4] = x.shape[-2] * _SCALE, x.shape[-1] * _SCALE

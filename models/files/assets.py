@@ -1,8 +1,8 @@
 """Locate bases and data by content hash under ANTHER_HOME, never by a path relative to the code.
 
 `manifest.json` beside this module lists the shipped assets (`anther assets --pin` writes it). An asset is copied once
-from the installed package to ANTHER_HOME/assets/<hash>, so that a Flower App Bundle, which carries no weights, finds it
-too.
+from the installed package to ANTHER_HOME/assets/<hash>, so that a Flower App Bundle, which contains no weights, can use
+it too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 from common.errors import REPORTED_ERRORS, AntherError, describe_error, os_error
 from models.files import hub
 
-IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # suffixes that count; cards and images don't
+IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # suffixes of hashed files; cards and images aren't
 MANIFEST = Path(__file__).with_name("manifest.json")
-REPORT = "metrics.json"  # measurements don't count either
+REPORT = "metrics.json"  # measurements aren't hashed either
 
 
 def home() -> Path:
@@ -49,7 +49,7 @@ def identity_files(folder: Path) -> list[Path]:
 
 
 def is_identity_file(file: Path) -> bool:
-    """Return whether a file of this name counts in a folder's content hash. The `._` files of macOS don't."""
+    """Return whether a file of this name is part of a folder's content hash. The `._` files of macOS aren't."""
     return file.suffix in IDENTITY and file.name != REPORT and not file.name.startswith("._")
 
 
@@ -113,7 +113,7 @@ def locate(name: str) -> Path:
 
 
 def _seed(name: str, path: str, sha256: str, stored: Path) -> None:
-    """Copy an asset from the installed package; it appears under its final name only when complete."""
+    """Copy an asset from the installed package, atomically."""
     for source in _installed(path):
         if source.exists() and digest(source) == sha256:
             break
@@ -139,10 +139,10 @@ def _copy(source: Path, stored: Path) -> None:
 
 def _installed(path: str) -> Iterator[Path]:
     """Yield possible locations of a package file: beside the top-level package on the path, or in the distribution."""
-    package, _, rest = path.partition("/")
+    package, _, relative = path.partition("/")
     spec = importlib.util.find_spec(package)  # finds the package without importing it
     for location in (spec.submodule_search_locations if spec else None) or []:
-        yield Path(location) / rest
+        yield Path(location) / relative
     try:
         yield Path(str(importlib.metadata.distribution("anther").locate_file(path)))
     except importlib.metadata.PackageNotFoundError:

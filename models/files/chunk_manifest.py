@@ -29,7 +29,7 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,119}")  # one path component: 
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
-    """One file of a base."""
+    """File of a base."""
 
     name: str  # relative to the base, with '/' between components
     size: int  # bytes
@@ -85,7 +85,7 @@ def build(folder: Path) -> ChunkManifest:
 
 
 def safe_name(folder: Path) -> str:
-    """Return the name that copies of a base's folder get."""
+    """Return the name for copies of a base's folder."""
     name = folder.absolute().name
     return name if _SAFE.fullmatch(name) else "base"
 
@@ -150,8 +150,8 @@ def _check_names(names: list[str]) -> None:
     if len(set(folded)) < len(folded):
         raise ValueError("two files of one name")
     folders = {str(folder) for name in folded for folder in PurePosixPath(name).parents}
-    if both := folders.intersection(folded):
-        raise ValueError(f"{min(both)!r} is a file and a folder")
+    if conflicts := folders.intersection(folded):
+        raise ValueError(f"{min(conflicts)!r} is a file and a folder")
 
 
 def _is_safe(part: object) -> bool:
@@ -159,12 +159,12 @@ def _is_safe(part: object) -> bool:
 
 
 def _hash_file(name: str, file: Path) -> ManifestFile:
-    whole, chunks, size = hashlib.sha256(), [], 0
+    file_hash, chunks, size = hashlib.sha256(), [], 0
     for chunk in _read(file):
-        whole.update(chunk)
+        file_hash.update(chunk)
         chunks.append(hashlib.sha256(chunk).hexdigest())
         size += len(chunk)
-    return ManifestFile(name, size, whole.hexdigest(), tuple(chunks))
+    return ManifestFile(name, size, file_hash.hexdigest(), tuple(chunks))
 
 
 def _read(file: Path) -> Iterator[bytes]:

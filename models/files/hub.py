@@ -17,8 +17,8 @@ def is_repo_id(text: str) -> bool:
 def fetch(name: str) -> Path:
     """Return the folder of a pipeline, downloaded unless it is cached; offline, the cached one.
 
-    The safety checker is left out: it is tens of times the size of the trained network. The pipeline's index still
-    records whether its authors require one.
+    The safety checker is not downloaded: it is tens of times larger than the trained network. The pipeline's index
+    still records whether its authors require one.
 
     Raises:
         AntherError: the pipeline is neither available nor cached.
@@ -35,5 +35,5 @@ def fetch(name: str) -> Path:
         except Exception:
             raise AntherError(
                 f"{name}: no such folder, and not available from the hub either ({summary(error)}): "
-                "give a pipeline's folder"
+                "name a pipeline's folder"
             ) from error

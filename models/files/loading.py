@@ -14,7 +14,7 @@ from common.errors import AntherError, shorten, summary
 NETWORK, ENCODER = "diffusion_pytorch_model", "model"  # weight file stems of diffusers and of transformers
 
 _INDEX = ".safetensors.index"
-_OTHER_PARTS = re.compile(  # weights that a text encoder's file may hold besides: the other half of its model
+_OTHER_PARTS = re.compile(  # further weights that a text encoder's file may contain: the other half of its model
     r"(.*\.)?position_ids|logit_scale|visual_projection\..*|vision_model\..*|text_projection\..*|decoder\..*|"
     r"lm_head\..*|score\..*"
 )
@@ -23,10 +23,10 @@ _LARGEST, _LAYERS = 10**7, 2**9  # limits on a text encoder's configuration: the
 
 
 class WeightFiles(NamedTuple):
-    """The files of a network's weights."""
+    """Files of a network's weights."""
 
     variant: str | None
-    """As in `model.fp16.safetensors`; None: file names without a variant."""
+    """Variant in the file names, e.g. `fp16` in `model.fp16.safetensors`; None: file names without a variant."""
     files: list[Path]
 
 
@@ -34,7 +34,7 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
     """Find the weights in a network's folder: without a variant in their name, else fp16, else the only variant.
 
     Args:
-        folder: of the network.
+        folder: folder of the network.
         stem: NETWORK or ENCODER.
 
     Raises:
@@ -45,7 +45,7 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
         name = re.fullmatch(rf"{stem}(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", file.name)
         if name and "-of-" not in file.name:
             variant = name[1] or name[2]
-            if variant not in variants or _INDEX in file.name:  # an index lists the files that count
+            if variant not in variants or _INDEX in file.name:  # an index lists the files to load
                 variants[variant] = file
     if not variants:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
@@ -89,7 +89,7 @@ def load_text_encoder(kind: Any, folder: Path, *, empty: bool = False) -> Any:
 
     Args:
         kind: class in transformers.
-        folder: of the encoder.
+        folder: folder of the encoder.
         empty: load it on the meta device, without data.
 
     Raises:
@@ -139,11 +139,11 @@ def _check_encoder(kind: Any, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise AntherError(f"{folder / 'config.json'}: can't be read ({summary(error)}): copy it again") from error
-    expected, given = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
-    if given != expected:  # for another model type the libraries build one of default size, gigabytes large
-        raise AntherError(f"{folder / 'config.json'}: model_type={shorten(given)}: must be {expected}: copy it again")
+    expected, actual = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
+    if actual != expected:  # for another model type the libraries build a model of default size, gigabytes large
+        raise AntherError(f"{folder / 'config.json'}: model_type={shorten(actual)}: must be {expected}: copy it again")
     if "quantization_config" in config:
-        raise AntherError(f"{folder}: is quantized: give the text encoder in full precision")
+        raise AntherError(f"{folder}: is quantized: use the text encoder in full precision")
     for key, value in _entries(config):
         limit = _LAYERS if "layers" in key else _LARGEST
         if isinstance(value, int | float) and not abs(value) <= limit:

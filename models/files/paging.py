@@ -35,8 +35,8 @@ def mark_mapped(tensors: Iterable[Tensor]) -> None:
 def release_pages(tensor: Tensor, start: int, stop: int) -> None:
     """Release the pages of elements `start` to `stop` of a marked tensor; they are read again on the next access.
 
-    Neighbors in the file lose the pages that were read with them. The range is limited to the file's mapping: outside
-    it, memory contents would be lost.
+    Neighboring tensors in the file lose the pages that were read with this one. The range is limited to the file's
+    mapping: outside of it, memory contents would be lost.
 
     Args:
         tensor: contiguous, of any shape, on the CPU; ignored unless it is marked.

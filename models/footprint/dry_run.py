@@ -1,7 +1,7 @@
 """Run the real code on tensors without data, to measure the memory, operations and traffic of a real run.
 
 Shapes, views, autograd's graph and the order in which tensors are created and freed are those of a real run on a CPU;
-only the numbers are missing. A dry run takes seconds and little memory, whatever the size of the network.
+only the numbers are missing. A dry run takes seconds and little memory for networks of any size.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
 
 
 class DryRun(LiveStorages):
-    """Records operations on fake tensors.
+    """Dispatch mode that records operations on fake tensors.
 
-    A tensor made only from frozen weights is a dequantized slab, or an intermediate of one. It counts as workspace, as
-    do the temporary buffers of kernels.
+    A tensor computed only from frozen weights is a dequantized slab, or an intermediate of one. It counts as workspace,
+    as do the temporary buffers of kernels.
 
     Args:
         frozen: storages of the base.
-        mapped: those of them whose pages are in memory only while they are read; they count as workspace when read.
+        mapped: storages in `frozen` whose pages are in memory only while they are read; they count as workspace then.
 
     Attributes:
         activations_bytes, workspace_bytes: at the moment when their sum is largest.
@@ -68,10 +68,10 @@ class DryRun(LiveStorages):
         self._count(func, args, kwargs or {}, result)
         return result
 
-    def on_alloc(self, key: int, size: int, given: Storages) -> None:
+    def on_alloc(self, key: int, size: int, inputs: Storages) -> None:
         """See `LiveStorages.on_alloc`."""
-        super().on_alloc(key, size, given)
-        if given and all(other in self._frozen or other in self._dequantized for other in given):
+        super().on_alloc(key, size, inputs)
+        if inputs and all(storage in self._frozen or storage in self._dequantized for storage in inputs):
             self._dequantized[key] = size
 
     def on_free(self, key: int, size: int) -> None:

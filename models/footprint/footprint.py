@@ -1,6 +1,6 @@
 """Predict the memory and work of one training step, without weights and without running it.
 
-`meta_denoiser` builds a known base as a device would hold it: packed weights, slot layers, checkpointing. `footprint`
+`meta_denoiser` builds a known base as on a device: packed weights, slot layers, checkpointing. `footprint`
 then runs one forward and backward pass of the modules' own code on tensors without data (`models.footprint.dry_run`).
 """
 
@@ -28,7 +28,8 @@ from models.quantization.layers import QuantizedLayer
 from models.quantization.modes import quant_types, quantize_meta
 
 CHECKPOINTING_MODES = ("none", "block")
-# predictions were at most this factor too low (`bench.memory.predicted`): a plan within limits must not be killed
+# predictions were at most this factor too low (`bench.memory.predicted`): a plan within limits must not run out of
+# memory
 MARGIN = 1.07
 MODULE_BYTES = 24 << 10
 """Bytes of Python and autograd objects per module of a network.
@@ -41,7 +42,7 @@ DUMMY_SCHEDULE = rectified_flow(1, trained_shift=1.0, shift=1.0)  # `forward_bac
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One forward and backward pass of one microbatch, at the moment of peak memory."""
+    """Memory of one forward and backward pass of a microbatch, at the moment of its peak, and work of the pass."""
 
     base_bytes: int
     """Frozen weights that stay in memory. Codes of a packed base don't: their file is mapped
@@ -51,13 +52,13 @@ class Footprint:
     workspace_bytes: int = 0
     """Slabs of dequantized weights, the codes that they are read from, and temporary buffers of kernels."""
     adapter_bytes: int = 0
-    """LoRA factors, as received and as trained."""
+    """LoRA factors, the received and the trained ones."""
     optimiser_bytes: int = 0
     """Two moments, and the sum of clipped gradients. The name is stored in results; don't change."""
     objects_bytes: int = 0
     """Python and autograd objects of the network's modules."""
     runtime_bytes: int = 0
-    """The process without a network: Python, PyTorch and other imports."""
+    """Process without a network: Python, PyTorch and other imports."""
     matrix_operations: int = 0
     """Multiplications and additions of matrix products and attention, with its exponentials, forward and backward."""
     convolution_operations: int = 0
@@ -72,10 +73,10 @@ class Footprint:
 
 
 def meta_denoiser(base: BaseSpec, *, sites: str, weights: str = "fp32", checkpointing: str = "none") -> Denoiser:
-    """Build a base as a device would hold it, on the meta device.
+    """Build a base as on a device, but on the meta device.
 
     Args:
-        base: one that is known, or read from a folder (`models.families.known`).
+        base: published base, or base of a folder (`models.families.known`).
         sites: regular expression on the names of its network's layers.
         weights: one of `models.quantization.modes.WEIGHT_MODES`.
         checkpointing: see `Denoiser`.
@@ -88,17 +89,17 @@ def meta_denoiser(base: BaseSpec, *, sites: str, weights: str = "fp32", checkpoi
 
 
 def copy_for_dry_run(base: Denoiser) -> Denoiser:
-    """Copy a loaded base for use in place of `meta_denoiser`, with modules of its own that may lose their data."""
-    other = copy.copy(base)
-    other.network, other._free = base._copy(), SimpleQueue()
-    return other
+    """Copy a loaded base for use in place of `meta_denoiser`, with its own modules, which may lose their data."""
+    copied = copy.copy(base)
+    copied.network, copied._free = base._copy(), SimpleQueue()
+    return copied
 
 
 def example_shapes(base: BaseSpec, resolution: int) -> tuple[torch.Size, torch.Size]:
     """Return the shapes of one image's latents [c, h, w] and of its packed caption [rows, d].
 
     Args:
-        base: from `models.families.known`.
+        base: base of `models.families.known`.
         resolution: side of the image in pixels.
     """
     config = base.full_config()
@@ -133,10 +134,10 @@ def footprint(
     """Predict one forward and backward pass.
 
     Args:
-        base: from `meta_denoiser` or `copy_for_dry_run`; its tensors become fake.
+        base: result of `meta_denoiser` or `copy_for_dry_run`; its tensors become fake.
         latents: shape of one example's latents.
         context: shape of one example's packed caption.
-        rank: of the trained adapter.
+        rank: rank of the trained adapter.
         batch: examples per microbatch, each with its own slot as in DP-SGD.
         runtime_bytes: copied to the result.
         sites: trained sites; the adapter is frozen at the others. None: all are trained.
@@ -166,7 +167,7 @@ def split_layout(base: Denoiser, rank: int, sites: Collection[str] | None) -> tu
 
     Args:
         base: the network.
-        rank: of the adapter.
+        rank: rank of the adapter.
         sites: trained sites; None: all.
     """
     trained = set(base.sites if sites is None else sites)
@@ -176,7 +177,7 @@ def split_layout(base: Denoiser, rank: int, sites: Collection[str] | None) -> tu
 
 @contextmanager
 def dry_run_mode(base: Denoiser) -> Iterator[DryRun]:
-    """Within this context tensors have no data; the base has none from then on."""
+    """Create tensors without data within this context; the base has no data from then on."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     frozen = fake_parameters(base.network, mode)
     with mode, fresh_scratch(), DryRun(frozen, storages(_mapped(base))) as run:
@@ -192,7 +193,7 @@ def forward_backward(
         base: the network.
         x: [N, c, h, w].
         context: [N, rows, d].
-        layout: of the rows.
+        layout: layout of the rows.
         rows: trained adapters [N, D].
         frozen: further factors that are not trained.
 

@@ -1,7 +1,7 @@
 """Cost of training any subset S of a base's sites, from two dry runs.
 
-Layers before the first trained site need no backward pass, so autograd saves nothing of them. Every trained site needs
-its factors, moments and gradients. Subsets differ in nothing else:
+Layers before the first trained site need no backward pass, so autograd saves no tensors of them. Every trained site
+needs its factors, moments and gradients. Costs of subsets differ only by these:
 
     bytes(S) = max(all − saved before the first of S, forward only) + Σ over S of the site's own bytes
     work(S)  = forward + backward · (fraction of the forward pass after the first of S)
@@ -47,9 +47,9 @@ class SiteCost:
     site_bytes: int
     """Own buffers of this site."""
     work: float
-    """Time of such a pass relative to one that trains at every site, excluding the trained sites' own gradients."""
+    """Time of such a pass, excluding the trained sites' own gradients, relative to a pass that trains at every site."""
     site_work: float
-    """Time of the gradients of this site's factors, relative likewise."""
+    """Time of the gradients of this site's factors, relative to a pass that trains at every site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class PassCosts:
     """Costs of passes that train a subset of sites."""
 
     sites: tuple[SiteCost, ...]
-    """In the order in which a forward pass visits them."""
+    """Costs of the sites, in the order of a forward pass."""
 
     def bytes(self, names: Collection[str]) -> int:
         """Return the peak bytes of a pass that trains these sites. ValueError if there are none or unknown ones."""
@@ -72,16 +72,16 @@ class PassCosts:
     def _select(self, names: Collection[str]) -> list[SiteCost]:
         sites = [site for site in self.sites if site.name in names]
         if not sites or len(sites) < len(names):
-            raise ValueError("sites: none given, or some that the base doesn't have")
+            raise ValueError("sites: empty, or with a site that the base doesn't have")
         return sites
 
 
 @dataclass
 class _Trace:
-    """One dry run, and its state at the first visit of each site."""
+    """Dry run, and its state at the first call of each site."""
 
-    live: dict[str, int] = field(default_factory=dict)  # bytes
-    done: dict[str, float] = field(default_factory=dict)  # work
+    live: dict[str, int] = field(default_factory=dict)  # bytes at that time
+    done: dict[str, float] = field(default_factory=dict)  # work until that time
     tokens: dict[str, int] = field(default_factory=dict)
     peak: int = 0
     work: float = 0.0
@@ -105,11 +105,11 @@ def pass_costs(
     """Measure the cost of training each site, in microbatches of one example.
 
     Args:
-        base: from `meta_denoiser`, or loaded.
+        base: result of `meta_denoiser`, or a loaded base.
         latents: shape of one example's latents.
         context: shape of one example's packed caption.
-        rank: of the adapter.
-        runtime_bytes: of the process without a network.
+        rank: rank of the adapter.
+        runtime_bytes: bytes of the process without a network.
     """
     full, forward = (_trace(base, latents, context, rank, train=train) for train in (True, False))
     constant = resident_bytes(base) + MODULE_BYTES * len(list(base.network.modules())) + runtime_bytes
@@ -140,11 +140,11 @@ def _trace(base: Denoiser, latents: torch.Size, context: torch.Size, rank: int, 
         for name, layer in slot_layers(base.network).items():
             layer.register_forward_pre_hook(trace.hook(run, name))
         x, texts = (torch.zeros(1, *shape) for shape in (latents, context))
-        rows, others = torch.zeros(1, trained.size), frozen.stacks(torch.zeros(1, frozen.size))
+        rows, frozen_factors = torch.zeros(1, trained.size), frozen.stacks(torch.zeros(1, frozen.size))
         if train:
-            forward_backward(base, x, texts, trained, rows, others)
+            forward_backward(base, x, texts, trained, rows, frozen_factors)
         else:
-            with torch.no_grad(), base.use_adapters([others]) as denoise:
+            with torch.no_grad(), base.use_adapters([frozen_factors]) as denoise:
                 per_example_loss(denoise(x, x.new_zeros(1), texts), x)
     trace.peak, trace.work = run.activations_bytes + run.workspace_bytes, _work(run)
     return trace

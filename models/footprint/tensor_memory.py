@@ -16,7 +16,9 @@ Storages = Mapping[int, torch.UntypedStorage]
 
 
 class LiveStorages(TorchDispatchMode):
-    """Sums the storages that operations create, until they are freed. Existing storages are not counted.
+    """Dispatch mode that sums the bytes of storages from their creation until they are freed.
+
+    Storages that existed before are not counted.
 
     Covers forward, backward and tensors saved by autograd, but not the temporary buffers of kernels.
 
@@ -30,27 +32,27 @@ class LiveStorages(TorchDispatchMode):
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = storages((args, kwargs))
+        inputs = storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
         for key, storage in storages(result).items():
-            if key not in given and key not in self._known:
+            if key not in inputs and key not in self._known:
                 self._known[key] = weakref.ref(storage, self._free_hook(key, storage.nbytes()))
-                self.on_alloc(key, storage.nbytes(), given)
+                self.on_alloc(key, storage.nbytes(), inputs)
         self.peak = max(self.peak, self.live)
         return result
 
-    def on_alloc(self, key: int, size: int, given: Storages) -> None:  # noqa: ARG002  # subclasses use `given`
-        """Called when an operation creates a storage.
+    def on_alloc(self, key: int, size: int, inputs: Storages) -> None:  # noqa: ARG002  # subclasses use `inputs`
+        """Count a storage that an operation has created.
 
         Args:
             key: id of the storage.
             size: bytes of the storage.
-            given: storages of the operation's inputs, by id.
+            inputs: storages of the operation's inputs, by id.
         """
         self.live += size
 
     def on_free(self, key: int, size: int) -> None:  # noqa: ARG002
-        """Called when a storage of `size` bytes is freed."""
+        """Subtract a storage of `size` bytes that was freed."""
         self.live -= size
 
     def _free_hook(self, key: int, size: int) -> Any:

@@ -49,7 +49,7 @@ def init_adapter(sites: Sites, rank: int, seed: int) -> Adapter:
     Args:
         sites: dimensions by name.
         rank: r.
-        seed: of the generator.
+        seed: seed of the generator.
 
     Returns:
         A [r, in] and B [out, r] per site.
@@ -126,7 +126,7 @@ def adapter_shapes(sites: Sites, rank: int, *, with_bases: bool = False) -> dict
 
     Args:
         sites: dimensions by name.
-        rank: r, at every site; −1 if the codec leaves it open.
+        rank: r, at every site; −1 if the codec accepts any rank.
         with_bases: include the `<site>.frame` tensors of LoRA-XS (`models.lora.lora_xs`).
     """
     expected: dict[str, tuple[int, ...]] = {}

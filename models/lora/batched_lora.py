@@ -1,9 +1,9 @@
 """LoRA products with a leading slot axis: many adapters share one pass through the frozen base.
 
 LoRA tensors are A [S, r, in] and B [S, out, r]. In a pass of N = S·m examples the first m belong to slot 0, the next m
-to slot 1, and so on. A slot is a client (in a cohort), an example (in DP-SGD, where the gradient of a slot *is* the
-per-example gradient), or there is only one (ordinary training, or one adapter shared by all). Results are exact because
-diffusion backbones normalize per sample and never across the batch.
+to slot 1, and so on. A slot is a client (in a cohort) or an example (in DP-SGD, where the gradient of a slot *is*
+the per-example gradient); in ordinary training, or with one adapter shared by all examples, there is a single slot.
+Results are exact because diffusion backbones normalize per sample and never across the batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BatchedAdapter = Mapping[str, BatchedFactors]
 
 
 class SlotLayer(nn.Module):
-    """A frozen layer that adds the products of its active adapters."""
+    """Frozen layer that adds the products of its active adapters."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class SlotLinear(SlotLayer):
 
 
 class SlotConv2d(SlotLayer):
-    """A convolution with LoRA as in peft: A has the layer's kernel and geometry, and B is 1×1.
+    """Convolution with LoRA as in peft: A has the layer's kernel and geometry, and B is 1×1.
 
     With one group of channels per slot, a single convolution computes all slots.
     """

@@ -59,15 +59,15 @@ def bases_from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
     """
     names = [key.removesuffix(".frame") for key in tensors if key.endswith(".frame")]
     bases = {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.frame"]) for name in names}
-    for name, (a, left) in bases.items():
-        for gram in (a @ a.T, left.T @ left):
+    for name, (a, frame) in bases.items():
+        for gram in (a @ a.T, frame.T @ frame):
             if not torch.allclose(gram, torch.eye(len(gram)), atol=_ORTHONORMAL, rtol=0.0):
                 raise AntherError(f"{name}: the LoRA-XS bases are not orthonormal")
     return bases
 
 
 def load_bases(file: Path, sites: Sites, rank: int) -> Adapter:
-    """Load the first `rank` directions at these sites from a file, which may hold more of both.
+    """Load the first `rank` directions at these sites from a file, which may have more directions and sites.
 
     Args:
         file: safetensors.

@@ -10,7 +10,7 @@ from models.lora.adapter import Adapter, Factors
 MAX_NORM = 100.0
 """Bound on ‖A‖_F, ‖B‖_F and ‖B A‖_F at one site. A fresh A of rank r has norm √r, and a layer's own W about √out.
 
-It also bounds every entry. Because the product is bounded, the next adapter can't be one that honest devices refuse.
+It also bounds every entry. Because the product is bounded, honest devices never refuse the next adapter.
 """
 
 

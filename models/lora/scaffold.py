@@ -1,8 +1,8 @@
 """Control variates of SCAFFOLD, which correct the drift of devices from the common direction.
 
 A device takes K steps y ← y − η (g − c_i + c) from x, and then c_i⁺ = c_i − c + (x − y) / (K η): its mean gradient.
-This holds only for plain SGD; with Adam's moments x − y is no sum of gradients. Since c_i⁺ − c_i doesn't contain c_i,
-it follows from x, c and y: only the update is uploaded.
+This holds only for plain SGD; with Adam's moments x − y is not a sum of gradients. Since c_i⁺ − c_i doesn't contain
+c_i, it follows from x, c and y: only the update is uploaded.
 
 Control variates have the names and shapes of the trained tensors: factors or cores.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 _SUFFIX = ".control"  # in messages; don't change
 
 ControlVariate = dict[str, Tensor]
-"""By name of a trained tensor, with its shape (`models.lora.trainable.trained_shapes`)."""
+"""Tensors by name of a trained tensor, with its shape (`models.lora.trainable.trained_shapes`)."""
 
 
 def control_delta(

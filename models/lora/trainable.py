@@ -6,7 +6,7 @@
     cores   C [r, r] of B = L C; A and L are fixed    <site>.core
     split   A and B; B stays on the device            <site>.lora_A
 
-Fixed factors are the same for all devices that train from one adapter. They are part of no gradient, so that clipping,
+Fixed factors are the same for all devices that train from one adapter. They have no gradient, so that clipping,
 noise and optimizer ignore them, and they are never uploaded.
 """
 
@@ -168,8 +168,8 @@ class PartialLayout(Layout):
 
     def pack(self, adapter: Adapter | None) -> Tensor:
         """Return the row [D] of an adapter's trained tensors; missing sites and ranks are zero."""
-        given = adapter or {}
-        return self._row({name: self._pack_site(name, given[name]) for name in self.sites if name in given})
+        factors = adapter or {}
+        return self._row({name: self._pack_site(name, factors[name]) for name in self.sites if name in factors})
 
     def unpack(self, row: Tensor, like: Adapter) -> Adapter:
         """Return the adapter in row [D] with the sites, ranks and fixed factors of `like`; on the CPU."""
@@ -182,9 +182,9 @@ class PartialLayout(Layout):
         return self._row({name: torch.ones(size) for name, size in sizes.items()}) != 0
 
     def _pack_site(self, name: str, factors: Factors) -> Tensor:
-        a, left = (factor[0] for factor in self.fixed[name])
+        a, frame = (factor[0] for factor in self.fixed[name])
         moved, rank = Factors(*(factor.to(a) for factor in factors)), len(factors.a)
-        bases = Factors(a[:rank], left[:, :rank]) if self.trainable == "cores" else None
+        bases = Factors(a[:rank], frame[:, :rank]) if self.trainable == "cores" else None
         return _trained_part(self._spec, moved, bases)
 
     def _unpack_site(self, name: str, part: Tensor, like: Factors) -> Factors:
@@ -192,8 +192,8 @@ class PartialLayout(Layout):
         rank = len(like.a)
         size = self._spec.shape(self.sites[name], rank)
         trained = part.view(self._spec.shape(self.sites[name], self.rank))[: size[0], : size[1]].clone()
-        left = self.fixed[name].b[0, :, :rank].cpu()
-        return _combine([trained], self.trainable, Factors(like.a, left) if self.trainable == "cores" else like)
+        frame = self.fixed[name].b[0, :, :rank].cpu()
+        return _combine([trained], self.trainable, Factors(like.a, frame) if self.trainable == "cores" else like)
 
     def _row(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a row [D] from trained tensors of any rank by site, zero elsewhere."""

@@ -3,7 +3,7 @@
 Consecutive weights form a block with one scale; codes stand for values in [−1, 1]. The values of NF4 are quantiles of
 the normal distribution (Dettmers et al., 2023, arXiv:2305.14314, appendix E), those of int8 are evenly spaced. Scales
 are quantized too, as there (§3): 8 bits each, in steps of 2^(1/16) below the layer's largest. A block uses the step
-with the least squared error, which is seldom that of its largest entry.
+with the minimum squared error, which is seldom that of its largest entry.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PAIR = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # dtype as wide a
 
 
 class QuantizedTensor(NamedTuple):
-    """A quantized weight, flattened; the last block is padded. The shape is not stored."""
+    """Quantized weight, flattened; the last block is padded. The shape is not stored."""
 
     codes: Tensor  # nf4: uint8 [blocks · 16], two codes each, the first in the high bits; int8: int8 [blocks · 64]
     scales: Tensor  # uint8 [blocks]: steps below the largest
@@ -76,7 +76,7 @@ def empty_quantized(quant_type: str, count: int) -> QuantizedTensor:
 
 @torch.no_grad()
 def quantize(weight: Tensor, quant_type: str) -> QuantizedTensor:
-    """Quantize a weight of any shape and dtype with least squared error; `quant_type` is 'nf4' or 'int8'."""
+    """Quantize a weight of any shape and dtype with minimum squared error; `quant_type` is 'nf4' or 'int8'."""
     size, flat = BLOCK_SIZES[quant_type], weight.detach().flatten()
     blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
     top = blocks.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny).view(1)
@@ -90,8 +90,8 @@ def dequantize(packed: QuantizedTensor, shape: torch.Size, dtype: torch.dtype = 
 
     Args:
         packed: codes and scales.
-        shape: of the weight.
-        dtype: of the result.
+        shape: shape of the weight.
+        dtype: dtype of the result.
     """
     weight = torch.empty(shape, dtype=dtype, device=packed.codes.device)
     for rows, slab in iter_slabs(packed, shape, dtype):
@@ -107,7 +107,7 @@ def iter_slabs(packed: QuantizedTensor, shape: torch.Size, dtype: torch.dtype) -
     Args:
         packed: codes and scales.
         shape: [out, …].
-        dtype: of the slabs.
+        dtype: dtype of the slabs.
 
     Yields:
         Rows as a slice, and their weights [rows, …].
@@ -136,9 +136,9 @@ _scratch = _Scratch()
 
 @contextmanager
 def fresh_scratch() -> Iterator[None]:
-    """Within this context the calling thread uses new scratch memory, released afterwards.
+    """Use new scratch memory in the calling thread within this context, and release it afterwards.
 
-    Under a FakeTensorMode the scratch has to be fake too, so that a dry run holds the same memory as a real run.
+    Under a FakeTensorMode the scratch has to be fake too, so that a dry run allocates the same memory as a real run.
     """
     previous, _scratch.bytes = _scratch.bytes, torch.empty(0, dtype=torch.uint8)
     try:

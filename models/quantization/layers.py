@@ -63,10 +63,10 @@ class _Conv2d(torch.autograd.Function):
 
 
 class QuantizedLayer(nn.Module):
-    """A layer with a quantized weight.
+    """Layer with a quantized weight.
 
     Attributes:
-        shape: of the weight.
+        shape: shape of the weight.
         codes, scales, top: see `models.quantization.blockwise.QuantizedTensor`.
         bias: [out], or None.
     """
@@ -85,7 +85,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def packed(self) -> QuantizedTensor:
-        """The quantized weight."""
+        """Quantized weight."""
         return QuantizedTensor(self.codes, self.scales, self.top)
 
 

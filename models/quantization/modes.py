@@ -16,7 +16,7 @@ WEIGHT_MODES = {
     "mixed": ("nf4", "int8"),
     "nf4": ("nf4", "nf4"),
 }
-"""Types of linear and of convolution layers. Most of the quality that nf4 costs is lost in 4-bit convolutions."""
+"""Types of linear and of convolution layers. Most of nf4's loss of quality is due to 4-bit convolutions."""
 
 _SMALLEST = 1024  # layers with fewer weights stay in full precision: nothing to save
 _ENDS = re.compile(r"conv_in|conv_out|proj_out|pos_embed\..*")  # full precision too: all data passes through them
@@ -46,7 +46,7 @@ def replace_layer(network: nn.Module, name: str, packed: QuantizedTensor) -> Non
 
     Args:
         network: changed in place.
-        name: of a linear or convolution layer.
+        name: name of a linear or convolution layer.
         packed: codes and scales.
     """
     parent, _, leaf = name.rpartition(".")

@@ -80,9 +80,9 @@ def class_of(name: str) -> Any:
 
 @contextmanager
 def _empty_parameters() -> Iterator[None]:
-    """Within this context modules are built without allocating parameters.
+    """Build modules without allocating parameters within this context.
 
-    Buffers are allocated: some, such as PixArt's position table, are in no file.
+    Buffers are allocated: some, such as PixArt's position table, aren't in any file.
     """
     original = nn.Module.register_parameter
 
@@ -100,7 +100,7 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
     """Load the packed network in a folder, its tensors mapped from the file.
 
     Args:
-        folder: of the network.
+        folder: folder of the network.
         network: expected class in diffusers.
         weights: requested mode; fp32 accepts any.
 
@@ -111,7 +111,7 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
     if manifest.network != network:
         raise AntherError(f"{folder}: a packed {manifest.network}, but the pipeline has a {network}: {_AGAIN}")
     if weights not in ("fp32", manifest.weights):
-        raise AntherError(f"base.weights={weights}: the base was packed as {manifest.weights}: leave base.weights out")
+        raise AntherError(f"base.weights={weights}: the base was packed as {manifest.weights}: remove base.weights")
     if not file.is_file() or assets.digest(file) != manifest.sha256:
         raise AntherError(f"{file}: missing, or not the file that was packed: {_AGAIN}")
     module = skeleton(folder)

@@ -1,8 +1,8 @@
 """Empirical lower bounds on ε, from guesses about which canaries were included.
 
 Each of m canaries is included with probability 1/2. The auditor sees the release, scores the canaries, guesses for some
-of them, and abstains for the rest. A private mechanism bounds the number of correct guesses: more of them refute the
-claim.
+of them, and abstains for the others. A private mechanism bounds the number of correct guesses: if more guesses are
+correct, the claim is refuted.
 
 - Canary by canary, if canaries are independent of each other, as they are under independent noise: the share of correct
   guesses is bounded by the total variation distance. This bound is the strongest; the independence is tested elsewhere.
@@ -32,7 +32,7 @@ from privacy.audit.tradeoff import Inverse
 # the mechanism, so all are tried, and each gets its part of the significance.
 SHARES = ((1 / 4, 1 / 4), (1 / 16, 1 / 16), (1 / 4, 0.0))
 _HALVINGS, _DOUBLINGS, _BISECTIONS = 3, 7, 5  # of σ, when searching for the smallest refuted one
-_MAX_EPSILON = 64.0  # no number of guesses distinguishes it from a larger ε
+_MAX_EPSILON = 64.0  # a larger ε can't be distinguished from it by any number of guesses
 
 
 class Guesses(NamedTuple):
@@ -54,9 +54,9 @@ class AuditResult:
     independent: float
     """Lower bound on ε if canaries are independent of each other."""
     one_run: float
-    """Lower bound on ε by the guesses and (ε, δ) only."""
+    """Lower bound on ε from the guesses and (ε, δ) only."""
     f_dp: float
-    """Lower bound on ε by the whole trade-off function: ε of the smallest σ that the guesses refute."""
+    """Lower bound on ε from the whole trade-off function: ε of the smallest σ that the guesses refute."""
     noise_multiplier: float | None
     """The smallest σ that is refuted by f-DP or under independence; None if none is."""
     ceiling: float
@@ -90,8 +90,8 @@ def guess(scores: np.ndarray, included: np.ndarray, top: float, bottom: float) -
 def guess_all(scores: np.ndarray, included: np.ndarray) -> Guesses:
     """Guess "in" for every canary [m] with a positive score, and "out" for the others.
 
-    For log-likelihood ratios no rule is correct more often. A rule that depends on which guesses are correct would be
-    invalid.
+    For log-likelihood ratios this rule is correct most often. A rule that depends on which guesses are correct would
+    be invalid.
     """
     return Guesses(len(scores), len(scores), int(((scores > 0) == included).sum()))
 
@@ -114,7 +114,7 @@ def summed(seen: np.ndarray, claim: PoissonGaussian) -> np.ndarray:
 
 
 def one_run_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """Upper bound on the probability of this many correct guesses under (ε, δ)-DP (Steinke et al., theorem 5.2).
+    """Bound the probability of this many correct guesses under (ε, δ)-DP from above (Steinke et al., theorem 5.2).
 
     P[V ≥ v] ≤ P[W ≥ v] + 2 m δ max_i P[v > W ≥ v − i] / i, with W ~ Binomial(r, e^ε / (e^ε + 1)).
 
@@ -181,7 +181,7 @@ def refutes(guesses: Guesses, inverse: Inverse, significance: float) -> bool:
 def refutes_each(guesses: Guesses, event: PoissonGaussian, significance: float) -> bool:
     """Whether this many correct independent guesses have a probability below `significance` under a mechanism.
 
-    Each guess is correct with probability (1 + advantage) / 2 at most, however it is made.
+    For any guessing rule, each guess is correct with probability (1 + advantage) / 2 at most.
 
     Args:
         guesses: counts of guesses.
@@ -197,7 +197,7 @@ def refutes_each(guesses: Guesses, event: PoissonGaussian, significance: float) 
 def smallest_refuted(claim: PoissonGaussian, refuted: Callable[[PoissonGaussian], bool]) -> float | None:
     """Return the smallest σ, to 2 %, that is refuted with the claim's q and steps; None if none is.
 
-    It is not searched below 1/8 of the claim's σ: such a bound is far enough above the claim.
+    The search ends at 1/8 of the claim's σ: a bound there is far enough above the claim.
     """
 
     def holds(sigma: float) -> bool:
@@ -237,8 +237,8 @@ def audit(
     """Audit a claim by the scores of several attacks, with a Bonferroni correction over all tests.
 
     Args:
-        claim: the mechanism that is claimed.
-        delta: δ of all ε.
+        claim: the claimed mechanism.
+        delta: δ at which each ε is computed.
         attacks: scores of the canaries [m] by name of the attack; positive if "in" is likelier.
         included: whether each canary was in, bool [m].
         confidence: confidence of the bounds on ε.

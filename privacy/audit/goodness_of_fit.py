@@ -34,7 +34,7 @@ class Check(NamedTuple):
 
 
 def battery(releases: Sequence[np.ndarray]) -> list[Check]:
-    """Test whether these vectors [d] each hold independent standard normal numbers.
+    """Test whether these vectors [d] consist of independent standard normal numbers.
 
     The autocorrelations are computed over the concatenated vectors, so that they detect a dependence within a vector,
     at any lag, and between any two vectors. Autocorrelations of the squares detect it even if signs were flipped.
@@ -56,7 +56,7 @@ def battery(releases: Sequence[np.ndarray]) -> list[Check]:
 
 
 def distribution(numbers: np.ndarray) -> Check:
-    """Kolmogorov-Smirnov test of numbers [n] against N(0, 1)."""
+    """Test numbers [n] against N(0, 1) (Kolmogorov-Smirnov)."""
     from scipy.stats import kstest
 
     result = kstest(numbers, "norm")
@@ -64,7 +64,7 @@ def distribution(numbers: np.ndarray) -> Check:
 
 
 def variance(numbers: np.ndarray) -> Check:
-    """Two-sided test of Σ x² of numbers [n] against χ² with n degrees of freedom."""
+    """Test Σ x² of numbers [n] against χ² with n degrees of freedom, on both sides."""
     from scipy.stats import chi2
 
     total = float(np.square(numbers).sum())
@@ -119,13 +119,13 @@ def between(rows: np.ndarray) -> Check:
     """Test the largest |Σ_i x_i y_i| over all pairs of releases [R, d]."""
     count, size = rows.shape
     sums = np.abs(np.triu(rows @ rows.T, 1))
-    one, other = np.unravel_index(int(np.argmax(sums)), sums.shape)
-    p_value = min(1.0, count * (count - 1) * products_p_value(float(sums[one, other]), size))
-    return Check("between releases", p_value, f"largest of {count} releases: {sums[one, other] / size:.2g}")
+    largest = float(sums.max())
+    p_value = min(1.0, count * (count - 1) * products_p_value(largest, size))
+    return Check("between releases", p_value, f"largest of {count} releases: {largest / size:.2g}")
 
 
 def products_p_value(total: float, count: int) -> float:
-    """Upper bound on P(Σ x_i x_{i+k} ≥ total) of `count` products, for any lag k (Chernoff bound).
+    """Bound P(Σ x_i x_{i+k} ≥ total) of `count` products from above, for any lag k (Chernoff bound).
 
     The products of a lag form paths. For a path of L numbers, E exp(t Σ x_i x_{i+1}) = D_L^(−½) with the determinants
     D_L = D_{L−1} − t² D_{L−2}, D_0 = D_1 = 1. Their ratios fall from 1 to r = (1 + √(1 − 4t²)) / 2, so that
@@ -192,7 +192,7 @@ def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repea
 
 
 def residues(integers: np.ndarray, name: str = "last digits") -> Check:
-    """χ² test of the remainders of integers [n] modulo 16 against the uniform distribution.
+    """Test the remainders of integers [n] modulo 16 against the uniform distribution (χ²).
 
     If the noise's standard deviation exceeds 1000, they are uniform up to 10⁻¹⁰⁰⁰, for any noised sum. Noise on a
     coarser lattice misses some remainders.
@@ -224,7 +224,7 @@ def collisions(integers: np.ndarray, deviation: float, name: str = "equal number
 
 
 def on_grid(values: np.ndarray, name: str = "on the grid") -> Check:
-    """Check that all values, of any shape and in steps of the grid, are whole."""
+    """Check that all values are multiples of the grid step. Values are given in steps, in an array of any shape."""
     off = int((np.abs(values - np.rint(values)) > 1e-6).sum())
     return Check(name, 0.0 if off else 1.0, f"{off} of {values.size} numbers are no whole steps")
 

@@ -16,7 +16,7 @@ FPR = 0.01  # false positive rate at which an attack is evaluated too
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its confidence interval."""
+    """Estimate and the ends of its confidence interval."""
 
     value: float
     low: float
@@ -25,14 +25,14 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttackTrial:
-    """The scores of one attack on n pictures. All arrays are [n].
+    """Scores of one attack on n pictures. All arrays are [n].
 
     Raises:
         ValueError: lengths differ, a score is not finite, or there are no members and non-members of one letter.
     """
 
     scores: np.ndarray
-    """Higher for a picture that is more likely a member."""
+    """Score of each picture; higher for a more likely member."""
     members: np.ndarray
     """bool: whether the picture is a member."""
     writers: np.ndarray
@@ -80,7 +80,7 @@ class MembershipResult:
 def matched_weights(weights: np.ndarray, members: np.ndarray, letters: np.ndarray) -> np.ndarray:
     """Reweight pictures so that members and non-members have the same distribution of letters.
 
-    Letters that only one side shows get weight 0.
+    Letters that only members or only non-members show get weight 0.
 
     Args:
         weights: weights before matching [n].

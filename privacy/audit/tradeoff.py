@@ -1,4 +1,4 @@
-"""Trade-off functions of the accounted mechanisms: how well two neighboring data sets can be distinguished.
+"""Trade-off functions of the accounted mechanisms, which say how well two neighboring data sets can be distinguished.
 
 Dong, Roth & Su (2019, arXiv:1905.02383). For a mechanism with output distributions P and Q on neighboring data sets, an
 attacker who says "in" with probability y if the unit is in says it with probability inverse(y) or more if it is out:
@@ -24,7 +24,7 @@ _POINTS = 1601
 
 
 def gaussian(mu: float) -> Inverse:
-    """Inverse trade-off function of N(0, 1) against N(μ, 1): inverse(y) = Φ(Φ⁻¹(y) − μ) (eq. 6)."""
+    """Return the inverse trade-off function of N(0, 1) and N(μ, 1): inverse(y) = Φ(Φ⁻¹(y) − μ) (eq. 6)."""
     from scipy.special import ndtr, ndtri
 
     return lambda y: float(ndtr(ndtri(y) - mu))
@@ -32,7 +32,9 @@ def gaussian(mu: float) -> Inverse:
 
 @lru_cache(maxsize=64)
 def inverse(event: PoissonGaussian) -> Inverse:
-    """Inverse trade-off function of an event under add/remove-one. It is a lower bound, so that refutations are valid.
+    """Return a lower bound on the inverse trade-off function of an event under add/remove-one.
+
+    As a lower bound, it keeps refutations valid.
 
     P(S) ≤ e^ε Q(S) + δ(ε) for every real ε and both orders of the data sets, so Q(S) ≥ e^(−ε) (y − δ(ε)).
     """
@@ -45,7 +47,7 @@ def inverse(event: PoissonGaussian) -> Inverse:
 
 @lru_cache(maxsize=64)
 def advantage(event: PoissonGaussian) -> float:
-    """Upper bound on the total variation distance of P and Q, which is δ at ε = 0.
+    """Bound the total variation distance of P and Q from above; it is δ at ε = 0.
 
     If a unit is in with probability 1/2, a guess is correct with probability (1 + advantage) / 2 at most.
     """
@@ -55,7 +57,7 @@ def advantage(event: PoissonGaussian) -> float:
 
 
 def _deltas(event: PoissonGaussian, epsilons: np.ndarray) -> np.ndarray:
-    """Upper bound on δ(ε) of an event, for the order of the data sets in which it is larger."""
+    """Bound δ(ε) of an event from above, for the order of the data sets in which it is larger."""
     from dp_accounting.pld import privacy_loss_distribution  # slow import
 
     loss = privacy_loss_distribution.from_gaussian_mechanism(
@@ -88,7 +90,7 @@ def hockey_stick(p: tuple[float, float], q: tuple[float, float], epsilon: float)
     roots = sorted((c / half, half / a)) if a else [c / half]
 
     def mass(mean: float, deviation: float) -> float:
-        """Probability of S under a normal distribution."""
+        """Compute the probability of S under a normal distribution."""
         low, high = norm.cdf(roots, mean, deviation), norm.sf(roots, mean, deviation)  # each exact in its own tail
         if len(roots) == 1:
             return float(high[0] if b > 0 else low[0])

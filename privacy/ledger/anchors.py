@@ -1,13 +1,14 @@
-"""Anchors of a ledger: tell a fresh ledger from one that was lost, truncated, edited or copied from another device.
+"""Anchors of a ledger, to detect that it was lost, truncated, edited or copied from another device.
 
-Besides the journal, whose first line holds a random id, there are
+A ledger consists of its journal, whose first line has a random id, and two anchors:
 
-- a *head* outside of the ledger's folder: the id, the number of lines and the digest of the last one;
-- a *marker* inside of it: the id, and the location of the head.
+- the *head*, outside of the ledger's folder: the id, the number of lines and the digest of the last line;
+- the *marker*, inside of the folder: the id, and the location of the head.
 
-Each event is made durable in the journal first, then in the head; at an enrollment the marker comes last. So wherever a
-crash happens, the journal extends the lines that the head names, by one line unless further ones were added meanwhile:
-the head is then repaired silently. A head that names missing or different lines is not the result of a crash.
+Each event is made durable in the journal first, then in the head; at an enrollment the marker is written last. After a
+crash at any point, the journal therefore begins with the lines that the head names, followed by one more line, or by
+several if events were added meanwhile. The head is then repaired silently. A head that names missing or different lines
+is not the result of a crash.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class JournalHead:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """Marker that a device is enrolled."""
+    """Marker of an enrolled device."""
 
     ledger: str
     head: str
@@ -73,19 +74,19 @@ def parse_marker(data: bytes, where: str) -> Marker:
 def check(
     ledger: str | None, lines: Sequence[bytes], head: JournalHead | None, marker: Marker | None, where: str
 ) -> None:
-    """Check that journal, head and marker belong to one ledger, and that the journal holds all lines the head names.
+    """Check that journal, head and marker belong to one ledger, and that the journal has all lines that the head names.
 
     A missing marker is accepted if journal and head agree.
 
     Args:
         ledger: id in the journal's first line; None without lines.
         lines: lines of the journal.
-        head: its head, if there is one.
-        marker: its marker, if there is one.
+        head: its head; None if it is missing.
+        marker: its marker; None if it is missing.
         where: location of the journal, for messages.
 
     Raises:
-        AntherError: they disagree; says how, and how to recover.
+        AntherError: they disagree; the message says how, and how to recover.
     """
     if not lines:
         if anchor := head or marker:

@@ -5,7 +5,7 @@
     {"state": "sealed", …its key, the digest of the reply, and the data that the reply was made from}
     {"state": "sent", …its key}
 
-Each line also holds `at`, the device's clock, and `previous`, the link to the line before
+Each line also has `at`, the time on the device's clock, and `previous`, the link to the line before
 (`privacy.ledger.hash_chain`). These names and values are stored and can't change.
 """
 
@@ -38,7 +38,7 @@ Key = tuple[str, int, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reservation:
-    """The charge for one round. It stays on the device: the fingerprint of the pictures could identify their owner."""
+    """Charge for one round. It is never sent: the fingerprint of the pictures could identify their owner."""
 
     run: str
     round: int
@@ -53,9 +53,9 @@ class Reservation:
     """Fingerprint of the pictures."""
     mechanism: Mechanism
     clip: float | None
-    """C of a Gaussian mechanism, otherwise None."""
+    """C of a Gaussian mechanism; None for other mechanisms."""
     release: bool
-    """False for simulated noise, which is charged like any other."""
+    """Whether the noised result is a private release. False for simulated noise, which is charged too."""
     unit: str = IMAGE
     relation: str = ADD_OR_REMOVE_ONE
 
@@ -66,35 +66,35 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One reservation and its state."""
+    """Reservation and its state."""
 
     reservation: Reservation
-    """Once sealed, with the adapter, pictures and noise source of the reply."""
+    """Charge of the round. Once sealed, it has the adapter, pictures and noise source of the reply."""
     state: str = RESERVED
     sha256: str | None = None
     """Digest of the sealed reply."""
     at: tuple[str, ...] = field(default=(), compare=False)
-    """Times at which it was reserved, sealed and sent, up to its state: ISO 8601, by the device's clock."""
+    """Times at which the round was reserved, sealed and sent, as far as it was: ISO 8601, on the device's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerHistory:
-    """The state of a ledger after its events."""
+    """State of a ledger after its events."""
 
     ledger: str | None = None
     """Random id drawn at enrollment; None before."""
     events: int = 0
-    """Number of lines, including the enrollment's."""
+    """Number of lines, including the enrollment."""
     entries: Mapping[Key, LedgerEntry] = field(default_factory=dict)
     """Entries in the order of their reservation."""
 
     @property
     def mechanisms(self) -> list[Mechanism]:
-        """All charged mechanisms."""
+        """Return all charged mechanisms."""
         return [entry.reservation.mechanism for entry in self.entries.values()]
 
     def spent(self, delta: float) -> Guarantee:
-        """ε of everything reserved, whether or not it was sent (at δ = `delta`)."""
+        """Compute ε at δ = `delta` of all reservations, whether or not their replies were sent."""
         return epsilon(self.mechanisms, delta)
 
 
@@ -132,7 +132,7 @@ def reserved_event(reservation: Reservation) -> dict[str, Any]:
 
 
 def sealed_event(reservation: Reservation, sha256: str) -> dict[str, Any]:
-    """Return the event that fixes the reply and records its inputs."""
+    """Return the event that makes a reply final and records its inputs."""
     made_from = {name: getattr(reservation, name) for name in _MADE_FROM}
     return {"state": SEALED, **_key(reservation.key), "sha256": sha256, **made_from}
 
@@ -142,7 +142,7 @@ def sent_event(key: Key) -> dict[str, Any]:
     return {"state": SENT, **_key(key)}
 
 
-_MADE_FROM = ("adapter", "data", "release")  # training of a reserved round may be repeated with other ones
+_MADE_FROM = ("adapter", "data", "release")  # inputs that may differ if training of a reserved round is repeated
 
 
 def _key(key: Key) -> dict[str, Any]:

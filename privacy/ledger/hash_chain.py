@@ -28,7 +28,7 @@ def starts_with(lines: Sequence[bytes], count: int, digest: str) -> bool:
 
     Args:
         lines: lines of the journal.
-        count: number of the first lines.
+        count: number of lines to check, from the first.
         digest: chain head of these lines.
     """
     return count <= len(lines) and chain_head(lines[:count]) == digest

@@ -7,15 +7,15 @@ release.
 *After a crash while reserved*, all derived data is discarded, and training is repeated under the same reservation, on
 the pictures that exist then. If they changed meanwhile, this is still one release of one mechanism, for a picture in
 both sets, in one or in none; the seal records which pictures it was made from. Refusing the round, or charging it
-twice, would tell the server, without noise, that a picture was added or removed. For the same reason a device whose
-pictures change between rounds continues: ε of all events bounds the release of each picture, however few rounds it
-was in. An event that is charged to a picture which it never touched only makes the bound larger.
+twice, would reveal to the server, without noise, that a picture was added or removed. For the same reason a device
+whose pictures change between rounds continues: ε of all events bounds the release of each picture, even if it was used
+in fewer rounds. An event that is charged to a picture which it did not use only makes the bound larger.
 
 *Guarantees*: charged ≥ released, and one reply for each key, through crashes at any point, power cuts, and two
 processes at once. A ledger that is missing, truncated, rolled back, copied from another device or carelessly edited is
-detected before anything more is shared (`privacy.ledger.anchors`; also the server's echo). *Not covered*: an owner who
-forges journal, head and marker together, or who holds the same pictures on two devices, whose ledgers don't know each
-other.
+detected before anything more is shared (by `privacy.ledger.anchors`, and by the number of events that the server sends
+back). *Not covered*: an owner who forges journal, head and marker together, or who stores the same pictures on two
+devices, whose ledgers are independent.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ JOURNAL, OUTBOX, MARKER = "ledger.jsonl", "outbox", "enrolled"
 
 
 class DeviceLedger:
-    """The ledger of one device: journal and marker in its storage, the head outside, sealed replies in `outbox/`.
+    """Ledger of one device: journal and marker in its storage, the head outside, sealed replies in `outbox/`.
 
     Every method reads the journal again under its lock, so that processes on one device see each other's events.
 
@@ -90,8 +90,8 @@ class DeviceLedger:
         Args:
             reservation: the charge.
             check_budget: called with the mechanisms so far and the new one; raises to refuse it. It is called under
-                the lock, so that two processes can't both take the last of a budget, and before anything is charged.
-            settles: whether the request for this round implies that the server is done with the run's earlier rounds
+                the lock, so that two processes can't both spend the remainder of a budget, and before the charge.
+            settles: whether the request for this round implies that the server has finished the run's earlier rounds
                 of this purpose (round numbers of one purpose are comparable). These are then marked as sent, and the
                 bytes of their replies are removed.
 
@@ -110,10 +110,10 @@ class DeviceLedger:
             return locked.history
 
     def seal(self, reservation: Reservation, reply: bytes) -> bytes:
-        """Fix the reply to a reserved round.
+        """Make the reply to a reserved round final.
 
         Args:
-            reservation: as reserved, with the pictures, adapter and noise source that the reply was made from.
+            reservation: the reserved charge, with the pictures, adapter and noise source that the reply was made from.
             reply: the bytes to send.
 
         Returns:
@@ -133,7 +133,7 @@ class DeviceLedger:
         Args:
             key: run, round and purpose.
             plan: fingerprint of the plan.
-            echo: number of events that the server knows of (`protocol.messages.Train.echo`).
+            echo: number of the ledger's events that was last reported to the server (`protocol.messages.Train.echo`).
 
         Raises:
             RequestRefusedError: the ledger has fewer events than `echo`, the key belongs to another plan, or its reply
@@ -144,13 +144,13 @@ class DeviceLedger:
             if echo > (events := locked.history.events):
                 raise RequestRefusedError(
                     f"this device's ledger holds {events} events and the server heard of {echo}: it was rolled back or "
-                    "begun anew; its owner has to restore it"
+                    "replaced by a new one; its owner has to restore it"
                 )
             entry = _entry_of_plan(locked.history, key, plan)
             return None if entry is None or entry.state == RESERVED else self._read_sealed(entry)
 
     def history(self) -> LedgerHistory:
-        """Return the whole history."""
+        """Return the history of all events."""
         with self._lock_ledger() as locked:
             return locked.history
 
@@ -164,8 +164,8 @@ class DeviceLedger:
 
     def _settle(self, locked: _LockedLedger, later: Reservation) -> None:
         for key, entry in locked.history.entries.items():
-            other = entry.reservation
-            is_earlier = (other.run, other.purpose) == (later.run, later.purpose) and other.round < later.round
+            charge = entry.reservation
+            is_earlier = (charge.run, charge.purpose) == (later.run, later.purpose) and charge.round < later.round
             if entry.state == SEALED and is_earlier:
                 locked.append(entries.sent_event(key))
                 self._storage.remove(_outbox(key))
@@ -220,7 +220,7 @@ class DeviceLedger:
 
 
 class _LockedLedger:
-    """A ledger whose lock is held. The head is updated after every line.
+    """Locked ledger. The head is updated after every line.
 
     Args:
         journal: the locked journal.
@@ -260,7 +260,7 @@ class _LockedLedger:
 class _HistoryCache:
     """Least-recently-used cache of histories, by a digest of the journal's lines.
 
-    A device reads its ledger several times a round, mostly after its own events. With the cache that needs no parsing.
+    A device reads its ledger several times a round, mostly after its own events. The cache avoids parsing it again.
     """
 
     def __init__(self, max_size: int) -> None:
@@ -277,7 +277,7 @@ class _HistoryCache:
         return history
 
     def replace(self, before: bytes, digest: bytes, history: LedgerHistory) -> None:
-        """Cache the history of extended lines in place of the one before."""
+        """Cache the history of extended lines, in place of the history before the extension."""
         with self._lock:
             self._cached.pop(before, None)
             self._cached[digest] = history
@@ -290,18 +290,18 @@ _histories = _HistoryCache(max_size=1024)
 
 
 def _digest(lines: Sequence[bytes]) -> hashlib._Hash:
-    """SHA-256 of all lines with their line ends, to be updated with further lines."""
+    """Compute the SHA-256 of all lines with their line ends, as an object that can be updated with further lines."""
     return hashlib.sha256(b"\n".join([*lines, b""]))
 
 
 def _outbox(key: Key) -> str:
-    """Name of a reply's blob. It is a hash, since the server chooses the name of the run."""
+    """Return the name of a reply's blob. It is a hash, since the server chooses the name of the run."""
     run, number, purpose = key
     return f"{OUTBOX}/{hashlib.sha256(run.encode()).hexdigest()[:16]}-{number}-{purpose}.reply"
 
 
 def _entry_of_plan(history: LedgerHistory, key: Key, plan: str) -> LedgerEntry | None:
-    """Return the entry of a key, if any; RequestRefusedError if it was reserved for another plan."""
+    """Return the entry of a key; None without one; RequestRefusedError if it was reserved for another plan."""
     entry = history.entries.get(key)
     if entry and entry.reservation.plan != plan:
         raise RequestRefusedError(

@@ -2,8 +2,8 @@
 
 Kernels of a layer vary with the size of a pass, and so do the last bits of their results. Under an adapter that makes
 the network chaotic, those bits grow to the size of the gradient, so that one more picture could move the sum by several
-clips. A search among adapters within `models.lora.norm_bound.MAX_NORM` found an adapter for which it does if passes
-have arbitrary sizes.
+clips. A search among adapters within `models.lora.norm_bound.MAX_NORM` found an adapter for which this happens if
+passes have arbitrary sizes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def chaotic_adapter(base: Denoiser, rank: int = 8) -> Adapter:
-    """Make an adapter under which the base is chaotic; each site's product has Frobenius norm 99."""
+    """Create an adapter under which the base is chaotic; each site's product has Frobenius norm 99."""
     generator = torch.Generator().manual_seed(_SEED)
     adapter = {}
     for name, factors in init_adapter(base.sites, rank, _SEED).items():
@@ -47,24 +47,24 @@ def max_shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: i
     Args:
         base: network to test.
         adapter: adapter to train from.
-        examples: as many examples as the largest of `SIZES`.
+        examples: examples, as many as the largest of `SIZES`.
         memory: bytes that jobs may take.
     """
-    most = max(SIZES)
-    slices = [slice(index, index + 1) for index in range(most)] + [slice(0, size) for size in SIZES]
+    count = max(SIZES)
+    slices = [slice(index, index + 1) for index in range(count)] + [slice(0, size) for size in SIZES]
     jobs = [_make_job(adapter, Examples(*(part[span] for part in examples)), span.start) for span in slices]
     sums = []
     for outcome in train(base, jobs, memory=memory, timesteps=1):
         if isinstance(outcome, Exception):
             raise outcome
         sums.append(_recover_sum(adapter, outcome.adapter))
-    single, joint = torch.stack(sums[:most]), sums[most:]
+    single, joint = torch.stack(sums[:count]), sums[count:]
     shifts = [torch.linalg.vector_norm(sum_ - single[:size].sum(0)) for size, sum_ in zip(SIZES, joint, strict=True)]
     return float(max(shifts)) / CLIP
 
 
 def random_examples(base: Base) -> Examples:
-    """Make latents of noise under one caption: the adapter makes gradients chaotic, not the pictures."""
+    """Create latents of noise with one caption: the adapter makes gradients chaotic, not the pictures."""
     latents = torch.randn(max(SIZES), *base.shape, generator=torch.Generator().manual_seed(_SEED))
     return Examples(latents, base.encode_captions([""]).cpu().expand(max(SIZES), -1, -1))
 

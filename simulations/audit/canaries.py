@@ -1,11 +1,11 @@
-"""Canaries in the real training loop: pictures whose gradient is known, whatever noise the diffusion adds.
+"""Canaries in the real training loop: pictures whose gradient is known, independently of the diffusion noise.
 
 The base of the audit has one site and predicts B A c from an example's context c. A is the identity and B = 0. The
 schedule has no signal (ᾱ = 0, so that the target is −x_0), and c and x_0 each point along one axis. The gradient of a
 canary is then one number of B: all canaries are orthogonal, and each is far longer than the clip, which is the worst
 case under clipping.
 
-Everything that the claim covers is the real code: `training.cohort.train` with its Poisson batches, draws, clip, sums
+All code that the claim covers is the real one: `training.cohort.train` with its Poisson batches, draws, clip, sums
 over shared passes, noise and AdamW. A round is one step, so that the adversary sees every noised iterate, as a server
 does.
 """
@@ -47,12 +47,12 @@ class Experiment:
 
     @property
     def divisor(self) -> int:
-        """Public divisor of the sums, for the largest number of pictures that a device can have."""
+        """Public divisor of the sums, for the maximum number of pictures of a device."""
         return math.ceil(self.claim.sampling_rate * len(self.included) / self.devices)
 
     @property
     def clip(self) -> float:
-        """Clip so small that AdamW's first step preserves the size of the gradient."""
+        """Clip, so small that AdamW's first step preserves the size of the gradient."""
         return _EPS * self.divisor
 
     @property
@@ -62,12 +62,12 @@ class Experiment:
 
     @property
     def owners(self) -> np.ndarray:
-        """[m]: the device of each canary, if it is included."""
+        """Device of each canary, if it is included: int [m]."""
         return np.arange(len(self.included)) % self.devices
 
 
 class _Network(nn.Module):
-    """Predicts from each site's token of the context only, whatever the noised picture."""
+    """Network that predicts from each site's token of the context only and ignores the noised picture."""
 
     def __init__(self, side: int, sites: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Network(nn.Module):
 
 
 class ZeroNoise:
-    """Noise source without noise but with correct Poisson batches: a broken mechanism that an audit must detect."""
+    """Noise source without noise, with correct Poisson batches: a broken mechanism that an audit must detect."""
 
     release = False
 
@@ -197,16 +197,16 @@ def attacks(experiment: Experiment, releases: np.ndarray) -> dict[str, np.ndarra
         Scores [m] by attack.
     """
     devices, _, count = releases.shape
-    own = releases[experiment.owners, :, np.arange(count)].T  # [rounds, m]
+    observed = releases[experiment.owners, :, np.arange(count)].T  # [rounds, m], each on the canary's own device
     scores = {  # stored: the keys name the attack in audit.json
-        "own releases": log_likelihood_ratio(own, experiment.claim),
-        "sum of own releases": summed(own, experiment.claim),
+        "own releases": log_likelihood_ratio(observed, experiment.claim),
+        "sum of own releases": summed(observed, experiment.claim),
     }
     if devices > 1:
-        others = (releases.sum(0) - own) / (devices - 1)
-        scores["against other devices"] = log_likelihood_ratio(own - others, experiment.claim)
-    if len(own) > 1:
-        scores["against other rounds"] = log_likelihood_ratio(own - own.mean(0), experiment.claim)
+        mean_elsewhere = (releases.sum(0) - observed) / (devices - 1)
+        scores["against other devices"] = log_likelihood_ratio(observed - mean_elsewhere, experiment.claim)
+    if len(observed) > 1:
+        scores["against other rounds"] = log_likelihood_ratio(observed - observed.mean(0), experiment.claim)
     return scores
 
 

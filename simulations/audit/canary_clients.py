@@ -58,17 +58,17 @@ class CanaryReleases(NamedTuple):
     """Releases of all rounds, in units of the clip."""
 
     sums: np.ndarray
-    """[rounds, D]: noised sums; NaN where a sum is not observable."""
+    """Noised sums [rounds, D]; NaN where a sum is not observable."""
     known: np.ndarray
-    """[D]: the exact sum, the same in every round, with B's part last."""
+    """Exact sum [D], equal in every round, with B's part last."""
     noise_stddev: float
     """Standard deviation of the noise on each number of `sums`."""
     counts: np.ndarray
-    """[rounds]: residuals of the noised counts with an adaptive clip, standard normal; else empty."""
+    """Residuals of the noised counts with an adaptive clip, standard normal [rounds]; else empty."""
 
     @property
     def residuals(self) -> np.ndarray:
-        """[rounds, D]: residuals, dithered within grid steps, since whole steps aren't normally distributed."""
+        """Residuals [rounds, D], dithered within grid steps, since whole steps aren't normally distributed."""
         generator = np.random.default_rng(0)
         dither = (generator.random(self.sums.shape) - 0.5) / RESOLUTION
         residuals = (self.sums - self.known + dither) / self.noise_stddev
@@ -79,7 +79,7 @@ def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> Can
     """Run all rounds of the claim with the included clients; `noise`: round -> source of its noise."""
     z, side = cohort.claim.noise_multiplier, cohort.side
     present = np.nonzero(cohort.included)[0]
-    count_stddev = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
+    count_stddev = cohort.expected / 20 + z  # σ_b: any value for which z_Δ exists
     adaptive = (
         AdaptiveClip(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, noise_stddev=count_stddev) if cohort.adaptive else None
     )
@@ -87,7 +87,7 @@ def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> Can
     rule = FedIT() if cohort.trains_both else FFA()
     sums, counts = [], []
     with tempfile.TemporaryDirectory() as folder:
-        # The budget is ample, since only the noise is tested here.
+        # The budget is larger than the cost, since only the noise is tested here.
         budget = DeviceBudget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)
         level = CentralDP(
             run="audit",

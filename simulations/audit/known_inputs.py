@@ -26,7 +26,7 @@ from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 BETA = 0.9  # AdamW's β₁
 EPS = 1e-8  # AdamW's ε
-_RATE = 2.0**-40  # learning rate: the adapter hardly moves, so the gradients of the canaries don't change
+_RATE = 2.0**-40  # learning rate: so small that the adapter and the gradients of the canaries don't change
 MAX_SIGMA = 2.0**19  # half of a policy's limit, and a power of two, which keeps float32 numbers on a lattice
 _LINEAR = 1e-4  # AdamW is linear for gradients up to this many ε
 
@@ -65,7 +65,7 @@ class Situation:
 
     @property
     def weights(self) -> np.ndarray:
-        """[steps]: weight of each step's gradient in −1 × the change of the adapter, times ε for AdamW.
+        """Weight of each step's gradient in −1 × the change of the adapter, times ε for AdamW [steps].
 
         If g ≪ ε, AdamW takes steps of m̂_t / ε, m̂_t = Σ_{i ≤ t} (1 − β) β^(t−i) g_i / (1 − β^t).
         """
@@ -89,7 +89,7 @@ class Observations(NamedTuple):
     missed: list[np.ndarray]
     """Contributions of the pictures that did not join, in the same form."""
     steps: list[np.ndarray]
-    """Release of each job in grid steps, if the optimizer keeps them whole."""
+    """Release of each job in grid steps, if the optimizer preserves whole steps."""
 
 
 def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observations:
@@ -123,7 +123,7 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
         dither = step * (generator.random(released.size) - 0.5)  # whole steps aren't normally distributed
         noise = (released - bound * joined + dither) / stddev
         unseen = np.isnan(released)
-        noise[unseen] = generator.standard_normal(int(unseen.sum()))  # so that the others keep their positions
+        noise[unseen] = generator.standard_normal(int(unseen.sum()))  # so that all other values keep their positions
         observed.noise.append(noise)
         observed.joined.append(bound * joined / stddev)
         observed.missed.append(bound * missed / stddev)
@@ -184,8 +184,8 @@ def _job(situation: Situation, index: int, source: NoiseSource) -> TrainJob:
 def _positions(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a distinct (site, row, column) for each picture [pictures], in the columns that every rank has."""
     columns = min(situation.ranks, default=situation.side)
-    rest, sites = np.divmod(np.arange(situation.pictures), situation.sites)
-    row, column = np.divmod(rest, columns)
+    positions, sites = np.divmod(np.arange(situation.pictures), situation.sites)
+    row, column = np.divmod(positions, columns)
     return sites, row, column
 
 
@@ -224,10 +224,10 @@ def _release(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for number in range(situation.sites):
         before, after = start[site(number)], outcome.adapter[site(number)]
-        own = sites == number
+        at_site = sites == number
         joined, missed = np.zeros(before.b.shape), np.zeros(before.b.shape)
-        joined[row[own], column[own]] = weights @ member[:, own]
-        missed[row[own], column[own]] = weights @ ~member[:, own]
+        joined[row[at_site], column[at_site]] = weights @ member[:, at_site]
+        missed[row[at_site], column[at_site]] = weights @ ~member[:, at_site]
         if situation.trains == "both":
             a = np.where(before.a.numpy() == 0, (before.a - after.a).double().numpy() * scale, np.nan)
             parts.append((a, np.zeros_like(a), np.zeros_like(a)))

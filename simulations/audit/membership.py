@@ -1,7 +1,8 @@
 """Membership inference attacks on the shared adapter of finished runs, by an adversary who also has the base.
 
 Members are pictures on devices that participated. Non-members are pictures of the same writers that the run did not
-use: test pictures and the rest of the training pool, without the pictures that selected the best round. Pictures were
+use: test pictures and the unused part of the training pool, without the pictures that selected the best round. Pictures
+    were
 split by the writer's name only, independently of their content. Since letters are not split evenly, members are
 compared with non-members of the same letter (`privacy.audit.membership`).
 """
@@ -36,13 +37,13 @@ from training.membership_scores import MembershipScores
 from training.memory import budget, inference_share
 
 CONTROL = "loss, base alone"  # stored; don't change
-"""Attack without access to the run: its apparent success shows how pictures were selected."""
+"""Attack without access to the run. Its apparent success is due to the selection of pictures."""
 ATTACKS = {"loss": "loss", "pia": "PIA", "sima": "SimA"}
 RELATIVE = "{} against the base"  # stored; don't change
 
 
 class Candidate(NamedTuple):
-    """A picture that may have been trained on."""
+    """Picture that may have been trained on."""
 
     writer: str
     letter: str  # shown letter; empty for users' own pictures
@@ -52,7 +53,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run to attack."""
+    """Finished run to attack."""
 
     folder: Path
     config: SimulationConfig
@@ -66,7 +67,7 @@ class FinishedRun:
 
     @property
     def group_key(self) -> str:
-        """The configuration without the seed: runs that differ only in their seed form one group."""
+        """Return the configuration without the seed: runs that differ only in their seed form one group."""
         return json.dumps({**asdict(self.config), "seed": None, "resume": None}, sort_keys=True)
 
 
@@ -104,14 +105,14 @@ def candidates(data: DataConfig, participated: Set[str]) -> list[Candidate]:
         data: data of the run.
         participated: names of the devices that trained in any round.
     """
-    own = own_pictures(data)
+    folders = own_pictures(data)
     all_candidates = [
         Candidate(name, "", picture, member and name in participated)
-        for name, pictures in own
+        for name, pictures in folders
         for member, split in ((True, pictures.train), (False, pictures.test))
         for picture in split
     ]
-    people = writers(replace(data, validation=10, test=32))[: max(0, data.writers - len(own))]
+    people = writers(replace(data, validation=10, test=32))[: max(0, data.writers - len(folders))]
     trained: dict[str, set[str]] = {person.name: set() for person in people}
     for device, writer, copy in assign_writers(people, data.devices or len(people)):
         if device in participated:
@@ -163,7 +164,7 @@ def _score_run(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candida
         raise AntherError(f"{run.folder}: was trained on another base ({run.base[:12]}): restore it")
     state = checkpoint.load(run.folder / "checkpoints", sites=frozen.sites)
     if state is None:
-        raise AntherError(f"{run.folder}: its checkpoints are gone, and with them the adapter to attack")
+        raise AntherError(f"{run.folder}: its checkpoints, with the adapter to attack, are missing: restore them")
     people = candidates(settings.data, {name for name, metrics in state.devices.items() if metrics.steps})
     if len({candidate.member for candidate in people}) < 2:
         raise AntherError(f"{run.folder}: has no picture that it trained on, or none that it didn't")

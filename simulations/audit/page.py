@@ -32,7 +32,7 @@ def write(results: AuditResults, config: AuditConfig, folder: Path, command: str
     Args:
         results: results of the audit.
         config: its configuration.
-        folder: where to write.
+        folder: output folder.
         command: command that repeats the audit.
 
     Returns:
@@ -140,17 +140,17 @@ def score_histograms(trial: AttackTrial) -> Markup:
     """Plot the scores of members and of non-members that show the same letters."""
     weights = matched_weights(np.ones(len(trial.scores)), trial.members, trial.letters)
     inside = trial.members & (weights > 0)
-    others = ~trial.members
-    return plots.histograms(trial.scores[inside], trial.scores[others], weights[others], x_label="score")
+    outside = ~trial.members
+    return plots.histograms(trial.scores[inside], trial.scores[outside], weights[outside], x_label="score")
 
 
 def thin(roc: RocCurve) -> RocCurve:
-    """Reduce a curve to the points that a plot can show, with all of the steep ones at its start."""
+    """Reduce a curve to the points that a plot can show, including all points of its steep start."""
     count = len(roc.fpr)
     if count <= _MAX_POINTS:
         return roc
-    steep, rest = np.arange(_MAX_POINTS // 4), np.linspace(0, count - 1, _MAX_POINTS).astype(int)
-    points = np.unique(np.concatenate([steep, rest]))
+    steep, spaced = np.arange(_MAX_POINTS // 4), np.linspace(0, count - 1, _MAX_POINTS).astype(int)
+    points = np.unique(np.concatenate([steep, spaced]))
     return RocCurve(roc.fpr[points], roc.tpr[points])
 
 

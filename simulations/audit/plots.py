@@ -69,8 +69,8 @@ def histograms(inside: np.ndarray, outside: np.ndarray, weights: np.ndarray, *, 
         weights: weight of each non-member.
         x_label: label of the axis of scores.
     """
-    both = np.concatenate([inside, outside])
-    low, high = (float(end) for end in np.quantile(both, [0.01, 0.99]))
+    scores = np.concatenate([inside, outside])
+    low, high = (float(end) for end in np.quantile(scores, [0.01, 0.99]))
     edges = np.linspace(low, high if high > low else low + 1, 31)
     shares = [np.histogram(inside, edges)[0] / len(inside)]
     shares.append(np.histogram(outside, edges, weights=weights)[0] / max(weights.sum(), 1e-12))

@@ -3,7 +3,7 @@
 Without `runs` the mechanisms are tested: canaries in the training loop and canary clients in the rounds of
 `privacy=device`, for several claims of ε, and once without noise, which the audit must detect. All inputs are known, so
 the noise is also separated from the releases and tested against its claimed distribution. With `runs` the shared
-adapters of finished runs are attacked: who was trained on? The exit code is 1 if a claim is refuted, a test of the
+adapters of finished runs are attacked by membership inference. The exit code is 1 if a claim is refuted, a test of the
 noise fails, or missing noise is not detected.
 """
 
@@ -38,7 +38,7 @@ IMAGE, DEVICE = "image", "device"  # stored; don't change
 
 
 class AuditCase(NamedTuple):
-    """One claim to audit."""
+    """Claim to audit."""
 
     seed: int
     epsilon: float
@@ -63,7 +63,7 @@ def main(config: AuditConfig) -> None:
 
 
 def audit(config: AuditConfig, say: Callable[[str], object]) -> AuditResults:
-    """Run everything that the configuration asks for; `say` prints each result as it is ready."""
+    """Run all audits of the configuration; `say` prints each result as soon as it is available."""
     from simulations.audit.verdicts import AuditResults, NoiseTestResult, claim_line, group_lines, noise_test_lines
 
     results = AuditResults()
@@ -127,7 +127,7 @@ def audit_training_loop(config: AuditConfig) -> Iterator[ClaimResult | NoiseTest
 def audit_experiment(
     experiment: Experiment, sources: Sources, case: AuditCase, config: AuditConfig
 ) -> Iterator[ClaimResult | NoiseTestResult]:
-    """Train on canaries and audit the claim from the releases; then test the noise, if there should be any.
+    """Train on canaries and audit the claim from the releases; then test the noise, unless the case has none.
 
     Args:
         experiment: the canaries and the claim.
@@ -258,14 +258,17 @@ def false_alarm_share(config: AuditConfig) -> float:
 
     claims = 2 * len(config.canaries.epsilons) * bool(config.canaries.count)
     claims += 2 * len(config.clients.epsilons) * bool(config.clients.count)
-    others = (
+    noise_situations = (
         len(known_inputs.situations(4)) + 1 + len(canary_clients.cohorts(4, 0)) if config.noise_tests.max_length else 0
     )
-    return config.false_alarm_rate / (claims + others)
+    return config.false_alarm_rate / (claims + noise_situations)
 
 
 def cases(epsilons: Sequence[float], seed: int) -> list[AuditCase]:
-    """List all claims, and the smallest one again without noise: if that is missed, the other results mean nothing."""
+    """List all claims, and the smallest one again without noise.
+
+    If the audit misses the missing noise, its other results have no meaning.
+    """
     honest_cases = [(epsilon, True) for epsilon in sorted(epsilons)]
     all_cases = [*honest_cases, (min(epsilons), False)]
     return [AuditCase(seed + index, epsilon, honest) for index, (epsilon, honest) in enumerate(all_cases)]

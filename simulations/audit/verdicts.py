@@ -29,7 +29,7 @@ class ClaimResult:
     honest: bool
     """Whether the claim should hold; without noise it must not."""
     estimate: float | None = None
-    """ε as estimated by canary clients."""
+    """Estimate of ε from canary clients."""
 
     @property
     def sound(self) -> bool:
@@ -39,7 +39,7 @@ class ClaimResult:
 
 @dataclass(frozen=True)
 class NoiseTestResult:
-    """Test results of noise in one situation where all other inputs are known."""
+    """Test results of noise in one situation with known inputs."""
 
     name: str
     level: str
@@ -82,7 +82,7 @@ class NoiseTestResult:
 
     @property
     def least(self) -> Check:
-        """The test of smallest p-value."""
+        """Test with the minimum p-value."""
         return min(self.checks, key=lambda check: check.p_value)
 
     @property
@@ -110,7 +110,7 @@ class AuditResults:
 
     @property
     def shortfalls(self) -> dict[str, float]:
-        """Smallest shortfall of noise by level that some situation detects with probability `POWER`."""
+        """Minimum shortfall of noise, by level, that any situation detects with probability `POWER`."""
         levels = dict.fromkeys(test.level for test in self.noise_tests if test.numbers)
         return {level: min(test.shortfall for test in self.noise_tests if test.level == level) for level in levels}
 

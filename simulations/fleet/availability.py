@@ -1,4 +1,4 @@
-"""When a device is plugged in and when its owner doesn't use it: daily hours or recorded times."""
+"""Times at which a device is plugged in and unused by its owner: daily hours or recorded times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Availability(Protocol):
         ...
 
     def next_change(self, time: float) -> float:
-        """Return a later time until which neither changes."""
+        """Return a later time until which neither `plugged` nor `idle` changes."""
         ...
 
 
@@ -38,9 +38,9 @@ class DailySchedule:
     Args:
         plugged: start and end hours on the owner's clock, in pairs; a span whose end is not after its start ends on the
             next day.
-        idle: the same for when the owner doesn't use the device.
+        idle: hours in which the owner doesn't use the device, in the same form.
         phase: seconds by which the owner's clock is behind the fleet's.
-        jitter: largest deviation of each start and end in seconds, drawn anew every day.
+        jitter: maximum deviation of each start and end in seconds, drawn again every day.
         seed: seed of the jitter.
     """
 
@@ -74,7 +74,7 @@ class DailySchedule:
 
     def _day(self, day: int) -> dict[str, list[tuple[float, float]]]:
         if day not in self._days:
-            self._days = {other: spans for other, spans in self._days.items() if abs(day - other) < _CACHED_DAYS}
+            self._days = {cached: spans for cached, spans in self._days.items() if abs(day - cached) < _CACHED_DAYS}
             self._days[day] = {
                 name: [self._span(day, name, *pair) for pair in self._pairs[name]] for name in self._pairs
             }
@@ -111,7 +111,7 @@ class RecordedSchedule:
         return min(edge for span in self._around(time) for edge in span if edge > time)
 
     def _around(self, time: float) -> list[tuple[float, float]]:
-        """Return the recorded spans in this repetition and the two next to it; each repetition is of whole days."""
+        """Return the recorded spans of this repetition and the two next to it; a repetition takes whole days."""
         period = math.ceil(self._spans[-1][1] / DAY) * DAY
         repetition = math.floor(time / period)
         return [
@@ -132,7 +132,7 @@ def load_traces(path: Path) -> dict[str, RecordedSchedule]:
     The file is CSV with the columns device, on and off, or JSON {device: [[on, off], …]}.
 
     Raises:
-        AntherError: the file has another format, with the name of the file and the device.
+        AntherError: the file has another format; the message names the file and the device.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -86,7 +86,7 @@ def build_costs(config: SimulationConfig, base: Base) -> Costs:
 def _predict_footprint(
     base: str, sites: str, weights: str, checkpointing: str, resolution: int, rank: int
 ) -> Footprint:
-    """Predict the footprint of a pass; takes a second or two."""
-    known = find_base(base)
-    denoiser = meta_denoiser(known, sites=sites, weights=weights, checkpointing=checkpointing)
-    return footprint(denoiser, *example_shapes(known, resolution), rank=rank)
+    """Predict the footprint of a pass, in a second or two."""
+    spec = find_base(base)
+    denoiser = meta_denoiser(spec, sites=sites, weights=weights, checkpointing=checkpointing)
+    return footprint(denoiser, *example_shapes(spec, resolution), rank=rank)

@@ -25,14 +25,14 @@ _MIN_STEP = 1e-6  # seconds: rounding must not stop time
 
 @dataclass(frozen=True, kw_only=True)
 class PowerModel:
-    """Power and heat parameters of one kind of device; seconds for its times."""
+    """Power and heat parameters of one kind of device; times are in seconds."""
 
     watts_idle: float
     watts_busy: float
     capacity: float | None = None
-    """Watt-hours; None: no battery, so the device is on only while it is plugged in."""
+    """Charge of a full battery in watt-hours; None: no battery, so the device is on only while it is plugged in."""
     charger: float = 0.0
-    """Watts."""
+    """Power of the charger in watts."""
     throttle_after: float | None = None
     cooldown: float = 600.0
     throttled_speed: float = 1.0
@@ -57,19 +57,19 @@ class DeviceState(NamedTuple):
     time: float
     """Time on the fleet's clock, in seconds."""
     charge: float = 0.0
-    """Watt-hours."""
+    """Battery charge in watt-hours."""
     heat: Heat = Heat()
     off: bool = False
 
 
 class AdvanceResult(NamedTuple):
-    """State after some time, and the energy and work in between."""
+    """State after some time, and the energy and work of that time."""
 
     state: DeviceState
     joules: float
     """Energy that the device drew."""
     remaining_work: float
-    """Seconds of work at full speed that are not done."""
+    """Remaining seconds of work at full speed."""
     abort_reason: str = ""
     """FLAT or LEFT; empty if the work was not aborted."""
     drained: float = 0.0
@@ -86,17 +86,17 @@ def advance(
     interruptible: bool = False,
     on_task: bool = False,
 ) -> AdvanceResult:
-    """Advance a device until a time, or until its work is done or aborted.
+    """Advance a device until a time, or until its work is completed or aborted.
 
     A throttled device works slower, and its power above idle falls in proportion.
 
     Args:
         power_model: power and heat parameters.
-        availability: when the device is plugged in and unused.
+        availability: times at which the device is plugged in and unused.
         state: state at the start.
         until: end on the fleet's clock, in seconds.
         work: seconds of work at full speed; None: the device is idle.
-        interruptible: abort if the device is unplugged or used and was not at the start.
+        interruptible: abort if the device is unplugged or used, unless it was so at the start.
         on_task: abort on an empty battery even without work, e.g. during a transfer.
     """
     joules, drained, remaining_work = 0.0, 0.0, work or 0.0
@@ -128,7 +128,8 @@ def advance(
         joules += drawn * seconds
         if power_model.capacity is not None:
             drained += max(0.0, -watts) * seconds
-        remaining_work = 0.0 if (done := speed * seconds) >= remaining_work - _MIN_STEP / 2 else remaining_work - done
+        worked = speed * seconds
+        remaining_work = 0.0 if worked >= remaining_work - _MIN_STEP / 2 else remaining_work - worked
         state = DeviceState(
             time=time + seconds,
             charge=0.0

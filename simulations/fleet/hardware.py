@@ -28,7 +28,7 @@ class Hardware:
     """Rate at full speed for the plan of an unconstrained device."""
     watts: float
     device: DeviceProfileConfig | None = None
-    """None: only the fields above are known."""
+    """Description of the hardware; None: only the fields above are known."""
     stated_rank: int | None = None
     """Rank of the plan for which the profile states its rate; None: the rate is predicted."""
 
@@ -64,7 +64,7 @@ def build_hardware(fleet: FleetConfig, costs: Costs, rank: int, base: Base | Non
         fleet: configuration of the fleet.
         costs: predicted costs of the run's base.
         rank: rank in the plan of an unconstrained device.
-        base: base of the run; None: the one that every stated rate was measured on.
+        base: base of the run; None: the base on which every stated rate was measured.
 
     Raises:
         AntherError: a profile names an unknown device.

@@ -12,7 +12,7 @@ class Heat(NamedTuple):
     level: float = 0.0
     """0: cool; 1: hottest."""
     hot: bool = False
-    """Whether the device is throttled: from when its level reached 1 until the level is 0 again."""
+    """Whether the device is throttled: from the time at which its level reaches 1 until the level is 0 again."""
 
 
 def heat_after(heat: Heat, seconds: float, *, working: bool, throttle_after: float | None, cooldown: float) -> Heat:

@@ -1,4 +1,4 @@
-"""Outcomes of the work of a simulated fleet: the server only sees missing replies, this log holds their causes."""
+"""Outcomes of the work of a simulated fleet, with the causes of missing replies, which the server doesn't know."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FleetRound:
     drained: float = 0.0
     """Energy in joules that working devices drew from their batteries."""
     lost: dict[str, int] = field(default_factory=dict)
-    """Number of devices that were asked and never replied, by cause."""
+    """Number of devices that were asked and did not reply, by cause."""
 
 
 class FleetLog:
@@ -52,7 +52,7 @@ class FleetLog:
 
 
 def gini(counts: list[int]) -> float:
-    """Return the Gini coefficient of participation counts: 0 if all are equal, near 1 if one device does everything.
+    """Return the Gini coefficient of participation counts: 0 if all are equal, near 1 if a single device participated.
 
     Half the mean absolute difference of two counts over their mean (Gini, 1912), including devices that never
     participated. 0 if no device participated.

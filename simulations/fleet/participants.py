@@ -52,7 +52,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """One person of the simulated fleet, with a device."""
+    """Person of the simulated fleet, with a device."""
 
     name: str
     kind: str  # hand | individual | own
@@ -80,9 +80,9 @@ def participants(
 
     Args:
         config: configuration of the run.
-        base: base that every device holds.
+        base: base on every device.
         storage: device name -> storage of that device.
-        own: result of `own_pictures`, if it was called already.
+        own: result of `own_pictures`; None: call it.
 
     Raises:
         AntherError: two devices have the same name, or as for `own_pictures` and `writers`.
@@ -123,7 +123,7 @@ def select_evaluated(people: Sequence[Participant], devices: int | None) -> list
 
     Args:
         people: all participants.
-        devices: how many to select; None: one of each writer.
+        devices: number to select; None: one of each writer.
     """
     if devices is None:
         return [person for person in people if not person.copy]
@@ -139,7 +139,7 @@ def writers(data: DataConfig) -> list[Writer]:
     if len(families) < data.writers:
         raise AntherError(
             f"data.writers={data.writers}: there are only {len(families)} {data.role} writers; "
-            "for more devices than that, set data.devices"
+            "for more devices than writers, set data.devices"
         )
     all_writers = []
     for index, family in enumerate(families):

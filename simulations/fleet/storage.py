@@ -23,7 +23,7 @@ from privacy.storage import Journal, Storage
 FILE = "fleet.sqlite"
 
 _PAGE = 65536  # bytes, the maximum: adapters are hundreds of KB, and each of their pages has the same overhead
-_CACHE = 8192  # KiB of pages held in memory, however large the file
+_CACHE = 8192  # KiB of pages in memory, for a file of any size
 _LOCK_TIMEOUT = 60.0  # seconds to wait for another process to commit
 
 _SCHEMA = f"""
@@ -50,7 +50,7 @@ class Database:
     """SQLite file with the storage of a run's devices; created at the first read or write.
 
     Raises:
-        AntherError: on any use: the file is damaged, the disk is full, or another process holds its lock.
+        AntherError: on any use, if the file is damaged, the disk is full, or another process has locked it.
     """
 
     def __init__(self, file: Path) -> None:
@@ -67,10 +67,11 @@ class Database:
 
     @contextmanager
     def group_commit(self) -> Iterator[Callable[[], None]]:
-        """Yield a function that makes writes durable; within this context nothing else does. Leaving it calls it too.
+        """Yield a function that makes writes durable; within this context, writes aren't durable before it is called.
 
-        Leaving by an exception undoes uncommitted writes, so nothing may rely on them before the commit. A failed write
-        undoes all writes since the last commit; after it every commit fails too.
+        It is also called when the context ends. An exception in the context undoes uncommitted writes, so nothing may
+        rely on them before the commit. A failed write undoes all writes since the last commit, and every later commit
+        fails too.
         """
         if self._grouping:
             raise RuntimeError("this database is in a group commit already")
@@ -156,7 +157,7 @@ class Database:
 
 
 class _DeviceStorage:
-    """Storage of one device: its rows of the tables."""
+    """Storage of one device, in its rows of the tables."""
 
     __slots__ = ("_database", "_device")
 
@@ -190,7 +191,10 @@ class _DeviceStorage:
 
 
 class _TableJournal:
-    """A journal. An unreadable one fails when it is opened, not at its first line. The head is in another table."""
+    """Journal in a table; its head is in another table.
+
+    An unreadable journal fails when it is opened, not at its first line.
+    """
 
     def __init__(self, connection: sqlite3.Connection, device: str, name: str, head_location: str) -> None:
         self._connection, self._key, self.head_location = connection, (device, name), head_location

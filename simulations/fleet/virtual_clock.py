@@ -1,4 +1,4 @@
-"""Virtual clock of a simulated fleet: time passes only while the server waits, from event to event."""
+"""Virtual clock of a simulated fleet, which advances from event to event while the server waits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from itertools import count
 
 MAX_WAIT = 600.0
-"""Longest wait in simulated seconds. A waiting server then checks again, since a device may have been plugged in."""
+"""Maximum wait in simulated seconds. A waiting server then checks again, since a device may have been plugged in."""
 
 
 class VirtualClock:
-    """A `strategies.clock.Clock` with an event queue; events of equal time run in the order in which they were added.
+    """`strategies.clock.Clock` with an event queue; events of equal time run in the order in which they were added.
 
     Time is in seconds since the midnight at which the simulation started.
     """

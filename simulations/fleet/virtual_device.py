@@ -46,13 +46,13 @@ class VirtualDevice:
     power_model: PowerModel
     availability: Availability
     state: DeviceState
-    """State when it was last idle."""
+    """Last state at which the device was idle."""
     task: Task | None = None
     waiting: deque[str] = field(default_factory=deque)
-    """Ids of the messages that it will answer after the current task."""
+    """Ids of the messages that the device will answer after the current task."""
 
     def state_at(self, time: float) -> DeviceState:
-        """Return the state at a time that is not before the last one asked for, idle or during a task."""
+        """Return the state at a time, idle or during a task; the times of successive calls must not decrease."""
         if self.task is None or not self.task.phases:
             self.state = advance(self.power_model, self.availability, self.state, until=time).state
             return self.state

@@ -40,7 +40,7 @@ class _SavedFleet:  # stored: the field names are the format
 
 
 class VirtualFleet:
-    """A fleet with its clock and log, saved to one file per round in a folder.
+    """Fleet with its clock and log, saved to one file per round in a folder.
 
     Tasks that were running when the process was killed are lost; the battery charge that they used is not restored.
     """
@@ -94,7 +94,7 @@ def build_virtual_fleet(config: SimulationConfig, people: Sequence[Participant],
     Args:
         config: configuration of the run; its seed determines schedules and initial charge.
         people: the participants.
-        folder: where the state is saved.
+        folder: folder of the saved states.
 
     Raises:
         AntherError: `fleet.trace` can't be read.

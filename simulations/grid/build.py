@@ -1,4 +1,4 @@
-"""Grid of a run's devices, as its configuration says."""
+"""Create the grid of a run's devices from its configuration."""
 
 from __future__ import annotations
 

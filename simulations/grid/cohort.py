@@ -26,18 +26,18 @@ Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 GroupCommit = Callable[[], AbstractContextManager[Callable[[], None]]]
 
 MAX_BATCH = 512
-"""Requests that are handled together. Memory holds the pictures, examples and replies of these devices only, and far
-fewer already fill a pass through the base."""
+"""Maximum number of requests that are handled together. Only the pictures, examples and replies of these devices are in
+memory at the same time, and far fewer devices already fill a pass through the base."""
 
 
 @contextmanager
 def commit_each_write() -> Iterator[Callable[[], None]]:
-    """Group commit for storage whose writes are durable when they return: there is nothing to commit."""
+    """Group commit without effect, for storage whose writes are durable when they return."""
     yield lambda: None
 
 
 def set_message_id(message: Message, message_id: str) -> Message:
-    """Set a message's id, as Flower's own grids do on push; there is no setter."""
+    """Set a message's id, as Flower's own grids do on push; messages have no setter for it."""
     message.metadata.__dict__["_message_id"] = message_id
     return message
 
@@ -69,7 +69,7 @@ class CohortGrid(InProcessGrid):
     Args:
         devices: the fleet.
         perform: runs jobs; `training.engine.perform` on some base.
-        batched: pass the jobs of many devices to `perform` at once; False: of one device at a time.
+        batched: pass the jobs of many devices to `perform` in one call; False: those of one device per call.
         group_commit: `simulations.fleet.storage.Database.group_commit` of the devices' shared storage. Ledger
             reservations are committed before the jobs are performed, sealed replies before a reply is returned.
     """
@@ -107,7 +107,7 @@ class CohortGrid(InProcessGrid):
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop the replies to these messages, which will not be pulled.
 
-        Part of `server.rounds.collect`'s protocol for grids that keep replies.
+        `server.rounds.collect` requires this method of grids that keep replies.
         """
         for message_id in message_ids:
             self._replies.pop(message_id, None)
@@ -135,7 +135,7 @@ class CohortGrid(InProcessGrid):
                 yield message.metadata.message_id, reply_message(outcomes.pop(index), message)
 
     def _converse(self, batch: Sequence[Message]) -> dict[int, Reply | Exception]:
-        """Return each device's reply or error by its index in the batch, once all that the devices wrote is durable."""
+        """Return each device's reply or error by its index in the batch, once all writes of the devices are durable."""
         with self._group_commit() as commit:
 
             def perform(jobs: list[Job]) -> Sequence[Result | Exception]:

@@ -1,4 +1,4 @@
-"""The same simulation on Flower's own runtime: Ray processes act as the devices, each with its own base.
+"""Simulation on Flower's own runtime: Ray processes act as the devices, each with its own base.
 
 One process per core, or per GPU. They rebuild the setup from the configuration and use the same storage, so that a run
 can be continued on any other grid.
@@ -60,15 +60,16 @@ def require() -> None:
 def ray_grid(config: SimulationConfig, folder: Path, *, devices: int, device: str, memory: int) -> Iterator[Grid]:
     """Yield Flower's grid of the simulated devices.
 
-    Flower runs a ServerApp in its own thread and the simulation in the caller's. Here it is the reverse: an interrupt
-    arrives in the main thread, which must end the rounds first and then the simulation.
+    Flower runs a ServerApp in its own thread and the simulation in the caller's. Here the
+    simulation runs in its own thread: an interrupt arrives in the main thread, which must end the rounds first and then
+    the simulation.
 
     Args:
         config: configuration of the run.
         folder: its output folder, with the storage of the devices.
         devices: number of devices.
         device: type of the torch device of the run's base.
-        memory: bytes that jobs may take: of each GPU's memory, or of the machine's in total.
+        memory: bytes that jobs may take, of each GPU's memory, or of the machine's memory in total.
 
     Raises:
         AntherError: Ray is not installed, or ended early.

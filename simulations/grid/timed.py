@@ -1,7 +1,7 @@
 """In-process grid on a virtual clock, where training takes simulated time, energy and memory.
 
-As with a real fleet, the server receives replies at the time at which they would arrive, or none. Why a reply is
-missing (out of memory, empty battery, the owner uses the device, dropout) is in the fleet's log only. Query,
+As with a real fleet, the server receives replies at the time at which they would arrive, or none. The cause of a
+missing reply (out of memory, empty battery, the owner uses the device, dropout) is in the fleet's log only. Query,
 evaluation and personalization are the simulation's own measurements: they are answered at once and cost nothing.
 """
 
@@ -39,12 +39,12 @@ class TimedGrid(CohortGrid):
 
     Args:
         devices: the fleet.
-        perform: as for `CohortGrid`.
+        perform: see `CohortGrid`.
         fleet: state of the devices.
         costs: memory and time of plans.
         seed: seed of dropouts.
-        batched: as for `CohortGrid`.
-        group_commit: as for `CohortGrid`.
+        batched: see `CohortGrid`.
+        group_commit: see `CohortGrid`.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class TimedGrid(CohortGrid):
         super().__init__(devices, perform, batched=batched, group_commit=group_commit)
         self._fleet, self._costs, self._seed = fleet, costs, seed
         self._asked: dict[str, Message] = {}  # Train messages without a reply, by message id
-        self._forgotten: set[str] = set()  # those whose reply will not be pulled
-        self._pending: dict[str, None] = {}  # ordered set of those that will complete and are not trained yet
+        self._forgotten: set[str] = set()  # ids of messages whose reply will not be pulled
+        self._pending: dict[str, None] = {}  # ordered set of ids of jobs that will complete, before training
         self._outcomes: dict[str, Reply | Exception] = {}  # trained, but not sent yet
 
     def get_node_ids(self) -> Iterable[int]:
@@ -91,7 +91,8 @@ class TimedGrid(CohortGrid):
         self._forgotten |= forgotten & self._asked.keys()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Yield replies as they arrive, until all have or `timeout` seconds of the fleet's clock have passed."""
+        """Yield replies as they arrive, until all have arrived or `timeout` seconds on the fleet's clock have
+        passed."""
         sent = list(messages)
         if not any(message.metadata.message_type == TRAIN for message in sent):
             return super().send_and_receive(sent)
@@ -148,10 +149,10 @@ class TimedGrid(CohortGrid):
             self._reply(device, replace(outcome, seconds=seconds, joules=device.task.joules))
         return False
 
-    def _train(self, due: str) -> None:
-        """Train the job that is due, together with a batch of other pending ones."""
-        del self._pending[due]
-        batch = [due, *islice(self._pending, self._max_batch - 1)]
+    def _train(self, due_id: str) -> None:
+        """Train the job that is due, together with a batch of other pending jobs."""
+        del self._pending[due_id]
+        batch = [due_id, *islice(self._pending, self._max_batch - 1)]
         outcomes = self._converse([self._asked[message_id] for message_id in batch])
         self._outcomes |= zip(batch, outcomes.values(), strict=True)
         for message_id in batch[1:]:
@@ -180,7 +181,7 @@ class TimedGrid(CohortGrid):
         return outcome is not None
 
     def _converse(self, batch: Sequence[Message]) -> dict[int, Reply | Exception]:
-        """As in `CohortGrid`; a device report states the device's current state."""
+        """Converse as in `CohortGrid`; device reports contain the device's current state."""
         now = self._fleet.clock.now()
         return {
             index: self._device_of(batch[index]).report(outcome, now) if isinstance(outcome, DeviceReport) else outcome

@@ -26,7 +26,7 @@ MIN_DEVICES, MIN_ROUNDS = 10, 4  # smaller runs are too small to compare arms
 
 
 class Display:
-    """Live output if the terminal can redraw a line, else a plain line for each phase and round.
+    """Display with live output if the terminal can redraw a line, else with a plain line for each phase and round.
 
     Use it as a context manager: `phase` and `advance` while working, `round` after each round, then `finish`, or
     `interrupted`. No result of a run depends on it.
@@ -45,8 +45,8 @@ class Display:
         Args:
             rounds: total number of rounds, including those before a resumption.
             rounds_after: work after the last round, in rounds.
-            console: where to print; None: the terminal.
-            clock: seconds that pass, for the elapsed time and the time left.
+            console: console to print to; None: the terminal.
+            clock: returns seconds, for the elapsed and the remaining time.
         """
         self._rounds, self._rounds_after = rounds, rounds_after
         self._console = console or Console(highlight=False)
@@ -83,11 +83,11 @@ class Display:
         self._print(Text(words))
 
     def advance(self, parts: int = 1) -> None:
-        """Count parts of the phase as done."""
+        """Count completed parts of the phase."""
         self._done += parts
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Print a completed round, also one from before a resumption.
+        """Print a completed round, including rounds before a resumption.
 
         Args:
             record: `round`; `base` and `shared` (validation losses), or `gain` and `gain_error` if measured with noise.
@@ -136,7 +136,7 @@ class Display:
         """Print how to continue an interrupted run.
 
         Args:
-            resume_command: command that continues it; None: the run had not started.
+            resume_command: command that continues the run; None: the run had not started.
         """
         self._stop_live()
         if resume_command is None:
@@ -177,8 +177,8 @@ class Display:
             line.append(f"  {data(record['bytes_up'])} up, {data(record['bytes_down'])} down", style="dim")
             for guarantee in record.get("guarantees", ()):
                 line.append(f"  {guarantee}", style="magenta")
-        if not self._live and (left := self._seconds_left()) is not None:
-            line.append(f"  about {duration(left)} left")
+        if not self._live and (remaining := self._seconds_left()) is not None:
+            line.append(f"  about {duration(remaining)} left")
         line.rstrip()
         if self._live:
             line.truncate(self._console.width, overflow="ellipsis")
@@ -194,8 +194,8 @@ class Display:
             status.append(f" {bar(self._done / self._total)} {self._done}/{self._total}", style="cyan")
         else:
             status.append(" …")
-        if self._phase == TRAINING and (left := self._seconds_left()) is not None:
-            status.append(f"  about {duration(left)} left", style="dim")
+        if self._phase == TRAINING and (remaining := self._seconds_left()) is not None:
+            status.append(f"  about {duration(remaining)} left", style="dim")
         return status
 
     def _elapsed(self) -> str:
@@ -212,7 +212,7 @@ class Display:
 
 
 def too_small(summary: Mapping[str, Any]) -> bool:
-    """Return whether a run is so small that the best arm is a matter of chance."""
+    """Return whether a run is so small that chance decides which arm is best."""
     return evaluated_devices(summary) < MIN_DEVICES or summary["rounds"] < MIN_ROUNDS
 
 
@@ -226,7 +226,7 @@ def compare(runs: Sequence[tuple[Sequence[str], Mapping[str, Any]]], console: Co
 
     Args:
         runs: overrides and summary of each run.
-        console: where to print; None: the terminal.
+        console: console to print to; None: the terminal.
     """
     common = set.intersection(*(set(overrides) for overrides, _ in runs))
     arms = [arm for arm in ARMS if any(arm in summary["loss"] for _, summary in runs)]

@@ -1,4 +1,4 @@
-"""Contents of a simulation's report page."""
+"""Build the contents of a simulation's report page."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def build_report(
 
 
 def rate_source(people: Sequence[Participant], base: Base) -> str:
-    """Say where the devices' seconds and joules come from."""
+    """Describe the source of the devices' seconds and joules."""
     sources = {
         False: "from the rates that their profiles state for this base",
         True: f"predicted from the operations of one training pass of this base at {base.resolution} pixels and the "
@@ -111,7 +111,7 @@ def gallery_row(
     """Build one row of the report's gallery.
 
     Args:
-        person: whose row it is.
+        person: person of the row.
         training: training pictures to show.
         shown_arms: held-out and generated pictures.
         thumbnail: converts pixels [H, W] or [H, W, 3] to a thumbnail.

@@ -107,19 +107,19 @@ def nan_to_none(value: Any) -> Any:
 def export_adapters(folder: Path, base: Base, people: Sequence[Participant], shared: Adapter) -> None:
     """Write the shared adapter, and each personal adapter in two files: with the shared adapter included, and without.
 
-    Each is written in every layout of `models.export.adapter_files`.
+    Each adapter is written in every layout of `models.export.adapter_files`.
 
     Args:
-        folder: where to write.
+        folder: output folder.
         base: base of the adapters.
-        people: whose personal adapters are written.
+        people: people whose personal adapters are written.
         shared: the shared adapter.
     """
     adapter_files.write(folder, "shared", shared, base, "shared")
     for person in people:
         if stored := person.device.store.personal(base.sites):
-            both = concatenate([stored.shared, stored.adapter])
-            adapter_files.write(folder / PERSONAL, f"{person.name}.with_shared", both, base, "shared+personal")
+            combined = concatenate([stored.shared, stored.adapter])
+            adapter_files.write(folder / PERSONAL, f"{person.name}.with_shared", combined, base, "shared+personal")
             adapter_files.write(folder / PERSONAL, f"{person.name}.without_shared", stored.adapter, base, "personal")
 
 
@@ -170,11 +170,12 @@ def summarize(
     """
 
     def mean(field: str) -> dict[str, float | None]:
-        known: dict[str, list[float]] = {}
+        values_by_arm: dict[str, list[float]] = {}
         for by_arm in scores.values():
             for arm, result in by_arm.items():
-                known.setdefault(arm, []).extend([] if getattr(result, field) is None else [getattr(result, field)])
-        return {arm: sum(values) / len(values) if values else None for arm, values in known.items()}
+                value = getattr(result, field)
+                values_by_arm.setdefault(arm, []).extend([] if value is None else [value])
+        return {arm: sum(values) / len(values) if values else None for arm, values in values_by_arm.items()}
 
     return {
         "strategy": config.aggregation.name,
@@ -193,7 +194,7 @@ def summarize(
 
 
 def fleet_summary(people: Sequence[Participant], state: RunState, fleet: Sequence[FleetRound]) -> dict[str, Any]:
-    """Summarize a timed fleet: simulated time, energy, lost devices, and how evenly devices participated.
+    """Summarize a timed fleet: simulated time, energy, lost devices, and evenness of participation.
 
     Args:
         people: all participants.

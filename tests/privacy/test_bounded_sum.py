@@ -20,7 +20,7 @@ CLIPS = st.floats(1e-6, 100.0)
 
 
 class _ConstantNoise:
-    """A noise source that always returns the same number."""
+    """Noise source that always returns the same number."""
 
     release = False
 

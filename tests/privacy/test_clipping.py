@@ -27,7 +27,7 @@ CUT = 1e-5  # relative loss of a norm by clipping, in addition to truncation
 
 @st.composite
 def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[list[float]], list[int]]:
-    """Gradients [N, D], counts [R], bounds [R, L] and segments [L], also empty owners and parts of width 0."""
+    """Draw gradients [N, D], counts [R], bounds [R, L] and segments [L], also empty owners and parts of width 0."""
     counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= least))
     segments = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     bounds = draw(
@@ -40,7 +40,7 @@ def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[li
 
 
 def clip(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]) -> tuple:
-    """`clip_and_sum` of a copy, since it overwrites its input."""
+    """Call `clip_and_sum` on a copy, since it overwrites its input."""
     limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
     return clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments)
 
@@ -52,7 +52,7 @@ def step_of(bounds: Sequence[float]) -> float:
 def clip_to_steps(
     rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]
 ) -> tuple:
-    """`clip_and_sum` with steps; the sums as int64."""
+    """Call `clip_and_sum` with steps, and return the sums as int64."""
     limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
     steps = torch.tensor([step_of(each) for each in bounds], dtype=torch.float64)
     values, dropped = clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments, steps)
@@ -67,7 +67,7 @@ def clip_row(row: Tensor, bounds: Sequence[float], segments: Sequence[int]) -> T
 
 
 def reference_clip(row: np.ndarray, bounds: Sequence[float], segments: Sequence[int]) -> np.ndarray:
-    """The definition of clipping, in float64."""
+    """Clip by definition, in float64."""
     if not np.isfinite(row).all():
         return np.zeros(len(row))
     parts = np.split(row.astype(np.float64), np.cumsum(segments)[:-1])
@@ -105,7 +105,7 @@ def private(batch: tuple) -> tuple:
 
 
 def exact_square(steps: Tensor, bounds: Sequence[float]) -> Fraction:
-    """‖steps‖² of a part in units of the value, exactly."""
+    """Compute ‖steps‖² of a part in units of the value, exactly."""
     return sum((Fraction(count) ** 2 for count in steps.tolist()), Fraction(0)) * Fraction(step_of(bounds)) ** 2
 
 

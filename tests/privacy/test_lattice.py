@@ -70,14 +70,14 @@ def assert_similar_counts(without: int, having: int, numbers: int) -> None:
 
 
 class _EmptyBatchNoise(SecureNoise):
-    """Secure noise with empty batches."""
+    """Secure noise source with empty batches."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return torch.empty(0, dtype=torch.long)
 
 
 def device_release(base: Base, folder: Path, count: int, noise: NoiseSource) -> Tensor:
-    """The server's view of one SGD step at B = 0: the noised sum [D], computed by the device's own code."""
+    """Return the server's view of one SGD step at B = 0: the noised sum [D], computed by the device's own code."""
     held_pictures = Pictures(tuple(random_picture(seed) for seed in range(count)), (), ())
     device = device_with_base(base, folder, "d", held_pictures, lambda _round, _purpose: noise)
     sent = {name: Factors(a, torch.zeros_like(b)) for name, (a, b) in adapter(base, 1).items()}
@@ -118,7 +118,7 @@ def test_device_release_is_consistent_with_any_pictures(base: Base, tmp_path: Pa
 
 
 def b_updates(count: int) -> list[Adapter]:
-    """Updates of several devices in which only B is trained."""
+    """Create updates of several devices in which only B is trained."""
     updates = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
@@ -171,7 +171,7 @@ def test_gain_noise_has_resolution_of_its_steps(sigma: float) -> None:
 
 
 class _BalancingNoise:
-    """Noise that brings the noised sum to a given total, as a release that many data sets could have led to."""
+    """Noise source that brings the noised sum to a fixed total, a possible release of many data sets."""
 
     release = False
 
@@ -209,7 +209,7 @@ def test_server_outputs_depend_on_noised_integers_only(tmp_path: Path) -> None:
 
 
 class _MatchingNoise:
-    """The batches of another run, with noise that brings each step's sum to the total of that run."""
+    """Noise source with the batches of another run, whose noise brings each step's sum to the total of that run."""
 
     release = False
 

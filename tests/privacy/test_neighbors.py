@@ -63,7 +63,7 @@ def clip_per_site(job: TrainJob, _device: Device) -> TrainJob:
 
 
 def mirrored_views(job: TrainJob, _device: Device) -> TrainJob:
-    """Each picture and its mirror image."""
+    """Return each picture and its mirror image."""
     latents, context = job.examples
     both = torch.stack([latents, latents.flip(-1)], dim=1).flatten(0, 1)
     return dataclasses.replace(job, examples=Examples(both, context.repeat_interleave(2, 0)), views=2)
@@ -172,7 +172,7 @@ def test_sensitivity_in_device_precision(base: Base, tmp_path: Path, name: str) 
 
 
 def relative_sensitivity(having: DeviceOutputs, without: DeviceOutputs, mode: TrainingMode) -> float:
-    """Largest distance of two sums, relative to the claimed bound."""
+    """Compute the maximum distance of two sums, relative to the claimed bound."""
     return float(distances(having, without).max()) / mode.clip
 
 

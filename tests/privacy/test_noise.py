@@ -25,7 +25,7 @@ COUNT = 200_001
 
 
 def autocorrelation(drawn: np.ndarray) -> np.ndarray:
-    """Autocorrelation at every lag from 1, in standard errors of white noise, without wrapping around."""
+    """Compute the autocorrelation at every lag from 1, in standard errors of white noise, without wrapping around."""
     spectrum = np.fft.rfft(drawn, 2 * len(drawn))
     sums = np.fft.irfft(np.abs(spectrum) ** 2)[1 : len(drawn)]
     return sums / (drawn.var() * np.sqrt(np.arange(len(drawn) - 1, 0, -1)))
@@ -112,7 +112,7 @@ def test_extreme_rates_and_sizes(source: NoiseSource) -> None:
 
 
 class _FakeUrandom:
-    """A replacement of os.urandom that returns given bytes first, then random ones, and counts the requested bytes."""
+    """Replacement of os.urandom that returns fixed bytes first, then random ones, and counts the requested bytes."""
 
     def __init__(self, first: bytes, seed: int = 0) -> None:
         self._first, self._rest, self.asked = first, np.random.default_rng(seed), 0
@@ -169,7 +169,7 @@ def test_further_bits_decide_open_cases(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_broken_generator_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise.os, "urandom", bytes)
-    with pytest.raises(ArithmeticError, match="generator broken"):
+    with pytest.raises(ArithmeticError, match="check the operating system's random generator"):
         SecureNoise().rounded_gaussian(2, 1.0)
 
 

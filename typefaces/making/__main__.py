@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
     [(key, pa.string()) for key in ("name", "role", "kind", "designer", "package", "licence", "design")]
     + [("order", pa.list_(pa.uint8())), ("glyphs", pa.list_(pa.binary()))]
 )
-VERSION, DATE = "1", "2026-11-23"  # changed by hand when table or rendering change
+VERSION, DATE = "1", "2026-11-23"  # change both when the table or the rendering changes
 
 
 def main() -> None:
@@ -56,12 +56,12 @@ def row(entry: table.CatalogEntry, images: NDArray[np.uint8]) -> dict[str, objec
 
 
 def write(rows: list[dict[str, object]], versions: dict[str, str], path: Path) -> None:
-    """Write rows in the table's order; metadata records their sources, and nothing that changes by itself.
+    """Write rows in the table's order; metadata records their sources, so that equal sources give equal files.
 
     Args:
         rows: one per family.
         versions: Debian version by package.
-        path: of the Parquet file.
+        path: path of the Parquet file.
     """
     metadata = {
         "anther.typefaces.version": VERSION,

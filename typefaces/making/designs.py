@@ -31,12 +31,12 @@ def glyph(ink: NDArray[np.uint8]) -> NDArray[np.float32]:
 def leaks(
     names: Sequence[str], roles: Sequence[str], designs: Sequence[str], images: Sequence[NDArray[np.uint8]]
 ) -> list[str]:
-    """Return pairs that look like one design although one is a writer and the other is public or another writer.
+    """Return pairs of similar families of which one is a writer and the other is public or another writer.
 
     Args:
-        names: of families.
-        roles: of families.
-        designs: of families.
+        names: names of families.
+        roles: role of each family.
+        designs: design of each family.
         images: uint8 [62, 64, 64] per family.
     """
     vectors = np.stack([features(family) for family in images])

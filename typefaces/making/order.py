@@ -1,4 +1,4 @@
-"""The order of a writer's glyphs, which determines its split into training pool, validation and test."""
+"""Order of a writer's glyphs, which determines its split into training pool, validation and test."""
 
 from __future__ import annotations
 

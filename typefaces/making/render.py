@@ -15,7 +15,7 @@ SIDE = 64  # pixels
 MARGIN = 3  # pixels without ink on every side
 OVERSAMPLING = 8  # drawn at 8 × 64 pixels, then averaged over 8 × 8 boxes
 EM = 400.0  # pixels per em when a family is measured
-FLOURISH = 1.2  # a glyph that extends beyond this × ordinary ones is shrunk instead of its family
+FLOURISH = 1.2  # a glyph that is larger than ordinary ones by this factor is shrunk, instead of its whole family
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom of the ink; the baseline is at 0, down is positive
 
@@ -25,7 +25,7 @@ def font(path: Path, index: int, size: float) -> ImageFont.FreeTypeFont:
 
     Args:
         path: font file.
-        index: of the face in a collection.
+        index: index of the face in a collection.
         size: pixels per em.
     """
     return ImageFont.truetype(str(path), size, index=index, layout_engine=ImageFont.Layout.BASIC)
@@ -36,8 +36,8 @@ def family(path: Path, index: int, characters: str) -> NDArray[np.uint8]:
 
     Args:
         path: font file.
-        index: of the face in a collection.
-        characters: to render.
+        index: index of the face in a collection.
+        characters: characters to render.
 
     Returns:
         uint8 [len(characters), 64, 64], 0 = ink and 255 = paper, in 16 gray levels.
@@ -64,7 +64,8 @@ def fit(boxes: Mapping[str, Box]) -> tuple[float, float]:
 
 
 def reach(extents: Mapping[str, float], ordinary: str) -> float:
-    """Return the largest extent, limited relative to ordinary glyphs: one flourish must not shrink a family."""
+    """Return the largest extent, limited relative to ordinary glyphs, so that one large glyph doesn't shrink a
+    family."""
     return min(max(extents.values()), FLOURISH * float(np.median([extents[glyph] for glyph in ordinary])))
 
 
@@ -74,7 +75,7 @@ def overflow(box: Box, scale: float, baseline: float) -> float:
     Args:
         box: ink in measured pixels.
         scale: image pixels per measured pixel.
-        baseline: row of the image.
+        baseline: row of the baseline in the image.
     """
     left, top, right, bottom = (scale * side for side in box)
     return min(
@@ -89,8 +90,8 @@ def picture(drawn: ImageFont.FreeTypeFont, character: str, baseline: float) -> N
 
     Args:
         drawn: font at eight times the final size.
-        character: to render.
-        baseline: row of the image.
+        character: character to render.
+        baseline: row of the baseline in the image.
     """
     canvas = Image.new("L", (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING), 255)
     left, _, right, _ = drawn.getbbox(character, anchor="ls")

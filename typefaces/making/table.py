@@ -19,7 +19,7 @@ DESIGNER_SHARE = 1 / 5  # largest fraction of writers by one designer
 
 
 class CatalogEntry(NamedTuple):
-    """One line of the table."""
+    """Row of the table."""
 
     name: str
     role: str

@@ -1,4 +1,4 @@
-"""The modules of the glyph base, in the layout of a Stable Diffusion pipeline.
+"""Modules of the glyph base, in the layout of a Stable Diffusion pipeline.
 
 A glyph is [1, 64, 64] in [-1, 1] (ink -1, paper +1); its latent is [4, 16, 16]; a caption is 16 tokens. Most of the
 UNet's weights, and all attention, are at 8×8 and 4×4, where the cost per weight is a quarter and a sixteenth of that at

@@ -18,9 +18,9 @@ def held_out(design: str, *, share: float, seed: int) -> bool:
     """Return whether a design is held out; decided by a hash, so that all families of a design agree.
 
     Args:
-        design: id.
+        design: id of the design.
         share: fraction of designs that is held out.
-        seed: of the hash.
+        seed: seed of the hash.
     """
     digest = hashlib.sha256(f"{seed}:{design}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
@@ -30,14 +30,14 @@ def split_held_out(families: Sequence[Typeface], *, share: float, seed: int) -> 
     """Split families by design: (training families, held-out families).
 
     Args:
-        families: to split.
+        families: families to split.
         share: fraction of designs that is held out.
-        seed: of the choice.
+        seed: seed of the choice.
     """
-    held = [held_out(family.design, share=share, seed=seed) for family in families]
+    is_held_out = [held_out(family.design, share=share, seed=seed) for family in families]
     return (
-        [family for family, out in zip(families, held, strict=True) if not out],
-        [family for family, out in zip(families, held, strict=True) if out],
+        [family for family, out in zip(families, is_held_out, strict=True) if not out],
+        [family for family, out in zip(families, is_held_out, strict=True) if out],
     )
 
 
@@ -87,8 +87,8 @@ def warp(images: Tensor, reach: float, generator: Generator) -> Tensor:
 
     Args:
         images: [B, 1, H, W] in [-1, 1], paper +1.
-        reach: largest displacement in half widths of the image.
-        generator: of the field.
+        reach: maximum displacement in half widths of the image.
+        generator: generator of the field.
     """
     coarse = (torch.rand(len(images), 2, 4, 4, generator=generator, device=images.device) * 2 - 1) * reach
     field = F.interpolate(coarse, size=images.shape[-2:], mode="bicubic", align_corners=True)

@@ -1,4 +1,4 @@
-"""The denoising objective: v-prediction (Salimans & Ho, 2022), optionally weighted by min-SNR (Hang et al., 2023)."""
+"""Denoising objective: v-prediction (Salimans & Ho, 2022), optionally weighted by min-SNR (Hang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def diffuse(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         x: latents [B, 4, H, W].
-        noise: ε, as x.
+        noise: ε, with the shape of x.
         alpha_bar: ᾱ [B].
 
     Returns:
-        z and v, as x.
+        z and v, with the shape of x.
     """
     signal = alpha_bar.sqrt()[:, None, None, None]
     sigma = (1 - alpha_bar).sqrt()[:, None, None, None]
@@ -42,7 +42,7 @@ def stratified_timesteps(count: int, total: int, generator: Generator) -> Tensor
     Args:
         count: number of timesteps.
         total: length of the schedule.
-        generator: of order and timesteps.
+        generator: generator of the order and the timesteps.
 
     Returns:
         int64 [count].
@@ -70,9 +70,9 @@ def denoising_loss(
         latents: [B, 4, H, W].
         context: [B, L, D].
         alphas: ᾱ [T].
-        generator: of noise and timesteps.
-        gamma: of min-SNR weighting; None: uniform weights.
-        timesteps: [B]; default: stratified random ones.
+        generator: generator of noise and timesteps.
+        gamma: γ of min-SNR weighting; None: uniform weights.
+        timesteps: timesteps [B]; default: stratified random ones.
     """
     if timesteps is None:
         timesteps = stratified_timesteps(len(latents), len(alphas), generator)
@@ -90,7 +90,7 @@ def drop_captions(classes: Tensor, *, empty: int, share: float, generator: Gener
         classes: [B].
         empty: class of the empty caption.
         share: probability of replacement.
-        generator: of the choice.
+        generator: generator of the choice.
     """
     dropped = torch.rand(classes.shape, generator=generator, device=classes.device) < share
     return classes.masked_fill(dropped, empty)

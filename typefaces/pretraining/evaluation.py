@@ -28,9 +28,9 @@ def sample(
     Args:
         pipe: the base.
         classes: glyphs to sample [N], indices into GLYPHS.
-        guidance: scale.
-        steps: of the sampler.
-        seed: of the noise.
+        guidance: guidance scale.
+        steps: number of sampling steps.
+        seed: seed of the noise.
 
     Returns:
         uint8 [N, 64, 64].
@@ -60,9 +60,9 @@ def legibility(
         pipe: the base.
         judge: reads the samples.
         count: number of samples, cycling through all glyphs.
-        guidance: scale.
-        steps: of the sampler.
-        seed: of the noise.
+        guidance: guidance scale.
+        steps: number of sampling steps.
+        seed: seed of the noise.
 
     Returns:
         The fraction, and the samples uint8 [count, 64, 64].
@@ -93,7 +93,7 @@ def fixed_loss(denoise: DenoiseFn, latents: Tensor, context: Tensor, *, alphas: 
         latents: [N, 4, 16, 16], scaled.
         context: [N, 16, D] of their captions.
         alphas: ᾱ [T].
-        seed: of the noise.
+        seed: seed of the noise.
     """
     losses = []
     for part in range(10):

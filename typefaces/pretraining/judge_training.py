@@ -20,7 +20,7 @@ SHARPNESS = 20.0  # inverse temperature of the family logits
 
 
 class JudgeTrainee(nn.Module):
-    """The judge with a head that only training uses: one unit direction per style."""
+    """Judge with an additional head for training, which has one unit direction per style."""
 
     def __init__(self, *, styles: int) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ def judge_loss(
         network: images [B, 1, 64, 64] -> (glyph logits, style logits).
         images: uint8 [families × 62, 1, 64, 64].
         table: augmentation of each style [families × styles, 6], a family's styles in consecutive rows.
-        batch: size.
+        batch: batch size.
         style: weight of the second term.
-        smoothing: of glyph labels.
-        generator: of batch and augmentation.
+        smoothing: label smoothing of glyphs.
+        generator: generator of batch and augmentation.
     """
     device = images.device
     families = len(images) // len(GLYPHS)
@@ -72,8 +72,8 @@ def style_table(families: int, styles: int, generator: Generator) -> Tensor:
 
     Args:
         families: number of families.
-        styles: per family.
-        generator: of the augmentations.
+        styles: number of styles per family.
+        generator: generator of the augmentations.
 
     Returns:
         [families × styles, 6].

@@ -1,4 +1,4 @@
-"""One resumable training loop for the three stages: autoencoder, denoiser, judge.
+"""Resumable training loop of the three stages: autoencoder, denoiser, judge.
 
 Step n draws all random numbers from a generator seeded by (seed, n), so that a resumed run continues exactly as if it
 had not been interrupted. A checkpoint is one safetensors file with JSON in its header, and replaces the previous one
@@ -29,12 +29,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def progress(stage: StageConfig, step: int, elapsed: float) -> float:
-    """Return the fraction of the stage that is done: of its steps or of its seconds, whichever is larger.
+    """Return the completed fraction of the stage: of its steps or of its seconds, whichever is larger.
 
     Args:
-        stage: configuration.
-        step: of the optimizer.
-        elapsed: seconds.
+        stage: configuration of the stage.
+        step: optimizer step.
+        elapsed: seconds since the start of the stage.
     """
     by_time = elapsed / stage.seconds if stage.seconds else 0.0
     return min(1.0, max(step / stage.steps, by_time))
@@ -44,9 +44,9 @@ def learning_rate(stage: StageConfig, step: int, done: float) -> float:
     """Return the learning rate: linear warm-up, then a cosine to zero (Loshchilov & Hutter, 2017).
 
     Args:
-        stage: configuration.
-        step: of the optimizer.
-        done: fraction of the stage that is done.
+        stage: configuration of the stage.
+        step: optimizer step.
+        done: completed fraction of the stage.
     """
     return stage.lr * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -73,11 +73,11 @@ def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, fol
     Args:
         model: module with gradients.
         loss: returns the loss of a batch drawn from a generator.
-        stage: configuration.
-        name: of the checkpoint file, and in messages.
-        seed: of all random numbers.
-        folder: of the checkpoint.
-        resume: continue from the checkpoint, if there is one.
+        stage: configuration of the stage.
+        name: name of the checkpoint file, and in messages.
+        seed: seed of all random numbers.
+        folder: folder of the checkpoint.
+        resume: continue from the checkpoint, if it exists.
 
     Returns:
         A copy with averaged weights, in eval mode.
@@ -123,10 +123,10 @@ def report(name: str, step: int, elapsed: float, loss: Tensor) -> None:
     """Print one line about a step; synchronizes with the device, and stops a run that has diverged.
 
     Args:
-        name: of the stage.
-        step: of the optimizer.
-        elapsed: seconds.
-        loss: scalar.
+        name: name of the stage.
+        step: optimizer step.
+        elapsed: seconds since the start of the stage.
+        loss: scalar loss.
 
     Raises:
         AntherError: the loss is not finite.
@@ -151,9 +151,9 @@ def save(
         file: safetensors.
         parameters: trained weights by name.
         average: averaged weights by name.
-        optimizer: its state is saved too.
-        step: of the optimizer.
-        elapsed: seconds.
+        optimizer: optimizer whose state is saved.
+        step: optimizer step.
+        elapsed: seconds since the start of the stage.
     """
     tensors = {f"model.{key}": value.detach() for key, value in parameters.items()}
     tensors |= {f"average.{key}": value for key, value in average.items()}
@@ -176,7 +176,7 @@ def restore(
         file: safetensors.
         parameters: trained weights by name.
         average: averaged weights by name.
-        optimizer: of the parameters.
+        optimizer: optimizer of the parameters.
 
     Returns:
         Step and elapsed seconds.

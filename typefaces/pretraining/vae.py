@@ -1,4 +1,4 @@
-"""The autoencoder's objective, and the scaling factor of its latents."""
+"""Objective of the autoencoder, and the scaling factor of its latents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reparameterize(moments: Tensor, generator: Generator) -> tuple[Tensor, Tenso
 
 
 def reconstruction_loss(restored: Tensor, images: Tensor) -> Tensor:
-    """L1 + L2: the first keeps edges sharp, the second penalizes missing strokes."""
+    """Compute L1 + L2: the first keeps edges sharp, the second penalizes missing strokes."""
     error = restored.float() - images
     return error.abs().mean() + error.square().mean()
 

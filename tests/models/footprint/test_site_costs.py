@@ -67,7 +67,7 @@ def test_later_sites_cost_less() -> None:
 def test_invalid_sites_are_refused() -> None:
     result = costs("pixart")
     for selected in ([], ["nowhere"], [result.sites[0].name, "nowhere"]):
-        with pytest.raises(ValueError, match="none given, or some"):
+        with pytest.raises(ValueError, match="empty, or with a site"):
             result.bytes(selected)
-        with pytest.raises(ValueError, match="none given, or some"):
+        with pytest.raises(ValueError, match="empty, or with a site"):
             result.work(selected)

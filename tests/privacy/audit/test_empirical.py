@@ -20,7 +20,7 @@ DELTA = 1e-5
 
 
 def simulate_release(sigma: float, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Projections of one Gaussian release on m orthogonal canaries, each included with probability 1/2."""
+    """Return projections of one Gaussian release on m orthogonal canaries, each included with probability 1/2."""
     generator = np.random.default_rng(seed)
     included = generator.random(m) < 0.5
     return included + sigma * generator.standard_normal(m), included
@@ -31,7 +31,7 @@ def gaussian(sigma: float, rate: float = 1.0, steps: int = 1) -> PoissonGaussian
 
 
 def reference_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """Theorem 5.2 of Steinke et al., term by term."""
+    """Compute theorem 5.2 of Steinke et al. term by term."""
     m, r, v = guesses
     chance = math.exp(epsilon) / (1 + math.exp(epsilon))
     tail, alpha, partial = sum(binom.pmf(k, r, chance) for k in range(v, r + 1)), 0.0, 0.0
@@ -91,7 +91,7 @@ def test_bounds_grow_with_correct_guesses(correct: int, significance: float) -> 
 
 
 # Medians of another implementation at 95 %: (σ, m) -> (one run, f-DP). It uses half of the canaries to choose how
-# many guesses to make, where ours pays for trying three ways.
+# many guesses to make, and ours divides its significance among three numbers of guesses.
 PUBLISHED = {(1.0, 1000): (1.3, 1.8), (1.0, 5000): (1.3, 1.9), (0.6, 1000): (2.0, 2.9), (2.0, 5000): (0.68, 0.94)}
 
 

@@ -83,7 +83,7 @@ def test_matching_equalizes_letters() -> None:
 
 
 def clustered(seed: int, shift: float = 0.0, writers: int = 40) -> AttackTrial:
-    """Twenty pictures of each writer; whole writers are members, and their scores are shifted together."""
+    """Create scores of twenty pictures of each writer; whole writers are members, and their scores shift together."""
     generator = np.random.default_rng(seed)
     members = np.tile(np.arange(20) % 2 == 0, writers)
     owner = np.arange(writers).repeat(20)

@@ -18,7 +18,7 @@ GRID = np.linspace(-40, 40, 40_001)
 
 
 def reference_inverse(sigma: float, q: float) -> tuple[np.ndarray, np.ndarray]:
-    """P(S) and the minimum of Q(S) for one step: half-lines in both orders, and mixtures of them."""
+    """Compute P(S) and the minimum of Q(S) for one step: half-lines in both orders, and mixtures of them."""
     steps = np.linspace(-10 * sigma, 1 + 10 * sigma, 20_001)
     without = norm.sf(steps, 0, sigma)
     having = (1 - q) * without + q * norm.sf(steps, 1, sigma)

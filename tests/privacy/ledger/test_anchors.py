@@ -1,4 +1,4 @@
-"""Anchors tell a missing, truncated, edited or copied ledger from a fresh one, and from the result of a crash."""
+"""Anchors distinguish a missing, truncated, edited or copied ledger from a fresh one and from the result of a crash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUNDS = 3
 
 @pytest.fixture(params=STORED_DEVICES)
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDevice:
-    """A device that answered some rounds."""
+    """Create a stored device that answered some rounds."""
     result: StoredDevice = request.param(tmp_path)
     answer_rounds(DeviceLedger(result.storage()), ROUNDS)
     return result
@@ -97,7 +97,7 @@ def test_truncated_ledger_is_refused(kept: StoredDevice) -> None:
 
 
 def test_missing_ledger_is_refused(kept: StoredDevice) -> None:
-    """Head or marker are enough to tell it from a fresh device. Without all three it is a fresh device."""
+    """Head or marker suffice to distinguish it from a fresh device. Without all three it is a fresh device."""
     head, marker = kept.head(), kept.storage().read(MARKER)
     kept.put_lines([])
     assert_refused(kept, "of 7 events is missing")
@@ -230,7 +230,7 @@ def test_restored_backup_is_detected(tmp_path: Path) -> None:
 
 @pytest.fixture
 def complete_ledger(tmp_path: Path) -> dict[Path, bytes]:
-    """Journal and head of a device that answered one round."""
+    """Return journal and head of a device that answered one round."""
     answer_rounds(DeviceLedger(FileDevice(tmp_path).storage()), 1)
     return {file: file.read_bytes() for file in (tmp_path / "device" / JOURNAL, tmp_path / "device.heads" / JOURNAL)}
 

@@ -49,7 +49,7 @@ def _refuse_all(_past: Sequence[Mechanism], _new: Mechanism) -> None:
 
 
 def free(_past: Sequence[Mechanism], _new: Mechanism) -> None:
-    """A policy without limits."""
+    """Allow any reservation."""
 
 
 @pytest.fixture(params=STORED_DEVICES)
@@ -102,7 +102,7 @@ def test_both_storages_have_the_same_lines(tmp_path: Path) -> None:
 
 
 def without_random_fields(line: bytes) -> dict[str, object]:
-    """An event without its random id, time and link."""
+    """Return an event without its random id, time and link."""
     return {name: value for name, value in json.loads(line).items() if name not in ("ledger", "at", "previous")}
 
 

@@ -137,7 +137,7 @@ def test_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path: 
     shutil.rmtree(folder / "checkpoints")
     record["assets"]["base"] = base.hash
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(AntherError, match="checkpoints are gone"):
+    with pytest.raises(AntherError, match="its checkpoints, with the adapter to attack, are missing"):
         membership.attack([membership.load(folder)], AuditConfig().membership, confidence=0.95, seed=0)
 
 
