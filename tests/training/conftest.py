@@ -1,4 +1,4 @@
-"""The tiny base in float64, for results that have to agree to ten digits."""
+"""Tiny base in float64, for results that have to agree to ten digits."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 def chaotic_adapter(base: Base, seed: int, rank: int, queries: float, others: float) -> Adapter:
-    """A random adapter whose products have the given Frobenius norms at queries and keys, and elsewhere."""
+    """Create a random adapter whose products have these Frobenius norms at queries and keys, and at other sites."""
     generator, result = torch.Generator().manual_seed(seed), {}
     for name, factors in init_adapter(base.sites, RANK, seed).items():
         a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
@@ -81,7 +81,8 @@ def letters(glyphs: Base) -> Examples:
 
 
 def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str = "d", **changes: object) -> TrainJob:
-    """One SGD step on some of twenty pictures, whose result is the sum itself; sixteen pictures are assumed."""
+    """Create a plan of one SGD step on some of twenty pictures, whose result is the sum; sixteen pictures are
+    assumed."""
     selected = torch.tensor(places, dtype=torch.long)
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0)
     usual = TrainJob(
@@ -103,7 +104,7 @@ def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str =
 
 
 def entry_gradients(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
-    """Gradients [n, D] of a batch, in passes of one size."""
+    """Compute the gradients [n, D] of a batch, in passes of one size."""
     rows, queue, result = CohortBuffers(base, BufferSpec.of([job]), 1), EntryQueue(), []
     rows.load({0: job})
     queue.push(0, batch)
@@ -116,7 +117,7 @@ def entry_gradients(base: Base, job: TrainJob, batch: StepBatch, size: int) -> T
 
 
 def batch_of(places: Sequence[int]) -> StepBatch:
-    """A batch with one entry per picture, whose streams depend on the picture only."""
+    """Create a batch with one entry per picture, whose streams depend on the picture only."""
     drawn = np.random.default_rng(3)
     keys, phases, index = drawn.integers(2**60, size=20), drawn.random(20), np.array(places)
     return StepBatch(index, phases[index], keys[index], np.ones(len(index)), 1)
@@ -140,7 +141,7 @@ def test_pass_size_changes_the_gradient(glyphs: Base, letters: Examples) -> None
 
 
 def hidden_sums(base: Base, jobs: Sequence[TrainJob]) -> list[Tensor]:
-    """The sum [D] of each job of one step that its noise would hide, in whole steps of the grid."""
+    """Return the sum [D] of each job of one step that its noise would hide, in whole steps of the grid."""
     recorded: dict[int, Tensor] = {}
     really = SGD.step
 

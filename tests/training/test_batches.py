@@ -20,7 +20,7 @@ from training.jobs import DPSGD, Examples, Prior, TrainJob
 
 
 class _FixedBatches(SimulatedNoise):
-    """A noise source whose first Poisson batches are given; later ones have all pictures."""
+    """Noise source whose first Poisson batches are fixed; later ones have all pictures."""
 
     def __init__(self, *batches: list[int]) -> None:
         super().__init__(seed=0, client="a", round=1, purpose="shared")
@@ -66,7 +66,7 @@ def equal_batches(one: StepBatch, other: StepBatch) -> bool:
 
 
 def draws_of_entries(batch: StepBatch) -> list[tuple[float, ...]]:
-    """The draws of each entry, without the index of its example."""
+    """Return the draws of each entry, without the index of its example."""
     return list(zip(batch.phases.tolist(), batch.noise_keys.tolist(), batch.weights.tolist(), strict=True))
 
 

@@ -48,7 +48,7 @@ def random_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: li
 
 
 def random_jobs(base: Base, pick: Pick) -> list[TrainJob]:
-    """Jobs with equal shapes of examples; sometimes with a common frozen adapter, or with mostly empty batches."""
+    """Draw jobs with equal shapes of examples; sometimes with a common frozen adapter, or with mostly empty batches."""
     many = [None, nonzero_adapter(base, pick.choice([1, 3]), 9), nonzero_adapter(base, 24, 8)]
     frozen = pick.choice([many[:1], many[1:2], many[2:], many])
     rates = pick.choice([[0.02, 0.05], [0.1, 0.5, 1.0]])
@@ -57,7 +57,7 @@ def random_jobs(base: Base, pick: Pick) -> list[TrainJob]:
 
 
 def random_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
-    """Between the minimum and enough for everything."""
+    """Draw a budget between the minimum and the memory for all jobs."""
     low, high = minimum_memory(base, jobs), memory_for(base, jobs, int(sum(map(expected_entries, jobs))) + 3)
     return low + int((high - low) * pick.choice([0.0, 0.0, 1.0, pick.random(), pick.random() ** 3]))
 
@@ -176,7 +176,7 @@ def test_insufficient_memory_names_the_key(base: Base) -> None:
     jobs = [private(base, "a"), private(base, "b", rank=16)]
     result = capacity(base, jobs, minimum_memory(base, jobs))
     assert (result.jobs, result.entries) == (1, 1)
-    with pytest.raises(InsufficientMemoryError, match=r"trainer\.memory_gib=.*one picture of one device takes"):
+    with pytest.raises(InsufficientMemoryError, match=r"trainer\.memory_gib=.*one picture of one device requires"):
         capacity(base, jobs, minimum_memory(base, jobs) - 1)
     with pytest.raises(AntherError, match=r"trainer\.memory_gib"):
         train(base, jobs, memory=minimum_memory(base, jobs) - 1, timesteps=2)

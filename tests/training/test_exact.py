@@ -30,7 +30,7 @@ DIGITS = 1e-10
 
 
 def with_mixed_ranks(adapter: Adapter) -> Adapter:
-    """A different rank at each site, including 0."""
+    """Return the adapter with a different rank at each site, including 0."""
     return {
         name: Factors(f.a[: index % 4].clone(), f.b[:, : index % 4].clone())
         for index, (name, f) in enumerate(adapter.items())
@@ -38,7 +38,7 @@ def with_mixed_ranks(adapter: Adapter) -> Adapter:
 
 
 def cohort(base: Base) -> list[TrainJob]:
-    """New jobs in each call, since noise sources are used up."""
+    """Create new jobs in each call, since noise sources are used up."""
     frozen, prior = nonzero_adapter(base, 2, 9), Prior(examples=examples(base, 3, 5), weight=0.5)
     return [
         job(base, "plain", steps=10),

@@ -37,7 +37,7 @@ Make = Callable[[Base], TrainJob]
 
 
 class _FailingNoise(SimulatedNoise):
-    """A noise source that raises at the `after`-th call of one of its methods."""
+    """Noise source that raises at the `after`-th call of one of its methods."""
 
     def __init__(self, method: str, after: int) -> None:
         super().__init__(seed=0, client="broken", round=1, purpose="shared")

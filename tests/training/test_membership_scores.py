@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class _SingleExampleScores:
-    """The three attacks as defined in their papers, on one picture."""
+    """Three attacks as defined in their papers, on one picture."""
 
     def __init__(self, base: Base, adapter: Adapter | None) -> None:
         self.base, self.unet = base, untouched(base.folder, base.full_precision)

@@ -104,7 +104,7 @@ def test_tensors_may_outlive_the_measurement() -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """A machine with the given memory and container limits."""
+    """Simulate a machine with this memory and these container limits."""
 
     def set_memory(total: float, available: float, **files: str) -> None:
         result = SimpleNamespace(total=int(total * GIB), available=int(available * GIB))

@@ -15,7 +15,7 @@ from training.microbatching import EntryQueue, Microbatch
 
 
 class _ClientStep(NamedTuple):
-    """One client's step."""
+    """Step of one client."""
 
     row: int
     units: int
@@ -23,7 +23,7 @@ class _ClientStep(NamedTuple):
 
 
 class _EntryRecord(NamedTuple):
-    """One entry and its client, unit and step."""
+    """Entry, with its client, unit and step."""
 
     row: int
     unit: int  # of its client's step
@@ -40,7 +40,7 @@ SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
 def entries_of_steps(steps: list[_ClientStep]) -> list[_EntryRecord]:
-    """All entries in order of the queue, with distinct examples."""
+    """List all entries in the order of the queue, with distinct examples."""
     places = [(step, index) for step in steps for index in range(step.units * step.per_unit)]
     return [_EntryRecord(s.row, index // s.per_unit, s.per_unit, example) for example, (s, index) in enumerate(places)]
 
@@ -58,7 +58,7 @@ def queue_of(steps: list[_ClientStep]) -> EntryQueue:
 
 
 def entries_of(pack: Microbatch, records: list[_EntryRecord]) -> list[_EntryRecord]:
-    """The entries of a microbatch, with all their fields."""
+    """List the entries of a microbatch, with all their fields."""
     assert (pack.phases == pack.examples / 1000).all()
     assert (pack.noise_keys == -pack.examples).all()
     assert (pack.weights == pack.examples / 7).all()
@@ -80,7 +80,7 @@ def check(pack: Microbatch, found: list[_EntryRecord], size: int) -> None:
 
 
 def pop_all(queue: EntryQueue, sizes: list[int], records: list[_EntryRecord]) -> list[Microbatch]:
-    """Pop everything, in microbatches of these sizes, cyclically."""
+    """Pop all entries, in microbatches of these sizes, cyclically."""
     microbatches = []
     while len(queue):
         size, before = sizes[len(microbatches) % len(sizes)], len(queue)

@@ -33,13 +33,14 @@ PARTS = ["a", "b", "cores"]
 
 
 def between_bases(bases: Adapter, seed: int, base: Base) -> Adapter:
-    """An adapter between these factors with nonzero cores."""
+    """Create an adapter between these factors with nonzero cores."""
     at_some_sites = nonzero_adapter(base, len(next(iter(bases.values())).a), seed)
     return {name: Factors(a, left @ (left.T @ at_some_sites[name].b)) for name, (a, left) in bases.items()}
 
 
 def partial_jobs(base: Base, trains: str, start: Adapter, other: Adapter) -> list[TrainJob]:
-    """Jobs with partial training: three from one adapter, one of them with smaller factors, and one from another."""
+    """Create jobs with partial training: three from one adapter, one of them with smaller factors, and one from
+    another."""
     head = {name: Factors(a[:1], b[:, :1]) for name, (a, b) in start.items()}
     return [
         job(base, f"{trains} plain", start=start, trains=trains, steps=2),
@@ -189,7 +190,7 @@ def test_misshapen_bases_fail_their_own_job(fine: Base) -> None:
         assert isinstance(result[0], ValueError)
         assert "LoRA-XS bases" in str(result[0])
         trained_adapter(result[1])
-    with pytest.raises(ValueError, match="trains='cores' only"):
+    with pytest.raises(ValueError, match="requires trains='cores'"):
         job(fine, "none", trains="cores")
-    with pytest.raises(ValueError, match="trains='cores' only"):
+    with pytest.raises(ValueError, match="requires trains='cores'"):
         job(fine, "not asked for", lora_xs_bases=between)

@@ -39,7 +39,7 @@ def test_pass_holds_whole_pictures_or_pieces() -> None:
 
 
 def tail(assumed: int, rate: float, steps: int, turns: TurnCount, most: int) -> float:
-    """P(more than `most` turns), exactly: one picture is drawn at every step, the others by their coins."""
+    """Compute P(more than `most` turns) exactly: one picture is drawn at every step, the others by their coins."""
     others = [math.comb(assumed - 1, k) * rate**k * (1 - rate) ** (assumed - 1 - k) for k in range(assumed)]
     step = np.zeros(turns(assumed) + 1)
     for count, chance in enumerate(others):
@@ -95,7 +95,7 @@ class _CrowdedBatches:
 
 
 def crowded_job(base: Base, batches: int, **changes: object) -> TrainJob:
-    """Sixteen steps that each expect one of ten pictures."""
+    """Create a job of sixteen steps that each expect one of ten pictures."""
     return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=_CrowdedBatches(batches), **changes)
 
 

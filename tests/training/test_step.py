@@ -40,7 +40,7 @@ quiet = pytest.mark.filterwarnings("ignore:Full backward hook")
 
 
 class _OpacusReference(Reference):
-    """The same client by diffusers' `add_adapter`, with per-example gradients from Opacus' hooks."""
+    """Reference client with diffusers' `add_adapter`, and per-example gradients from Opacus' hooks."""
 
     def __init__(self, base: Base, job: TrainJob) -> None:
         from opacus import GradSampleModule
@@ -61,7 +61,7 @@ class _OpacusReference(Reference):
         self.hooked = GradSampleModule(unet.train())  # its hooks are silent in eval(); there is no dropout
 
     def entry_gradients(self, batch: StepBatch) -> list[Tensor]:
-        """Gradients of every parameter [n, …]."""
+        """Return the gradients of every parameter [n, …]."""
         x, t, context, expected = self.seen(batch)
         output = self.hooked(x, t, encoder_hidden_states=context).sample
         self.hooked.zero_grad()
@@ -69,12 +69,12 @@ class _OpacusReference(Reference):
         return [weight.grad_sample.detach() for weight in self.parameters]  # type: ignore[attr-defined]
 
     def unit_gradients(self, batch: StepBatch) -> list[list[Tensor]]:
-        """Gradients of units of one draw."""
+        """Return the gradients of units of one draw."""
         return [list(entry) for entry in zip(*self.entry_gradients(batch), strict=True)] if batch.size else []
 
 
 def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list[Tensor]:
-    """Gradients of every entry of each client [n, D], from one pass with interleaved clients."""
+    """Compute the gradients of every entry of each client [n, D] in one pass with interleaved clients."""
     rows, queue = CohortBuffers(base, BufferSpec.of(jobs), len(jobs)), EntryQueue()
     rows.load(dict(enumerate(jobs)))
     for row, batch in enumerate(batches):
@@ -91,12 +91,12 @@ def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list
 
 
 def max_relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Maximum relative error over all examples."""
+    """Compute the maximum relative error over all examples."""
     return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
 
 
 def loop_gradients(reference: Reference, batch: StepBatch) -> Tensor:
-    """Weighted gradients [n, D], one example at a time."""
+    """Compute weighted gradients [n, D], one example at a time."""
     rows = []
     for index, weight in enumerate(batch.weights.tolist()):
         (loss,) = reference.losses(batch.part(slice(index, index + 1)))
