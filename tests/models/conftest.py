@@ -17,7 +17,7 @@ from models.base.base import Base
 
 @dataclass(frozen=True)
 class TinyPipeline:
-    """A pipeline on disk, and the base loaded from it."""
+    """Pipeline on disk, and the base loaded from it."""
 
     name: str
     folder: Path

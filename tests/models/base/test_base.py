@@ -128,7 +128,7 @@ def test_vae_batch_shrinks_with_resolution(
 
 
 def adapted(base: Base) -> Adapter:
-    """Ranks differ between sites."""
+    """Create an adapter whose ranks differ between sites."""
     first = random_adapter(base.sites, 2, 0)
     return concatenate([first, random_adapter(base.sites, dict.fromkeys(list(base.sites)[::3], 3), 1)])
 

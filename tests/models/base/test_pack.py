@@ -33,7 +33,7 @@ def packed_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def folder(packed_folder: Path, tmp_path: Path) -> Path:
-    """A copy for tests that damage it."""
+    """Copy the packed base, for tests that damage it."""
     return Path(shutil.copytree(packed_folder, tmp_path / "copy"))
 
 

@@ -327,7 +327,7 @@ def test_network_is_frozen(unet: nn.Module) -> None:
 
 
 class Small(nn.Module):
-    """Called like a UNet, and compiles in a second or two."""
+    """Network that is called like a UNet and compiles in a second or two."""
 
     def __init__(self) -> None:
         super().__init__()

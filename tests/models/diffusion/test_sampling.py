@@ -27,7 +27,7 @@ FLOW = rectified_flow(1000, trained_shift=3.0, shift=3.0)
 
 
 def network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """A function that mixes channels and depends on time and caption."""
+    """Mix channels, depending on time and caption."""
     phase = t.double().view(-1, 1, 1, 1) / 1000 + context.double().mean((1, 2)).view(-1, 1, 1, 1)
     return torch.tanh(x.roll(1, 1) * (1 + phase) + 0.3 * x)
 

@@ -114,7 +114,8 @@ _FF = {"0.proj": 4, "2": 1}
 
 
 def flux_sites() -> Sites:
-    """One block of each kind with the real output sizes, which diffusers' converter requires, and four inputs."""
+    """Return one block of each kind with the real output sizes, which diffusers' converter requires, and four
+    inputs."""
     wide = 3072
     joint = {
         f"transformer_blocks.0.{name}": Site(4, height * wide)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a base, with several chunks."""
+    """Create a folder like that of a base, with several chunks."""
     monkeypatch.setattr(chunk_manifest, "CHUNK", 64)
     folder = tmp_path / "tiny-base"
     for name, size in {

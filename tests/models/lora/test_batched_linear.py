@@ -11,7 +11,7 @@ from models.lora.batched_linear import slot_linear
 
 
 def arguments(bias: bool = True, rank: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
-    """x, W, c, A and B: two slots of two examples of three tokens."""
+    """Draw x, W, c, A and B: two slots of two examples of three tokens."""
     shapes = [(4, 3, 5), (7, 5), (7,), (2, rank, 5), (2, 7, rank)]
     actual: list[Tensor | None] = [torch.randn(shape, dtype=dtype) for shape in shapes]
     return actual if bias else [*actual[:2], None, *actual[3:]]

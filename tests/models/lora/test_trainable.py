@@ -27,7 +27,7 @@ SOME = st.sets(st.sampled_from(sorted(SITES)))
 
 
 def random_cores(bases: Adapter, seed: int) -> Adapter:
-    """An adapter with random cores in these bases."""
+    """Create an adapter with random cores in these bases."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: Factors(a, left @ torch.randn(len(a), len(a), generator=generator)) for name, (a, left) in bases.items()
