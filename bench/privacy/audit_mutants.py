@@ -113,7 +113,7 @@ AUDIT_MUTANTS = (
     Mutant(
         "false alarms not divided among situations",
         "simulations/audit/run.py",
-        "return config.false_alarm_rate / (claims + others)",
+        "return config.false_alarm_rate / (claims + noise_situations)",
         "return config.false_alarm_rate / (claims or 1)",
         f"{_VERDICTS}::test_shares_add_up_to_the_false_alarms",
     ),

@@ -37,7 +37,7 @@ def kill() -> None:
 
 
 class CrashingFleet:
-    """Answers every round and records performed jobs and returned replies in files; counts the steps to kill at."""
+    """Fleet that answers every round, records performed jobs and returned replies in files, and counts kill points."""
 
     def __init__(self, folder: Path, kill_at: int | None = None) -> None:
         self.folder, self._kill_at, self._step = folder, kill_at, 0

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two owners with six pictures each."""
+    """Create folders of two owners with six pictures each."""
     root = tmp_path_factory.mktemp("owners")
     random = np.random.default_rng(0)
     for owner in "ab":

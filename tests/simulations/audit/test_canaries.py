@@ -93,7 +93,7 @@ def test_honest_loop_is_not_refuted() -> None:
 
 
 class _OtherBatches:
-    """Noise of one source with the Poisson batches of another."""
+    """Noise source with the noise of one source and the Poisson batches of another."""
 
     release = False
 

@@ -66,7 +66,7 @@ def finish(base: Base, folder: Path, *overrides: str, adapter: Adapter) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs that differ only in their seed, and a private one."""
+    """Create two runs that differ only in their seed, and a private one."""
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"open": "seed=0", "again": "seed=1", "private": "privacy=example"}
     return [

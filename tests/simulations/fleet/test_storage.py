@@ -31,7 +31,7 @@ def database(tmp_path: Path) -> Database:
 
 
 def read_from_other_process(database: Database, name: str = "x", device: str = "ada") -> bytes | None:
-    """Read as another process would."""
+    """Read in another process."""
     return Database(database.file).device(device).read(name)
 
 

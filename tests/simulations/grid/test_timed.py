@@ -1,4 +1,4 @@
-"""Timed grid: when replies arrive, and which never do."""
+"""Timed grid: arrival times of replies, and missing replies."""
 
 from dataclasses import replace
 

@@ -23,7 +23,7 @@ PATH = "/somewhere/with a long name that would not fit on a line/outputs/2026-01
 
 
 class FakeClock:
-    """A clock that is set by hand."""
+    """Clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
