@@ -18,7 +18,7 @@ from typefaces.making.render import png
 
 @pytest.fixture(scope="module")
 def rows():
-    """Every family as stored, images not decoded."""
+    """Return every stored family, without decoding its images."""
     return pq.read_table(dataset.FILE).to_pylist()
 
 

@@ -31,7 +31,7 @@ def glyph(ink: NDArray[np.uint8]) -> NDArray[np.float32]:
 def leaks(
     names: Sequence[str], roles: Sequence[str], designs: Sequence[str], images: Sequence[NDArray[np.uint8]]
 ) -> list[str]:
-    """Return pairs of similar families of which one is a writer and the other is public or another writer.
+    """Return pairs of a writer and a similar public family or other writer, which may have the same design.
 
     Args:
         names: names of families.
