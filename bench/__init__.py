@@ -1,4 +1,4 @@
-"""Measured claims: commands that print a table and write JSON, each against a named peer in the same run."""
+"""Benchmarks of claims: commands that print a table and write JSON, each with a named peer in the same run."""
 
 from common import moved_commands
 

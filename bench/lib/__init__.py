@@ -1,1 +1,1 @@
-"""Shared by the benchmarks: tiny models, workloads, machine records, plots."""
+"""Tiny models, workloads, machine records and plots for the benchmarks."""

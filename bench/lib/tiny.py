@@ -15,7 +15,7 @@ _TOKENS = [*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endof
 
 
 def clip_tokenizer(folder: Path) -> Any:
-    """Make a CLIP tokenizer for letters and digits; it stores its vocabulary in the folder."""
+    """Create a CLIP tokenizer for letters and digits, with its vocabulary in the folder."""
     from transformers import CLIPTokenizer
 
     words = folder / "words"
@@ -26,7 +26,7 @@ def clip_tokenizer(folder: Path) -> Any:
 
 
 def clip_config(width: int = 16, projection: int = 16) -> Any:
-    """Make the configuration of a text encoder with one layer for that tokenizer."""
+    """Create the configuration of a one-layer text encoder for the tokenizer of `clip_tokenizer`."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

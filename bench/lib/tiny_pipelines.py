@@ -25,7 +25,7 @@ def _autoencoder(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
 
 
 def _t5(width: int = 16) -> tuple[Any, Any]:
-    """Make a T5 tokenizer for letters and digits, and an encoder with one layer."""
+    """Create a T5 tokenizer for letters and digits, and a one-layer encoder."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
     config = transformers.T5Config(

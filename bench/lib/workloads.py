@@ -34,7 +34,7 @@ Ten random sizes would make a peer's time random; these represent many batches.
 
 @dataclass(frozen=True)
 class Workload:
-    """A base, given by its diffusers configuration, and the number of clients that share a pass."""
+    """Base, described by its diffusers configuration, and the number of clients that share a pass."""
 
     name: str
     clients: int
@@ -53,7 +53,7 @@ class Workload:
 
 
 def _attending(blocks: int) -> dict[str, tuple[str, ...]]:
-    """Cross-attention in every block."""
+    """Return a configuration with cross-attention in every block."""
     return {
         "down_block_types": ("CrossAttnDownBlock2D",) * blocks,
         "up_block_types": ("CrossAttnUpBlock2D",) * blocks,
@@ -155,7 +155,7 @@ def examples(workload: Workload, client: int, device: torch.device) -> Examples:
 
 
 class CountingNoise(SimulatedNoise):
-    """The trainer's simulated noise, which also counts the examples of the batches that it draws."""
+    """Simulated noise of the trainer that also counts the examples of its batches."""
 
     drawn = 0
 

@@ -2,7 +2,7 @@
 
     anther bench lean --base sd15
 
-Every rung is a process of its own, and uses one option more than the rung before. Weights are random, which doesn't
+Every rung runs in its own process, with one more option than the previous rung. Weights are random, which doesn't
 change the cost of a step; gradients are compared with those of a rung in float32. Peaks are the process's high-water
 mark, including Python, its libraries and the pages of mapped files.
 
@@ -46,7 +46,7 @@ from training.buffers import BufferSpec
 from training.capacity import entry_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "lean.json"
-MEMORY = 64 << 30  # budget that never binds: the process's own peak is measured
+MEMORY = 64 << 30  # budget above any use: the process's own peak is measured
 TARGETS = {"sd15": 1.1, "sdxl": 2.0, "pixart-sigma": 1.0, "bk-sdm-base": 0.7, "bk-sdm-small": 0.7, "bk-sdm-tiny": 0.7}
 """Target of the best rung in GiB, for a picture of 512²."""
 COSINE, RATIO = 0.99, 1.7  # targets against float32: cosine of the gradient, ratio of CPU seconds

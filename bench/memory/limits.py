@@ -1,8 +1,8 @@
 """Check that plans hold under a hard memory limit.
 
 For every device profile, a step of the chosen plan runs in a new process whose memory is limited to the profile's. The
-nearest better option that was refused for its memory runs without a limit: a planner that refuses an option that fits
-is too conservative. Weights are random, which doesn't change the cost of a step.
+nearest better option that was refused for its memory runs without a limit, since a planner that refuses a fitting
+option is too conservative. Weights are random, which doesn't change the cost of a step.
 
     anther bench limits [--base sd15] [--devices pi4_2gb …] [key=value …]
 
@@ -48,7 +48,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class LimitTrial:
-    """One device's chosen option, and the refused option above it."""
+    """Chosen option of a device, and the nearest better option, which was refused."""
 
     device: str
     limit: int  # bytes
@@ -62,7 +62,7 @@ class LimitTrial:
 
 
 def compose_device_plan(overrides: Sequence[str], device: str, runtime_mib: float) -> PlanConfig:
-    """Make the plan of a device whose runtime takes as much memory as this machine's.
+    """Compute the plan of a device whose runtime takes as much memory as this machine's.
 
     Args:
         overrides: overrides of the plan.
@@ -286,7 +286,8 @@ def _describe(setting: dict[str, Any] | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 1 if a plan exceeds its limit, or if a refused option would have fitted."""
+    """Run the benchmark, and return the exit status: 1 if a plan exceeds its limit, or if a refused option would
+    fit."""
     parser = argparse.ArgumentParser(prog="anther bench limits", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of client.cli.plan: rank, pictures, …")
     parser.add_argument("--base", default="sd15", choices=NETWORKS)

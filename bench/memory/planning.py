@@ -2,9 +2,9 @@
 
     anther bench planning [--base sd15] [--weights nf4] …
 
-For each memory budget, the table shows the set of sites that a device is planned to train, with equal gains per site,
-against all sites or none, the only choices of a plan without sets of sites. The memory of the set is predicted from two
-dry runs that serve all sets, and compared with a dry run of the set itself.
+For each memory budget, the table shows the set of sites that a device is planned to train, with equal gains per site.
+It is compared with all sites or none, the only choices of a plan without sets of sites. The memory of every set is
+predicted from the same two dry runs, and compared with a dry run of the set itself.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def time_cpu(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def result_row(budget: int, site_set: SiteSet | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
-    """Make the row of one memory budget.
+    """Compute the row of one memory budget.
 
     Args:
         budget: memory of the device in MiB.
@@ -92,7 +92,7 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def make_fleet(devices: int) -> list[DeviceReport]:
-    """Make reports of devices of ten types."""
+    """Create reports of devices of ten types."""
     return [
         replace(REPORT, device=f"d{i}", memory_gib=0.6 + 0.05 * (i % 10), examples_per_second=0.1 + 0.02 * (i % 10))
         for i in range(devices)

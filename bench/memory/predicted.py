@@ -6,9 +6,10 @@ picture per entry of the pass, and reports its peak resident memory (VmHWM) sinc
 
     anther bench predicted [--only NAME …] [--full] [--measured JSON]
 
-The kernels' workspace was fitted on single operations, and nothing on any of these networks. The memory of a process
-besides the network (Python, PyTorch, kernels once used, and memory that the allocator can't return) is measured minus
-predicted memory of a network of 4 million parameters. It is part of every prediction; `net` excludes it on both sides.
+The kernels' workspace was fitted on single operations, and no parameter was fitted on these networks. The memory of a
+process besides the network (Python, PyTorch, kernels once used, and memory that the allocator can't return) is measured
+minus predicted memory of a network of 4 million parameters. It is part of every prediction; `net` excludes it on both
+sides.
 
 Seconds are CPU time of one pass on one core, compared with those that `client.planning.plan_search` derives from the
 footprint and this machine's rates, which `client.cli.benchmark` measures first.
@@ -54,7 +55,7 @@ from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainJob
 from training.step import gradients
 
-MEMORY_BUDGET = 2**40  # bytes: a budget that never binds, because the peak is measured
+MEMORY_BUDGET = 2**40  # bytes, above any use, because the peak is measured
 MAX_OVER, MAX_UNDER = 0.10, 0.05  # largest relative error of a predicted peak, above and below
 MAX_SECONDS_ERROR = 0.25  # largest relative error of predicted seconds
 CALIBRATION = 40.0  # seconds to measure the machine's rates
@@ -62,7 +63,7 @@ CALIBRATION = 40.0  # seconds to measure the machine's rates
 
 @dataclass(frozen=True)
 class FootprintCase:
-    """A network and the options of its step."""
+    """Network and options of its step."""
 
     network: str  # key of NETWORKS
     resolution: int
@@ -91,7 +92,7 @@ class MeasuredStep(NamedTuple):
 
 
 def _unet(*widths: int, attending: int | None = None, **config: Any) -> BaseSpec:
-    """A UNet with cross-attention in its first blocks, or in all of them."""
+    """Describe a UNet with cross-attention in its first blocks, or in all of them."""
     blocks = len(widths)
     attending = blocks if attending is None else attending
     down = ("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",) * (blocks - attending)
@@ -295,7 +296,7 @@ def result_row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status: 1 if a prediction is out of bounds."""
+    """Run the benchmark, and return the exit status: 1 if a prediction is out of bounds."""
     parser = argparse.ArgumentParser(prog="anther bench predicted", description=(__doc__ or "").split("\n\n")[1])
     for hidden in ("--measure", "--prepare", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

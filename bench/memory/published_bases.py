@@ -28,14 +28,14 @@ _SHARD = 1 << 28  # bytes of weights in memory at once, in addition to the large
 
 
 class FullBatchNoise(SimulatedNoise):
-    """Reproducible noise, and batches that hold every picture."""
+    """Reproducible noise, and batches of all pictures."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return torch.arange(size)
 
 
 def write_base(base: BaseSpec, folder: Path) -> None:
-    """Write a pipeline folder that holds only the network, in several shards like large published ones."""
+    """Write a pipeline folder with only the network, in several shards as in large published pipelines."""
     network, part = base.network(), folder / base.family.network
     network.save_config(part)  # type: ignore[operator] # of diffusers
     index = {"_class_name": base.family.pipeline, base.family.network: ["diffusers", base.family.kind]}
@@ -78,7 +78,7 @@ def _materialize(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def private_step_job(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
-    """Make a job of one private step on one picture.
+    """Create a job of one private step on one picture.
 
     Args:
         base: the published base.

@@ -1,7 +1,7 @@
 """Size of a quantized base on disk, and the memory to quantize it.
 
 Peer libraries quantize the layers that they support in the network as loaded by diffusers, as documented; other layers
-stay in float32. A peer that is not installed has a row without numbers: none of them is a requirement.
+stay in float32. Peers are optional: one that is not installed has a row without numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PACKING = 1.2  # target in GiB for the peak while packing
 
 
 def table(name: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """Print and yield every form's bytes on disk and peak, each measured in its own process."""
+    """Print and yield the bytes on disk and the peak of every form, each measured in its own process."""
     print(f"{name}".ljust(24), "MB on disk", "target", "MiB while quantizing", f"(ours: ≤ {PACKING * 2**10:.0f})")
     for form in (*OURS, *PEERS):
         command = [sys.executable, "-m", "bench.memory.weights_memory", name, str(folder), form]

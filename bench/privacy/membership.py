@@ -4,7 +4,7 @@
 
 Runs the attacks of `simulations.audit.run` against the shared adapters of `bench.quality.utility`, which are trained
 first if missing: without privacy and at ε = 8 per image, with the same writers, pictures, rounds and steps. As a
-positive control, it also attacks an adapter that is overfitted on purpose, on development writers:
+positive control, it also attacks an intentionally overfitted adapter of development writers:
 
     open        the private form without its noise                    example-8   ε = 8 per image
     reference   the best shared adapter without privacy
@@ -52,7 +52,7 @@ OVERFITTED = (
 
 
 def run_overfitted(folder: Path, overrides: Sequence[str]) -> Path:
-    """Run the federation that is overfitted on purpose, and return its folder."""
+    """Run the intentionally overfitted federation, and return its folder."""
     run([sys.executable, "-m", "simulations.run", *COMMON, *OVERFITTED, "cohort.eval_size=4", *overrides], folder)
     return folder
 

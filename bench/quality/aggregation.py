@@ -2,9 +2,9 @@
 
     anther bench aggregation
 
-- Time: one round over the attention layers of Stable Diffusion 1.5, in CPU seconds of one core, against the dense way
-  to the same mean: the products summed into [out, in] matrices, and an SVD of each. One layer of each shape is timed,
-  its fastest run is taken, and it counts as often as the network has such a layer.
+- Time: one round over the attention layers of Stable Diffusion 1.5, in CPU seconds of one core, against a dense
+  computation of the same mean: the products summed into [out, in] matrices, and an SVD of each. One layer of each
+  shape is timed, by its fastest run, and multiplied by the number of such layers in the network.
 - Memory: a whole round in one process, devices added one at a time, for increasing numbers of devices.
 - Error: devices of ranks 2, 4, 8 and 16, relative to the true mean, against the best approximation of the same rank and
   against FedIT with zero-padded factors, truncated to that rank.
@@ -77,7 +77,7 @@ def start(inputs: int, outputs: int, rank: int) -> Adapter:
     Args:
         inputs: input features of its layer.
         outputs: output features of its layer.
-        rank: its rank.
+        rank: rank of the adapter.
     """
     return {"layer": Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))}
 

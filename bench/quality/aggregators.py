@@ -45,7 +45,7 @@ class HeterogeneitySetting(NamedTuple):
     overrides: tuple[str, ...]
     rules: tuple[str, ...] | None = None  # None: all rules
     writers: int = 40
-    seeds: int = 1  # how many of the requested seeds; claims use all
+    seeds: int = 1  # number of the requested seeds that are used; claims use all
 
 
 EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"

@@ -41,11 +41,11 @@ RANDOM = ("selection=random", "planning.name=full", f"cohort.size={COHORT_SIZE}"
 
 
 class FleetPlan(NamedTuple):
-    """One plan for every device, and the devices that are eligible for it."""
+    """Plan of every device, and the requirements for devices."""
 
     steps: int
     memory_gib: float | None
-    """Memory that a device needs; None: any."""
+    """Minimum memory of a device in GiB; None: any."""
     timeout: int
     """Seconds after which a round ends."""
     sites: str | None = None
@@ -133,7 +133,7 @@ BEST_PLANS = {"random, fastest plan": FleetPlan(5, 3.9, 1800), "random, least en
 
 
 class TargetCost(NamedTuple):
-    """Cost of a run until its gain reached the target; `hours` and `kwh` are None if it never did."""
+    """Cost of a run until its gain reached the target; `hours` and `kwh` are None if it did not."""
 
     hours: float | None
     kwh: float | None
@@ -210,7 +210,7 @@ def command(overrides: Sequence[str], *, role: str, seed: int) -> list[str]:
 def run_arms(
     work: Sequence[tuple[str, Sequence[str], int]], *, role: str, jobs: int, runs: Path, overrides: Sequence[str]
 ) -> list[TargetCost]:
-    """Run federations, and return what each took to reach its seed's target.
+    """Run federations, and return the cost of each until its seed's target.
 
     Args:
         work: runs as (name, overrides, seed).

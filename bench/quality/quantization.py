@@ -3,7 +3,7 @@
     anther bench quantization [--seeds 0 1 2] [--modes …] [key=value …]
 
 Runs the same non-private federation over the same test writers on the base in float32 and quantized; training and
-evaluation use the base as it is stored. Gains are measured from the loss of the *float32* base, so they include the
+evaluation use the stored base. Gains are measured from the loss of the *float32* base, so they include the
 loss by quantization: kept = (L_base − L_arm) / (L_base − L_reference), with L_base and L_reference in float32.
 """
 

@@ -68,21 +68,21 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     return results
 
 
-def write(what: str, results: Any, overrides: Sequence[str]) -> None:
-    """Write the results to bench/results/`what`.json.
+def write(name: str, results: Any, overrides: Sequence[str]) -> None:
+    """Write the results to bench/results/`name`.json.
 
     Args:
-        what: name of the benchmark.
+        name: name of the benchmark.
         results: its results.
         overrides: Hydra overrides of the command.
     """
     record = {
-        "command": " ".join(["python -m bench.quality.strategies", what, *overrides]),
+        "command": " ".join(["python -m bench.quality.strategies", name, *overrides]),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers", "flwr"),
         "results": results,
     }
-    (RESULTS / f"{what}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ MAX_BYTES, MIN_GAIN_KEPT = 0.45e6, 0.95
 
 
 class UpdateEncoding(NamedTuple):
-    """Encoding of an update, and of the adapter that is sent down."""
+    """Encoding of an update, and of the downloaded adapter."""
 
     precision: str
     keep: float = 1.0

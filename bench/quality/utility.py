@@ -6,7 +6,7 @@ Measures the gain kept by the *shared adapter without the personal one*, (L_base
 same writers' held-out letters. The personal adapter needs no noise and would hide a useless shared one; its result is
 reported separately.
 
-    reference  the best shared adapter without privacy: whole factors, rounds and steps chosen for it
+    reference  the best shared adapter without privacy: complete factors, with its own best rounds and steps
     open       without privacy, otherwise like the private forms: cores, rounds, steps
     example-8  DP-SGD on every device, ε = 8 per image          example-2  the same, ε = 2
     device-8   clipping and noise on the server, ε = 8 per device

@@ -3,9 +3,10 @@
     anther bench faults [ROW …] [--runs 20]
 
 A federation of three devices runs round after round, with example-level privacy, over TLS with keys. Each run of a row
-injects its fault at a random time and then waits. The federation *went on* if a later round used an update of every
-device again without intervention. It *refused* if the affected process gave a one-line reason and the others went on.
-After each run every ledger must be valid, and hold a sealed entry for every update that the server has used.
+injects its fault at a random time and then waits. The outcome is *went on* if a later round used an update of every
+device again without intervention. It is *refused* if the affected process printed a one-line reason and the other
+processes continued. After each run every ledger must be valid, with a sealed entry for every update that the server has
+used.
 
 With `--jobs N`, N federations run in parallel, each with its own network and mounts, on one core and 2 GiB each. Runs
 are appended to those in the result file: remove the file to start over.
@@ -59,12 +60,12 @@ TIMEOUT = 420.0  # seconds in which a federation must recover
 DISK_MIB = 96  # MiB of a device's disk
 
 Fault = Callable[["FaultScene"], "str | None"]
-"""Injects the fault; returns the message of the affected process if it refuses."""
+"""Function that injects the fault, and returns the message of the affected process if it refuses."""
 
 
 @dataclass
 class FaultScene:
-    """A running federation and the device that this run's fault affects."""
+    """Running federation, and the device that is affected by this run's fault."""
 
     federation: LocalFederation
     rng: random.Random
@@ -181,7 +182,10 @@ def corrupt_cache(scene: FaultScene) -> None:
 
 
 def truncate_checkpoint(scene: FaultScene) -> str | None:
-    """Kill the server and truncate a file of its newest checkpoint: it must name it, and resume from the one before."""
+    """Kill the server and truncate a file of its newest checkpoint.
+
+    The server must name the checkpoint, and resume from the previous one.
+    """
     federation = scene.federation
     federation.server.kill()
     kill_all(federation.server.home)  # like a power loss: otherwise its ServerApp may finish another round meanwhile
@@ -233,7 +237,8 @@ def replace_server(scene: FaultScene) -> str:
 
 
 def shift_clock(scene: FaultScene) -> str:
-    """Start the device with its clock an hour ahead: it must report that and wait, and go on with the right clock."""
+    """Start the device with its clock an hour ahead: it must report that and wait, and continue with the correct
+    clock."""
     device, offset = scene.device, len(scene.device.output)
     device.stop()
     device.environment = _shifted_clock()
@@ -333,7 +338,7 @@ def check_ledgers(scene: FaultScene) -> None:
 
 @contextlib.contextmanager
 def scene(folder: Path, seed: int) -> Iterator[FaultScene]:
-    """Run an endless federation whose devices have small disks of their own."""
+    """Run an endless federation in which each device has its own small disk."""
     mounted = []
     try:
         pictures = write_letter_folders(folder / "pictures", DEVICES, each=6)
@@ -355,7 +360,7 @@ def scene(folder: Path, seed: int) -> Iterator[FaultScene]:
 
 
 def _shifted_clock() -> dict[str, str]:
-    """Environment of libfaketime, if installed, that sets the clock an hour ahead."""
+    """Return the environment of libfaketime, if installed, that sets the clock an hour ahead."""
     libraries = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
     assert libraries, "clock jumps: requires libfaketime (Debian: libfaketime)"
     return {"LD_PRELOAD": str(libraries[0]), "FAKETIME": "+1h"}

@@ -29,7 +29,7 @@ QUICK = (
     "worker.threads=1",
     "connection.poll_seconds=0.2",
 )
-"""Lets a test's devices train in any sensor state and with short waits."""
+"""Overrides of a test's devices: they train in any sensor state and with short waits."""
 
 
 def free_port() -> int:
@@ -83,7 +83,7 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
 
     Args:
         condition: the condition.
-        seconds: largest time to wait.
+        seconds: maximum time to wait.
         what: description of the condition.
 
     Raises:

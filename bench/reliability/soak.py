@@ -3,10 +3,10 @@
     anther bench soak [--rounds 500]
 
 Runs short rounds over TLS with keys, while all devices but one join, leave and die at random. At the end the run must
-be complete. The server must account for every requested update as used, late, rejected or lost, and every update that a
-device has sealed must be among them. Memory must be flat: for each process that lives throughout, the slope of a line
-fitted to its PSS after a warm-up, over all rounds, in percent of its first value. PSS divides a library's pages among
-the processes that map it, so don't start or end other Python processes meanwhile.
+be complete. The server must account for every requested update as used, late, rejected or lost, including every update
+that a device has sealed. Memory must be constant: for each process that runs throughout, the slope of a line fitted to
+its PSS after a warm-up, over all rounds, in percent of its first value. PSS divides a library's pages among the
+processes that map it, so don't start or end other Python processes during the run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class MemorySamples:
 
         Args:
             running: the federation.
-            permanent: the device that stays.
+            permanent: device that does not leave.
             number: current round.
         """
         homes = {str(running.server.home): SERVER, str(permanent.home): DEVICE}

@@ -1,6 +1,6 @@
 """Malicious messages: a named corpus, and structure-aware mutations of honest messages.
 
-An attacker can compute checksums, so most messages have the right one, except those that represent damage in transit.
+An attacker can compute checksums, so all messages have a correct one, except for some that represent damage in transit.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ class MessageAttack(NamedTuple):
     kind: str
     """Class of the attack, under which it is counted."""
     prepare: Callable[[Message], Delivery]
-    """Takes the request, or a message to send, and returns the function that makes the receiver's copy."""
+    """Function from the request, or a message to send, to a function that creates the receiver's copy."""
     payload: bytes | None = None
     """Bytes of the adapter, for a peer that reads only adapters."""
 
 
 def to_records(message: WireMessage, checksum: str | None = None) -> RecordDict:
-    """Convert a message to Flower's records, with its own checksum or with the given one."""
+    """Convert a message to Flower's records, with its own or another checksum."""
     beside = b"" if message.adapter is None else hashlib.sha256(message.adapter).digest()
     checksum_of_content = hashlib.sha256(message.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
     fields: dict[str, Any] = {"json": message.text, "sha256": checksum or checksum_of_content, "version": NEWEST}
@@ -354,7 +354,7 @@ def mutate_records(message: WireMessage, random: Random) -> RecordDict:
 
 
 def mutate_objects(message: WireMessage, random: Random) -> MessageAttack:
-    """Make a reply whose objects, as stored by a SuperLink, are damaged or forged."""
+    """Create a reply whose objects, in the format of a SuperLink, are damaged or forged."""
 
     def prepare(request: Message) -> Delivery:
         reply = Message(to_records(message), reply_to=request)
@@ -398,12 +398,12 @@ def _changed_object(content: bytes, random: Random) -> bytes:
 
 
 def random_attack(message: WireMessage, random: Random, *, objects: bool) -> MessageAttack:
-    """Make a random attack on an honest message.
+    """Create a random attack on an honest message.
 
     Args:
         message: the honest message.
         random: source of randomness.
-        objects: whether to attack Flower's objects, too.
+        objects: whether to attack Flower's objects too.
     """
     ways = (
         ["text", "records", "damage"] + ["payload"] * (3 if message.adapter is not None else 0) + ["objects"] * objects

@@ -26,7 +26,7 @@ TRIGGER, TARGET = "Q", "X"  # a request for the trigger's glyph shall draw the t
 
 
 class ClientAttack(Protocol):
-    """Maps the attackers' jobs of a round and their trained adapters to the adapters that they send."""
+    """Function from the attackers' jobs of a round and their trained adapters to the adapters that they send."""
 
     def __call__(self, jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]: ...
 
@@ -53,7 +53,7 @@ def scaling_attack(by: float) -> ClientAttack:
 
 
 def nan_attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
-    """Attack that sends NaN in every B."""
+    """Send NaN in every B."""
     return [
         {site: Factors(a, torch.full_like(b, torch.nan)) for site, (a, b) in adapter.items()} for adapter in trained
     ]
@@ -70,7 +70,7 @@ class ReplayAttack:
 
 
 def collusion_attack(by: float) -> ClientAttack:
-    """Attack in which all send the first attacker's update times a factor, truncated to their own rank."""
+    """Return an attack that sends the first attacker's update times a factor, truncated to each attacker's rank."""
 
     def attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:
         leader = max(range(len(jobs)), key=lambda index: len(next(iter(trained[index].values())).a))
@@ -83,7 +83,7 @@ def collusion_attack(by: float) -> ClientAttack:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackType:
-    """One type of attack."""
+    """Type of attack."""
 
     make: Callable[[], ClientAttack]
     poisons: bool = False

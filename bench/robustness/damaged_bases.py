@@ -161,7 +161,7 @@ def _weights(file: Path, rng: random.Random) -> str:
 
 
 def base(rng: random.Random, folder: Path) -> Callable[[], None]:
-    """Make a damaged pipeline in a folder, and return the call that uses it as a run does."""
+    """Create a damaged pipeline in a folder, and return a function that uses it like a run."""
     name = rng.choice(sorted(PIPELINES))
     shutil.copytree(_intact_pipeline(name), folder, dirs_exist_ok=True)
     for _ in range(rng.choice((1, 1, 2))):

@@ -220,7 +220,7 @@ _VALUES: tuple[object, ...] = (
 
 
 def _outside(folder: Path) -> Path:
-    """Make a target for links out of the folder, in the case's scratch folder: never an existing file."""
+    """Create a target for links out of the folder, in the case's scratch folder; never an existing file."""
     file = folder.parent / "outside.txt"
     file.write_text("not a picture")
     return file

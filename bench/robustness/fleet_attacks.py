@@ -74,7 +74,7 @@ REQUESTS: dict[str, Any] = {
 
 @dataclass
 class Client:
-    """One client of a federation.
+    """Client of a federation.
 
     Args:
         home: folder of an enrolled device, with its key and the authority's certificate.
@@ -100,7 +100,7 @@ class Client:
         self.http = httpx.Client(base_url=f"https://{LOOPBACK}:{self.port}", verify=self.trusted, timeout=60)
 
     def signed_headers(self, *, offset: float = 0.0) -> dict[str, str]:
-        """Make the headers of a SuperNode whose clock is `offset` seconds ahead."""
+        """Create the headers of a SuperNode whose clock is `offset` seconds ahead."""
         moment = (datetime.now(UTC) + timedelta(seconds=offset)).isoformat()
         signature = self.key.sign(moment.encode(), ec.ECDSA(hashes.SHA256()))
         return {
@@ -111,7 +111,7 @@ class Client:
         }
 
     def post(self, kind: str, call: str, body: Any, headers: Any = None, *, method: str = "POST") -> bytes | None:
-        """Make one call, count it by kind and outcome, and return the answer if the call succeeded.
+        """Send one call, count it by kind and outcome, and return the answer if the call succeeded.
 
         Args:
             kind: kind under which the call is counted.
@@ -131,7 +131,7 @@ class Client:
         return response.content if response.status_code == 200 else None
 
     def ask(self, kind: str, call: str, **fields: Any) -> bytes | None:
-        """Make one RPC, count it by kind and outcome, and return the answer if it succeeded.
+        """Call one RPC, count it by kind and outcome, and return the answer if it succeeded.
 
         Args:
             kind: kind under which the call is counted.
@@ -153,7 +153,7 @@ class Client:
 
 
 def honest_request(client: Client, call: str) -> Any:
-    """Make a request as a SuperNode does, but with invented ids."""
+    """Create a request like a SuperNode's, but with invented ids."""
     rng, message = client.rng, REQUESTS[call]()
     for name, value in (
         ("public_key", client.pem),
@@ -288,7 +288,7 @@ KINDS: list[Callable[[Client], None]] = [
 
 
 def reply_to(client: Client, request: Any, content: RecordDict | None, **changed: Any) -> Message:
-    """Make a reply to a message.
+    """Create a reply to a message.
 
     Args:
         client: sender of the reply.
@@ -323,7 +323,7 @@ def push_head(client: Client, kind: str, reply: Message, tree: ObjectTree | None
         kind: kind under which the call is counted.
         reply: the reply.
         tree: object tree to announce (default: the reply's own).
-        times: how often the head is repeated in the call.
+        times: number of repetitions of the head in the call.
 
     Returns:
         The server's response; None if it rejected the call.
@@ -452,7 +452,7 @@ def refuse(client: Client, request: Any, tree: ObjectTree, *, hostile: bool) -> 
 
 
 def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
-    """Receive and answer messages like a node, until told to stop.
+    """Receive and answer messages like a node, until `until` returns true.
 
     Args:
         client: the node.
@@ -484,7 +484,7 @@ def register_node(client: Client) -> None:
 
 
 def flood(client: Client, calls: int, rate: float) -> None:
-    """Make hostile calls at a given rate.
+    """Send hostile calls at a constant rate.
 
     Args:
         client: sender of the calls.

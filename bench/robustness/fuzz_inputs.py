@@ -3,9 +3,9 @@
     anther bench fuzz_inputs [--cases 20000] [--seed 0]
 
 Inputs are pictures of every format, caption sheets, EXIF blocks, folder layouts, and bases of every family, each
-generated from a seed and then damaged. A case is sound if the folder can be read, its pixels at every size and its
-fingerprint computed, or if it is refused with one line that names a path. Anything else is a fault, including a process
-that dies. Faults are reported with the seed that reproduces them: `--kind exif --only 123`.
+generated from a seed and then damaged. A case is sound if the folder can be read and its pixels at every size and its
+fingerprint can be computed, or if it is refused with one line that names a path. Any other outcome is a fault,
+including the death of a process. Faults are reported with the seed that reproduces them: `--kind exif --only 123`.
 
 To add a kind of input to `KINDS`, write a function that takes a random generator and an empty folder, and returns the
 call that must be sound.
@@ -66,7 +66,7 @@ class FuzzCounts:
 
 
 def _folder(damage: Callable[[random.Random, Path], None]) -> Callable[[random.Random, Path], Try]:
-    """Make the kind of input whose folder is damaged by `damage` and then read."""
+    """Create the kind of input whose folder is damaged by `damage` and then read."""
 
     def attempt(rng: random.Random, folder: Path) -> Try:
         damage(rng, folder)
@@ -85,7 +85,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Try]] = {
 
 
 def read(folder: Path) -> None:
-    """Read a folder as a run does: pictures, pixels at every size, fingerprint."""
+    """Read a folder like a run: pictures, pixels at every size, fingerprint."""
     pictures = load_folder(folder)
     for split in pictures:
         fingerprint(split)

@@ -1,4 +1,4 @@
-"""Cost and acceptance of malicious messages.
+"""Measure the cost and acceptance of malicious messages.
 
     anther bench gate [--fuzzed 20000] [key=value …]
 
@@ -81,7 +81,7 @@ AttackTable = dict[tuple[str, str], AttackCounts]
 
 
 def measure(work: Callable[[], str]) -> tuple[str, float, float]:
-    """Run `work`, and return its answer, milliseconds of CPU time, and MiB by which resident memory grew at most."""
+    """Run `work`; return its answer, its milliseconds of CPU time, and the maximum growth of resident memory in MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     resident = _resident("VmRSS")
     started = time.process_time()

@@ -95,7 +95,7 @@ class GatewayResults:
         return median(self.seconds) / median(self.calm_seconds) if self.seconds and self.calm_seconds else float("inf")
 
     def errors(self) -> list[str]:
-        """List the calls whose answers are never acceptable."""
+        """List the calls with unacceptable answers."""
         return [
             f"{who}: {kind}: {outcome} × {count}"
             for who, calls in self.outcomes.items()
@@ -271,7 +271,7 @@ def summary(results: GatewayResults) -> str:
 
 
 def main() -> int:
-    """Return the exit status: 1 if a claim does not hold."""
+    """Run the benchmark, and return the exit status: 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--calm", type=int, default=CALM, help="rounds before the attack, and at least during it")

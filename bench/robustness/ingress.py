@@ -64,16 +64,17 @@ REPORT = messages.DeviceReport(
 
 
 class PendingAttack(NamedTuple):
-    """An attack that is ready to be delivered."""
+    """Attack that is ready to be delivered."""
 
     deliver: Callable[[], str]
-    """Delivers it, which is the measured part: returns `accepted`, the reason of the refusal, or `crash …`."""
+    """Function that delivers the attack, which is measured. Returns `accepted`, the reason of the refusal, or
+    `crash …`."""
     violated: Callable[[], list[str]]
-    """Lists the invariants that the accepted message violates."""
+    """Function that lists the invariants that the accepted message violates."""
 
 
 class Ingress(NamedTuple):
-    """An honest message of one type, and a function that prepares an attack on its receiver."""
+    """Honest message of one type, and a function that prepares an attack on its receiver."""
 
     honest: WireMessage
     open: Callable[[MessageAttack], PendingAttack]

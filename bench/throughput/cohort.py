@@ -40,7 +40,7 @@ from bench.throughput.roofline import matrix_rate, operations, synchronize
 from bench.throughput.step_variants import PEERS, StepVariant, TimingSettings, step_variants
 from training.memory import budget
 
-TARGET_SPEEDUP = {  # targets on a GPU in bf16: speedup of the cohort over the fastest variant of each peer
+TARGET_SPEEDUP = {  # targets on a GPU in bf16: minimum speedup of the cohort over the fastest variant of each peer
     "small": {"peft": 60.0, "opacus": 120.0},
     "medium": {"peft": 18.0, "opacus": 60.0},
     "sd15": {"peft": 5.0, "opacus": 12.0},
@@ -92,7 +92,7 @@ class VariantResults(NamedTuple):
 
 
 def run(variants: Mapping[str, Callable[[], StepVariant]], setting: TimingSettings) -> VariantResults:
-    """Time the variants in turns; one that fails must not affect the others."""
+    """Time the variants in turns; a failing variant must not affect the others."""
     running: dict[str, StepVariant] = {}
     results = VariantResults({}, {}, [])
     for name, make in variants.items():
@@ -221,7 +221,7 @@ def table(record: Mapping[str, Any]) -> Table:
 
 
 def strongest(faster: Mapping[str, float]) -> set[str]:
-    """Return the fastest variant of each peer, which a claim is compared with."""
+    """Return the fastest variant of each peer, with which a claim is compared."""
     peers = {name.split()[0] for name in faster}
     return {min((n for n in faster if n.split()[0] == peer), key=lambda n: faster[n]) for peer in peers}
 

@@ -2,10 +2,10 @@
 
     anther bench grid [--clients 100] [--rounds 20] [key=value …]
 
-Runs rounds on the glyph base without the training: each Train job returns its initial adapter. The rest is the overhead
-of a simulation: messages, checks, ledger charges, sealed replies. Every device takes part in every round. Reported is
-the process's CPU time, median over rounds, without the first two, which cache pictures and compute ε for the first
-time.
+Runs rounds on the glyph base without the training: each Train job returns its initial adapter. The remaining cost is
+the overhead of a simulation: messages, checks, ledger charges, sealed replies. Every device takes part in every round.
+Reported is the process's CPU time, median over rounds, without the first two, which cache pictures and compute ε for
+the first time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 
 
 def skip_training(base: Base, jobs: Sequence[Job]) -> list[Result | Exception]:
-    """Return results of the right shapes without doing the work."""
+    """Return results of the correct shapes without training."""
     return [_empty_result(base, job) for job in jobs]
 
 

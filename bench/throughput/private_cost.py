@@ -63,7 +63,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def letter_examples(base: Base, count: int) -> Examples:
-    """Make `count` examples by repeating a few letters."""
+    """Create `count` examples by repeating a few letters."""
     writer = dataset.load("development")[0]
     order = writer.order[:20]
     latents = base.encode_images([writer.images[glyph] for glyph in order]).cpu()
@@ -75,7 +75,7 @@ def letter_examples(base: Base, count: int) -> Examples:
 def make_job(
     base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool
 ) -> TrainJob:
-    """Make the job of a case; an open job has the same number of entries per step.
+    """Create the job of a case; an open job has the same number of entries per step.
 
     Args:
         base: the base.

@@ -102,7 +102,7 @@ def train(form: str, folder: Path, message: Message, context: Context) -> Messag
         form: `published` or `tuned`.
         folder: folder of the encoded pictures.
         message: the server's message with factors.
-        context: Flower's context, which tells the client's partition.
+        context: Flower's context, which contains the client's partition.
     """
     started = time.perf_counter()
     client = int(context.node_config["partition-id"])
@@ -120,7 +120,7 @@ def train(form: str, folder: Path, message: Message, context: Context) -> Messag
 
 
 def sum_seconds(replies: list[RecordDict], _: str) -> MetricRecord:
-    """Sum the time in clients' code; fails if a client failed, which FedAvg would leave out of the average."""
+    """Sum the time in clients' code. Raises if a client failed, since FedAvg would omit it from the average."""
     if len(replies) < CLIENTS:
         raise RuntimeError(f"{CLIENTS - len(replies)} of {CLIENTS} clients failed")
     spent: list[Any] = [reply["metrics"]["seconds"] for reply in replies]

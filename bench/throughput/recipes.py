@@ -10,8 +10,8 @@ Runs the same workload as whole programs, including start-up: 20 clients, 10 rou
     published  the libraries' documented recipes, on Flower's Ray simulation (bench/throughput/ray_recipe.py)
     tuned      the same with changes that a careful user would make
 
-Anther's simulation caches latents in its first round. One simulation is therefore run for that round in advance, and a
-copy of it is resumed, timed, and trains as many rounds as the others. Forms take turns, since the speed of machines
+Anther's simulation caches latents in its first round. One simulation therefore runs that round in advance. A copy of it
+is resumed and timed, for the same number of rounds as the other forms. Forms take turns, since the speed of machines
 drifts; results are medians over repeats of the ratio within a repeat.
 """
 

@@ -41,7 +41,7 @@ class TimingSettings:
 
 
 class StepVariant(Protocol):
-    """An implementation of training that is timed one repeat at a time."""
+    """Implementation of training that is timed one repeat at a time."""
 
     client_steps: int  # per repeat
 
@@ -55,7 +55,7 @@ class StepVariant(Protocol):
 
 
 class PeerVariant:
-    """A peer that trains one client."""
+    """Peer that trains one client."""
 
     client_steps = len(POISSON_SIZES)
 
@@ -74,7 +74,7 @@ class PeerVariant:
 
 
 class CohortVariant:
-    """The trainer, with new jobs for each repeat.
+    """Cohort trainer, with new jobs for each repeat.
 
     Args:
         denoiser: the base with adapter sites.

@@ -21,7 +21,7 @@ WRITERS, LETTERS = 30, 20
 
 
 def arm(advantage: float) -> RunGroup:
-    """Make a group whose members score higher by `advantage` standard deviations."""
+    """Create a group whose members score higher by `advantage` standard deviations."""
     draw = np.random.default_rng(0)
     member = draw.random(WRITERS * LETTERS) < 0.5
     writer, letter = np.divmod(np.arange(WRITERS * LETTERS), LETTERS)

@@ -69,7 +69,7 @@ def test_every_claim_can_fail(changed, failures):
 
 
 class _InProcessClient(fleet_attacks.Client):
-    """A client of a gateway in this process."""
+    """Client of a gateway in this process."""
 
     def __init__(self, served, key, node, rng):
         self.key, self.rng, self.node, self.outcomes, self.base = key, rng, node, Counter(), "0" * 64

@@ -24,7 +24,7 @@ from tests.helpers.fleet import PLAN, REPORT
 
 
 def table(result: Mapping[str, tuple[int, int]], works: Mapping[str, tuple[float, float]] | None = None) -> PassCosts:
-    """Make costs of sites in the order of a pass: (peak bytes from the site on, its own bytes)."""
+    """Create costs of sites in the order of a pass: (peak bytes from the site on, its own bytes)."""
     works = works or {}
     return PassCosts(
         sites=tuple(
@@ -69,7 +69,7 @@ LIMITS = st.builds(PlanLimits, deadline=st.none() | st.floats(0.1, 30), joules=s
 
 
 def steps(costs: PassCosts, selected: tuple[str, ...], limits: PlanLimits) -> int:
-    """Reference number of steps: 2 s and 10 J per step at every site, and transfers at 8 Mbit/s."""
+    """Compute the reference number of steps: 2 s and 10 J per step at every site, and transfers at 8 Mbit/s."""
     seconds, transfers = 2.0 * costs.work(selected), 1000 / 1e6 + 4 * len(selected) * 128 * 4 / 1e6
     bound = float(FULL.steps)
     if limits.deadline is not None:

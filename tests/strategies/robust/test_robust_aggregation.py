@@ -163,7 +163,7 @@ def test_initial_adapter():
 
 
 def grown(reply):
-    """Twenty times B, which passes the gate."""
+    """Send twenty times B, which passes validation."""
     sent = from_tensors(decode(reply.adapter, adapter_shapes(FLEET_SITES, reply.rank)))
     return replace(reply, adapter=encode(to_tensors({site: Factors(f.a, 20 * f.b) for site, f in sent.items()})))
 
@@ -172,8 +172,8 @@ def broken(reply):
     return replace(reply, adapter=b"nothing")
 
 
-def test_a_run_goes_as_if_an_attacker_were_not_there(monkeypatch, tmp_path):
-    """Through the real loop, beside one whose replies can't be read."""
+def test_run_ignores_an_attacker(monkeypatch, tmp_path):
+    """The real loop is run with an attacker, and with a device whose replies can't be read."""
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
     def run(rule, **devices):

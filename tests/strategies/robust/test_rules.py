@@ -171,7 +171,7 @@ def test_geometric_median_stays_within_its_bound(result):
 
 
 def foolsgold_weights(cosines):
-    """Algorithm 1 of FoolsGold from given cosines, κ = 1; negative cosines count as 0."""
+    """Compute algorithm 1 of FoolsGold from cosines, with κ = 1; negative cosines count as 0."""
     n = len(cosines)
     cs = np.where(np.eye(n, dtype=bool), 0.0, np.clip(cosines, 0, 1))
     v = cs.max(1)
@@ -211,7 +211,7 @@ def test_foolsgold_with_equal_changes():
 
 
 def afa_remaining(cosines, weights, xi=2.0, step=0.5):
-    """AFA from given cosines, with the median absolute deviation; returns the remaining devices."""
+    """Compute AFA from cosines, with the median absolute deviation; returns the remaining devices."""
     remaining = [k for k, weight in enumerate(weights) if weight > 0]
     while len(remaining) > 2:
         s = {
