@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.metadata import distributions
 from io import BytesIO
@@ -57,6 +58,25 @@ def test_wheel_holds_all_data_files(wheel: list[str]) -> None:
     ]
     assert len(expected) > 60
     assert sorted(set(expected) - set(wheel)) == []
+
+
+def docker_context() -> set[str]:
+    """Top-level names that `.dockerignore` lets into an image's build context."""
+    rules = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [rule for rule in rules if rule and not rule.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    assert {rule for rule in rules[1:] if not rule.startswith("!")} == {"**/__pycache__"}
+    return allowed
+
+
+def test_image_context_has_all_sources_of_the_wheel() -> None:
+    """`deploy/venv.sh` builds the wheel from the build context, so that needs all that the wheel is built from."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    metadata = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
+    assert docker_context() == {*packages, *metadata, "deploy"}
+    assert all((ROOT / name).exists() for name in docker_context())
 
 
 def test_wheel_shares_no_path_with_a_dependency(wheel: list[str]) -> None:
