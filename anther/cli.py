@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from anther.commands import COMMANDS, GROUPS, Command
 from common.errors import REPORTED_ERRORS, describe_error
 from common.moved_commands import MOVED
-from common.terminal import use_plain_output
+from common.terminal import discard_output, use_plain_output
 
 TITLE = "Anther personalizes a diffusion model on people's own devices.\n\nUsage:  anther COMMAND [arguments]"
 FOOTER = "Add --help to a command for its arguments. Completion of your shell: anther completion --help"
@@ -23,9 +23,19 @@ USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the first words name, and return its exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line, and return its exit status."""
     use_plain_output()
+    try:
+        status = run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # now, because at exit Python would report a closed pipe itself
+    except BrokenPipeError:  # the reader of our output closed it
+        discard_output()
+        return USAGE
+    return status
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that the first words name, and return its exit status."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else USAGE
@@ -41,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[name].module)
         sys.argv = [f"anther {name}", *rest]  # as the module's own `python -m` would have it
         return int(module.main() or 0)
+    except BrokenPipeError:
+        raise
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from collections.abc import Mapping
 
@@ -59,3 +60,8 @@ def use_plain_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # tests and notebooks replace the streams
             stream.reconfigure(errors=_HANDLER)
+
+
+def discard_output() -> None:
+    """Discard further standard output, because its reader has closed the pipe, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

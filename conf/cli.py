@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
-from common.terminal import use_plain_output
+from common.terminal import discard_output, use_plain_output
 from conf.explain import explain, known_keys
 from conf.key_help import register_resolver
 from conf.overrides import prepare_overrides
@@ -79,7 +79,7 @@ def hydra_application(
                     raise
                 _stop("a group takes the name of one of its options; --help lists them")
             except BrokenPipeError:  # the reader of our output closed it
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                discard_output()
                 sys.exit(USAGE)
             except REPORTED_ERRORS as error:  # from Hydra: the output folder, or a configuration file of the user
                 _stop(describe_error(error))

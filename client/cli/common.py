@@ -9,7 +9,7 @@ from pathlib import Path
 
 from client import paths
 from common.errors import REPORTED_ERRORS, describe_error
-from common.terminal import use_plain_output
+from common.terminal import discard_output, use_plain_output
 from privacy.storage import FileStorage
 
 DONE, USAGE = 0, 2
@@ -48,6 +48,9 @@ def run(
     options = parser.parse_args(arguments)
     try:
         print(act(paths.find_files(options.store, options.name), options))
+    except BrokenPipeError:  # the reader of our output closed it
+        discard_output()
+        return USAGE
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE

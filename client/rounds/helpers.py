@@ -74,10 +74,11 @@ def private_pictures(device: Device, split: str, assumed: int) -> tuple[Picture,
         return ()
     if len(candidates) > assumed:
         log.warning(
-            "of %d pictures (%s) only the first %d by name are used: the plan assumes no more",
+            "of %d pictures (%s) only the first %d by name are used: the server's run assumes no more (its data.%s)",
             len(candidates),
             split,
             assumed,
+            split,
         )
     return tuple(picture for picture in candidates[:assumed] if not isinstance(picture, MissingPicture))
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import REPORTED_ERRORS, AntherError, describe_error, os_error
+from common.terminal import discard_output
 from models.files import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # suffixes of hashed files; cards and images aren't
@@ -167,6 +168,9 @@ def main() -> int:
             pin(MANIFEST.parents[1])
         for asset in _manifest():
             print(f"{asset}: {locate(asset)}")
+    except BrokenPipeError:  # the reader of our output closed it
+        discard_output()
+        return 2
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.base.base import Base
+from models.files.loading import quiet_libraries
 from models.quantization.packed import is_packed
 
 
@@ -59,7 +60,8 @@ def loading_snippet(base: Base, adapters: Path) -> LoadingSnippet:
     """Describe the use of a folder's adapters with the base that they were made for."""
     import diffusers  # slow import, so only here
 
-    pipeline: Any = getattr(diffusers, base.family.pipeline)
+    with quiet_libraries():  # the attribute imports the pipeline's module
+        pipeline: Any = getattr(diffusers, base.family.pipeline)
     kohya = base.family.kohya
     return LoadingSnippet(
         base=str(base.folder.resolve()),

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
+from common.terminal import discard_output
 from conf.schemas.server import ServerConfig
 from protocol.ticket import Ticket
 from server.gateway import pki
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(_run(server_dir.of(options.folder), options))
+    except BrokenPipeError:  # the reader of our output closed it
+        discard_output()
+        return USAGE
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE

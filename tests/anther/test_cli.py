@@ -131,6 +131,20 @@ def test_arguments_reach_the_command(program: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "error: rounds=0: must be 1 or more\n")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["device", "ledger"], ["simulate", "--help"]])
+def test_closed_pipe_is_no_error(words: list[str], tmp_path: Path) -> None:
+    """`anther device ledger | head` ends without a message."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    home = {"ANTHER_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "anther", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | home, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (cli.USAGE, "")
+
+
 def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench"]) == 0
     listed = capsys.readouterr().out

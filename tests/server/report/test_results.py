@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from models.base.base import Base
 from models.lora.adapter import Factors
 from privacy.accounting import Guarantee
 from server.report.results import USAGE, main, write_results
+from server.report.snippet import loading_snippet
 from server.rounds.state import Round, RunState
 from server.supervisor.run_dirs import run_folder, save_command
 from strategies.round.metrics import TrainMetrics, ValidationMetrics, zero_metrics
@@ -74,6 +77,23 @@ def test_run_without_validation(base: Base, tmp_path: Path) -> None:
     text = Page(page.read_text()).text
     assert "Held-out pictures" not in text
     assert "No differential privacy" in text
+
+
+def test_snippet_silences_libraries(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing a pipeline warns about packages that it doesn't need."""
+    import diffusers
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = {}
+
+    class Recorder:
+        def __getattr__(self, name: str) -> object:
+            verbosity[name] = transformers_logging.get_verbosity()
+            return getattr(diffusers, name)
+
+    monkeypatch.setitem(sys.modules, "diffusers", Recorder())
+    loading_snippet(base, tmp_path)
+    assert verbosity[base.family.pipeline] == logging.ERROR
 
 
 @pytest.mark.parametrize("rate", [True, False])
