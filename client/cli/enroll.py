@@ -98,6 +98,9 @@ def enroll(text: str, settings: Sequence[str]) -> str:
     ]
     entries.append(f"federation={hello.federation}")
     last = {word.partition("=")[0]: word for word in entries}
+    for key, folder in (("data", node.data), ("store", node.store)):
+        if folder is not None:  # the device may later run in another folder, and as another user
+            last[key] = f"{key}={Path(folder).expanduser().absolute()}"
     lines = ["# Written by anther device enroll: one key=value per line. You can edit it."]
     write(file, "\n".join([*lines, *(shlex.quote(word) for word in last.values())]).encode() + b"\n")
     return _next_steps(hello, name, has_data=any(word.startswith("data=") for word in last.values()))

@@ -62,6 +62,8 @@ def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError 
     """
     root = Path(path).expanduser()
     try:
+        if path == "":
+            raise AntherError("a folder of pictures has an empty name; write . for the current folder")
         if "\0" in str(path) or not root.is_dir():
             raise AntherError(f"{root}: no such folder; name the one that holds your pictures and {METADATA}")
         return _load(root, background, on_error)

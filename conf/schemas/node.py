@@ -196,6 +196,8 @@ class NodeConfig:
         require_color("background", self.background)
         own = self.name is None or (Path(self.name).name == self.name and self.name not in ("", ".."))
         require(own, f"name={self.name}: must not be a path, nor empty")
+        for key in ("data", "store", "base"):  # an empty path is the current folder
+            require(getattr(self, key) != "", f"{key}: must not be empty; name a folder, or null")
         require_choice("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
         require_choice("gradient_checkpointing", self.gradient_checkpointing, ("none", "block"))
         for key in ("resolution", "max_rank", "uplink_mbps", "downlink_mbps", "examples_per_second"):

@@ -192,6 +192,12 @@ def test_missing_folder(tmp_path: Path) -> None:
         load_folder(tmp_path / "photos")
 
 
+def test_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AntherError, match="empty name"):
+        load_folder("")
+
+
 def test_fingerprint_detects_any_change() -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     changed = pixels.copy()

@@ -37,7 +37,6 @@ VERBATIM = [
     "写真",
     "=",
     "a=b",
-    "",
     "- x",
 ]
 
@@ -112,6 +111,13 @@ def test_unknown_keys_are_explained(tmp_path):
 def test_a_name_is_no_path(name, tmp_path):
     with pytest.raises(AntherError, match="must not be a path"):
         compose([f"name={name}"], tmp_path / "none")
+
+
+@pytest.mark.parametrize("key", ["data", "store", "base"])
+def test_empty_folder_is_refused(key, tmp_path):
+    """An empty path would be the current folder: `data=$PICTURES` without the variable reads other pictures."""
+    with pytest.raises(AntherError, match=f"^{key}: must not be empty"):
+        compose([f"{key}="], tmp_path / "none")
 
 
 def test_plans_read_the_same():

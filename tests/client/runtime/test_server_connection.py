@@ -209,6 +209,17 @@ def test_pictures_are_checked_before_ticket(server, tmp_path, where, capsys):
     assert enroll_device(ticket, "name=pi") == 0
 
 
+@pytest.mark.parametrize("prefix", ["", "~/", "{folder}/"])
+def test_folders_are_stored_absolute(server, home, pictures, monkeypatch, prefix):
+    """The device may run in another folder, as a service does, and as a user with another home."""
+    monkeypatch.chdir(pictures.parent)
+    monkeypatch.setenv("HOME", str(pictures.parent))
+    folder = prefix.format(folder=pictures.parent) + pictures.name
+    assert enroll_device(server.ticket(), f"data={folder}", "store=kept", "name=pi") == 0
+    node = compose([], home / "node.conf")
+    assert (node.data, node.store) == (str(pictures), str(pictures.parent / "kept"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
