@@ -52,8 +52,9 @@ class Checkpoint:
 
     def schedule(self, tokens: int) -> Schedule:
         """Return the forward process for latents of this many tokens; AntherError if the scheduler isn't supported."""
+        config = self.config("scheduler")
         try:
-            return parse_schedule(self.config("scheduler"), tokens, logit_normal=self.family.logit_normal)
+            return parse_schedule(config, tokens, logit_normal=self.family.logit_normal)
         except AntherError as error:
             raise AntherError(f"base {self.folder}: its {error}") from error
 
@@ -150,6 +151,8 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
 def _json(folder: Path, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise AntherError(f"base {folder}: {file.relative_to(folder)} is missing: copy it too") from error
     except (OSError, ValueError, RecursionError) as error:
         raise AntherError(
             f"base {folder}: {file.relative_to(folder)} can't be read as JSON ({error}): copy it again"

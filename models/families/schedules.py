@@ -45,7 +45,8 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
     length = config.get("num_train_timesteps", 1000)
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= _LONGEST:
         raise AntherError(
-            f"scheduler {shorten(name)}: num_train_timesteps={shorten(length)}: must be a whole number, 1 to {_LONGEST}"
+            f"scheduler {shorten(name)}: num_train_timesteps={shorten(repr(length))}: must be a whole number, "
+            f"1 to {_LONGEST}"
         )
     if name in _FLOWS:
         if config.get("use_dynamic_shifting"):

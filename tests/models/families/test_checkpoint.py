@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -97,6 +98,11 @@ class TestCheckpointErrors:
     def test_invalid_json(self, folder: Path) -> None:
         (folder / "unet" / "config.json").write_text("{")
         self.refuse(folder, r"config.json can't be read")
+
+    @pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"])
+    def test_missing_configuration_is_named_once(self, folder: Path, file: str) -> None:
+        (folder / file).unlink()
+        self.refuse(folder, rf"^base {re.escape(str(folder))}: {file} is missing: copy it too$")
 
     def test_invalid_index(self, folder: Path) -> None:
         (folder / "model_index.json").write_text("[1]")

@@ -69,7 +69,7 @@ def change(file: Path, **changes: object) -> None:
         (SCHEDULER, {"beta_schedule": "exponential"}, "beta_schedule=exponential: only"),
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule=sigmoid: only"),
         (SCHEDULER, {"num_train_timesteps": None}, "num_train_timesteps=None"),
-        (SCHEDULER, {"num_train_timesteps": "1000"}, "num_train_timesteps=1000"),
+        (SCHEDULER, {"num_train_timesteps": "1000"}, "num_train_timesteps='1000'"),
         (SCHEDULER, {"num_train_timesteps": 10**9}, "num_train_timesteps=1000000000"),
         (SCHEDULER, {"num_train_timesteps": 0}, "num_train_timesteps=0"),
         (SCHEDULER, {"beta_start": None}, "beta_start=None"),
