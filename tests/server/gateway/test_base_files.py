@@ -39,6 +39,13 @@ def test_serves_whole_files_and_ranges(base: Path) -> None:
     assert http.get(path, headers={"Range": "bytes=200-"}).status_code == 416
 
 
+def test_several_ranges_are_refused(base: Path) -> None:
+    """Thousands of ranges in one request would cost seconds."""
+    http, path = client(base), f"/v1/anther/base/{assets.digest(base)}/file/1"
+    for ranges in (["0-1", "3-4"], ["0-1"] * 1000):
+        assert http.get(path, headers={"Range": "bytes=" + ",".join(ranges)}).status_code == 416
+
+
 @pytest.mark.parametrize(
     "path",
     [
