@@ -27,7 +27,8 @@ from protocol.messages import DeviceReport
 
 log = logging.getLogger(__name__)
 
-# Defaults of a device that states nothing: the slowest of conf/fleet, so that no duration is underestimated.
+# Defaults for values that aren't configured: those of the slowest device of conf/fleet, so that no duration is
+# underestimated.
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
@@ -47,7 +48,7 @@ def _no_limit(_: int, __: Collection[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Everything that `client.rounds.handler` needs to answer for one device."""
+    """State and services of one device that `client.rounds.handler` uses."""
 
     name: str
     report: DeviceReport
@@ -62,10 +63,10 @@ class Device:
     seed: int
     """Seed of the non-private streams: ordinary batches, timesteps, diffusion noise."""
     resolution: int
-    """Side in pixels of pictures as the base sees them."""
+    """Side in pixels of the base's pictures."""
     listed_pictures: Callable[[], Pictures] | None = None
-    """Like `pictures`, for private jobs: each unusable picture is a `MissingPicture`, and the owner's log says why.
-    None: `pictures` is used.
+    """Like `pictures`, for private jobs: each unusable picture is a `MissingPicture`, and the reason is logged for the
+    owner. None: `pictures` is used.
     """
     wait: Callable[[float], None] = _no_wait
     """Wait this many seconds before a private reply, so that it is sent at a public time; raises Cancelled if the
@@ -99,7 +100,7 @@ def from_config(
             makes noise reproducible by `seed`, so that nothing counts as a release; for the report:
             `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; `rank` and `sites`, the highest
             rank and, as a regular expression, the only layers to train.
-        base: the base that the device holds.
+        base: the device's base.
         store: an open store; None: open an unencrypted one.
         read: reads the sensors for the device's current state; None: the report does not include it.
         measured_cost: see `Device.measured_cost`.
@@ -151,7 +152,7 @@ def build_report(
 
     Args:
         name: the device's name.
-        base: the base that it holds.
+        base: the device's base.
         stated: the node's configuration.
         store: caches the predicted duration of a pass; None: no cache.
         read: reads the sensors; None: the current state is left out.
@@ -220,7 +221,7 @@ def _folder(node_config: Mapping[str, Any]) -> Path:
 
 
 def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
-    """Parse a number over 0; Flower passes values as the user wrote them."""
+    """Parse a number over 0; Flower passes values as text or numbers, as the user wrote them."""
     try:
         number = float(values.get(key, default))
     except (TypeError, ValueError):

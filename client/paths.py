@@ -16,8 +16,8 @@ from privacy.storage import FileStorage
 def device_files(name: str, store: str | Path | None = None) -> FileStorage:
     """Return the files of the device with this name, in the folder `store`; the ledger's head is always in ANTHER_HOME.
 
-    The head is found by the device's name, so that another store under that name isn't taken for a new device's. The
-    exception is a store whose marker names an existing head: it was kept under another name.
+    The head is located by the device's name, so that another store under that name isn't mistaken for that of a new
+    device. The exception is a store with a marker that names an existing head: it was used under another name.
     """
     home = assets.home()
     files = FileStorage(store or home / "devices" / name, heads=home / "heads" / name)
@@ -29,13 +29,13 @@ def device_files(name: str, store: str | Path | None = None) -> FileStorage:
 
 
 def enrolled_files(name: str, store: str | None) -> FileStorage:
-    """Return the files of the device that takes part from this ANTHER_HOME, even if it was renamed.
+    """Return the files of the device enrolled in this ANTHER_HOME, even if it was renamed.
 
     The ledger counts releases about the pictures, so it belongs to the store and not to the name: a renamed device
     continues with its store (`remember`).
 
     Raises:
-        AntherError: the device's previous store isn't known, and there is one under another name.
+        AntherError: the device's previous store isn't recorded, and a store exists under another name.
     """
     if store is not None:
         return device_files(name, Path(store).expanduser())
@@ -46,32 +46,32 @@ def enrolled_files(name: str, store: str | None) -> FileStorage:
     if others:
         listed = ", ".join(map(str, others))
         raise AntherError(
-            f"name={name}: there is no store of this name, but there is a ledger of another: {listed}. If this device "
+            f"name={name}: no store has this name, but another name has a ledger: {listed}. If this device "
             f"was renamed, set store={others[0]}; if it is a new device, set store={default}"
         )
     return device_files(name)
 
 
 def remember(files: FileStorage) -> None:
-    """Record the store of the device that takes part from this ANTHER_HOME."""
+    """Record the store of the device enrolled in this ANTHER_HOME."""
     folder, home = files.folder.absolute(), assets.home().absolute()
     if _remembered() != folder:  # a relative path stays valid if the whole home is moved or copied
-        write(_note(), f"{folder.relative_to(home) if folder.is_relative_to(home) else folder}\n".encode())
+        write(_store_record(), f"{folder.relative_to(home) if folder.is_relative_to(home) else folder}\n".encode())
 
 
-def _note() -> Path:
+def _store_record() -> Path:
     return assets.home() / "store"
 
 
 def _remembered() -> Path | None:
     """Return the recorded store, if it still exists."""
     try:
-        folder = assets.home().absolute() / _note().read_text(encoding="utf-8").rstrip("\n")
+        folder = assets.home().absolute() / _store_record().read_text(encoding="utf-8").rstrip("\n")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise AntherError(
-            f"{_note()}: can't be read ({error}): write the path of this device's store into this file"
+            f"{_store_record()}: can't be read ({error}): write the path of this device's store into this file"
         ) from error
     return folder if folder.is_dir() else None
 
@@ -83,7 +83,7 @@ def _stores() -> list[Path]:
 
 
 def find_files(store: Path | None, name: str | None) -> FileStorage:
-    """Return the files of the device with this name or store; without either, of this machine's own device.
+    """Return the files of the device with this name or store; without either, of the device of this machine.
 
     Raises:
         AntherError: the configuration that enrollment wrote can't be read.

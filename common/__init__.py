@@ -1,1 +1,1 @@
-"""What every package may import: errors, units, seeding, files, locks, processes."""
+"""Utilities that every package may import: errors, units, seeding, files, locks, processes."""

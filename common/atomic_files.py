@@ -1,4 +1,4 @@
-"""Atomic, durable writes: files that survive a power failure. The ledger's guarantees rest on them."""
+"""Atomic, durable writes: files that survive a power failure. The privacy ledger's guarantees depend on them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: the same for a key on every device and in any batch.
+"""Counter-based random numbers: a key gives the same numbers on every device and in any batch.
 
 SplitMix64 (Steele, Lea & Flood, 2014, doi:10.1145/2660193.2660195, figure 14): the k-th number of a key's stream is a
-hash of key + (k+1)·γ, so that numbers of many streams are drawn at once. For timesteps and diffusion noise only: anyone
-who knows a key knows the numbers, so DP noise comes from `privacy.noise`.
+hash of key + (k+1)·γ, so that numbers of many streams are drawn at once. Use it for timesteps and diffusion noise only:
+anyone who knows a key can compute the numbers, so DP noise comes from `privacy.noise`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ONE, _TWO = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def child(keys: np.ndarray | int, number: np.ndarray | int) -> np.ndarray:
-    """Derive keys, int64, of separate streams: child `number` of each key."""
+    """Derive the keys of separate streams, int64: child `number` of each key."""
     step = np.asarray(number, np.int64).view(np.uint64) + np.uint64(1)
     with np.errstate(over="ignore"):
         z = np.asarray(keys, np.int64).view(np.uint64) + step * np.uint64(_GAMMA)
@@ -51,7 +51,7 @@ def _hashes(keys: Tensor, count: int) -> Tensor:
 
 
 def _logical_shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros from the left: int64 shifts keep the sign."""
+    """Shift right and fill with zeros; the shift of int64 repeats the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

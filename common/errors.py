@@ -54,7 +54,9 @@ def os_error(error: OSError, path: object = None) -> AntherError:
     name = error.filename if error.filename is not None else path
     where = "" if name is None else f"{shorten(os.fsdecode(name) if isinstance(name, bytes) else name)}: "
     if error.errno in (errno.EACCES, errno.EPERM):
-        return AntherError(f"{where}no permission for user {_user()}: let that user in (chmod, chown), or use another")
+        return AntherError(
+            f"{where}no permission for user {_user()}: grant it access (chmod, chown), or use another user"
+        )
     if error.errno in _REMEDIES:
         return AntherError(where + _REMEDIES[error.errno])
     return AntherError(f"{where}{error.strerror or type(error).__name__}: name another file or folder")
@@ -70,11 +72,11 @@ def describe_error(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return str(os_error(error))
-    return str(AntherError(f"a database can't be used ({error}): is its disk full, or its folder not yours?"))
+    return str(AntherError(f"a database can't be used ({error}): check its disk's free space and its folder's owner"))
 
 
 def _user() -> str:
-    """Name of this process' user, or its number if it has no name."""
+    """Return the name of this process's user, or its number if it has no name."""
     try:
         import pwd
 
@@ -89,9 +91,9 @@ _REMEDIES = {
     errno.EROFS: "lies on a read-only file system: name a folder that can be written to",
     errno.ENAMETOOLONG: "too long for a file's name: name another one",
     errno.ENOTDIR: "a file is in the way of a folder: move it, or name another folder",
-    errno.EEXIST: "something is in the way there: move it, or name another folder",
+    errno.EEXIST: "exists already: move it, or name another folder",
     errno.EISDIR: "is a folder, not a file: name a file",
-    errno.ELOOP: "a symbolic link that leads to itself: fix it",
+    errno.ELOOP: "a symbolic link that leads to itself: correct the link",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
     errno.EIO: "the disk reports an input/output error: check it, or name another one",
 }

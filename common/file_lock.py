@@ -16,14 +16,14 @@ FILE = "lock"
 
 @contextmanager
 def exclusive(folder: Path, *, what: str) -> Iterator[None]:
-    """Hold a folder exclusively within this context, also against other processes.
+    """Lock a folder exclusively within this context, also against other processes.
 
-    The lock file stays when the lock is released: two processes that recreate it could hold one of the two each. It
-    contains the process id of the last holder.
+    The lock file is not deleted when the lock is released: if it were created again, two processes could each lock a
+    different file. It contains the process id of the last holder.
 
     Args:
         folder: the folder.
-        what: name of the locked thing, for the message, e.g. "the store".
+        what: name of the locked resource, for the message, e.g. "the store".
 
     Raises:
         AntherError: another holder has it, or the file system doesn't support locks.
@@ -70,6 +70,6 @@ def _take(handle: int, path: Path, what: str) -> None:
         raise AntherError(
             f"{path}: can't be locked ({error.strerror}): {what} needs a file system with locks"
         ) from error
-    with suppress(OSError):  # on a full disk the number is missing; the lock is held all the same
+    with suppress(OSError):  # on a full disk the process id is missing; the lock is effective
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

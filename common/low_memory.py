@@ -1,4 +1,4 @@
-"""Start of a process with little memory: settings that have to be made before Python and its libraries are loaded.
+"""Start a process that uses little memory. The environment must be set before Python and its libraries are loaded.
 
 os.execve(sys.executable, sys.orig_argv, {**os.environ, **low_memory.ENVIRONMENT})
 """
@@ -22,9 +22,9 @@ _UNNEEDED = ("transformers", "peft", "accelerate", "scipy")  # diffusers imports
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Import diffusers without the libraries that a network doesn't need, within this context. Saves 100 MB.
+    """Hide libraries that a network doesn't need from diffusers, within this context. Saves 100 MB.
 
-    They can be imported afterwards, but pipelines stay unavailable: for a process that only trains.
+    They can be imported afterwards, but pipelines stay unavailable. Use it in processes that only train.
     """
     hidden = [name for name in _UNNEEDED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: as if not installed

@@ -1,4 +1,4 @@
-"""Refuse `python -m` with a former module of a command, in one line that names the present command."""
+"""Refuse `python -m` with the former module of a command; the message names the present command."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class MovedCommandFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         """End the process if `python -m` asked for a former command; `import` is unchanged."""
         del path, target
-        module = fullname.removesuffix(".__main__")  # asked for if a package has the former name now
-        if sys.argv[:1] == ["-m"] and module in MOVED:  # set so while `python -m` searches its module
+        module = fullname.removesuffix(".__main__")  # the suffix is added if a package now has the former name
+        if sys.argv[:1] == ["-m"] and module in MOVED:  # the value while `python -m` searches for its module
             print(f"error: python -m {module}: moved to {MOVED[module]}", file=sys.stderr)
             sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""Child processes: they run our own modules, independent of the working directory, and end with their parent."""
+"""Child processes that run our own modules, independent of the working directory, and end with their parent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Make the system end this process when its parent dies. Linux only, elsewhere without effect.
+    """Make the kernel end this process when its parent dies. Has no effect on other systems than Linux.
 
     Called in the child, after its fork.
     """

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def dumps(value: Any) -> str:
-    """Encode plain values and dataclasses of them, equal values as equal text. ValueError if not finite."""
+    """Encode plain values and dataclasses of them. Equal values give equal text. ValueError for NaN and infinity."""
     return _encoder.encode(value)
 
 
@@ -47,7 +47,7 @@ def from_plain(kind: type[T], value: Any, where: str = "value") -> T:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """Fields of a dataclass, one level at a time: `dataclasses.asdict` also copies everything below."""
+    """Return the fields of a dataclass without copying their values, which `dataclasses.asdict` does."""
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
@@ -85,17 +85,17 @@ def _converter(kind: Any) -> Convert:
     if origin is dict:
         of_item = _converter(parts[1])
         return lambda value, where: {
-            key: of_item(item, f"{where}.{_shown(key)}") for key, item in _exactly(dict, value, where).items()
+            key: of_item(item, f"{where}.{_printable(key)}") for key, item in _require_type(dict, value, where).items()
         }
     if origin is tuple:
         of_entry = _converter(parts[0])
         return lambda value, where: tuple(
-            of_entry(item, f"{where}[{index}]") for index, item in enumerate(_exactly(list, value, where))
+            of_entry(item, f"{where}[{index}]") for index, item in enumerate(_require_type(list, value, where))
         )
     if kind is float:
-        return _finite
+        return _finite_float
     if kind in (str, int, bool, bytes):
-        return functools.partial(_exactly, kind)
+        return functools.partial(_require_type, kind)
     raise TypeError(f"no plain form for {kind}")
 
 
@@ -104,28 +104,28 @@ def _dataclass_converter(kind: Any) -> Convert:
     converters = {field.name: _converter(hints[field.name]) for field in dataclasses.fields(kind)}
 
     def convert(value: Any, where: str) -> Any:
-        fields = _exactly(dict, value, where)
+        fields = _require_type(dict, value, where)
         if fields.keys() != converters.keys():
             wrong = min(fields.keys() ^ converters.keys())
             state = "missing" if wrong in converters else "unknown"
-            raise ValueError(f"{where}.{_shown(wrong)}: {state}")
+            raise ValueError(f"{where}.{_printable(wrong)}: {state}")
         return kind(**{name: converter(fields[name], f"{where}.{name}") for name, converter in converters.items()})
 
     return convert
 
 
-def _shown(key: str) -> str:
-    """Printable form of an untrusted key, for one line of a log."""
+def _printable(key: str) -> str:
+    """Return an untrusted key in a printable form, for one line of a log."""
     return ascii(key[:100])[1:-1]
 
 
-def _exactly(kind: type, value: Any, where: str) -> Any:
+def _require_type(kind: type, value: Any, where: str) -> Any:
     if type(value) is not kind:  # not isinstance: a bool is an int
         raise ValueError(f"{where}: must be {kind.__name__}, is {type(value).__name__}")
     return value
 
 
-def _finite(value: Any, where: str) -> float:
+def _finite_float(value: Any, where: str) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"{where}: must be float, is {type(value).__name__}")
     try:

@@ -1,4 +1,4 @@
-"""Output on terminals with limited encodings: missing characters are replaced by ASCII and never end a run."""
+"""Output on terminals with limited encodings: characters that can't be encoded are replaced by ASCII."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What sizes, links, times and batteries are told in."""
+"""Conversion factors for sizes, times, energies and link speeds."""
 
 GIB, MIB = 2**30, 2**20
 HOUR = 3600
-"""Seconds, and joules in a watt-hour."""
+"""Seconds per hour, and joules per watt-hour."""
 MEGABITS = 8 / 1e6
-"""In a byte."""
+"""Megabits per byte."""

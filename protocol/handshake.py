@@ -1,4 +1,4 @@
-"""Handshake over HTTPS, before any other message: can this device and this server work together, and on which base."""
+"""Handshake over HTTPS before any other message. It compares protocol versions and names the federation's base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ServerHello:
     """Oldest protocol version that it supports."""
     newest: int
     anther: str
-    """Its release, for people to read."""
+    """Its release of Anther, for display."""
     federation: str
     """Its name, by which a device separates federations."""
     base: str
@@ -57,17 +57,15 @@ class ServerHello:
         ):
             if not valid:
                 shown_value = shorten(repr(getattr(self, name)), 60)
-                raise AntherError(
-                    f"the server's greeting says {name}={shown_value}, which must be {rule}: ask its operator"
-                )
+                raise AntherError(f"the server sent {name}={shown_value}, which must be {rule}: ask its operator")
 
     def clock(self) -> datetime | None:
         """Return the server's time, or None if it is invalid or has no time zone."""
         try:
-            moment = datetime.fromisoformat(self.time) if len(self.time) <= 40 else None
+            parsed = datetime.fromisoformat(self.time) if len(self.time) <= 40 else None
         except ValueError:
             return None
-        return moment if moment is not None and moment.utcoffset() is not None else None
+        return parsed if parsed is not None and parsed.utcoffset() is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Ranges of all values in messages, for any sender.
 
-Types by themselves admit a count of 10⁴⁰⁰⁰, which no float represents, a name of a megabyte, and names with a line
-feed or an unpaired surrogate, which forge a line of a log or can't be written to a file. Further limits on plans are
-set by a device's policy, and on replies by the strategy.
+The field types would admit a count of 10⁴⁰⁰⁰, which no float represents, a name of a megabyte, and names with a line
+feed or an unpaired surrogate, which forge a line of a log or can't be written to a file. A device's policy limits plans
+further, and the strategy limits replies further.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _check(value: Any, where: str, name: str) -> None:
 
 @cache
 def _fields(kind: Any) -> tuple[str, ...]:
-    """Names of the fields of a dataclass; none for any other type."""
+    """Return the names of a dataclass's fields; empty for any other type."""
     return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 

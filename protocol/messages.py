@@ -15,10 +15,10 @@ from common.errors import AntherError
 from protocol import limits
 
 OLDEST, NEWEST = 2, 2
-"""Supported versions of this protocol. A message contains its version; a receiver that doesn't support it says which
-side has to update, and reads nothing else of the message.
+"""Supported versions of this protocol. Each message contains its version. A receiver that doesn't support it reports
+which side has to update, and parses nothing else of the message.
 
-1: a device took sites and timesteps from its server's configuration. 2: they are fields of the messages.
+1: devices read sites and timesteps from the server's configuration. 2: sites and timesteps are fields of the messages.
 """
 
 MAX_JSON_CHARS = 128 * 1024
@@ -93,7 +93,7 @@ class TrainingPlan:
     """Rank that the device trains. Further directions of the sent adapter are applied but frozen."""
     trains: str = "both"
     """Factors that are trained and sent back: `both`; `a` or `b` only; `cores`, which are C [rank, rank] of B = L C,
-    where L is sent with the adapter; or `split`, where both are trained and B stays on the device as its own.
+    where L is sent with the adapter; or `split`, where both are trained, but B stays on the device.
     """
     sites: tuple[str, ...] | None = None
     """Names of the sites that the device trains; other sites of the sent adapter are applied but frozen. None: all."""
@@ -141,8 +141,8 @@ class Train:
     adapted: tuple[str, ...] | None = None
     """See `Query.adapted`."""
     echo: int = 0
-    """Number of events in the device's ledger when the server last heard of it. A ledger with fewer events was rolled
-    back, and its device refuses; more events permit nothing.
+    """Number of events in the device's ledger according to its last reply. If the ledger has fewer events, it was
+    rolled back, and the device refuses. Otherwise the number has no effect: it never grants budget.
     """
 
 
@@ -242,7 +242,7 @@ class Personalize:
 
 @dataclass(frozen=True, kw_only=True)
 class Personalized:
-    """The device now has a personal adapter. Contains its cost, and no measure of its pictures."""
+    """Confirmation that the device has a personal adapter, with its cost, but no measure of its pictures."""
 
     device: str
     seconds: float
@@ -271,18 +271,18 @@ def payloads(message: Request | Reply) -> dict[str, bytes]:
 
 def to_json(message: Request | Reply) -> str:
     """Encode all fields except the payloads. ValueError for a number that is not finite."""
-    beside = payloads(message)
+    attached = payloads(message)
     fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    return strict_json.dumps({name: value for name, value in fields.items() if name not in beside})
+    return strict_json.dumps({name: value for name, value in fields.items() if name not in attached})
 
 
-def from_json(kind: type[T], text: str, **beside: bytes) -> T:
+def from_json(kind: type[T], text: str, **attached: bytes) -> T:
     """Decode a message that `to_json` encoded, with its payloads.
 
     Args:
         kind: class of the message.
         text: JSON.
-        beside: payloads by name of the field.
+        attached: payloads by name of the field.
 
     Raises:
         AntherError: names the field that is unknown, missing, of a wrong type, not finite, or outside
@@ -294,9 +294,9 @@ def from_json(kind: type[T], text: str, **beside: bytes) -> T:
         parsed = strict_json.loads(text)
         if not isinstance(parsed, dict):
             raise ValueError("not a JSON object")
-        if twice := parsed.keys() & beside.keys():
-            raise ValueError(f"{min(twice)}: travels beside the JSON, not in it")
-        message = strict_json.from_plain(kind, parsed | beside, kind.__name__)
+        if duplicates := parsed.keys() & attached.keys():
+            raise ValueError(f"{min(duplicates)}: must be sent next to the JSON, not in it")
+        message = strict_json.from_plain(kind, parsed | attached, kind.__name__)
         limits.check(message)
         return message
     except ValueError as error:

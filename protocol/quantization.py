@@ -111,7 +111,7 @@ def max_payload(expected: Mapping[str, Shape], precision: str, *, keep: float = 
 
 
 def bytes_per_number(precision: str, keep: float = 1.0) -> float:
-    """Average bytes per number in whole blocks."""
+    """Return the average bytes per number, in complete blocks."""
     return (_SCALE_BYTES + keep * _CODE_BYTES[precision]) / BLOCK
 
 
@@ -146,7 +146,7 @@ def _tensors(blocks: Tensor, expected: Mapping[str, Shape]) -> dict[str, Tensor]
 
 
 def _scales(blocks: Tensor) -> Tensor:
-    """Maximum absolute value of each block, rounded up to bfloat16 [n], so that no ratio exceeds 1.
+    """Return the maximum absolute value of each block, rounded up to bfloat16 [n], so that no ratio exceeds 1.
 
     It is 0 for a block of tiny numbers, and infinite, which receivers reject, for one that is too large or not finite.
     """
@@ -160,7 +160,7 @@ def _scales(blocks: Tensor) -> Tensor:
 def _stochastic_round(ratios: Tensor, precision: str, generator: torch.Generator) -> Tensor:
     """Round each ratio to one of its two neighbors on the grid, so that the mean is the ratio."""
     steps: Tensor | float = 1.0
-    if precision == "fp16":  # 11 significant bits, and 2⁻²⁴ at least
+    if precision == "fp16":  # 11 significant bits; the spacing is at least 2⁻²⁴
         exponents = torch.frexp(ratios).exponent
         steps = torch.ldexp(torch.ones_like(ratios), (exponents - 11).clamp(min=-24))
     scaled = ratios / steps  # exact, by a power of 2
@@ -180,7 +180,7 @@ def _pack(codes: Tensor, precision: str) -> bytes:
 
 
 def _unpack(data: bytearray, start: int, precision: str) -> Tensor:
-    """Codes as float32 [n, 64]. A code that `encode` never writes stays too large."""
+    """Return codes as float32 [n, 64]. Codes that `encode` never writes keep their value, so that they are rejected."""
     match precision:
         case "fp16":
             codes = torch.frombuffer(data, dtype=torch.float16, offset=start)

@@ -22,7 +22,7 @@ from protocol.messages import Reply, Request
 QUERY, TRAIN, EVALUATE, PERSONALIZE = "query", "train", "evaluate", "train.personalise"
 
 REFUSED = "refused: "
-"""Prefix of an error reply's reason if the device refused, and nothing went wrong."""
+"""Prefix of an error reply's reason if the device refused on purpose, without a failure."""
 
 UNREADABLE = 1000
 """Error code of a reply that Flower could not unpack; Flower's own codes are far below."""
@@ -58,15 +58,15 @@ def request_to_records(request: Request) -> RecordDict:
     return _records(_text(dataclasses.replace(request, **bare)), adapter, _sent_adapter(adapter))
 
 
-def request_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Request:
+def request_from_records(message_type: str, records: RecordDict, *, max_bytes: int | None = None) -> Request:
     """Decode a request; AntherError with one line if it is malformed.
 
     Args:
         message_type: Flower's message type.
         records: the message's content.
-        most: maximum number of bytes of an adapter. None: no limit.
+        max_bytes: maximum number of bytes of an adapter. None: no limit.
     """
-    return _message(_exchange(message_type).request, *_contents(records, most))
+    return _message(_exchange(message_type).request, *_contents(records, max_bytes))
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
@@ -75,15 +75,15 @@ def reply_to_records(reply: Reply) -> RecordDict:
     return _records(messages.to_json(reply), adapter, None if adapter is None else adapter_to_record(adapter))
 
 
-def reply_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Reply:
+def reply_from_records(message_type: str, records: RecordDict, *, max_bytes: int | None = None) -> Reply:
     """Decode a reply; AntherError with one line if it is malformed.
 
     Args:
         message_type: Flower's message type of the request.
         records: the message's content.
-        most: maximum number of bytes of an adapter. None: no limit.
+        max_bytes: maximum number of bytes of an adapter. None: no limit.
     """
-    return _message(_exchange(message_type).reply, *_contents(records, most))
+    return _message(_exchange(message_type).reply, *_contents(records, max_bytes))
 
 
 def adapter_to_record(adapter: bytes) -> ArrayRecord:
@@ -94,7 +94,9 @@ def adapter_to_record(adapter: bytes) -> ArrayRecord:
 def adapter_from_record(record: ArrayRecord) -> bytes:
     """Inverse of `adapter_to_record`; AntherError if the record's content or declared shape is different."""
     if list(record) != [_ADAPTER] or record[_ADAPTER].stype != _STYPE:
-        raise AntherError(f"arrays must hold one {_STYPE} entry named {_ADAPTER!r} and hold {len(record)} entries")
+        raise AntherError(
+            f"arrays must contain only one {_STYPE} entry named {_ADAPTER!r}, not these {len(record)} entries"
+        )
     array = record[_ADAPTER]
     if (array.dtype, array.shape) != (_DTYPE, (len(array.data),)):
         raise AntherError(f"arrays: dtype or shape of {_ADAPTER!r} don't match its {len(array.data)} bytes")
@@ -112,7 +114,7 @@ def _records(text: str, adapter: bytes | None, arrays: ArrayRecord | None) -> Re
     return RecordDict({_MESSAGE: config} if arrays is None else {_MESSAGE: config, _ARRAYS: arrays})
 
 
-def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]:
+def _contents(records: RecordDict, max_bytes: int | None) -> tuple[str, bytes | None]:
     """Return the JSON and the adapter of a message, after all checks; cheap ones come first."""
     names = set(records) if isinstance(records, RecordDict) else set()
     config, arrays = (records[name] if name in names else None for name in (_MESSAGE, _ARRAYS))
@@ -121,17 +123,19 @@ def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]
     expected = {_JSON, _SHA256, _VERSION}
     if not isinstance(config, ConfigRecord) or set(config) != expected or names - {_MESSAGE, _ARRAYS}:
         listed = f"{_JSON}, {_SHA256} and {_VERSION}"
-        raise AntherError(f"malformed message: must hold {listed} in {_MESSAGE!r}, an adapter, no more")
+        raise AntherError(f"malformed message: must contain exactly {listed} in {_MESSAGE!r}, and at most one adapter")
     text, checksum = config[_JSON], config[_SHA256]
     if not isinstance(text, str) or len(text) > messages.MAX_JSON_CHARS:
         raise AntherError(f"malformed message: the JSON is not a text of at most {messages.MAX_JSON_CHARS} characters")
     adapter = None
     if arrays is not None:
         if not isinstance(arrays, ArrayRecord):
-            raise AntherError(f"malformed message: an adapter travels in an ArrayRecord, not a {type(arrays).__name__}")
+            raise AntherError(
+                f"malformed message: an adapter must be sent in an ArrayRecord, not a {type(arrays).__name__}"
+            )
         adapter = adapter_from_record(arrays)
-        if most is not None and len(adapter) > most:
-            raise AntherError(f"malformed message: an adapter of {len(adapter)} bytes, the maximum is {most}")
+        if max_bytes is not None and len(adapter) > max_bytes:
+            raise AntherError(f"malformed message: an adapter of {len(adapter)} bytes, the maximum is {max_bytes}")
     if checksum != _checksum(text, adapter):
         raise AntherError("malformed message: damaged in transit, the checksum doesn't match")
     return text, adapter
@@ -142,9 +146,11 @@ def _check_version(version_number: object) -> None:
     if not isinstance(version_number, int) or isinstance(version_number, bool):
         raise AntherError(f"malformed message: its {_VERSION} is not a whole number")
     if not messages.OLDEST <= version_number <= messages.NEWEST:
-        behind = "the receiver" if version_number > messages.NEWEST else "the sender"
-        spoken = f"{messages.OLDEST} to {messages.NEWEST}"
-        raise AntherError(f"message of protocol {version_number}, supported: {spoken}: {behind} has to update Anther")
+        outdated = "the receiver" if version_number > messages.NEWEST else "the sender"
+        supported = f"{messages.OLDEST} to {messages.NEWEST}"
+        raise AntherError(
+            f"message of protocol {version_number}, supported: {supported}: {outdated} has to update Anther"
+        )
 
 
 def _message(kind: Any, text: str, adapter: bytes | None) -> Any:
@@ -152,15 +158,15 @@ def _message(kind: Any, text: str, adapter: bytes | None) -> Any:
 
 
 def _checksum(text: str, adapter: bytes | None) -> str:
-    beside = b"" if adapter is None else _sha256(adapter)
-    return hashlib.sha256(text.encode(errors="surrogatepass") + beside).hexdigest()
+    adapter_digest = b"" if adapter is None else _sha256(adapter)
+    return hashlib.sha256(text.encode(errors="surrogatepass") + adapter_digest).hexdigest()
 
 
 _hashed: deque[tuple[bytes, bytes]] = deque(maxlen=4)
 
 
 def _sha256(adapter: bytes) -> bytes:
-    """Cached SHA-256 for simulated devices of one process that are sent the same adapter.
+    """Return the SHA-256 of an adapter, cached for simulated devices of one process that receive the same adapter.
 
     The cache compares object identity: comparing content would cost as much as hashing it again.
     """
@@ -174,11 +180,11 @@ def _sha256(adapter: bytes) -> bytes:
 
 @lru_cache(maxsize=64)
 def _text(request: Request) -> str:
-    """JSON of a request without its adapter, cached for the many devices with the same request."""
+    """Return the JSON of a request without its adapter, cached for the devices that receive the same request."""
     return messages.to_json(request)
 
 
 @lru_cache(maxsize=2)
 def _sent_adapter(adapter: bytes) -> ArrayRecord:
-    """Cached record of an adapter that is sent to many devices."""
+    """Return the record of an adapter, cached for the devices that receive the same adapter."""
     return adapter_to_record(adapter)

@@ -23,7 +23,7 @@ _HEADER_BYTES = 64 * 1024
 _HEADER_BYTES_PER_TENSOR = 200
 _FREE = -1
 _MAX_FREE = 2**16
-_CHUNK = 2**16  # numbers that are compared at a time, so that the memory for it doesn't grow with the payload
+_CHUNK = 2**16  # numbers that are checked at a time, so that the memory for it doesn't grow with the payload
 
 Shape = tuple[int, ...]
 
@@ -47,7 +47,7 @@ def encode(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32)
 
 @lru_cache(maxsize=16)
 def _encode_header(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) -> bytes:
-    """Header bytes. Cached, since the replies of a whole fleet have the same."""
+    """Return the header's bytes, cached since the replies of a fleet have the same header."""
     header, position = {}, 0
     for name, shape in shapes:
         end = position + math.prod(shape) * dtype.itemsize
@@ -61,7 +61,7 @@ def _encode_header(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) ->
 def max_payload(expected: Mapping[str, Shape], *, free: int = _MAX_FREE, dtype: torch.dtype = torch.float32) -> int:
     """Return the length in bytes of the longest payload that `decode` accepts for these shapes.
 
-    Longer ones need not be looked at.
+    Longer payloads can be rejected unread.
 
     Args:
         expected: expected shapes by name; -1 for an unknown size.
@@ -107,7 +107,9 @@ def decode(
         offset = offsets[name] // dtype.itemsize
         tensors[name] = values[offset : offset + math.prod(shape)].view(shape)
     if not _finite(values):
-        raise CodecError(f"{next(name for name, t in tensors.items() if not _finite(t))}: holds NaN or infinite values")
+        raise CodecError(
+            f"{next(name for name, t in tensors.items() if not _finite(t))}: contains NaN or infinite values"
+        )
     for part in values.split(_CHUNK):
         part.masked_fill_(part.abs() < torch.finfo(dtype).tiny, 0.0)
     return tensors

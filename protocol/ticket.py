@@ -32,5 +32,5 @@ def parse(text: str) -> Ticket:
     """Parse a ticket; AntherError if it is incomplete or not a ticket."""
     match = _WRITTEN.fullmatch(text.strip())
     if match is None:
-        raise AntherError("not a whole ticket: it looks like anther://host:port/…/…, as `anther keys ticket` prints it")
+        raise AntherError("incomplete ticket: copy all of anther://host:port/…/…, as `anther keys ticket` prints it")
     return Ticket(**match.groupdict())

@@ -777,4 +777,4 @@ def _received(kind: str, replies: Iterable[Message], *, max_bytes: int = 0) -> I
 
 
 def _read(kind: str, message: Message, max_bytes: int) -> Reply:
-    return records.reply_from_records(kind, message.content, most=max_bytes)
+    return records.reply_from_records(kind, message.content, max_bytes=max_bytes)

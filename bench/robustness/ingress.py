@@ -293,7 +293,7 @@ class _Device:
     def _ingress(self, request: messages.Request, exact: dict[str, object]) -> Ingress:
         expected = _expected(request, self._device.sites, self._device.policy.max_rank, exact)
         message = Message(RecordDict(), NODE, records.message_type(request))
-        most = max_payload(adapter_shapes(self._device.sites, -1), free=self._device.policy.max_rank)
+        max_bytes = max_payload(adapter_shapes(self._device.sites, -1), free=self._device.policy.max_rank)
 
         def prepare_attack(attack: MessageAttack) -> PendingAttack:
             delivery = attack.prepare(message)
@@ -302,7 +302,7 @@ class _Device:
             def deliver() -> str:
                 try:
                     received.append(delivery())
-                    next(handle(parse_request(received[0], most=most), self._device))
+                    next(handle(parse_request(received[0], max_bytes=max_bytes), self._device))
                 except StopIteration:  # a query has no job
                     return ACCEPTED
                 except AntherError as error:

@@ -56,7 +56,7 @@ STEP = BaseSpec(
 )
 PIXELS, RANK = 256, 8
 
-_HEADER = """# What this device can do, measured by `anther device benchmark` on {when} with PyTorch {torch}.
+_HEADER = """# Rates of this device, measured by `anther device benchmark` on {when} with PyTorch {torch}.
 # Watts and battery are those of {like}; correct them if you know better.
 """
 
@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(like: DeviceProfileConfig, seconds: float) -> DeviceProfileConfig:
     """Measure this device; watts and battery are taken from `like`. Takes about `seconds`.
 
-    The training step comes first: its peak shows the process's memory beyond the predicted, before anything else was
-    large.
+    The training step comes first: the process's peak memory must be that of the step when it is compared with the
+    prediction.
     """
     free = total_and_free(torch.device("cpu"))[1]
     step, runtime = training_step(seconds / 4)
@@ -145,13 +145,13 @@ def convolution_rate(seconds: float, channels: int = 320, side: int = 32) -> flo
 
 
 def bandwidth(seconds: float, numbers: int = 2**23) -> float:
-    """Return bytes read and written per second by an element-wise operation, into newly allocated memory each time."""
+    """Return bytes read and written per second by an element-wise operation; each result is newly allocated."""
     x = torch.randn(numbers)
     return 2 * x.nbytes / mean_seconds(lambda: F.silu(x), seconds)
 
 
 def mean_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Return the mean seconds of one run of `work`, over the second half of the time: a hot device is slower."""
+    """Return the mean seconds of one run of `work` over the second half of the time, when the device is hot."""
     started = time.perf_counter()
     work()
     while time.perf_counter() - started < seconds / 2:

@@ -1,4 +1,4 @@
-"""Check a folder of pictures as training would: exit status 0, or 2 with one line that names the mistake."""
+"""Check a folder of pictures as training does: exit status 0, or 2 with one line that names the mistake."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=1.5,
         help="strength of the caption; 1: no guidance, for bases distilled to few steps",
     )
-    parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's own)")
+    parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's resolution)")
     parser.add_argument("--small-vae", type=Path, metavar="DIR", help="an AutoencoderTiny for decoding")
     parser.add_argument("--tile", type=int, default=TILE, help="side in pixels of tiles for decoding; 0: no tiles")
     parser.add_argument("--seed", type=int, default=0)

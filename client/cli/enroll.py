@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except (EOFError, KeyboardInterrupt):
-        print("error: no ticket was given", file=sys.stderr)
+        print("error: no ticket was entered: paste it when asked, or use --ticket-file FILE", file=sys.stderr)
         return USAGE
     return DONE
 

@@ -19,8 +19,8 @@ from common import atomic_files, file_lock
 from common.errors import AntherError
 from privacy.storage import ASIDE, FileStorage
 
-NOTHING = "{folder}: nothing was learned here with {whose}."
-FORGOTTEN = """Deleted from {folder}: {count} files, {megabytes:.1f} MB, of {whose}.
+NOTHING = "{folder}: nothing was learned here with {scope}."
+FORGOTTEN = """Deleted from {folder}: {count} files, {megabytes:.1f} MB, of {scope}.
 Not undone: everything shared is part of the shared adapter, and stays with all devices that have a copy. The ledger
 still counts it (anther device ledger), and anything shared from now on adds to it.
 The files were deleted but not overwritten: a memory card or flash disk may keep their bytes for a while, and so do
@@ -47,7 +47,7 @@ def forget(files: FileStorage, options: argparse.Namespace) -> str:
     """
     check_store_exists(files)
     federation = None if options.all else options.federation or last_federation(files)
-    whose = (
+    scope = (
         "all federations" if options.all else f"federation {federation}" if federation else "no federation with an id"
     )
     known = layout.federations(files.folder)
@@ -56,39 +56,39 @@ def forget(files: FileStorage, options: argparse.Namespace) -> str:
         raise AntherError(f"--federation {federation}: this store has no files of it; it has files of: {ids}")
     if not options.yes:
         raise AntherError(
-            f"forget permanently deletes everything learned with {whose} in {files.folder}: confirm with --yes"
+            f"forget permanently deletes everything learned with {scope} in {files.folder}: confirm with --yes"
         )
     with file_lock.exclusive(files.folder, what="the store"):
         migrate.upgrade(files)
-        doomed = [
+        deleted = [
             name
             for name in _learned_files(files.folder)
             if options.all or _federation_of(name) in (federation, _CACHED)
         ]
-        size = sum((files.folder / name).stat().st_size for name in doomed)
-        for name in doomed:
+        size = sum((files.folder / name).stat().st_size for name in deleted)
+        for name in deleted:
             files.remove(name)
         _clean_up(files.folder)
-    text = FORGOTTEN if doomed else NOTHING
-    return text.format(folder=files.folder, count=len(doomed), megabytes=size / 1e6, whose=whose)
+    text = FORGOTTEN if deleted else NOTHING
+    return text.format(folder=files.folder, count=len(deleted), megabytes=size / 1e6, scope=scope)
 
 
-_CACHED = ""  # the cache belongs to every federation, and can be recomputed
+_CACHED = ""  # the cache is shared by all federations, and can be recomputed
 
 
 def _learned_files(folder: Path) -> Iterator[str]:
     """Yield the names of all files that may be deleted, including those set aside with a ledger."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        rest = layout.split_name(name)[1]
-        if path.is_file() and rest.split("/")[0] in (*layout.FEDERATION_FILES, layout.CACHE):
+        original = layout.split_name(name)[1]
+        if path.is_file() and original.split("/")[0] in (*layout.FEDERATION_FILES, layout.CACHE):
             yield name
 
 
 def _federation_of(name: str) -> str | None:
     """Return the id of a file's federation, or `_CACHED`."""
-    federation, rest = layout.split_name(name)
-    return _CACHED if rest.split("/")[0] == layout.CACHE else federation
+    federation, original = layout.split_name(name)
+    return _CACHED if original.split("/")[0] == layout.CACHE else federation
 
 
 def _clean_up(folder: Path) -> None:

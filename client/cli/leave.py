@@ -19,7 +19,7 @@ from common.errors import AntherError
 from privacy.storage import FileStorage
 
 LEFT = """This device has left {federation}: its keys ({link}) and its configuration ({words}) were deleted.
-Effect: the device takes no part any more and answers no requests. Also ask the federation's operator to revoke it:
+Effect: the device no longer trains in it and answers no requests. Also ask the federation's operator to revoke it:
 until then, a copy of its key could be used in its name.
 Kept: everything that it has learned, in {folder}. You can still draw with it (anther device draw --store {folder});
 anther device forget deletes it. The ledger is kept too, because your pictures stay the same in another federation.

@@ -47,7 +47,7 @@ the sum of both ledgers. A run whose server knew the old ledger doesn't accept t
 part again in the next run."""
 
 SEALED_UP = (*layout.ROUND_FILES, *layout.ADAPTERS, layout.SEED, layout.CACHE, layout.FEDERATIONS, HEADER_FILE)
-"""Set aside together with a ledger whose key is lost: these files can't be read either."""
+"""Files that are set aside with a ledger if its encryption key is lost, because they can't be read either."""
 
 STATES = {RESERVED: "charged", SEALED: "reply sealed", SENT: "reply received"}
 
@@ -81,7 +81,7 @@ def show(files: FileStorage, *, as_json: bool = False) -> str:
 
 
 def reset(files: FileStorage, *, confirmed: bool) -> str:
-    """Set the ledger aside; return a text that says what this means. AntherError without `confirmed`."""
+    """Set the ledger aside; return a text that explains the effect. AntherError without `confirmed`."""
     if not confirmed:
         raise AntherError(
             "reset discards the record of everything shared so far: ε is counted from 0 again. Confirm with "
@@ -90,9 +90,9 @@ def reset(files: FileStorage, *, confirmed: bool) -> str:
     if not files.folder.is_dir() and not (files.heads / JOURNAL).exists():
         return FRESH
     migrate.version(files)  # a newer version may store more files that belong to the ledger
-    beside = layout.round_files(files.folder) if _readable(files) else SEALED_UP
+    related = layout.round_files(files.folder) if _readable(files) else SEALED_UP
     with file_lock.exclusive(files.folder, what="the store"):
-        aside = files.set_aside(JOURNAL, OUTBOX, MARKER, *beside)
+        aside = files.set_aside(JOURNAL, OUTBOX, MARKER, *related)
     return FRESH if aside is None else FORGOTTEN.format(aside=aside)
 
 
@@ -166,7 +166,7 @@ def as_text(history: LedgerHistory, owner_policy: Policy, files: FileStorage) ->
 
 
 def _guarantee_lines(history: LedgerHistory, owner_policy: Policy) -> list[str]:
-    """Return the lines about the total guarantee and the rest of the budget."""
+    """Return the lines about the total guarantee and the remaining budget."""
     spent, entries = _total_guarantee(history, owner_policy), history.entries.values()
     lines = []
     if spent.value == math.inf:
@@ -182,8 +182,8 @@ def _guarantee_lines(history: LedgerHistory, owner_policy: Policy) -> list[str]:
         if owner_policy.max_epsilon is None:
             lines.append("policy.toml sets no max_epsilon: there is no upper limit.")
         else:
-            left = max(0.0, owner_policy.max_epsilon - spent.value)
-            lines.append(f"policy.toml allows ε={owner_policy.max_epsilon:g} at this δ: {left:.3g} remains.")
+            remaining = max(0.0, owner_policy.max_epsilon - spent.value)
+            lines.append(f"policy.toml allows ε={owner_policy.max_epsilon:g} at this δ: {remaining:.3g} remains.")
     if simulated := sum(not entry.reservation.release for entry in entries):
         lines.append(f"Made with reproducible test noise, which protects nothing: {simulated} of {len(entries)}.")
     if waiting := sum(entry.state == RESERVED and not _has_no_noise(entry.reservation) for entry in entries):
@@ -215,7 +215,7 @@ def _noise(reservation: Reservation) -> str:
 
 
 def _has_no_noise(reservation: Reservation) -> bool:
-    """Return whether an entry is shared without noise, and so without a seal."""
+    """Return whether an entry was shared without noise; such entries have no seal."""
     return not isinstance(reservation.mechanism, PoissonGaussian)
 
 

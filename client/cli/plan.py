@@ -72,7 +72,7 @@ def training_settings(base: BaseSpec) -> list[TrainingSetting]:
     """List every way in which a base could be trained, best first."""
     _, side, patch = base.family.latents(base.full_config())
     if side is None:
-        raise AntherError(f"its {base.family.network}'s config.json has no sample_size: add it, in latents")
+        raise AntherError(f"{base.family.network}/config.json: has no sample_size: add it, in latent pixels")
     step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
     sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= MIN_SIDE and side % step == 0]
@@ -107,7 +107,7 @@ def as_plain(options: Sequence[TrainingOption], best: int | None, plan: PlanConf
     Args:
         options: the options from best to leanest.
         best: index of the best feasible option; None: none is feasible.
-        plan: the plan they belong to.
+        plan: the configuration of the search.
     """
     entries = [
         {
@@ -126,7 +126,7 @@ def in_words(options: Sequence[TrainingOption], best: int | None, plan: PlanConf
     Args:
         options: the options from best to leanest.
         best: index of the best feasible option; None: none is feasible.
-        plan: the plan they belong to.
+        plan: the configuration of the search.
     """
     from rich import box  # slow imports, so only here
     from rich.console import Console, Group
@@ -153,8 +153,8 @@ def in_words(options: Sequence[TrainingOption], best: int | None, plan: PlanConf
         if option.seconds:
             hours, joules = option.steps * option.seconds / HOUR, option.steps * option.joules
             costs = [f"{option.seconds:.1f}", str(option.steps), f"{hours:.1f}", f"{joules / HOUR:.1f}"]
-        least = "" if option.footprint.activations_bytes else "≥ "  # no pass was run
-        size = f"{least}{option.footprint.peak_bytes / MIB:,.0f}"
+        bound = "" if option.footprint.activations_bytes else "≥ "  # no pass was run
+        size = f"{bound}{option.footprint.peak_bytes / MIB:,.0f}"
         style = "bold" if index == best else "dim" if option.blocked else ""
         table.add_row(
             "▸" if index == best else "",
@@ -192,7 +192,7 @@ def _footer(options: Sequence[TrainingOption], best: int | None, plan: PlanConfi
     Args:
         options: the options from best to leanest.
         best: index of the best feasible option; None: none is feasible.
-        plan: the plan they belong to.
+        plan: the configuration of the search.
     """
     if best is None:
         return ["Nothing fits: use a smaller base or another device."]
@@ -212,7 +212,7 @@ def _footer(options: Sequence[TrainingOption], best: int | None, plan: PlanConfi
     if option.setting.batch > 1:
         lines.append(f"A step processes {option.setting.batch} pictures at a time.")
     if option.setting.weights != "fp32":
-        lines.append("A quantized base is packed once (anther pack), and read from its file while it is used.")
+        lines.append("A quantized base is packed once (anther pack), and mapped from its file while it is used.")
     return [*lines, "These are predictions from the device's profile; nothing was run."]
 
 

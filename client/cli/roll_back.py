@@ -2,7 +2,7 @@
 
 Each training stores a personal adapter, a small addition to the base model; `--list` lists them by date. Without a
 date, the one before the current adapter is restored, together with the shared adapter that it was trained on. The
-current one stays stored. The server doesn't learn of it: updates always start from the adapter that the server sends.
+current one stays stored. The server isn't notified: updates always start from the adapter that the server sends.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `metadata.jsonl` has one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`. Sub-folders `train`,
 `validation` and `test` (or `Train`, `val`, `test_images`, …) split the pictures; each has its own metadata.jsonl, or is
-listed in the one above. Without sub-folders each picture's name decides, and about a fifth goes to validation and a
-fifth to test. Every error is one line that names the file and the remedy.
+listed in the one above. Without sub-folders the split depends on the picture's name: about a fifth goes to validation
+and a fifth to test. Every error is one line that names the file and the remedy.
 
 Each split is a data set of its own, for training or for evaluation, with its own noise, and ε bounds the effect of
 adding or removing one picture. So a picture must not move others between splits: its split depends only on itself.
@@ -81,9 +81,9 @@ def _load(root: Path, background: str, on_error: OnError) -> Pictures:
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
         split = {name: [file for file in caption_of if file.split("/")[0] == folder] for name, folder in names.items()}
-        if astray := caption_of.keys() - {file for files in split.values() for file in files}:
+        if outside := caption_of.keys() - {file for files in split.values() for file in files}:
             folders = ", ".join(names.values())
-            on_error(AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them"))
+            on_error(AntherError(f"{root / min(outside)}: lies outside {folders}; move it into one of them"))
         if not split["train"]:
             on_error(AntherError(f"{root / names['train']}: no pictures to train on; put some there"))
     else:
@@ -109,7 +109,7 @@ def _load(root: Path, background: str, on_error: OnError) -> Pictures:
 
 
 def _folders(root: Path) -> list[str]:
-    """List the folders in the root; if the root can't be listed, those with a split's own name."""
+    """List the folders in the root; if the root can't be listed, only those that have the exact name of a split."""
     try:
         return [path.name for path in root.iterdir() if path.is_dir()]
     except PermissionError:
@@ -119,7 +119,7 @@ def _folders(root: Path) -> list[str]:
 
 
 def fingerprint(pictures: Iterable[Picture]) -> str:
-    """Return the SHA-256 of the pictures and captions in their order; any change of them changes it."""
+    """Return the SHA-256 of the pictures and captions in their order."""
     digest = hashlib.sha256()
     for picture in pictures:
         for part in picture.content():

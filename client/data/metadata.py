@@ -67,9 +67,9 @@ class PictureFiles:
                 raise error  # a root may be accessible but not listable: then metadata.jsonl names its files
 
         for folder, folders, files in os.walk(self.root, onerror=failed):
-            folders[:] = sorted(name for name in folders if not _junk(name))
+            folders[:] = sorted(name for name in folders if not _is_junk(name))
             relative = Path(folder).relative_to(self.root)
-            yield from ((relative / name).as_posix() for name in files if not _junk(name))
+            yield from ((relative / name).as_posix() for name in files if not _is_junk(name))
 
 
 def read_captions(
@@ -105,7 +105,7 @@ def read_captions(
                     on_error(error)
                     if (listed := _listed_path(root, sheet, line)) is not None:
                         caption_of.setdefault(listed, None)
-        except AntherError as error:  # concerns the whole file
+        except AntherError as error:  # the file can't be used at all
             on_error(error)
     try:
         _check_all_captioned(files, caption_of, listed_as)
@@ -193,16 +193,16 @@ def _clean_caption(caption: str, what: str) -> str:
     try:
         caption.encode()
     except UnicodeEncodeError:
-        raise AntherError(f"{what} holds half a character (a lone surrogate); write it anew") from None
+        raise AntherError(f"{what} contains half a character (an unpaired surrogate); write it again") from None
     return unicodedata.normalize("NFC", caption.strip())
 
 
-def _resolve(files: PictureFiles, beside: Path, file_name: str, where: str) -> str:
+def _resolve(files: PictureFiles, folder: Path, file_name: str, where: str) -> str:
     """Resolve a listed file name to the picture's path relative to the root.
 
     Args:
         files: the folder's files.
-        beside: folder of the metadata file.
+        folder: folder of the metadata file.
         file_name: the name as listed.
         where: file and line, for messages.
     """
@@ -210,13 +210,13 @@ def _resolve(files: PictureFiles, beside: Path, file_name: str, where: str) -> s
     try:
         os.fsencode(file_name.encode().decode())
     except UnicodeEncodeError:
-        raise AntherError(f"{where}: file_name {name} holds half a character; write the picture's own name") from None
+        raise AntherError(f"{where}: file_name {name} contains half a character; write the picture's name") from None
     if "\0" in file_name:
-        raise AntherError(f"{where}: file_name {name} holds a NUL; write the picture's own name")
-    relative = os.path.normpath(os.path.relpath(beside / file_name, root))
+        raise AntherError(f"{where}: file_name {name} contains a NUL; write the picture's name")
+    relative = os.path.normpath(os.path.relpath(folder / file_name, root))
     outside = AntherError(f"{where}: {name} lies outside {root}; copy the picture into the folder")
     if relative.startswith(".."):  # listed by its full path, possibly through a link
-        relative = os.path.relpath(os.path.realpath(beside / file_name), root.resolve())
+        relative = os.path.relpath(os.path.realpath(folder / file_name), root.resolve())
     if relative == ".." or relative.startswith("../"):
         raise outside
     file = Path(relative).as_posix()
@@ -231,7 +231,7 @@ def _resolve(files: PictureFiles, beside: Path, file_name: str, where: str) -> s
     if status is None:
         similar = files.similar(file)
         fix = (
-            f"write {shorten(os.path.relpath(root / similar, beside))}"
+            f"write {shorten(os.path.relpath(root / similar, folder))}"
             if similar
             else "add the picture or remove the line"
         )
@@ -257,7 +257,7 @@ def _is_picture(folder: Path, name: str) -> bool:
         return False
 
 
-def _junk(name: str) -> bool:
+def _is_junk(name: str) -> bool:
     return name.startswith(".") or name.casefold() in JUNK
 
 

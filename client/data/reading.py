@@ -40,24 +40,24 @@ def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | N
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large or odd files: they are refused or read anyway
+            warnings.simplefilter("ignore")  # about large or unusual files: they are checked below
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(path, *image.size)
                 if side is not None and image.format in ("JPEG", "MPO"):
                     image.draft(None, (2 * side, 2 * side))
                 image.load()
                 _check_depth(path, image.mode)
-                return np.array(_smaller(_opaque(_upright(image), background), side))
+                return np.array(_reduce(_flatten(_rotate_upright(image), background), side))
     except AntherError:
         raise
     except Image.DecompressionBombError as error:
-        raise _too_many(path, "") from error
+        raise _too_many_pixels(path, "") from error
     except UnidentifiedImageError as error:
         raise AntherError(
             f"{path}: can't be read as a picture ({FORMAT_NAMES}); save it again as PNG or JPEG"
         ) from error
     except MemoryError as error:
-        raise AntherError(f"{path}: needs more memory than there is; save a smaller copy") from error
+        raise AntherError(f"{path}: needs more memory than is available; save a smaller copy") from error
     except Exception as error:  # decoders raise exceptions of any kind
         raise AntherError(f"{path}: can't be read as a picture; save it again as PNG or JPEG") from error
 
@@ -72,12 +72,12 @@ def open_picture(path: Path) -> BinaryIO:
 
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _too_many(path, f", {width}×{height}")
+        raise _too_many_pixels(path, f", {width}×{height}")
     if min(height, width) < MIN_SIDE:
         raise AntherError(f"{path}: {width}×{height} pixels are too few; use one of at least {MIN_SIDE}×{MIN_SIDE}")
 
 
-def _too_many(path: Path, size: str) -> AntherError:
+def _too_many_pixels(path: Path, size: str) -> AntherError:
     return AntherError(f"{path}: too many pixels{size}; save a smaller copy, of at most {MAX_PIXELS // 10**6} million")
 
 
@@ -86,7 +86,7 @@ def _check_depth(path: Path, mode: str) -> None:
         raise AntherError(f"{path}: has more than 8 bits a channel; save it as an 8-bit PNG or JPEG")
 
 
-def _upright(image: Image) -> Image:
+def _rotate_upright(image: Image) -> Image:
     """Rotate or flip the picture as its EXIF or XMP orientation says.
 
     `ImageOps.exif_transpose` isn't used: it also rewrites the EXIF block, and fails on many that cameras write.
@@ -109,7 +109,7 @@ def _upright(image: Image) -> Image:
     return image if transpose is None else image.transpose(transpose)
 
 
-def _opaque(image: Image, background: str) -> Image:
+def _flatten(image: Image, background: str) -> Image:
     """Convert to gray or RGB, with transparent parts over the background: hidden colors are often noise, or black."""
     from PIL import Image as Pillow
     from PIL import ImageColor
@@ -124,6 +124,6 @@ def _opaque(image: Image, background: str) -> Image:
     return canvas
 
 
-def _smaller(image: Image, side: int | None) -> Image:
+def _reduce(image: Image, side: int | None) -> Image:
     factor = 1 if side is None else min(image.size) // (2 * side)
     return image.reduce(factor) if factor > 1 else image

@@ -67,7 +67,9 @@ def split_of(file: str) -> str:
 
 
 def split_named(folder: str) -> str | None:
-    """Return the split that a folder name means, in any case (`Train`, `val`, `test_images`, `train2017`), or None."""
+    """Return the split that a folder name denotes, in upper or lower case (`Train`, `val`, `test_images`, `train2017`),
+    or None.
+    """
     words = [word for word in re.split(r"[^a-z]+", _case_folded(folder)) if word]
     bare = [word for word in words if word not in _NEUTRAL_WORDS]
     if len(bare) != 1:
@@ -82,7 +84,7 @@ def split_folders(root: Path, folders: Iterable[str]) -> dict[str, str]:
     """Find the split folders of `root`: {split: folder}, in the order of `SPLITS`; empty if there are none.
 
     Raises:
-        AntherError: two folders mean the same split, or a name looks like a split but is ambiguous.
+        AntherError: two folders denote the same split, or a name looks like a split but is ambiguous.
     """
     names = sorted(folders)
     folders_of: dict[str, list[str]] = {}

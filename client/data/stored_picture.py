@@ -39,7 +39,7 @@ class StoredPicture(Picture):
         return self._read(side=None)
 
     def at_least(self, side: int) -> np.ndarray:
-        """Decode a copy whose sides have at least twice `side` pixels, if the picture does."""
+        """Decode a copy with sides of at least twice `side` pixels, if the picture is that large."""
         return self._read(side=side)
 
     def content(self) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Search the ways in which a device can train a base, from the best to the leanest.
+"""Search the settings with which a device can train a base, from the best to the leanest.
 
 An option is a quality (resolution first, then the trained sites, then the bits of the base), with or without
 checkpointing, which costs only time. Microbatches have the fastest size that fits.
@@ -17,7 +17,7 @@ from models.footprint.footprint import CHECKPOINTING_MODES, MARGIN, Footprint
 
 @dataclass(frozen=True)
 class TrainingSetting:
-    """One way to train."""
+    """Resolution, sites and precision of training."""
 
     resolution: int  # side of a picture in pixels
     sites: str  # name of a set of sites
@@ -96,7 +96,7 @@ def fastest_option(setting: TrainingSetting, plan: PlanConfig, predict: Footprin
         larger = evaluate_option(replace(setting, batch=2**power), plan, predict)
         if exceeds_memory(larger.footprint, plan.device):
             break
-        option = min(option, larger, key=lambda evaluate_option: evaluate_option.seconds)
+        option = min(option, larger, key=lambda candidate: candidate.seconds)
     return option
 
 
@@ -110,8 +110,8 @@ def evaluate_option(setting: TrainingSetting, plan: PlanConfig, predict: Footpri
     """
     footprint, device = predict(setting), plan.device
     if exceeds_memory(footprint, device):
-        least = f"{MARGIN * footprint.peak_bytes / MIB:,.0f}"
-        return TrainingOption(setting, footprint, f"memory: {least} of {device.memory_gib * GIB / MIB:,.0f}")
+        needed = f"{MARGIN * footprint.peak_bytes / MIB:,.0f}"
+        return TrainingOption(setting, footprint, f"memory: {needed} of {device.memory_gib * GIB / MIB:,.0f}")
     seconds = -(-plan.batch_size // setting.batch) * pass_seconds(footprint, device)
     joules = seconds * device.watts_busy
     steps = {"time": plan.max_hours * HOUR / seconds}

@@ -62,7 +62,7 @@ def cached_for(
     Args:
         read: takes a reading.
         seconds: lifetime of a reading.
-        clock: seconds, of any origin.
+        clock: returns seconds since any fixed time.
     """
     cached: list[tuple[float, Conditions]] = []
 

@@ -34,7 +34,7 @@ def memory(system: System) -> Conditions:
     free = _available(system)
     for group in _groups(system):
         limit, used = system.number(group / "memory.max"), system.number(group / "memory.current")
-        if limit is not None and used is not None:  # without a limit it says `max`
+        if limit is not None and used is not None:  # without a limit the file contains `max`
             free = min(free, limit - used + _reclaimable(system, group))
     return Conditions(free_mib=free / MIB)
 

@@ -21,7 +21,7 @@ from client.power.conditions import ESTIMATE, MEASURED
 MAX_GAP = 30.0
 """Maximum seconds between two readings of watts; the energy of a longer gap is unknown."""
 MIN_COVERAGE = 0.5
-"""Fraction of the time that readings must cover; the rest is extrapolated. Below it the result is an estimate."""
+"""Fraction of the time that readings must cover; the remainder is extrapolated. Below it the result is an estimate."""
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def total_cost(
 
 
 class Meter:
-    """Measure what runs within `with meter:`; `last` is its cost.
+    """Measure the cost of the work within `with meter:`; `last` is the result.
 
     Readings are taken at start, pause, resume and end, and in between by a thread, which spends at most a twentieth of
     its time on a slow sensor.
@@ -101,7 +101,7 @@ class Meter:
         source: the energy source; None: only time is measured.
         watts: assumed power if energy isn't measured.
         every: minimum seconds between readings.
-        clock: seconds, of any origin.
+        clock: returns seconds since any fixed time.
     """
 
     def __init__(

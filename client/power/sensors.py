@@ -108,7 +108,7 @@ def _source(meter: str, system: System, *, cuda: bool) -> EnergySource | None:
         return next((source for source in sources if source.read() is not None), None)
     source = makers[meter](system)
     gauges = {"battery": supply.read_supply, "termux": termux.read_battery}
-    if meter in gauges:  # gives no watts while charging
+    if meter in gauges:  # reports no watts while charging
         return source if gauges[meter](system).battery is not None else None
     return source if source.read() is not None else None
 
@@ -135,7 +135,7 @@ def _rapl(system: System) -> EnergySource:
 
 
 def _hint(meter: str) -> str:
-    """Return how to make a meter work, if known."""
+    """Return how to enable a meter, if known."""
     return {
         "pi5": ": needs a Raspberry Pi 5, and `vcgencmd` allowed (group video)",
         "battery": ": needs a battery that the kernel lists in /sys/class/power_supply",

@@ -24,7 +24,7 @@ _KEYS = {field.name for field in dataclasses.fields(Conditions)}
 
 
 def read_stated(file: Path) -> Conditions:
-    """Read the conditions that the file states now.
+    """Read the current conditions from the file.
 
     Raises:
         AntherError: the file can't be read, or a value is impossible; the message names the file.

@@ -21,7 +21,7 @@ DISCHARGING = "Discharging"
 def read_supply(system: System) -> Conditions:
     """Read charger and battery, and the battery's watts while it is the only supply.
 
-    While charging, the gauge measures the power into the battery, which isn't the device's consumption: no watts then.
+    While charging, no watts are returned: the gauge measures the power into the battery, not the device's consumption.
     """
     supplies = [folder for folder in system.glob(SUPPLIES) if system.text(folder / "scope") != "Device"]
     kinds = {folder: system.text(folder / "type") for folder in supplies}

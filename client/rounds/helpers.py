@@ -33,7 +33,7 @@ T = TypeVar("T", Examples, TrainedAdapter, float, Tensor, GeneratedImages)
 def expect(kind: type[T], result: Result) -> T:
     """Return the result of a job after checking its type."""
     if not isinstance(result, kind):
-        raise TypeError(f"a driver sent {type(result).__name__} for {kind.__name__}")
+        raise TypeError(f"the driver sent {type(result).__name__} instead of {kind.__name__}")
     return result
 
 

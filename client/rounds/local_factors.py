@@ -18,7 +18,7 @@ from protocol.messages import TrainingPlan
 
 
 def initial_local_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, Tensor]:
-    """Return B, `[out, rank]` by site, at the start of this round; a repeated round starts as it did before.
+    """Return B, `[out, rank]` by site, at the start of this round; a repeated round starts from the same B again.
 
     Args:
         plan: the round's plan.

@@ -88,7 +88,7 @@ def _once(request: messages.Personalize, identity: str, sent: Adapter, device: D
 
 
 def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
-    """Train, and store the result if it is finite, bounded in norm and no worse than the stored one.
+    """Train, and store the result if it is finite, bounded in norm and not worse than the stored one.
 
     Args:
         request: the server's request.
@@ -187,7 +187,7 @@ def _preview(
 
 
 def _better(sent: Adapter, stored: PersonalAdapter | None, held_out: Examples) -> Generator[Job, Result, Adapter]:
-    """Choose the shared adapter to store: the received one, unless the stored one has a lower loss on the owner's data.
+    """Select the shared adapter to store: the received one, unless the stored one has a lower loss on the owner's data.
 
     Both are measured in every round, so that the amount of work does not reveal which was stored.
     """

@@ -22,7 +22,7 @@ class AdapterParts(NamedTuple):
     """A received adapter, divided as a plan needs it."""
 
     start: Adapter
-    """Trained factors, or the factors that hold the trained cores: the first directions, at the plan's sites."""
+    """Trained factors, or the factors that contain the trained cores: the first directions, at the plan's sites."""
     frozen: Adapter | None
     """All other factors."""
     lora_xs_bases: Adapter | None
@@ -83,7 +83,7 @@ def receive_adapter(
         device: the receiving device.
         rounded: how to decode a quantized adapter; None: full precision. Extra tensors never accompany a quantized one.
         with_bases: whether the frozen LoRA-XS bases accompany it, because cores are trained.
-        controlled: the trained part whose server control variate accompanies it (SCAFFOLD); None: there is none.
+        controlled: the trained part; its server control variate accompanies the adapter (SCAFFOLD). None: no variate.
 
     Raises:
         RequestRefusedError: the bytes are invalid; the reason describes only the bytes and the base, which the server

@@ -42,7 +42,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     """
     plan, ledger = request.plan, device.store.ledger
     if plan.base != device.report.base:
-        raise RequestRefusedError(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
+        raise RequestRefusedError(f"the plan is for base {plan.base[:12]}, this device has {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
     _check_form(plan)
@@ -181,7 +181,7 @@ def _private_examples(
 
 
 def _check_form(plan: TrainingPlan) -> None:
-    """Raise RequestRefusedError for a plan that could be trained but not answered.
+    """Raise RequestRefusedError for a plan that could be trained, but whose result could not be encoded.
 
     A round that fails after training is no release. It would be trained again each time it is requested, with other
     noise and without a charge or a wait, and its duration would leak information about the pictures.
@@ -218,7 +218,7 @@ def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) 
 
 @lru_cache(maxsize=8)
 def _identity(plan: TrainingPlan) -> str:
-    """Return the SHA-256 of the plan; nothing that the server says about the device enters it."""
+    """Return the SHA-256 of the plan; the server's values about the device, such as `echo`, are not included."""
     return hashlib.sha256(strict_json.dumps(plan).encode()).hexdigest()
 
 

@@ -130,10 +130,10 @@ def _carried(stored: Residual | None, plan: TrainingPlan, history: LedgerHistory
 def _quantization_error(change: dict[str, Tensor], data: bytes, plan: TrainingPlan) -> dict[str, Tensor]:
     """Return the part of the change that decoding loses; empty if the receiver rejects all of it as non-finite."""
     try:
-        read = quantization.decode(data, _shapes(change), plan.update, keep=plan.keep)
+        decoded = quantization.decode(data, _shapes(change), plan.update, keep=plan.keep)
     except tensor_codec.CodecError:
         return {}
-    return {name: tensor - read[name] for name, tensor in change.items()}
+    return {name: tensor - decoded[name] for name, tensor in change.items()}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tensor_codec.Shape]:

@@ -1,4 +1,4 @@
-"""Child processes of the supervisor: the worker, which runs only while there are requests, and the SuperNode."""
+"""Child processes of the supervisor: the worker, which runs only while requests arrive, and the SuperNode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from common.service import say
 from conf.schemas.node import NodeConfig
 from models.files import assets
 
-_STABLE_SECONDS = 60.0  # after which a start counts as successful
+_STABLE_SECONDS = 60.0  # a process that runs this long has started successfully
 # Seconds before a restart: Flower considers a killed node connected until it has missed heartbeats for a minute, and
 # refuses it until then.
 _PAUSE, _MAX_PAUSE = 2.0, 30.0
@@ -32,11 +32,10 @@ _MAX_SOCKET_PATH = 100  # bytes; limit of the operating system
 
 @dataclass
 class WorkerProcess:
-    """The process `client.runtime.worker`, which runs only while there are requests.
+    """Manager of the process `client.runtime.worker`, which runs only while requests arrive.
 
     Args:
-        listener: requests arrive here. While the worker doesn't run, this object waits for them; while it runs, the
-            worker does.
+        listener: socket of the requests. This object waits on it until the worker starts; then the worker reads it.
         node: the device's configuration, passed to the worker.
         base: content hash or path of the base that the worker loads.
     """
@@ -91,7 +90,7 @@ class WorkerProcess:
 
 @dataclass
 class SuperNodeProcess:
-    """The process `client.runtime.supernode`, Flower's SuperNode, restarted after a pause whenever it ends."""
+    """Manager of the process `client.runtime.supernode`, Flower's SuperNode; it restarts after a pause when it ends."""
 
     node: NodeConfig
     server: ServerConnection

@@ -1,9 +1,9 @@
 """Flower ClientApp: the entry point for each message.
 
-It only connects the parts. On a real device, ANTHER_WORKER names the socket of a worker that holds the base; the
-request is forwarded there, and this process needs no torch. In a simulation it answers by itself. Nothing that a server
-sends determines the device's files, policy or noise: those come from the node's own configuration and environment. The
-configuration of the server's run isn't read here; messages contain everything that a device needs.
+On a real device, ANTHER_WORKER names the socket of a worker that has loaded the base; requests are forwarded to it, and
+this process doesn't import torch. In a simulation this process answers the requests. A server's message never
+determines the device's files, policy or noise: those come from the node's configuration and environment. The
+configuration of the server's run isn't read here; messages contain all values that a device needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app = ClientApp()
 
 WORKER = "ANTHER_WORKER"
 FAILED = "failed, see the device's own log"
-"""Reason sent for every internal error: the exact error can depend on the owner's pictures."""
+"""Reason that is sent for every internal error, because the exact error can depend on the owner's pictures."""
 TRIES, PAUSE = 4, 1.0  # a worker that died is restarted by the next connection
 
 
@@ -48,15 +48,15 @@ def answer(message: Message, context: Context) -> Message:
     return reply_message(_answer_here(request, context), message)
 
 
-def parse_request(message: Message, *, most: int | None = None) -> Request:
+def parse_request(message: Message, *, max_bytes: int | None = None) -> Request:
     """Parse a message; RequestRefusedError if it is malformed: the reason concerns only the server's own message.
 
     Args:
         message: the Flower message.
-        most: maximum bytes of an adapter to read; None: no limit.
+        max_bytes: maximum bytes of an adapter to read; None: no limit.
     """
     try:
-        return records.request_from_records(message.metadata.message_type, message.content, most=most)
+        return records.request_from_records(message.metadata.message_type, message.content, max_bytes=max_bytes)
     except AntherError as error:
         raise RequestRefusedError(str(error)) from None
 
@@ -117,7 +117,7 @@ def _error(request: Message, reason: str) -> Message:
 
 
 def _node_config(context: Context) -> dict[str, object]:
-    """Return the node's configuration; a simulated node has none of its own, so the environment can supply it."""
+    """Return the node's configuration; for simulated nodes, which have none, the environment supplies it."""
     node: dict[str, object] = dict(context.node_config)
     for key, variable in (("data-root", "ANTHER_DATA_ROOT"), ("base", "ANTHER_BASE"), ("test", "ANTHER_TEST")):
         if variable in os.environ:

@@ -1,8 +1,8 @@
 """Fetch the base that a federation trains, by its content hash: from a folder, the hub or the federation's server.
 
-Later it is found by that hash (`base=<hash>`, `models.files.assets.locate`). Partial downloads are kept, and only
-content with the right hash is accepted. Nothing is fetched over a metered network or onto a nearly full disk, unless
-the owner allows it (`conf.schemas.node.FetchConfig`).
+The base is then located by that hash (`base=<hash>`, `models.files.assets.locate`). Partial downloads are kept, and
+only content with the right hash is accepted. Nothing is fetched over a metered network or onto a nearly full disk,
+unless the owner allows it (`conf.schemas.node.FetchConfig`).
 """
 
 from __future__ import annotations

@@ -58,4 +58,4 @@ def _check(reply: httpx.Response, offset: int, *, ranged: bool) -> None:
         raise AntherError(f"{server} doesn't have this base ({status})")
     began = reply.headers.get("content-range", "").startswith(f"bytes {offset}-")
     if not (status == 206 and began if ranged else status == 200):
-        raise AntherError(f"{server} answers {status} to a range request: is it an Anther server?")
+        raise AntherError(f"{server} answers {status} to a range request: check that it is an Anther server")

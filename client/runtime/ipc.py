@@ -1,7 +1,7 @@
 """Messages between ClientApp and worker, over a local socket: one line of JSON, then an adapter's bytes.
 
-The socket lies in a folder that only its owner can enter, and the user of each connection is checked: a worker answers
-no other user.
+The socket lies in a folder that only its owner can access, and the worker checks the user of each connection and
+answers no other user.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ REPLIES = {
 
 
 class WorkerResponse(NamedTuple):
-    """The outcome of a request: a reply, or the reason why there is none."""
+    """Outcome of a request: a reply, or the reason for a refusal."""
 
     reply: Reply | None = None
     refused: str | None = None
-    """Reason that may be sent to the server. If it and `reply` are None, the request failed, and only the worker's log
-    says why.
+    """Reason that may be sent to the server. If it and `reply` are None, the request failed, and the reason is only in
+    the worker's log.
     """
 
 
@@ -96,15 +96,15 @@ def _send(connection: socket.socket, head: Mapping[str, str | None], data: bytes
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, str], bytes | None]:
-    json_bytes, data_bytes = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
+    json_bytes, data_bytes = _LENGTHS.unpack(_receive_bytes(connection, _LENGTHS.size))
     if json_bytes > 2 * messages.MAX_JSON_CHARS + 65536 or data_bytes > LARGEST:
         raise AntherError(f"a message of {json_bytes} + {data_bytes} bytes is too long")
-    head = json.loads(_exactly(connection, json_bytes))
-    data = _exactly(connection, data_bytes)
+    head = json.loads(_receive_bytes(connection, json_bytes))
+    data = _receive_bytes(connection, data_bytes)
     return head, data if head.pop("carries") else None
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _receive_bytes(connection: socket.socket, size: int) -> bytes:
     buffer = bytearray(size)
     view, count = memoryview(buffer), 0
     while count < size:

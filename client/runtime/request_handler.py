@@ -31,7 +31,7 @@ DEFAULT_BASE = "glyphs"
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResources:
-    """Resources that a worker holds for its lifetime."""
+    """Resources that a worker keeps open for its lifetime."""
 
     store: Store
     read: Callable[[], Conditions]
@@ -52,7 +52,7 @@ class WorkerResources:
         return device
 
     def wrap(self, perform: Perform) -> Perform:
-        """Add metering and throttling to `perform`."""
+        """Wrap `perform` with metering and throttling."""
         return with_throttle(with_meter(perform, self.meter), self.throttle)
 
 
@@ -122,8 +122,8 @@ def errors_as_results(perform: Perform) -> Perform:
 def _loaded_base(request: Request, stated: Mapping[str, object], resources: WorkerResources | None) -> Base:
     """Return the base, adapted as requested, if the throttle allows it to be loaded and used.
 
-    A Query is answered even if the throttle objects, since it reports the device's current state, unless it would need
-    more work than reading sensors.
+    While the throttle pauses training, a Query is still answered, since it reports the device's current state, unless
+    the base would have to be loaded or changed for it.
 
     Args:
         request: the request.
@@ -150,7 +150,7 @@ Settings = tuple[str, str, str, str, int | None]
 
 
 class _Loaded:
-    """The base of this process, kept loaded between requests even if they adapt different layers."""
+    """Cache of this process's base, which stays loaded between requests even if they adapt different layers."""
 
     def __init__(self) -> None:
         self._settings: Settings | None = None

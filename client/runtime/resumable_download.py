@@ -115,7 +115,7 @@ def partial_dir(assets: Path, base: str) -> Path:
 def publish(folder: Path, final: Path) -> Path:
     """Rename a complete folder to its final name in one step; return the asset in it.
 
-    Anything already at that name was no asset, and is removed.
+    An existing folder of that name is removed: it isn't a valid asset.
     """
     atomic_files.sync_folder(folder)
     shutil.rmtree(final, ignore_errors=True)
@@ -126,7 +126,7 @@ def publish(folder: Path, final: Path) -> Path:
 
 
 def _verified_chunks(handle: int, part: ManifestFile, digest: hashlib._Hash) -> int:
-    """Count the verified chunks from the start of the file; after a power failure later ones may be missing."""
+    """Count the verified chunks from the start of the file; after a power failure, later chunks may be missing."""
     for index in range(len(part.chunks)):
         offset, length = part.span(index)
         data = os.pread(handle, length, offset)

@@ -99,8 +99,8 @@ class ServerConnection:
 
         Raises:
             ServerUnavailable: it doesn't respond.
-            AntherError: it isn't the server that the ticket was for, or its version differs; the message says what to
-                do.
+            AntherError: it isn't the server that the ticket was for, or its version differs; the message states the
+                remedy.
         """
         with self.client() as client:
             return _parse_hello(_fetch(client, "GET", "/v1/anther/hello", self.address))
@@ -174,7 +174,7 @@ def private_key(file: Path) -> ec.EllipticCurvePrivateKey:
     except (OSError, ValueError) as error:
         raise AntherError(f"{file}: can't be read ({error}): enroll again with a new ticket") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise AntherError(f"{file}: not a key of ours: enroll again with a new ticket")
+        raise AntherError(f"{file}: not an elliptic-curve key: enroll again with a new ticket")
     return key
 
 
@@ -240,7 +240,7 @@ def _fetch(client: httpx.Client, method: str, path: str, address: str, **argumen
 
 
 def _read(client: httpx.Client, method: str, path: str, **arguments: str) -> _Response:
-    """Read a response, as sent and never decompressed, up to the size that any of ours has."""
+    """Read a response, as sent and never decompressed, up to `MAX_RESPONSE_BYTES`."""
     headers = {"Accept-Encoding": "identity"}
     with client.stream(method, path, headers=headers, **arguments) as reply:  # type: ignore[arg-type]
         data = bytearray()
@@ -285,11 +285,11 @@ def _reason(response: _Response) -> str:
     try:
         return shorten(strict_json.loads(response.text)["error"], 400)
     except (ValueError, KeyError, TypeError):
-        return f"answered {response.status}: is an Anther server there?"
+        return f"answered {response.status}: check that an Anther server uses this address"
 
 
 def _parse_hello(text: str) -> ServerHello:
-    """Parse the server's greeting; AntherError if it is malformed."""
+    """Parse the server's hello; AntherError if it is malformed."""
     try:
         return strict_json.from_plain(ServerHello, strict_json.loads(text))
     except ValueError as error:

@@ -4,16 +4,16 @@ Flower's SuperNode exchanges the messages. It differs from Flower's own command 
 
 - **No code from the server runs.** Flower installs the app bundle that comes with a run, and imports the ClientApp from
   it, so a server could read every picture. Here the ClientApp is the one installed on this device.
-- ClientApps are forks of this process, which has imported all that they need and has no other thread. A message takes
+- ClientApps are forks of this process, which has imported their modules and has no other thread. A message takes
   milliseconds and a few MiB, where a new interpreter takes one or two seconds and 180 MiB. A ClientApp that is killed
   is replaced. Flower would wait for a minute, or forever if it was killed before it had its message.
 - A node that was killed deactivates its old registration first when it starts again, instead of being refused for a
-  minute. It stays away until the server has noticed, and has given up the messages that the node had pulled.
-- A node at work polls for messages twice a second, one without messages for a long time every few seconds. Flower's own
-  node waits three seconds between two polls.
+  minute. It waits until the server has noticed this and has dropped the messages that the node had pulled.
+- A node that received a message recently polls twice a second, an idle node every few seconds. Flower's own node waits
+  three seconds between two polls.
 
-The parts of Flower that are replaced for this are in `_pace`, `_skip_bundles`, `_deactivate_first` and `answer_task`,
-under the names that they have in the versions of pyproject.toml.
+`_patch_polling`, `_skip_bundles`, `_deactivate_first` and `answer_task` replace parts of Flower by their names in the
+versions that pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _ACTIVE_SECONDS = 60.0  # seconds of fast polling after a message
 _UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
-class _Pace:
+class _PollClock:
     """Replacement of the `time` module in the loop of Flower's SuperNode."""
 
     def __init__(self, quick: float, slow: float) -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     if (node := os.fork()) == 0:
         os.close(receiver)
         end_with_parent()
-        _pace(sender)
+        _patch_polling(sender)
         _skip_bundles()
         _deactivate_first(Path(os.environ["FLWR_HOME"]) / "node")
         sys.argv = ["flower-supernode", "--isolation", "process", "--host", host, "--port", port, *arguments]
@@ -101,14 +101,14 @@ def main() -> None:
     sys.exit(_serve(node, receiver, own_address, secret))
 
 
-def _pace(sender: int) -> None:
+def _patch_polling(sender: int) -> None:
     """Make Flower's loop poll at our intervals, and report each pulled message through a pipe."""
-    pace = _Pace(float(os.environ.get(POLL, "0.5")), float(os.environ.get(IDLE_POLL, "5")))
+    pace = _PollClock(float(os.environ.get(POLL, "0.5")), float(os.environ.get(IDLE_POLL, "5")))
     original = supernode._pull_and_store_message
 
     def pull_and_report(*, state: Any, **arguments: Any) -> int | None:
-        # Tasks from before may belong to a ClientApp that is ending.
-        before = {task.task_id for task in state.get_tasks(statuses=_UNFINISHED)}
+        # Earlier tasks may belong to a ClientApp that is ending.
+        earlier = {task.task_id for task in state.get_tasks(statuses=_UNFINISHED)}
         run_id = original(state=state, **arguments)
         if run_id is not None:
             pace.message_received()
@@ -117,7 +117,7 @@ def _pace(sender: int) -> None:
         # If a message arrives incompletely, because its run or the server ended, Flower leaves its task behind. The
         # task can't be answered, and an attempt would block.
         for task in state.get_tasks(statuses=_UNFINISHED):
-            if task.task_id not in before:
+            if task.task_id not in earlier:
                 state.finish_task(task.task_id, sub_status=SubStatus.FAILED, details="its message never arrived")
         return None
 
@@ -126,7 +126,7 @@ def _pace(sender: int) -> None:
 
 
 def _skip_bundles() -> None:
-    """Keep Flower from opening app bundles: it would unpack a whole file for a configuration that isn't used here."""
+    """Keep Flower from opening app bundles, which it would unpack for a configuration that isn't used here."""
     supernode.get_fused_config_from_fab = lambda *_: {}
 
 
@@ -134,8 +134,8 @@ def _deactivate_first(file: Path) -> None:
     """Deactivate a killed node's old registration when it is started again.
 
     Otherwise Flower considers it connected, and refuses it, until it has missed heartbeats for a minute. Messages that
-    it had pulled can't be answered any more. While a node is away, Flower reports that none of its replies will come,
-    so the round need not wait.
+    it had pulled can't be answered any more. While a node is deactivated, Flower reports that it won't reply, so the
+    round doesn't wait.
     """
     original = supernode.http_request_response
 
@@ -201,7 +201,7 @@ def _serve(node: int, receiver: int, address: str, secret: bytes) -> int:
                     f"a ClientApp was killed by signal {os.WTERMSIG(status)}; its message is processed again",
                     flush=True,
                 )
-                apps[_in_a_fork(address, task)] = task._replace(tries=task.tries - 1)
+                apps[_fork_client_app(address, task)] = task._replace(tries=task.tries - 1)
         if not readable:
             continue
         try:
@@ -211,7 +211,7 @@ def _serve(node: int, receiver: int, address: str, secret: bytes) -> int:
                     _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(response.token))
                 ) as task_client:
                     task = _Task(response.token, clientapp.pull_task_input(task_client))
-                apps[_in_a_fork(address, task)] = task
+                apps[_fork_client_app(address, task)] = task
         except Exception as error:  # the SuperNode waits for an answer that won't come: restart it
             print(f"a message could not be received from the SuperNode: {error}", flush=True)
             os.kill(node, signal.SIGTERM)
@@ -229,7 +229,7 @@ def _client(address: str, name: str, own: Any) -> RuntimeHttpClient:
     )
 
 
-def _in_a_fork(address: str, task: _Task) -> int:
+def _fork_client_app(address: str, task: _Task) -> int:
     if child := os.fork():
         return child
     status = 1

@@ -53,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(node: NodeConfig) -> None:
-    """Take part until a signal arrives; AntherError if the owner has to do something first."""
+    """Run the device's processes until a signal arrives; AntherError if the owner has to act first."""
     if node.connection.address is None:
         raise AntherError("not enrolled yet: run anther device enroll with a ticket from the server's operator")
     if node.data is None:
-        raise AntherError("no pictures: name their folder with data=FOLDER")
+        raise AntherError("no pictures: set their folder by data=FOLDER")
     name = node.name or platform.node() or "device"
     files = paths.enrolled_files(name, node.store)
     node, owner_policy = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
@@ -83,7 +83,7 @@ def run(node: NodeConfig) -> None:
 def check_pictures(node: NodeConfig) -> None:
     """Raise AntherError if the owner's pictures can't be used, before connecting.
 
-    The check runs in a process of its own, so that its imports don't stay in memory.
+    The check runs in a separate process, so that its imports don't stay in memory.
     """
     done = subprocess.run(
         processes.python("client.cli.check", str(node.data)),
@@ -100,7 +100,7 @@ def check_pictures(node: NodeConfig) -> None:
 
 
 def wait_for_server(node: NodeConfig, connection: ServerConnection, owner_policy: policy.Policy) -> str:
-    """Wait for the server, and make sure that its base is on this device.
+    """Wait for the server, and download its base if it is missing.
 
     Args:
         node: the device's configuration.
@@ -167,7 +167,7 @@ def ensure_base(node: NodeConfig, connection: ServerConnection, base: str) -> No
 
 
 class _Progress:
-    """Print the progress of a download at every tenth."""
+    """Print the progress of a download after each tenth."""
 
     def __init__(self) -> None:
         self._printed = 0

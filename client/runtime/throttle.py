@@ -29,18 +29,18 @@ log = logging.getLogger(__name__)
 
 
 def pause_reason(now: Conditions, settings: node.ThrottleConfig, *, waiting: bool = False) -> str | None:
-    """Return why training should pause, for the owner's log; None: it need not. An unknown value is never a reason.
+    """Return the reason to pause training, for the owner's log, or None. An unknown value is never a reason.
 
     Args:
         now: current sensor readings.
         settings: the owner's limits.
         waiting: training is paused already, and resumes only once battery and temperature are well within their limits.
     """
-    least = min(1.0, settings.min_battery + BATTERY_MARGIN * waiting)
+    min_battery = min(1.0, settings.min_battery + BATTERY_MARGIN * waiting)
     if settings.require_charging and now.charging is False:
         return "the device is not charging"
-    if settings.min_battery and now.battery is not None and now.battery < least:
-        return f"the battery is at {now.battery:.0%}; training needs {least:.0%}"
+    if settings.min_battery and now.battery is not None and now.battery < min_battery:
+        return f"the battery is at {now.battery:.0%}; training needs {min_battery:.0%}"
     if problem := _too_hot(now.celsius, settings.max_celsius, waiting=waiting):
         return problem
     if problem := _too_hot(now.battery_celsius, settings.max_battery_celsius, waiting=waiting):
@@ -54,15 +54,15 @@ def pause_reason(now: Conditions, settings: node.ThrottleConfig, *, waiting: boo
     return None
 
 
-def _too_hot(celsius: float | None, most: float | None, *, waiting: bool) -> str | None:
+def _too_hot(celsius: float | None, limit: float | None, *, waiting: bool) -> str | None:
     """Return the message for a temperature above its limit; None: it is below, or unknown."""
-    if celsius is None or most is None or celsius <= (most := most - CELSIUS_MARGIN * waiting):
+    if celsius is None or limit is None or celsius <= (limit := limit - CELSIUS_MARGIN * waiting):
         return None
-    return f"temperature {celsius:.0f} °C; training needs {most:.0f} °C or less"
+    return f"temperature {celsius:.0f} °C; training needs {limit:.0f} °C or less"
 
 
 def shortage(now: Conditions, settings: node.ThrottleConfig) -> str | None:
-    """Return why training should release its memory; None: it need not."""
+    """Return the reason to stop training and release its memory, or None."""
     if now.free_mib >= settings.min_free_mib:
         return None
     return f"only {now.free_mib:.0f} MiB of memory are free; training needs {settings.min_free_mib:.0f} MiB"
@@ -86,9 +86,9 @@ class _Reading(NamedTuple):
 
 
 class Throttle:
-    """Callable checked between passes: False to continue, True to stop and release memory.
+    """Callable that is checked between passes. It returns False to continue, True to stop and release memory.
 
-    While there is a `pause_reason`, the call blocks, for at most `settings.max_wait_seconds`. It returns True
+    While `pause_reason` returns a reason, the call blocks, for at most `settings.max_wait_seconds`. It returns True
     immediately if memory is short or `stop` is set. Unreadable sensors are a reason to pause.
 
     Args:
@@ -96,7 +96,7 @@ class Throttle:
         read: reads the sensors.
         stop: set to end training; wakes a paused throttle.
         pausing: context entered during a pause (`client.power.meter.Meter.paused`).
-        clock: seconds, of any origin.
+        clock: returns seconds since any fixed time.
         sleep: waits for this many seconds; None: waits on `stop`.
 
     Attributes:
@@ -127,7 +127,7 @@ class Throttle:
         self._lock = threading.Lock()  # passes run in several threads; all of them pause together
 
     def must_wait(self) -> str | None:
-        """Return why training should not start now; None: it may."""
+        """Return the reason why training should not start now, or None."""
         return self._check(waiting=False).cause
 
     def __call__(self) -> bool:

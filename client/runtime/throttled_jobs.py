@@ -3,9 +3,9 @@
     perform = with_throttle(with_meter(perform, meter), throttle)
 
 If the throttle stops a job, `Cancelled` is raised in the handler that requested it, which ends without a reply. The
-round stays charged and reserved. If the same plan is requested again, the device trains anew under the same reservation
-(`client.rounds.train`, `privacy.ledger`), so there is one release, whether training was paused, or stopped and
-restarted.
+round stays charged and reserved. If the same plan is requested again, the device trains again under the same
+reservation (`client.rounds.train`, `privacy.ledger`), so there is one release, whether training was paused, or stopped
+and restarted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def with_throttle(perform: Perform, throttle: Throttle) -> Perform:
 
 
 def with_meter(perform: Perform, meter: AbstractContextManager[object]) -> Perform:
-    """Run the meter while anything is trained; encoding and drawing aren't training."""
+    """Run the meter during batches with training jobs; encoding and drawing aren't metered."""
 
     def metered(batch: list[Job]) -> Sequence[Result | Exception]:
         if not any(isinstance(job, TrainJob) for job in batch):
@@ -59,7 +59,7 @@ def wait(throttle: Throttle, seconds: float) -> None:
 
 
 def _cancellable(job: Job, throttle: Throttle) -> Job:
-    """Make a job stop when the throttle or its requester says so."""
+    """Make a training job stop if the throttle or its requester cancels it."""
     if not isinstance(job, TrainJob):
         return job
     requested = job.cancelled

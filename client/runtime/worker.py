@@ -1,4 +1,4 @@
-"""The worker process, which holds the base: it answers one request after another, and ends after an idle time.
+"""Worker process with the loaded base. It answers one request after another, and ends after an idle time.
 
 `client.runtime.supervisor` listens on the socket, and starts the worker when a request arrives. At its end all of its
 memory returns to the system, and a worker that was killed is replaced at the next request. It is the only process that
@@ -69,7 +69,7 @@ def main() -> int:
 
 @dataclass
 class WorkerServer:
-    """Answers requests one at a time."""
+    """Server that answers requests one at a time."""
 
     stated: dict[str, object]
     resources: WorkerResources
@@ -147,7 +147,7 @@ def stated(node: NodeConfig, base: str) -> dict[str, object]:
 
 
 def _response(request: Request, outcome: object) -> ipc.WorkerResponse:
-    """Convert an outcome for the requester; only a refusal is explained.
+    """Convert an outcome for the requester; only a refusal includes its reason.
 
     Other exceptions can depend on the pictures, so their text stays in this log.
     """
@@ -165,7 +165,7 @@ def _response(request: Request, outcome: object) -> ipc.WorkerResponse:
 
 
 def _summary(request: Request, reply: object) -> str | None:
-    """Describe the work that was done, for the owner's log; None: not worth a line."""
+    """Describe the completed work for the owner's log; None for requests that aren't logged."""
     match request, reply:
         case Train(plan=plan), Update():
             text = f"trained {plan.steps} steps for round {plan.round}, sent {_size(len(reply.adapter))}"

@@ -25,7 +25,7 @@ CREDENTIALS, CREDENTIAL, FILE = "CREDENTIALS_DIRECTORY", "anther-key", "ANTHER_K
 KEY_BYTES = 32
 
 NO_KEY = (
-    f"there is no key: give it as systemd's credential {CREDENTIAL} or as a file by {FILE} (python -m pydoc "
+    f"no key is set: pass it as systemd's credential {CREDENTIAL}, or set {FILE} to its file (python -m pydoc "
     "client.store.keyring)"
 )
 
@@ -58,7 +58,7 @@ def _read(file: Path) -> tuple[bytes, os.stat_result]:
         finally:
             os.close(handle)
     except OSError as error:
-        raise AntherError(f"{file}: the key can't be read ({error.strerror})") from error
+        raise AntherError(f"{file}: the key can't be read ({error.strerror}): make it readable") from error
 
 
 def _parsed(data: bytes, file: Path) -> bytes:

@@ -8,7 +8,7 @@
     federations/<id>/         files of that federation: adapters, round state, previews
 
 The ledger belongs to the device: it counts everything that was shared about the pictures, with any federation, and a
-second ledger would count from 0. Files of no federation with an id lie beside it, as if the folder were
+second ledger would count from 0. Files of a federation without an id are in the store's own folder instead of
 `federations/<id>/`: those of simulated devices, and those stored before federations had ids.
 """
 
@@ -24,7 +24,7 @@ from privacy.storage import ASIDE
 
 PERSONAL, SEED = "personal.safetensors", "seed"
 PREVIOUS = ("previous.safetensors", *(f"previous-{number}.safetensors" for number in range(2, 7)))
-"""The first name dates from when only one was stored."""
+"""Files of previous adapters. The first name was chosen when only one was stored."""
 RESIDUAL, VARIATE, LOCAL_FACTORS = "residual.safetensors", "variate.safetensors", "own.safetensors"
 PREVIEWS, CACHE = "previews", "cache"
 VERSION, FEDERATION, FEDERATIONS = "version", "federation", "federations"
@@ -44,7 +44,7 @@ def federation_prefix(federation: str | None) -> str:
     if federation is None:
         return ""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", federation):
-        raise AntherError(f"federation {federation[:100]!r}: must be of a-z, 0-9, '.', '_' and '-'; enroll again")
+        raise AntherError(f"federation {federation[:100]!r}: must consist of a-z, 0-9, '.', '_' and '-'; enroll again")
     return f"{FEDERATIONS}/{federation}/"
 
 
@@ -76,10 +76,10 @@ def private_files(folder: Path) -> Iterator[str]:
 
 def is_private(name: str) -> bool:
     """Return whether a file name is one of `private_files`; files set aside count under their original name."""
-    _, rest = split_name(name)
-    if rest.startswith((f"{OUTBOX}/", f"{CACHE}/")):
-        return not Path(rest).name.startswith(".")
-    return rest in (*ADAPTERS, *ROUND_FILES, SEED, JOURNAL)
+    _, original = split_name(name)
+    if original.startswith((f"{OUTBOX}/", f"{CACHE}/")):
+        return not Path(original).name.startswith(".")
+    return original in (*ADAPTERS, *ROUND_FILES, SEED, JOURNAL)
 
 
 def is_plaintext(name: str) -> bool:
@@ -94,9 +94,9 @@ def original_name(name: str) -> str:
 
 def split_name(name: str) -> tuple[str | None, str]:
     """Split a name into the federation's id, or None, and the name within its folder."""
-    rest = original_name(name)
-    match = re.match(rf"{FEDERATIONS}/([^/.][^/]*)/", rest)
-    return (match[1], rest[match.end() :]) if match else (None, rest)
+    original = original_name(name)
+    match = re.match(rf"{FEDERATIONS}/([^/.][^/]*)/", original)
+    return (match[1], original[match.end() :]) if match else (None, original)
 
 
 def temporary_files(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ _LINE_END = b"\n"
 
 
 def _from_0(files: FileStorage) -> None:
-    """Upgrade from before versions existed: those files belong to no federation with an id, and stay where they are."""
+    """Upgrade a store without a version. Its files belong to no federation with an id, so none is moved."""
 
 
 STEPS: tuple[Callable[[FileStorage], None], ...] = (_from_0,)
@@ -51,8 +51,8 @@ def version(files: FileStorage) -> int:
         raise AntherError(f"{files.where(VERSION)}: not a version number; restore this file from a backup of the store")
     if (number := int(data)) > len(STEPS):
         raise AntherError(
-            f"{files.folder}: the store is of version {number}, and this Anther knows {len(STEPS)}: update Anther, or "
-            "give it another store"
+            f"{files.folder}: the store has version {number}, and this Anther supports up to {len(STEPS)}: update "
+            "Anther, or use another store"
         )
     return number
 
@@ -67,10 +67,10 @@ def upgrade(files: FileStorage) -> None:
 
 
 def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
-    """Encrypt everything that isn't encrypted yet; from then on reading needs the key.
+    """Encrypt all private files that aren't encrypted yet.
 
-    The header file first says that encryption has begun, so that from then on nothing works without the key, and last
-    that it is complete, so that from then on unencrypted data is not trusted.
+    The header file is written twice: first with the state "encrypting", after which the store can't be opened without
+    the key; last with the state "encrypted", after which unencrypted data is not trusted.
 
     Raises:
         AntherError: encryption was begun with another key.
@@ -85,7 +85,7 @@ def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
         return header
     cipher = StoreCipher(key, header.store)
     has_journal = (files.folder / JOURNAL).exists()
-    with files.journal(JOURNAL) if has_journal else nullcontext():  # the ledger must not repair itself meanwhile
+    with files.journal(JOURNAL) if has_journal else nullcontext():  # the journal must not be repaired meanwhile
         for name in layout.private_files(files.folder):
             data = files.read(name) or b""
             if not is_encrypted(data):
@@ -133,7 +133,7 @@ def _chain_heads(files: FileStorage) -> list[tuple[Path, str]]:
 def _remove_temporary_files(files: FileStorage) -> None:
     """Remove temporary files of writes that were killed.
 
-    They are never read, and may hold data that the owner wants deleted.
+    They are never read, and may contain data that the owner wants deleted.
     """
     for path in layout.temporary_files(files.folder):
         path.unlink(missing_ok=True)

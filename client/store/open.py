@@ -76,11 +76,11 @@ def open_for_owner(files: FileStorage) -> Iterator[OpenStore]:
 def check_store_exists(files: FileStorage) -> None:
     """Raise AntherError unless the store exists."""
     if not files.folder.is_dir():
-        raise AntherError(f"{files.folder}: there is no store here; use --store or --name")
+        raise AntherError(f"{files.folder}: no store in this folder; use --store or --name")
 
 
 def inspect_store(files: FileStorage) -> OpenStore:
-    """Open the store for reading, without an exclusive lock; the ledger repairs itself under its own lock.
+    """Open the store for reading, without an exclusive lock; the ledger's journal is repaired under its own lock.
 
     Raises:
         AntherError: as `open_store`, except that another process may use the store.
@@ -94,7 +94,7 @@ def inspect_store(files: FileStorage) -> OpenStore:
 
 
 def last_federation(files: FileStorage) -> str | None:
-    """Return the id of the last federation that the device was in; None: it had none."""
+    """Return the id of the device's last federation; None: it had none."""
     data = files.read(FEDERATION)
     if data is None:
         return None

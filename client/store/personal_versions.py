@@ -1,7 +1,7 @@
 """A device's current and previous personal adapters, each with its shared adapter and its date.
 
 A new adapter replaces the current one, which becomes a previous one. Their number is small, and their file names are
-fixed, so that any storage can hold them; each file records its date. If all files are in use, the oldest adapter that
+fixed, so that any storage supports them; each file records its date. If all files are in use, the oldest adapter that
 isn't the only one of its base is deleted.
 """
 
@@ -101,7 +101,7 @@ class AdapterVersions:
                 self._storage.where(self._prefix + PERSONAL),
                 "no previous adapter" if to is None else f"no adapter of {to}",
             )
-            raise AntherError(f"{where}: there is {which}; available: {known}")
+            raise AntherError(f"{where}: {which}; available: {known}")
         name = candidates[0]
         current_data, new_data = self._read(PERSONAL), self._read(name) or b""
         free = next((name for name in PREVIOUS if name not in previous), None)
@@ -119,7 +119,7 @@ class AdapterVersions:
         """Store an adapter among the previous ones, in place of the least important."""
         previous = {name: self._metadata(name) for name in PREVIOUS}
         if any(entry == metadata and self._read(name) == data for name, entry in previous.items()):
-            return  # left by a save that was killed half-way
+            return  # written by an earlier save that was killed before its end
         kinds = Counter(entry.get("base") for entry in (*previous.values(), metadata) if entry is not None)
 
         def worth(name: str) -> tuple[bool, bool, str]:

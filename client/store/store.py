@@ -1,4 +1,4 @@
-"""Everything that one device stores: its personal adapter, its ledger, and caches.
+"""Typed storage of one device: its personal adapters, its ledger, and caches.
 
     ledger.jsonl, outbox/,    `privacy.ledger`; the head of its hash chain lies elsewhere
     enrolled
@@ -40,7 +40,7 @@ from training.jobs import Examples
 
 
 class PersonalAdapter(NamedTuple):
-    """A device's personal adapter; it is of use only on top of the shared adapter that it was trained on."""
+    """A device's personal adapter, with the shared adapter that it was trained on and that it requires."""
 
     adapter: Adapter
     shared: Adapter
@@ -125,7 +125,7 @@ class Store:
             tensors, metadata = _load(data)
             parts = {name: _part(tensors, name, sites) for name in ("personal", "shared")}
             if len(tensors) != sum(2 * len(part) for part in parts.values()):
-                raise ValueError("it holds other tensors")
+                raise ValueError("it contains other tensors")
             return PersonalAdapter(parts["personal"], parts["shared"], metadata["base"], metadata["request"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise AntherError(

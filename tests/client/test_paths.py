@@ -93,7 +93,7 @@ def test_forget_after_leave_finds_store(anther: Path, tmp_path: Path, capsys: py
     assert ledger.main([]) == 0
     assert "shared with run" in capsys.readouterr().out
     assert ledger.main(["--store", str(tmp_path / "lost")]) == 2
-    assert "there is no store here" in capsys.readouterr().err
+    assert "no store in this folder" in capsys.readouterr().err
     assert ledger.main(["--name", "lost"]) == 2
 
 

@@ -80,7 +80,7 @@ def test_owner_command_fails_at_once(
     assert main(["--name", "pi"]) == 2
     assert "in use by process" in capsys.readouterr().err
     assert main(["--name", "nobody"]) == 2
-    assert "there is no store here" in capsys.readouterr().err
+    assert "no store in this folder" in capsys.readouterr().err
     assert not (tmp_path / "devices" / "nobody").exists()
     os.close(go)
     os.waitpid(child, 0)

@@ -130,7 +130,7 @@ def test_payload_in_json_is_rejected():
     smuggled = json.dumps(json.loads(to_json(UPDATE)) | {"adapter": "x"})
     with pytest.raises(AntherError, match="adapter: must be bytes"):
         from_json(Update, smuggled)
-    with pytest.raises(AntherError, match="adapter: travels beside"):
+    with pytest.raises(AntherError, match="adapter: must be sent next to"):
         from_json(Update, smuggled, adapter=b"")
 
 
@@ -195,10 +195,10 @@ def with_config(**changes):
 
 EMPTY = Array("uint8", (0,), "safetensors", b"")
 MALFORMED = [
-    (RecordDict(), "must hold json, sha256 and version"),
-    (ConfigRecord({"json": "{}"}), "must hold json, sha256 and version"),
-    (with_records(message=None), "must hold json, sha256 and version"),
-    (with_records(message=MetricRecord({"json": 1})), "must hold json, sha256 and version"),
+    (RecordDict(), "must contain exactly json, sha256 and version"),
+    (ConfigRecord({"json": "{}"}), "must contain exactly json, sha256 and version"),
+    (with_records(message=None), "must contain exactly json, sha256 and version"),
+    (with_records(message=MetricRecord({"json": 1})), "must contain exactly json, sha256 and version"),
     (with_records(extra=ConfigRecord()), "no more"),
     (with_config(extra=1), "no more"),
     (with_config(json=1), "not a text"),
@@ -243,16 +243,16 @@ def test_unknown_message_type_is_rejected():
 
 def test_oversized_adapter_is_rejected():
     good = records.reply_to_records(UPDATE)
-    assert records.reply_from_records("train", good, most=2) == UPDATE
+    assert records.reply_from_records("train", good, max_bytes=2) == UPDATE
     with pytest.raises(AntherError, match="2 bytes, the maximum is 1"):
-        records.reply_from_records("train", good, most=1)
+        records.reply_from_records("train", good, max_bytes=1)
     train = records.request_to_records(REQUESTS[1])
-    assert records.request_from_records("train", train, most=3) == REQUESTS[1]
+    assert records.request_from_records("train", train, max_bytes=3) == REQUESTS[1]
     with pytest.raises(AntherError, match="3 bytes, the maximum is 2"):
-        records.request_from_records("train", train, most=2)
+        records.request_from_records("train", train, max_bytes=2)
     smuggled = RecordDict(dict(records.reply_to_records(REPORT)) | {"arrays": good["arrays"]})
     with pytest.raises(AntherError, match="the maximum is 0"):
-        records.reply_from_records("query", smuggled, most=0)
+        records.reply_from_records("query", smuggled, max_bytes=0)
 
 
 @pytest.mark.parametrize("message", [UPDATE, REPORT, REQUESTS[1]], ids=lambda message: type(message).__name__)

@@ -120,7 +120,7 @@ def test_long_payload_is_checked_completely():
     result = decode(encode({"a": values}), {"a": (200_000,)})["a"]
     assert torch.equal(result.eq(0).nonzero().ravel(), torch.tensor([0, 70_000, 199_999]))
     for index in (0, 70_000, -1):
-        with pytest.raises(CodecError, match="a: holds NaN"):
+        with pytest.raises(CodecError, match="a: contains NaN"):
             decode(encode({"a": torch.ones(200_000).index_fill(0, torch.tensor(index), math.nan)}), {"a": (200_000,)})
 
 
@@ -178,7 +178,7 @@ def test_invalid_payload_is_rejected(data, message):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_are_rejected(value):
-    with pytest.raises(CodecError, match="a: holds NaN or infinite"):
+    with pytest.raises(CodecError, match="a: contains NaN or infinite"):
         decode(encode(TENSORS | {"a": torch.tensor([0.0, value])}), EXPECTED)
 
 

@@ -162,7 +162,7 @@ def test_ledger_as_program(home: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "ANTHER_HOME": str(home)}
     command = [sys.executable, "-m", "client.cli.ledger", "--store", str(home / "x")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert "there is no store here" in done.stderr  # named explicitly, so it may be mistyped
+    assert "no store in this folder" in done.stderr  # named explicitly, so it may be mistyped
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     done = subprocess.run(command[:3], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == FRESH + "\n"

@@ -68,7 +68,7 @@ def test_tasks_need_a_fresh_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     monkeypatch.setattr(supernode.os, "fork", lambda: 0)  # continues as the SuperNode's process
     monkeypatch.setattr(supernode.os, "_exit", lambda _: sys.exit())
-    for name in ("end_with_parent", "_pace", "_skip_bundles", "_deactivate_first"):
+    for name in ("end_with_parent", "_patch_polling", "_skip_bundles", "_deactivate_first"):
         monkeypatch.setattr(supernode, name, lambda *_: None)
     monkeypatch.setattr(supernode, "flower_supernode", lambda: started.append(list(sys.argv)))
     secrets = set()

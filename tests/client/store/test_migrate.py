@@ -55,7 +55,7 @@ def test_newer_store_is_refused(tmp_path: Path) -> None:
     files.write("version", b"2\n")
     before = {path: path.read_bytes() for path in files.folder.rglob("*") if path.is_file()}
     for attempt in (open_store(files).__enter__, lambda: inspect_store(files)):
-        with pytest.raises(AntherError, match=r"of version 2, and this Anther knows 1: update Anther"):
+        with pytest.raises(AntherError, match=r"has version 2, and this Anther supports up to 1: update Anther"):
             attempt()
     (files.folder / "lock").unlink()
     assert {path: path.read_bytes() for path in files.folder.rglob("*") if path.is_file()} == before
@@ -145,9 +145,9 @@ def test_successive_federations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "x" * 81, ".x", "a\n", "é"])
 def test_federation_id_is_a_plain_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(AntherError, match="must be of a-z"):
+    with pytest.raises(AntherError, match="must consist of a-z"):
         Store(FileStorage(tmp_path), name)
-    with pytest.raises(AntherError, match="must be of a-z"), open_store(FileStorage(tmp_path), federation=name):
+    with pytest.raises(AntherError, match="must consist of a-z"), open_store(FileStorage(tmp_path), federation=name):
         pass
     if name.strip():
         (tmp_path / "federation").write_text(name + "/")

@@ -142,7 +142,7 @@ def test_store_without_its_key_is_refused(key: Path, tmp_path: Path, monkeypatch
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     monkeypatch.delenv("ANTHER_KEY_FILE")
     for encrypt in ("auto", "always", "never"):
-        with pytest.raises(AntherError, match="the store is encrypted, but there is no key") as raised:
+        with pytest.raises(AntherError, match="the store is encrypted, but no key is set") as raised:
             open_store(files, encrypt=encrypt).__enter__()
         assert "\n" not in str(raised.value)
     with pytest.raises(AntherError, match="no key"):
@@ -177,7 +177,7 @@ def test_lost_store_is_not_replaced(key: Path, tmp_path: Path) -> None:
 def test_contradicting_settings_are_refused(tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_in(tmp_path)
     monkeypatch.delenv("ANTHER_KEY_FILE")
-    with pytest.raises(AntherError, match=r"storage\.encrypt=always: there is no key"):
+    with pytest.raises(AntherError, match=r"storage\.encrypt=always: no key is set"):
         open_store(files, encrypt="always").__enter__()
     with open_store(files, encrypt="auto") as opened:
         assert opened.storage is files  # no key: the store is unencrypted

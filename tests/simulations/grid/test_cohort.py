@@ -91,7 +91,7 @@ def test_unreadable_request_is_one_nodes_error():
     replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
     assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
     assert replies[2].error.reason.startswith(
-        "refused: malformed message: must hold json"
+        "refused: malformed message: must contain exactly json"
     )  # the server may know the reason
 
 
