@@ -73,7 +73,7 @@ def _federate(grid: Grid, context: Context, runs: Path) -> None:
             tracker.log(done.number, round_metrics(done))
             _log_round(done, config.rounds)
 
-        for done in saved.history if saved else ():  # a kill may have come before a line was written
+        for done in saved.history if saved else ():  # a kill may have prevented that a line was written
             tracker.log(done.number, round_metrics(done))
         state = federate(
             config,

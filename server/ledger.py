@@ -30,7 +30,7 @@ RELEASED = "released"
 
 
 class ServerLedger:
-    """The ledger of one run, in its folder.
+    """Privacy ledger of one run, in its folder.
 
     Every method reads the journal again under its lock.
 
@@ -54,7 +54,7 @@ class ServerLedger:
         """Charge for a round.
 
         Returns:
-            The guarantee of the device that has paid most, including the planned cost of `budget.other_releases`.
+            The guarantee of the device with the largest cost, including the planned cost of `budget.other_releases`.
 
         Raises:
             BudgetExhausted: the round would exceed the budget; nothing was written.
@@ -91,7 +91,7 @@ class ServerLedger:
         """Check that the ledger starts with the events of this anchor.
 
         Raises:
-            AntherError: it doesn't.
+            AntherError: it doesn't start with them.
         """
         with self._storage.journal(JOURNAL) as journal:
             self._events(journal.lines)
@@ -100,7 +100,7 @@ class ServerLedger:
             where = self._storage.where(JOURNAL)
             events = len(journal.lines)
         state = (
-            f"holds {events} of the {anchor.events} events that the checkpoint names"
+            f"contains {events} of the {anchor.events} events that the checkpoint names"
             if events < anchor.events
             else "is not the one that the checkpoint names"
         )
@@ -127,11 +127,11 @@ class ServerLedger:
 
 
 def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarantee:
-    """Compose the charges of the device that has paid most, with the planned evaluations of `budget.other_releases`.
+    """Compose the charges of the device with the largest cost and the planned evaluations of `budget.other_releases`.
 
-    Without secret sampling, a device pays for the rounds in which it was sampled. With secret sampling, every device
-    pays for every round: the sampling rate accounts for the chance that it wasn't sampled. `seen` is the ε against an
-    observer who sees the sample.
+    Without secret sampling, a device is charged for the rounds in which it was sampled. With secret sampling, every
+    device is charged for every round: the sampling rate accounts for the chance that it wasn't sampled. `seen` is the ε
+    against an observer who sees the sample.
     """
     common: Counter[PoissonGaussian] = Counter()
     planned = Counter({replace(event, steps=1): event.steps for event in budget.other_releases})
@@ -144,7 +144,7 @@ def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarante
         for name in charge.asked or ():
             of_device.setdefault(name, Counter())[charge.mechanism] += 1
     histories = [Counter[PoissonGaussian](), *of_device.values()]
-    common += +planned  # only those that are still to come
+    common += +planned  # only the evaluations that have not been charged yet
     events = [list((common + history).elements()) for history in _maximal(histories)]
     guarantees = [with_strict(epsilon(history, budget.delta, DEVICE), history) for history in events]
     strict = max((guarantee.strict for guarantee in guarantees if guarantee.strict is not None), default=None)
@@ -153,13 +153,13 @@ def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarante
 
 
 def _unsampled_epsilon(events: Sequence[PoissonGaussian], delta: float) -> float | None:
-    """Compute ε of a device that was asked in every round, against an observer of that; None without sampling."""
+    """Compute ε of a device that was asked in every round, against an observer who knows it; None without sampling."""
     if all(event.sampling_rate == 1 for event in events):
         return None
     return epsilon([replace(event, sampling_rate=1.0) for event in events], delta, DEVICE).value
 
 
 def _maximal(histories: Iterable[Counter[PoissonGaussian]]) -> list[Counter[PoissonGaussian]]:
-    """Drop histories that another one contains: they can't have cost more."""
+    """Drop histories that are contained in another one, since they can't cost more."""
     distinct = {frozenset(history.items()): history for history in histories}.values()
     return [history for history in distinct if not any(history != other and history <= other for other in distinct)]

@@ -1,4 +1,4 @@
-"""The one port of a federation's server, and the only way from outside to Flower's SuperLink.
+"""HTTP application of the gateway, the only way from outside to Flower's SuperLink.
 
     GET  /v1/anther/ca       the authority's certificate, whose fingerprint a ticket names
     GET  /v1/anther/hello    protocol versions, base, clock: a device's first request
@@ -65,8 +65,8 @@ class Gateway:
     Args:
         superlink_url: base URL of the SuperLink.
         registry: registry of enrolled devices.
-        hello: returns the greeting of devices.
-        authority: the federation's certificate authority, in PEM; empty without TLS: then any key may take part.
+        hello: returns the hello message for devices.
+        authority: the federation's certificate authority, in PEM; empty without TLS, where any key is accepted.
         register_node: called with the public key and the name of a newly enrolled device; returns once the SuperLink
             knows it.
         node_of: returns the id of the node with this public key; None if the SuperLink doesn't know it yet.
@@ -286,11 +286,11 @@ def check_version(device_version: int) -> None:
     """Raise AntherError, naming the side that must update, if device and server share no protocol version."""
     if device_version < messages.OLDEST:
         raise AntherError(
-            f"this server speaks protocol {messages.OLDEST} and later, and the device {device_version}: update Anther "
-            "on the device (pip install --upgrade anther)"
+            f"this server supports protocol {messages.OLDEST} and later, and the device {device_version}: update "
+            "Anther on the device (pip install --upgrade anther)"
         )
 
 
 def now() -> str:
-    """Return the time for `ServerHello.time`, by which a device can see that its clock is off and why it is refused."""
+    """Return the current time for `ServerHello.time`, with which a device detects that its clock is wrong."""
     return datetime.now(UTC).isoformat()

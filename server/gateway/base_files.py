@@ -25,10 +25,10 @@ FILE_PATH = "/v1/anther/base/{base}/file/{number}"
 
 
 class BaseFiles:
-    """Files of bases by content hash. Construction reads all files once; devices reject files that change later.
+    """Files of bases by content hash. The constructor reads all files once; devices reject files that change later.
 
     Args:
-        folders: folders of bases, as `models.files.assets.locate` finds them.
+        folders: folders of bases, from `models.files.assets.locate`.
 
     Raises:
         AntherError: a base can't be read or distributed.
@@ -68,13 +68,13 @@ def routes(base_files: BaseFiles) -> list[Route]:
     async def manifest(request: Request) -> Response:
         content = base_files.manifest(request.path_params["base"])
         if content is None:
-            return PlainTextResponse("no such base here", 404)
+            return PlainTextResponse("no such base", 404)
         return Plain(content, media_type="application/json")
 
     async def file(request: Request) -> Response:
         path = base_files.file(request.path_params["base"], request.path_params["number"])
         if path is None:
-            return PlainTextResponse("no such file here", 404)
+            return PlainTextResponse("no such file", 404)
         if not path.is_file():
             return PlainTextResponse("this file is gone from the server", 410)
         if "," in "".join(request.headers.getlist("range")):  # thousands of ranges would cost seconds per request

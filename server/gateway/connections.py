@@ -15,9 +15,9 @@ from typing import Any
 
 from conf.schemas.server import LimitsConfig
 
-_GRACE = 60.0  # seconds in which a request's speed isn't checked
+_GRACE = 60.0  # seconds before a request's speed is checked
 _PER_KEY = 32  # connections of one device
-_MIN_AGE = 0.5  # seconds in which a new connection isn't evicted for another
+_MIN_AGE = 0.5  # seconds before a new connection may be evicted
 
 
 class ConnectionPhase(Enum):
@@ -25,12 +25,12 @@ class ConnectionPhase(Enum):
 
     HEAD = "a TLS handshake, or the head of a request"
     BODY = "a request's body"
-    ANSWER = "us, or its reader"
+    ANSWER = "the gateway's answer, or its reader"
 
 
 @dataclass
 class Connection:
-    """One connection.
+    """State of one open connection.
 
     Args:
         end: closes it at once.
@@ -47,7 +47,7 @@ class Connection:
     bytes: int = 0
     """Bytes received of the current request."""
     unsent: Callable[[], int] = lambda: 0
-    left: int = 0
+    last_unsent: int = 0
     """Unsent bytes at the last check."""
     key: str | None = None
     """Enrolled key that has authenticated on the connection."""
@@ -57,7 +57,7 @@ class Connection:
         return network(self.address)
 
     def enter(self, phase: ConnectionPhase, now: float) -> None:
-        """Begin to wait for another event."""
+        """Start the phase of another event."""
         if phase is not self.phase:
             self.phase, self.since, self.last_progress, self.bytes = phase, now, now, 0
 
@@ -85,7 +85,7 @@ class ConnectionTable:
 
     Args:
         settings: the limits.
-        clock: seconds, monotonic.
+        clock: returns monotonic seconds.
     """
 
     settings: LimitsConfig
@@ -125,7 +125,7 @@ class ConnectionTable:
         return self._open.get(_key(address))
 
     def mark_authenticated(self, address: Any, key: str) -> None:
-        """Note that an enrolled key has authenticated on a connection; if the key has too many, close its oldest."""
+        """Record the enrolled key that has authenticated on a connection; if it has too many, close its oldest."""
         connection = self._open.get(_key(address))
         if connection is None or connection.key == key:
             return
@@ -137,7 +137,7 @@ class ConnectionTable:
             same[0].end()
 
     def release(self, address: Any) -> None:
-        """Forget a connection that has been closed."""
+        """Remove a connection that has been closed."""
         connection = self._open.pop(_key(address), None)
         if connection is not None and connection.key is None:
             self._uncount(connection)
@@ -151,8 +151,8 @@ class ConnectionTable:
 
     def _is_late(self, connection: Connection, now: float) -> bool:
         unsent = connection.unsent()
-        if unsent != connection.left:
-            connection.left, connection.last_progress = unsent, now
+        if unsent != connection.last_unsent:
+            connection.last_unsent, connection.last_progress = unsent, now
         quiet = now - connection.last_progress > self.settings.idle_seconds
         if unsent:
             if connection.phase is ConnectionPhase.HEAD:
@@ -198,7 +198,7 @@ class Accepted(socket.socket):
 
 
 class Listener(socket.socket):
-    """A listening socket that hands on connections which `connections` admits."""
+    """A listening socket that returns only connections which `connections` admits."""
 
     connections: ConnectionTable
 

@@ -125,7 +125,7 @@ class DeviceRegistry:
         """
         now, hashed = datetime.now(UTC), _hash(secret)
         unknown = AntherError("no such ticket: ask the operator for another one")
-        if hashed not in self.snapshot().tickets:  # guesses neither wait for the lock nor hold it
+        if hashed not in self.snapshot().tickets:  # guesses never take the lock
             raise unknown
         with self._locked() as contents:
             if (ticket := contents.tickets.get(hashed)) is None:  # voided in the meantime
@@ -142,9 +142,12 @@ class DeviceRegistry:
             if not _is_open(ticket, now):
                 raise AntherError(f"this ticket expired on {ticket.expires[:10]}: ask the operator for another one")
             if len(contents.devices_of(ticket.holder)) >= self._per_holder:
-                raise AntherError(f"{ticket.holder} has {self._per_holder} devices already, which is the maximum")
+                raise AntherError(
+                    f"{ticket.holder} has {self._per_holder} devices already, which is the maximum: "
+                    "ask the operator to revoke one"
+                )
             if key in contents.members:
-                raise AntherError("this device's key is known here already, or was revoked: enroll with a new one")
+                raise AntherError("this device's key is already enrolled, or was revoked: enroll with a new one")
             if any(member.name == name for member in contents.members.values() if not member.revoked):
                 raise AntherError(f"another device is called {name}: choose another with name=…")
             member = EnrolledDevice(name=name, holder=ticket.holder, since=now.isoformat(timespec="seconds"))

@@ -1,4 +1,4 @@
-"""State of the exchange with each node: the messages that it was given, and its reply to one of them.
+"""State of the exchange with each node: the messages that it has pulled, and its reply to one of them.
 
 The state is deliberately not persisted: a gateway ends together with its SuperLink's ServerApp, and replies to a
 ServerApp that has ended are useless. A node that is sending a reply then gets a 403, and Flower's SuperNode drops it.
@@ -26,7 +26,7 @@ _OUTSTANDING = 4  # maximum replies of one node in the SuperLink, such as late r
 _PULLS = 32  # pulls of one object, since connections break
 _PROMISES = 16  # replies begun to one message: after a server error, the node begins again
 _FETCHES = 16  # fetches of one run's description: a SuperNode caches it
-_AHEAD = 600.0  # seconds that a device's clock may be ahead
+_AHEAD = 600.0  # maximum seconds by which a device's clock may be ahead
 _LONGEST_TTL = 1e9  # seconds
 
 
@@ -37,14 +37,14 @@ class DeliveredMessage:
     head: Metadata
     objects: frozenset[str]
     pulls: Counter[str] = field(default_factory=Counter)
-    """Number of times that the node was given each object."""
+    """Number of times that the node has pulled each object."""
     sent: set[str] = field(default_factory=set)
     """Objects that the server has finished sending; an earlier confirmation would make the server's own push fail."""
     promises: int = 0
     """Number of replies begun."""
     confirmed: bool = False
     answered: str | None = None
-    """Id of the reply that was handed on."""
+    """Id of the reply that was forwarded to the SuperLink."""
 
 
 @dataclass
@@ -55,9 +55,9 @@ class NodeExchange:
     delivered: OrderedDict[str, DeliveredMessage] = field(default_factory=OrderedDict)
     reply: Reply | None = None
     outstanding: deque[tuple[int, str]] = field(default_factory=deque)
-    """Run and id of each reply that was handed on, the oldest first."""
+    """Run and id of each forwarded reply, the oldest first."""
     forwarded_session: str = ""
-    """Session of the last reply that was handed on."""
+    """Session of the last forwarded reply."""
     fetched: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Number of requests for each run and its app."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -69,7 +69,7 @@ class NodeExchange:
         return request
 
     def record_delivery(self, head: Message, tree: ObjectTree) -> None:
-        """Note that the node has pulled a message."""
+        """Record that the node has pulled a message."""
         names, waiting = set(), [tree]
         while waiting:
             node = waiting.pop()
@@ -80,14 +80,14 @@ class NodeExchange:
             self.delivered.popitem(last=False)
 
     def find_message(self, identifier: str, run: int) -> DeliveredMessage:
-        """Return a message that this node was given in this run.
+        """Return a message that this node has pulled in this run.
 
         Raises:
             RequestRefused: there is none.
         """
         delivered = self.delivered.get(identifier)
         if delivered is None or delivered.head.run_id != run:
-            raise RequestRefused(NOT_YOURS, "a message that this node wasn't given")
+            raise RequestRefused(NOT_YOURS, "a message that this node hasn't pulled")
         return delivered
 
     def check_run(self, run: int, kind: str) -> None:
@@ -98,10 +98,10 @@ class NodeExchange:
             kind: `run` or `app`.
 
         Raises:
-            RequestRefused: this node doesn't take part in the run, or has asked too often.
+            RequestRefused: the node has pulled no message of the run, or has asked too often.
         """
         if not any(delivered.head.run_id == run for delivered in self.delivered.values()):
-            raise RequestRefused(NOT_YOURS, "a run that this node takes no part in")
+            raise RequestRefused(NOT_YOURS, "a run without a message that this node has pulled")
         self.fetched[kind, run] += 1
         if self.fetched[kind, run] > _FETCHES:
             raise hostile("the same run again and again")
@@ -120,7 +120,7 @@ class NodeExchange:
         raise RequestRefused(NOT_YOURS, "an object of none of this node's messages")
 
     def begin(self, request: PushMessagesRequest, limits: ReplyLimits, folder: Path) -> Reply | None:
-        """Begin a reply that a node starts to send; None if this reply was already handed on.
+        """Begin to receive a node's reply; return None if this reply was already forwarded.
 
         Args:
             request: head of the reply and the tree of its objects.
@@ -155,7 +155,7 @@ class NodeExchange:
         return self.reply
 
     def mark_forwarded(self, reply: Reply) -> tuple[int, str] | None:
-        """Note that the SuperLink has a reply.
+        """Record that the SuperLink has stored a reply.
 
         Returns:
             Run and id of an older reply to remove from the SuperLink, if the node has too many.
@@ -169,7 +169,7 @@ class NodeExchange:
         return self.outstanding.popleft() if len(self.outstanding) > _OUTSTANDING else None
 
     def drop(self, reply: Reply) -> None:
-        """Forget a reply that will not be completed."""
+        """Drop a reply that will not be completed."""
         reply.close()
         if self.reply is reply:
             self.reply = None
@@ -193,7 +193,7 @@ def _check_head(head: Message, request: Metadata, node: int) -> None:
 
 
 def _copy_head(head: Message) -> Message:
-    """Copy the fields of a reply's head, and no others."""
+    """Copy the known fields of a reply's head, and no others."""
     copy, metadata = Message(), head.metadata
     for name in (
         "run_id",

@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 _EXCHANGES = 4096
 _STALLED = 600.0  # seconds without an object
-_TRIES = 10  # attempts to hand on a reply that the SuperLink doesn't store
+_TRIES = 10  # attempts to forward a reply that the SuperLink doesn't store
 
 
 @dataclass
 class FleetService:
-    """All exchanges with nodes.
+    """Implementation of the fleet protocol's calls, with the exchanges of all nodes.
 
     Args:
         superlink: client of the SuperLink.
@@ -51,7 +51,7 @@ class FleetService:
     exchanges: OrderedDict[str, NodeExchange] = field(default_factory=OrderedDict)
 
     async def execute_call(self, call: Call, message: Any, caller: Caller) -> Message:
-        """Answer one call.
+        """Execute one call and return its response.
 
         Args:
             call: the call.
@@ -118,7 +118,7 @@ class FleetService:
             earlier = [name for name, delivered in exchange.delivered.items() if not delivered.confirmed]
             for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
                 exchange.record_delivery(head, tree)
-            if response.messages_list:  # the node has finished the previous one, whose objects would stay forever
+            if response.messages_list:  # the node has finished the previous message; its objects would never be removed
                 for name in earlier:
                     with contextlib.suppress(SuperLinkError, RequestRefused):
                         await self._confirm_for(name, exchange.delivered.get(name), caller, exchange)
@@ -155,7 +155,7 @@ class FleetService:
     ) -> bool:
         """Confirm a message's receipt, so that the SuperLink removes it; False if the server is still sending it.
 
-        A SuperNode doesn't pull objects that it already holds, so the gateway checks for the others.
+        A SuperNode doesn't pull objects that it already has, so the gateway checks these itself.
         """
         if delivered is None or delivered.confirmed:
             return True
@@ -180,7 +180,7 @@ class FleetService:
             if reply is None:
                 return response
             response.session_id = reply.session
-            # All objects, even those that the SuperLink holds: devices must not learn which it holds.
+            # All objects, even those that the SuperLink has: devices must not learn which it has.
             response.objects_to_push.extend(reply.objects)
             return response
 
@@ -194,14 +194,14 @@ class FleetService:
             try:
                 await run_in_threadpool(reply.add, message.object_id, message.object_content)
                 if reply.is_complete:
-                    await self._hand_on(reply, caller, exchange)
+                    await self._forward(reply, caller, exchange)
             except OSError as error:
-                log.error("a reply can't be kept: %s", error)
-                raise RequestRefused(LATER, "the server has no room") from None
+                log.error("a reply can't be spooled: %s", error)
+                raise RequestRefused(LATER, "the server's disk is full") from None
         return calls.PUSH_OBJECT.response(stored=True)
 
-    async def _hand_on(self, reply: Reply, caller: Caller, exchange: NodeExchange) -> None:
-        """Hand a complete reply on to the SuperLink."""
+    async def _forward(self, reply: Reply, caller: Caller, exchange: NodeExchange) -> None:
+        """Forward a complete reply to the SuperLink."""
         reply.attempts += 1
         run = reply.head.metadata.run_id
         request = exchange.request(
@@ -212,8 +212,8 @@ class FleetService:
         )
         try:
             response = await self._ask(calls.PUSH_MESSAGES, request, caller)
-            wanted = set(response.objects_to_push)
-            for identifier in [name for name in reply.objects if name in wanted]:
+            missing = set(response.objects_to_push)
+            for identifier in [name for name in reply.objects if name in missing]:
                 content = await run_in_threadpool(reply.content, identifier)
                 stored = await self._ask(
                     calls.PUSH_OBJECT,
@@ -228,7 +228,7 @@ class FleetService:
                 )
                 if not stored.stored:
                     status = LATER if reply.attempts < _TRIES else NOT_YOURS
-                    raise RequestRefused(status, "the server doesn't take this reply")
+                    raise RequestRefused(status, "the server doesn't accept this reply")
         except SuperLinkError:  # e.g. the run is over
             exchange.drop(reply)
             raise
@@ -246,7 +246,7 @@ class FleetService:
         )
 
     async def _remove(self, run: int, message: str, caller: Caller, exchange: NodeExchange) -> None:
-        """Have the SuperLink remove a message's objects, if it has them."""
+        """Make the SuperLink remove a message's objects, if it has them."""
         request = exchange.request(calls.CONFIRM, run_id=run, message_object_id=message)
         await self._ask(calls.CONFIRM, request, caller)
 
@@ -286,7 +286,7 @@ class FleetService:
         """If the spool is full, drop stalled replies.
 
         Raises:
-            RequestRefused: that isn't enough.
+            RequestRefused: the spool is still full.
         """
         replies = [(exchange, exchange.reply) for exchange in self.exchanges.values() if exchange.reply is not None]
         total = sum(reply.size for _, reply in replies)

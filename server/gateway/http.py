@@ -1,4 +1,4 @@
-"""Reading of requests' bodies, and responses of the gateway."""
+"""Read requests' bodies, and build the gateway's responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.gateway import calls
 from server.gateway.refusal import MALFORMED, TOO_LARGE, RequestRefused, hostile
 from server.gateway.superlink_client import PROTOBUF
 
-_PIECE = 64 << 10  # bytes of an answer written at once: the most that a slow connection buffers
+_PIECE = 64 << 10  # bytes of an answer written at once: the maximum that a slow connection buffers
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

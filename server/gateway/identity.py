@@ -35,7 +35,7 @@ _LONGEST = 512  # characters of a header; an honest key takes 288
 
 @dataclass(frozen=True)
 class Claim:
-    """A public key that a request names; only its signature proves that the sender holds the private key."""
+    """A public key that a request names; only its signature proves that the sender has the private key."""
 
     key: ec.EllipticCurvePublicKey
     name: str
@@ -44,10 +44,10 @@ class Claim:
     signature: str
 
     def verify_signature(self, signed: str, *, now: datetime | None = None) -> bool:
-        """Whether the key signed this text, at a time within `TOLERANCE` of the server's clock."""
+        """Return whether the key signed this text, at a time within `TOLERANCE` of the server's clock."""
         try:
-            apart = abs(((now or datetime.now(UTC)) - datetime.fromisoformat(self.time)).total_seconds())
-            if not apart <= TOLERANCE:
+            difference = abs(((now or datetime.now(UTC)) - datetime.fromisoformat(self.time)).total_seconds())
+            if not difference <= TOLERANCE:
                 return False
             signature = base64.b64decode(self.signature, validate=True)
             self.key.verify(signature, signed.encode("ascii"), ec.ECDSA(hashes.SHA256()))
@@ -108,7 +108,7 @@ def canonical(key: str) -> str:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         public_key = None
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.curve.name != _CURVE:
-        raise AntherError("the public key must be ecdsa-sha2-nistp384, as anther device enroll makes it")
+        raise AntherError("the public key must be ecdsa-sha2-nistp384: create it with anther device enroll")
     return to_openssh(public_key)
 
 

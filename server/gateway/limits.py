@@ -23,9 +23,9 @@ _MAX_KEYS = 4096  # keys
 
 
 @dataclass
-class _Bucket:
-    left: float
-    at: float
+class _TokenBucket:
+    tokens: float
+    updated: float
 
 
 class RequestBudget:
@@ -33,12 +33,12 @@ class RequestBudget:
 
     Args:
         settings: the limits.
-        clock: seconds, monotonic.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, settings: LimitsConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, _TokenBucket] = {}
         self._concurrent: Counter[str] = Counter()
         self._reserved: Counter[str] = Counter()
 
@@ -49,18 +49,18 @@ class RequestBudget:
             RequestRefused: the key's rate limit is exhausted for now.
         """
         bucket = self._refilled(key)
-        if bucket.left <= 0:
+        if bucket.tokens <= 0:
             raise RequestRefused(LATER, "too many requests; try again in a minute")
-        bucket.left -= amount
+        bucket.tokens -= amount
 
     def penalize(self, key: str) -> None:
-        """Count a hostile request as many requests."""
+        """Count a hostile request as `HOSTILE_COST` requests."""
         bucket = self._refilled(key)
-        bucket.left = max(bucket.left - HOSTILE_COST, -float(self._settings.requests_per_minute))
+        bucket.tokens = max(bucket.tokens - HOSTILE_COST, -float(self._settings.requests_per_minute))
 
     @contextmanager
     def request_slot(self, key: str) -> Iterator[None]:
-        """Hold one of the key's concurrent requests.
+        """Take one of the key's slots for concurrent requests.
 
         Raises:
             RequestRefused: the key already has the maximum number of them.
@@ -82,8 +82,8 @@ class RequestBudget:
         Raises:
             RequestRefused: other bodies use all memory, or the body exceeds the key's share and isn't its only one.
         """
-        limit, own = self._settings.request_memory_mib * 2**20, self._reserved[key]
-        if self._reserved.total() + size > limit or (own and own + size > limit * SHARE):
+        limit, reserved = self._settings.request_memory_mib * 2**20, self._reserved[key]
+        if self._reserved.total() + size > limit or (reserved and reserved + size > limit * SHARE):
             raise RequestRefused(LATER, "the server is busy")
         self._reserved[key] += size
         try:
@@ -93,11 +93,11 @@ class RequestBudget:
             if not self._reserved[key]:
                 del self._reserved[key]
 
-    def _refilled(self, key: str) -> _Bucket:
+    def _refilled(self, key: str) -> _TokenBucket:
         limit, now = float(self._settings.requests_per_minute), self._clock()
         if len(self._buckets) > _MAX_KEYS:
-            self._buckets = {name: bucket for name, bucket in self._buckets.items() if now - bucket.at < 60.0}
-        bucket = self._buckets.setdefault(key, _Bucket(limit, now))
-        bucket.left = min(limit, bucket.left + (now - bucket.at) * limit / 60.0)
-        bucket.at = now
+            self._buckets = {name: bucket for name, bucket in self._buckets.items() if now - bucket.updated < 60.0}
+        bucket = self._buckets.setdefault(key, _TokenBucket(limit, now))
+        bucket.tokens = min(limit, bucket.tokens + (now - bucket.updated) * limit / 60.0)
+        bucket.updated = now
         return bucket

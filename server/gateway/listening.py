@@ -40,13 +40,13 @@ class WatchedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.watched is not None:
-            self._note()
+            self._update_phase()
             self.watched.last_progress = self.admitted.clock()
             self.watched.bytes += len(data)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._note(again=True)
+        self._update_phase(again=True)
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():  # the answer is still being sent over a slow connection
@@ -56,7 +56,7 @@ class WatchedProtocol(H11Protocol):
         else:
             super().timeout_keep_alive_handler()
 
-    def _note(self, *, again: bool = False) -> None:
+    def _update_phase(self, *, again: bool = False) -> None:
         if self.watched is None:
             return
         if self.conn.their_state is h11.SEND_BODY:
@@ -86,7 +86,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates | None) -> uvicorn.Server:
-    """Open the gateway in a thread of its own.
+    """Start the gateway in a separate thread.
 
     Args:
         gateway: application.
@@ -144,8 +144,8 @@ def _listener(host: str, port: int, connections: ConnectionTable) -> Listener:
         listener.bind(address)
     except OSError as error:
         raise AntherError(
-            f"{host}:{port}: can't listen there ({error.strerror or error}): choose another server.port or "
-            "server.host, or stop the program that does"
+            f"{host}:{port}: can't listen on this address ({error.strerror or error}): choose another server.port "
+            "or server.host, or stop the program that uses it"
         ) from None
     listener.connections = connections
     return listener

@@ -93,7 +93,7 @@ def issue(by: KeyPair, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> KeyP
 
 
 def fingerprint(certificate: bytes) -> str:
-    """SHA-256 of a certificate (PEM) in hexadecimal, by which a ticket identifies the authority."""
+    """Return the SHA-256 of a certificate (PEM) in hexadecimal, with which a ticket identifies the authority."""
     return hashlib.sha256(x509.load_pem_x509_certificate(certificate).public_bytes(Encoding.DER)).hexdigest()
 
 
@@ -146,7 +146,7 @@ def _name(host: str) -> x509.GeneralName:
     try:
         return x509.DNSName(host)
     except ValueError:
-        raise AntherError(f"{host!r}: neither a host name nor an address") from None
+        raise AntherError(f"{host!r}: neither a host name nor an IP address: correct server.hostnames") from None
 
 
 def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> KeyPair:

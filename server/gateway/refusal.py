@@ -1,4 +1,4 @@
-"""Answers of the gateway that end a request."""
+"""Refusals of requests, with HTTP statuses that Flower's SuperNode handles correctly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class RequestRefused(Exception):  # noqa: N818 - nothing is wrong with the serve
 
     Args:
         status: HTTP status.
-        reason: one line, for the device's log and ours.
-        hostile: whether no SuperNode of ours ever sends such a request.
+        reason: one line, for the logs of the device and the server.
+        hostile: whether Anther's SuperNode never sends such a request.
     """
 
     def __init__(self, status: int, reason: str, *, hostile: bool = False) -> None:
@@ -22,5 +22,5 @@ class RequestRefused(Exception):  # noqa: N818 - nothing is wrong with the serve
 
 
 def hostile(reason: str, status: int = NOT_YOURS) -> RequestRefused:
-    """Return the refusal of a request that our SuperNodes never send."""
+    """Return the refusal of a request that Anther's SuperNode never sends."""
     return RequestRefused(status, reason, hostile=True)

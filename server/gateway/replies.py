@@ -1,8 +1,8 @@
 """An incoming reply: its head and its object tree arrive first, then the objects one by one.
 
 Flower stores an object tree before any object has arrived, and trusts that the children in the tree are those that the
-objects name. Here a reply is assembled outside of the SuperLink, and handed on only if it is complete and consistent:
-every object has arrived, matches its hash, is of a kind that our replies have at that position, and names the same
+objects name. Here a reply is assembled outside of the SuperLink, and forwarded only if it is complete and consistent:
+every object has arrived, matches its hash, has a type that Anther's replies have at that position, and names the same
 children as the tree.
 """
 
@@ -25,12 +25,12 @@ from server.gateway.calls import CHUNK, HEAD
 from server.gateway.refusal import hostile
 
 _KINDS = (("Message",), ("RecordDict",), ("ConfigRecord", "ArrayRecord"), ("Array",), ("ArrayChunk",))  # by depth
-_DATA = len(_KINDS) - 1  # depth of the objects that hold an array's data
+_DATA = len(_KINDS) - 1  # depth of the objects with an array's data
 _SAME = ("run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type", "created_at", "ttl")
 _ID = re.compile(r"[0-9a-f]{64}")
 _DIVIDER = b"\0"
-_WITHOUT_DATA = 8  # objects of a reply beside the data of its array; ours have five
-_BESIDE = 1 << 20  # bytes beside it: the JSON of a message with everything around it
+_WITHOUT_DATA = 8  # maximum objects of a reply besides the data of its array; Anther's replies have five
+_BESIDE = 1 << 20  # maximum bytes besides the data: the JSON of a message and the objects around it
 _PUSHES = 32  # pushes of one object, since connections break: each is read and hashed
 _IN_MEMORY = 256 << 10  # bytes of a reply that are kept in memory, not on disk
 
@@ -62,7 +62,7 @@ def tree_objects(tree: ObjectTree, max_objects: int) -> dict[str, TreeObject]:
         max_objects: maximum number of names in the tree, repetitions counted.
 
     Raises:
-        RequestRefused: none of our replies has such a tree.
+        RequestRefused: no reply of Anther has such a tree.
     """
     objects: dict[str, TreeObject] = {}
     order: list[tuple[ObjectTree, int]] = []
@@ -94,7 +94,7 @@ def check_object(identifier: str, content: bytes, expected: TreeObject) -> None:
         expected: its entry in the tree.
 
     Raises:
-        RequestRefused: it doesn't.
+        RequestRefused: it doesn't match.
     """
     if len(content) > (CHUNK + HEAD if expected.depth == _DATA else HEAD):
         raise hostile("an object that is too large")
@@ -129,8 +129,8 @@ class Reply:
     """An incoming reply.
 
     Args:
-        head: the message without its content, as it will be handed on.
-        tree: the object tree, as it will be handed on.
+        head: the message without its content, as it will be forwarded.
+        tree: the object tree, as it will be forwarded.
         objects: the objects that the tree names, children before parents.
         bound: limits on the content.
         folder: spool folder for incoming objects.
@@ -144,12 +144,12 @@ class Reply:
     folder: Path
     session: str = field(default_factory=lambda: secrets.token_hex(16))
     attempts: int = 0
-    """Failed attempts to hand the reply on."""
+    """Failed attempts to forward the reply."""
     size: int = 0
     last_arrival: float = field(default_factory=time.monotonic)
     """Time of the last arrival of an object."""
     _pushes: Counter[str] = field(default_factory=Counter)
-    _places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and length, by id
+    _locations: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and length, by id
     _spool: IO[bytes] | None = None
 
     @property
@@ -159,7 +159,7 @@ class Reply:
 
     @property
     def is_complete(self) -> bool:
-        return len(self._places) == len(self.objects)
+        return len(self._locations) == len(self.objects)
 
     def add(self, identifier: str, content: bytes) -> None:
         """Add one object; if it has arrived before, it is only checked again.
@@ -175,7 +175,7 @@ class Reply:
         check_object(identifier, content, expected)
         if expected.depth == 0:
             check_root(content, self.head)
-        if identifier in self._places:
+        if identifier in self._locations:
             return
         if self.size + len(content) > self.limits.bytes:
             raise hostile(f"a reply of more than {self.limits.bytes} bytes")
@@ -183,13 +183,13 @@ class Reply:
             self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(self.folder))  # noqa: SIM115
         self._spool.seek(self.size)
         self._spool.write(content)
-        self._places[identifier] = self.size, len(content)
+        self._locations[identifier] = self.size, len(content)
         self.last_arrival = time.monotonic()
         self.size += len(content)
 
     def content(self, identifier: str) -> bytes:
         """Return an object that has arrived."""
-        offset, length = self._places[identifier]
+        offset, length = self._locations[identifier]
         assert self._spool is not None
         self._spool.seek(offset)
         return self._spool.read(length)

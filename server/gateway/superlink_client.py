@@ -62,7 +62,7 @@ class SuperLinkClient:
         Raises:
             RequestRefused: the SuperLink is unavailable.
         """
-        if self._client is None or self._slots is None:  # in the gateway's own event loop
+        if self._client is None or self._slots is None:  # created here, in the gateway's event loop
             self._client = httpx.AsyncClient(
                 base_url=self.address,
                 verify=self.verify,
@@ -72,11 +72,11 @@ class SuperLinkClient:
                 follow_redirects=False,
             )
             self._slots = asyncio.Semaphore(_AT_ONCE)
-        own = {"content-type": PROTOBUF, "accept": PROTOBUF}
+        protobuf = {"content-type": PROTOBUF, "accept": PROTOBUF}
         try:
             async with self._slots:
                 response = await self._client.post(
-                    call.path, content=message.SerializeToString(), headers={**headers, **own}
+                    call.path, content=message.SerializeToString(), headers={**headers, **protobuf}
                 )
         except httpx.TransportError:
             raise RequestRefused(LATER, "the federation is starting again") from None

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 
 FIRST, LONGEST = 30.0, 1800.0
-"""Seconds that a node is excluded after its first failure, and at most; the time doubles with each further failure."""
+"""Seconds that a node is excluded after its first failure, and the maximum; each further failure doubles the time."""
 WAIT_FACTOR = 4.0
-"""Exclusion as a multiple of the time waited in vain, so that a node costs at most a fifth of the others' time."""
+"""Exclusion as a multiple of the time that others waited for the node, so that it costs at most a fifth of theirs."""
 
 
 class NodeBackoff:
     """Excluded nodes, with the end of each exclusion.
 
     Args:
-        now: clock, in seconds.
+        now: returns the current time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
@@ -29,13 +29,13 @@ class NodeBackoff:
         Args:
             waited: seconds that others waited for the node in vain.
         """
-        usual = min(LONGEST, 2 * self._length[node]) if node in self._length else FIRST
-        self._length[node] = max(usual, WAIT_FACTOR * waited)
+        doubled = min(LONGEST, 2 * self._length[node]) if node in self._length else FIRST
+        self._length[node] = max(doubled, WAIT_FACTOR * waited)
         self._until[node] = self._now() + self._length[node]
         return self._length[node]
 
     def clear(self, node: int) -> None:
-        """Forget a node's failures: it sent a valid reply."""
+        """Reset a node's failures after it sent a valid reply."""
         self._until.pop(node, None)
         self._length.pop(node, None)
 

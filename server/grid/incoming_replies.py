@@ -35,11 +35,11 @@ class IncomingReplies:
         if not unknown:
             return {}
         try:
-            self._keep(self._grid.heads(unknown, max_objects=self._max_objects), unknown)
+            self._add_heads(self._grid.heads(unknown, max_objects=self._max_objects), unknown)
         except httpx.TransportError:
             raise
         except Exception:  # one invalid reply fails the whole call: ask for each separately
-            return self._one_by_one(unknown)
+            return self._poll_separately(unknown)
         return {}
 
     def with_head(self, identifiers: Iterable[str]) -> list[str]:
@@ -51,7 +51,7 @@ class IncomingReplies:
 
         Raises:
             httpx.TransportError: as for `poll_heads`.
-            Exception: the reply can't be fetched or unpack, and is dropped.
+            Exception: the reply can't be fetched or unpacked, and is dropped.
         """
         head = self._heads[identifier]
         try:
@@ -60,9 +60,9 @@ class IncomingReplies:
             contents: dict[str, bytes] = {}
             for name in head.objects:
                 content = self._grid.object(name)
-                if content is None:  # the next pull starts with it: one call while it is missing
-                    rest = (other for other in head.objects if other != name)
-                    self._heads[identifier] = head._replace(objects=(name, *rest))
+                if content is None:  # the next pull starts with this object: one call while it is missing
+                    others = (other for other in head.objects if other != name)
+                    self._heads[identifier] = head._replace(objects=(name, *others))
                     return None
                 contents[name] = content
             message = unpack(head, contents)
@@ -75,25 +75,25 @@ class IncomingReplies:
         return message
 
     def drop(self, identifiers: Iterable[str]) -> None:
-        """Forget these replies, and have the SuperLink delete their objects."""
+        """Drop these replies, and make the SuperLink delete their objects."""
         for name in identifiers:
             if head := self._heads.pop(name, None):
-                with contextlib.suppress(Exception):  # it stays on the SuperLink's disk until it expires
+                with contextlib.suppress(Exception):  # on failure, it stays on the SuperLink's disk until it expires
                     self._grid.confirm(head.reply)
 
     def _objects(self, name: str) -> tuple[str, ...]:
         return self._heads[name].objects
 
-    def _one_by_one(self, identifiers: Iterable[str]) -> dict[str, Exception]:
+    def _poll_separately(self, identifiers: Iterable[str]) -> dict[str, Exception]:
         errors: dict[str, Exception] = {}
         for name in identifiers:
             try:
-                self._keep(self._grid.heads([name], max_objects=self._max_objects), [name])
+                self._add_heads(self._grid.heads([name], max_objects=self._max_objects), [name])
             except httpx.TransportError:
                 raise
             except Exception as error:
                 errors[name] = error
         return errors
 
-    def _keep(self, heads: Iterable[ReplyHead], identifiers: Collection[str]) -> None:
+    def _add_heads(self, heads: Iterable[ReplyHead], identifiers: Collection[str]) -> None:
         self._heads |= {head.request: head for head in heads if head.request in identifiers}

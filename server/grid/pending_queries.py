@@ -1,4 +1,4 @@
-"""Queries to nodes that don't block the server."""
+"""Send queries to nodes without blocking the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _QueryGrid(TimeLimitedGrid, Protocol):
     """Operations that queries need from a grid (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Note that no reply to these messages will be pulled."""
+        """Stop waiting for replies to these messages."""
         ...
 
     def exclude_node(self, node: int) -> None:

@@ -1,6 +1,6 @@
 """Flower's grid over HTTP, one short call at a time.
 
-Flower's `HttpGrid.pull_messages` waits for the objects of a reply for up to two hours once its head is there, and
+Flower's `HttpGrid.pull_messages` waits for the objects of a reply for up to two hours once its head has arrived, and
 retries calls forever if the SuperLink doesn't answer. Here each call is made once, with its own time limit, and the
 head of a reply and its objects are separate calls. This is the server's only module that uses private parts of Flower's
 grid (flwr 1.42).
@@ -62,7 +62,7 @@ class RuntimeGrid(HttpGrid):
         return nodes
 
     def names(self) -> Mapping[int, str]:
-        """Names of all nodes that were ever listed; empty if the SuperLink doesn't authenticate nodes.
+        """Return the names of all nodes that were ever listed; empty if the SuperLink doesn't authenticate nodes.
 
         They are recorded with the listing itself. If a node left right after it, the SuperLink would return no name for
         the node, which could then claim any name.
@@ -105,7 +105,7 @@ class RuntimeGrid(HttpGrid):
         return response.object_content if response.object_available else None
 
     def confirm(self, reply: str) -> None:
-        """Have the SuperLink delete a reply's objects."""
+        """Make the SuperLink delete a reply's objects."""
         request = ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=reply)
         self._runtime_client.ConfirmMessageReceived(request)
 
@@ -119,7 +119,7 @@ def unpack(head: ReplyHead, contents: dict[str, bytes]) -> Message:
     message = inflate_object_from_contents(head.reply, contents)
     if not isinstance(message, Message):
         raise TypeError(f"its outermost object is a {type(message).__name__}")
-    message.metadata.__dict__["_message_id"] = head.reply  # there is no setter
+    message.metadata.__dict__["_message_id"] = head.reply  # Flower has no setter
     return message
 
 

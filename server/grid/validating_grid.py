@@ -5,14 +5,14 @@ A SuperLink stores the objects of a reply as a device pushed them, and checks on
 
 - A body that is not JSON, or a missing chunk, raises an exception that ends the run and loses the other replies.
 - A few bytes that name one chunk a million times expand to terabytes.
-- The sender of a message is the one that the sender claims.
+- The sender of a message is not authenticated: a node can name any other.
 - A reply whose objects never arrive blocks all others for hours.
 
-Here each of these is the failure of one node, which is excluded for a while:
+Here each of these is a failure of one node, which is excluded for a while:
 
     malformed      the reply can't be unpacked, or names another sender
     unreachable    the message could not be sent, or only a part of the reply arrived
-    silent         no reply arrived in time, several times in a row: others would wait for the node in every round
+    silent         no reply arrived in time, several times in a row: others would wait for the node in each round
 
 Out of scope: processing of bytes inside a SuperLink and a SuperNode (`server.gateway` limits the calls of devices).
 A SuperNode runs the app bundle of anyone who may start runs on its federation, so its owner must trust them with code
@@ -74,7 +74,7 @@ _UNPACKING = (  # errors that Flower raises over content, for a grid that pulls 
 class ValidatingGrid(ForwardingGrid):
     """A grid that no node can block or break.
 
-    A message that can't be sent, or a reply that can't be received or read, arrives as an error of its node.
+    A message that can't be sent, or a reply that can't be received or unpacked, is returned as an error of its node.
 
     Args:
         grid: the grid of a ServerApp. Any other kind of grid pulls and unpacks in one step, without a limit on single
@@ -110,7 +110,7 @@ class ValidatingGrid(ForwardingGrid):
             try:
                 self._limit(_PATIENCE)
                 nodes = self._backoff.available(self._grid.get_node_ids())
-                self._clear()  # before a round, outside its time limit
+                self._delete_abandoned()  # before a round, outside its time limit
                 return nodes
             except httpx.HTTPError as error:
                 if time.monotonic() >= until:
@@ -149,15 +149,18 @@ class ValidatingGrid(ForwardingGrid):
         waiting = [name for name in dict.fromkeys(message_ids) if name in self._pending]
         for name in waiting:
             if name in self._unsent:
-                yield name, self._take(name, self._unsent.pop(name))
+                yield name, self._finish(name, self._unsent.pop(name))
         waiting = [name for name in waiting if name in self._pending]
         replies = self._pull_complete(waiting, until) if self._arrivals else self._pull_unpacked(waiting)
         for name, reply in replies:
-            yield name, self._take(name, reply)
+            yield name, self._finish(name, reply)
         if last and self._arrivals:
             for name in self._arrivals.with_head(waiting):
                 self._arrivals.drop([name])
-                yield name, self._take(name, self._unreachable(name, "it promised a reply but did not send all of it"))
+                yield (
+                    name,
+                    self._finish(name, self._unreachable(name, "it promised a reply but did not send all of it")),
+                )
         if last and not self._unavailable:
             for name in waiting:
                 if name in self._pending:
@@ -179,7 +182,7 @@ class ValidatingGrid(ForwardingGrid):
         return arrived
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Note that no reply to these messages will be pulled."""
+        """Stop waiting for replies to these messages."""
         names = set(message_ids)
         self._abandoned |= names & (self._pending.keys() - self._unsent.keys())
         for table in (self._pending, self._unsent, self._failed, self._sent):
@@ -189,10 +192,10 @@ class ValidatingGrid(ForwardingGrid):
             self._arrivals.drop(names)
         super().forget(names)
 
-    def _clear(self) -> None:
-        """Have the SuperLink delete abandoned messages: otherwise nodes that never pull would fill its disk."""
+    def _delete_abandoned(self) -> None:
+        """Make the SuperLink delete abandoned messages: otherwise nodes that never pull would fill its disk."""
         until = time.monotonic() + _SLACK
-        with suppress(httpx.HTTPError):  # the others at the next call
+        with suppress(httpx.HTTPError):  # the next call deletes the others
             while self._calls and self._abandoned and time.monotonic() < until:
                 identifier = next(iter(self._abandoned))
                 self._calls.confirm(identifier)
@@ -220,7 +223,7 @@ class ValidatingGrid(ForwardingGrid):
         log.warning("node %d is excluded for %.0f s", node, self._backoff.add(node, waited))
 
     def _count_miss(self, name: str) -> None:
-        """Count a message without a reply at the end of its time."""
+        """Count a message that had no reply at the end of its time limit."""
         node = self._pending[name].metadata.dst_node_id
         self._missed[node] += 1
         if self._missed[node] >= _MISSES:
@@ -228,7 +231,7 @@ class ValidatingGrid(ForwardingGrid):
             self.exclude_node(node, time.monotonic() - self._sent[name])
 
     def _push(self, message: Message, until: float) -> str:
-        """Send a message and return its id; if that fails, return an id to which the node's error will arrive."""
+        """Send a message and return its id; if that fails, return an id under which the node's error is pulled."""
         request = _without_content(message)
         try:
             if time.monotonic() > until:
@@ -240,7 +243,7 @@ class ValidatingGrid(ForwardingGrid):
             blamed = not isinstance(error, (httpx.TransportError, TimeoutError))
             self._pending[identifier] = request
             self._unsent[identifier] = self._unreachable(identifier, f"sending: {_describe(error)}", blamed=blamed)
-        request.metadata.__dict__["_message_id"] = identifier  # there is no setter
+        request.metadata.__dict__["_message_id"] = identifier  # Flower has no setter
         self._pending[identifier], self._sent[identifier] = request, time.monotonic()
         return identifier
 
@@ -306,7 +309,7 @@ class ValidatingGrid(ForwardingGrid):
         self._missed.pop(node, None)
         return reply
 
-    def _take(self, name: str, reply: Message) -> Message:
+    def _finish(self, name: str, reply: Message) -> Message:
         self._pending.pop(name, None)
         self._failed.pop(name, None)
         self._sent.pop(name, None)
@@ -335,7 +338,7 @@ def _describe(error: Exception) -> str:
 
 
 def _without_content(message: Message) -> Message:
-    """Return a message's metadata, enough to reply to it; keeping an adapter per silent device would take too much."""
+    """Return a message's metadata, enough to reply to it; adapters for silent devices would take too much memory."""
     bare = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
-    bare.metadata.__dict__["_message_id"] = message.metadata.message_id  # there is no setter
+    bare.metadata.__dict__["_message_id"] = message.metadata.message_id  # Flower has no setter
     return bare

@@ -51,37 +51,41 @@ def line_chart(
     low, high = ticks[0], ticks[-1]
     right = WIDTH - (LABELS if len(lines) > 1 else 14)
 
-    def across(value: float) -> float:
+    def x_position(value: float) -> float:
         span = max(x) - min(x)
         share = (value - min(x)) / span if span else 0.5
         return LEFT + share * (right - LEFT)
 
-    def up(value: float) -> float:
+    def y_position(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 8}" y="{up(t) + 4:.1f}" text-anchor="end">{escape(show(t))}</text>'
+        f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y_position(t):.1f}" y2="{y_position(t):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{y_position(t) + 4:.1f}" text-anchor="end">{escape(show(t))}</text>'
         for t in ticks
     ]
     parts += [
-        f'<text class="tick" x="{across(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{t}</text>'
+        f'<text class="tick" x="{x_position(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{t}</text>'
         for t in whole_ticks(min(x), max(x))
     ]
     middle = (LEFT + right) / 2
     parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>')
-    ends = spread([up(last(line.values)) for line in lines])
+    ends = spread([y_position(last(line.values)) for line in lines])
     for line, end in zip(lines, ends, strict=True):
-        points = [(across(at), up(value)) for at, value in zip(x, line.values, strict=True) if value is not None]
+        points = [
+            (x_position(round_number), y_position(value))
+            for round_number, value in zip(x, line.values, strict=True)
+            if value is not None
+        ]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
         dash = ' stroke-dasharray="5 5"' if line.dashed else ""
         parts.append(f'<polyline class="curve {line.tone}" points="{path}"{dash}/>')
-        for at, value in zip(x, line.values, strict=True):
+        for round_number, value in zip(x, line.values, strict=True):
             if value is not None and not line.dashed and len(x) <= DOTS:
-                words = escape(f"{x_label} {at}: {line.label} {show(value)}")
+                words = escape(f"{x_label} {round_number}: {line.label} {show(value)}")
                 parts.append(
-                    f'<circle class="dot {line.tone}" cx="{across(at):.1f}" cy="{up(value):.1f}" r="3.5">'
-                    f"<title>{words}</title></circle>"
+                    f'<circle class="dot {line.tone}" cx="{x_position(round_number):.1f}" cy="{y_position(value):.1f}" '
+                    f'r="3.5"><title>{words}</title></circle>'
                 )
         if len(lines) > 1:
             parts.append(

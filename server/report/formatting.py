@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
     """Format seconds: 8.2 s, 2 min 5 s, 3 h 10 min."""
     if seconds < 59.95:
         return f"{short(seconds, 2)} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining_seconds = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s"
+        return f"{minutes} min {remaining_seconds} s"
     return f"{minutes // 60} h {minutes % 60} min"

@@ -155,7 +155,7 @@ def adapter(report: Report) -> str:
 
 
 def environment(*folders: Path) -> Environment:
-    """Make the environment of page templates, in this folder and in further ones, with the filters for numbers."""
+    """Return the environment of page templates, in this folder and in further ones, with the filters for numbers."""
     templates = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
@@ -183,7 +183,7 @@ def write(report: Report, path: Path) -> None:
 
 
 def gain(losses: Mapping[str, float], arm: str) -> float | None:
-    """Relative loss reduction of an arm over the base: (L_base - L_arm) / L_base."""
+    """Return the relative loss reduction of an arm over the base, (L_base - L_arm) / L_base; None if it is unknown."""
     if arm not in losses or not losses.get("base"):
         return None
     return (losses["base"] - losses[arm]) / losses["base"]

@@ -1,4 +1,4 @@
-"""Pictures as data URIs, so that a page needs no other file: small copies, at the size of the page."""
+"""Encode pictures as data URIs, so that a page needs no other file: copies at the size of the page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Encodes the pictures of one page, each within an equal share of `PAGE`."""
+    """Encoder of the pictures of one page, each within an equal share of `PAGE`."""
 
     def __init__(self, count: int, *, page: int = PAGE) -> None:
         """Set the limit per picture.

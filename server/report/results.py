@@ -74,7 +74,7 @@ def write_run_results(folder: Path) -> Path:
 def _newest() -> Path:
     runs = assets.home() / "runs"
     if not (folders := sorted(runs.glob("*/"))):
-        raise AntherError(f"{runs}: holds no run yet: name a run's folder, or start anther serve")
+        raise AntherError(f"{runs}: contains no run yet: name a run's folder, or start anther serve")
     return folders[-1]
 
 

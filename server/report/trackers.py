@@ -15,7 +15,7 @@ Values = Mapping[str, float | None]
 
 
 class Tracker(Protocol):
-    """Records metrics of each step; a step may be logged in several parts."""
+    """Recorder of the metrics of each step; a step may be logged in several parts."""
 
     def log(self, step: int, values: Values) -> None:
         """Record values by name; None means that there is no value at this step."""

@@ -61,10 +61,10 @@ def save(folder: Path, state: RunState) -> Path:
     make_folder(folder)
     path = folder / f"round-{state.round:06d}"
     if (rounds := _rounds(folder)) and rounds[-1] >= path:
-        raise AntherError(f"{folder}: holds {rounds[-1].name} already: resume that run, or choose an empty folder")
+        raise AntherError(f"{folder}: contains {rounds[-1].name} already: resume that run, or choose an empty folder")
     for leftover in folder.glob(f"{_HIDDEN}*"):  # from a process that was killed
         shutil.rmtree(leftover)
-    memory = {f"{part}/{name}": tensor for part, of in state.memory.items() for name, tensor in of.items()}
+    memory = {f"{part}/{name}": tensor for part, named in state.memory.items() for name, tensor in named.items()}
     saved = _Saved(
         run=state.run,
         private=state.private,
@@ -113,7 +113,7 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != manifest.get(name):
                 raise AntherError(f"{path / name} was changed after it was written (SHA-256 differs)")
-        saved = strict_json.from_plain(_Saved, _in_present_form(strict_json.loads(files[_STATE])))
+        saved = strict_json.from_plain(_Saved, _upgrade_state(strict_json.loads(files[_STATE])))
         return RunState(
             run=saved.run,
             private=saved.private,
@@ -131,7 +131,7 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
         raise AntherError(f"{path}: {_MANIFEST} or {_STATE} is damaged ({error}): {fix}") from error
 
 
-def _in_present_form(state: Any) -> Any:
+def _upgrade_state(state: Any) -> Any:
     """Add the fields that a checkpoint of an earlier release doesn't have, as unknown."""
     if not isinstance(state, dict) or not isinstance(state.get("history"), list):
         return state  # `from_plain` reports the error

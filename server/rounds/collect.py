@@ -20,7 +20,7 @@ class Forgetful(Protocol):
     """Grid that keeps state for every message until its reply is pulled."""
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Note that no reply to these messages will be pulled."""
+        """Stop waiting for replies to these messages."""
         ...
 
 
@@ -48,7 +48,7 @@ class TimeLimitedGrid(Protocol):
 
 
 def abandon_messages(grid: Grid, message_ids: Iterable[str]) -> None:
-    """Have a grid forget messages whose replies are no longer expected; Flower's own grids keep no state."""
+    """Make a grid forget messages whose replies are no longer expected; Flower's own grids keep no state."""
     if isinstance(grid, Forgetful):
         grid.forget(message_ids)
 
@@ -118,14 +118,14 @@ def collect(
 ) -> Iterator[Message]:
     """Send messages, and yield replies as they arrive.
 
-    It ends when every message has a reply, when there are enough, or when the time is over. At the end of the time, a
-    final poll of at most `FINAL_POLL` seconds takes the replies that have arrived.
+    Collection ends when every message has a reply, when `is_complete` returns True, or at the time limit. At the time
+    limit, a final poll of at most `FINAL_POLL` seconds takes the replies that have arrived.
 
     Args:
         grid: any grid.
         messages: requests to send.
         clock: clock of the time limit.
-        until: end of the time, on the clock.
+        until: the time limit, on the clock.
         is_complete: called after each reply; True ends the collection.
         late: receives the ids of messages without a reply; None: the grid forgets them.
     """

@@ -27,14 +27,14 @@ from strategies.strategy import FederatedStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class _InFlight:
-    """One device that is training."""
+    """Request to a device that is training."""
 
     node: int
     request: RoundRequest
     round: int
-    """Round in which it was asked."""
+    """Round in which it was requested."""
     until: float
-    """Time on the clock at which the server stops waiting for it."""
+    """Time on the clock at which the server stops waiting for its reply."""
 
 
 class FedBuffRunner:
@@ -44,11 +44,10 @@ class FedBuffRunner:
 
     A round uses one update per device. Otherwise the fastest device could fill it, and no robust rule holds if one
     attacker contributes most of the updates. If only n < K devices can be asked, each contributes up to ⌈K / n⌉
-    updates, its share if all were equally fast, so that a round ends however few devices there are.
+    updates, its share if all were equally fast, so that a round ends with any number of devices.
 
     Devices with a privacy guarantee are asked at most once per round, and always under the round's own plan number.
-    They have paid for as many plans as there are rounds, and a device that is asked again after a kill answers for the
-    same plan.
+    Their budget covers one plan per round, and a device that is asked again after a kill answers for the same plan.
 
     Args:
         shift: rebases an update of an older adapter onto the current one.
@@ -141,7 +140,7 @@ class FedBuffRunner:
                 return
 
     def _unavailable(self) -> set[int]:
-        """Return the nodes that are not asked again in this round, however few are left."""
+        """Return the nodes that are not asked again in this round under any circumstances."""
         return self._done | self._counts.keys() if self._strategy.private else self._done
 
     def _max_share(self) -> int:

@@ -97,13 +97,13 @@ def federate(
 
 
 def round_runner(config: SimulationConfig, grid: Grid, strategy: FederatedStrategy, limits: RoundLimits) -> RoundRunner:
-    """Make the round runner of a configuration.
+    """Build the round runner of a configuration.
 
     Args:
         config: configuration of the run; `round_loop` selects the runner.
         grid: connection to the devices.
         strategy: strategy of the run.
-        limits: when a round stops waiting.
+        limits: limits on the wait for replies.
     """
     loop = config.round_loop
     if loop.mode == "sync":

@@ -39,7 +39,7 @@ def run_rounds(
     rounds: int,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    limits: RoundLimits = RoundLimits(),  # noqa: B008  # it is frozen
+    limits: RoundLimits = RoundLimits(),  # noqa: B008  # the default is immutable
     round_runner: RoundRunner | None = None,
     min_devices: int = 1,
     wait_forever: bool = False,
@@ -48,7 +48,7 @@ def run_rounds(
 ) -> RunState:
     """Continue a run until `rounds` rounds of training are complete.
 
-    Under device-level privacy, the run ends early before a round that the budget doesn't pay for.
+    Under device-level privacy, the run ends early before a round that would exceed the budget.
 
     Args:
         grid: connection to the devices.
@@ -58,12 +58,13 @@ def run_rounds(
         checkpoints: folder of the checkpoints.
         on_round: called after each round's checkpoint. A kill between the two loses the call, so the caller should
             replay `state.history` when it resumes.
-        limits: when a round stops waiting.
+        limits: limits on the wait for replies.
         round_runner: runs the training of a round (default: rounds run one after another).
         min_devices: number of devices that must be connected before the first of these rounds. Later rounds need one,
             or none if `min_devices` is 0.
-        wait_forever: wait for devices without limit, as in a real federation, whose owners sleep. A round with too few
-            accepted replies then doesn't count and is retried after a while, unless its sample was charged.
+        wait_forever: wait for devices without limit, as in a real federation, where devices are offline for hours. A
+            round with too few accepted replies then doesn't count and is retried after a while, unless its sample was
+            charged.
         patience: hours without a successful round after which such a run stops unfinished.
         before_checkpoint: called before each round's checkpoint, to store data that belongs to it.
 
@@ -80,7 +81,7 @@ def run_rounds(
     ledger = strategy.central_dp.ledger if strategy.central_dp else None
     if ledger:
         ledger.check(state.ledger)
-        ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this call
+        ledger.release(state.run, state.round)  # a kill may have prevented this call after the last checkpoint
     round_runner = round_runner or SyncRunner(grid, strategy, limits)
     first, clock = state.round, limits.clock or WallClock()
     retries = RoundRetries(clock, patience)
@@ -142,7 +143,7 @@ def _one_round(
     """Run one round, and return the state after it; None if it has fewer accepted replies than it needs."""
     started = time.perf_counter()
     arrays = adapter_to_record(encode(to_tensors(state.adapter)))
-    config = ConfigRecord()  # Flower's record for settings; ours are in the messages
+    config = ConfigRecord()  # Flower's record for settings; Anther sends its settings in the messages
     train = None
     if strategy.central_dp:
         last = state.history[-1].train if state.history else None

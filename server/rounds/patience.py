@@ -17,13 +17,13 @@ from strategies.strategy import FederatedStrategy
 
 log = logging.getLogger(__name__)
 
-_SHORT, _LONG = 30.0, 600.0  # seconds before a round is retried, at first and at most
+_SHORT, _LONG = 30.0, 600.0  # seconds before the first retry of a round, and the maximum
 
 
 def wait_for_devices(
     grid: Grid, strategy: FederatedStrategy, min_devices: int, clock: Clock, timeout: float, *, wait_forever: bool
 ) -> None:
-    """Wait until enough devices are connected that hold the run's base and have pictures.
+    """Wait until enough devices with the run's base and with pictures are connected.
 
     The connected devices are logged whenever they change, and every `timeout` seconds.
 
@@ -45,11 +45,11 @@ def wait_for_devices(
         short = f"{len(names)} of {min_devices} devices are connected"
         if expired and not wait_forever:
             raise AntherError(
-                f"{short} after {timeout:g} s: check that they are connected and hold the base of this run"
+                f"{short} after {timeout:g} s: check that they are connected and have the base of this run"
             )
         line = f"{short}{': ' if names else ''}{', '.join(names)}; waiting for {min_devices - len(names)} more"
         if wait_forever and (expired or line != logged):
-            log.warning("%s that hold this run's base and have pictures (server.min_devices, cohort.size)", line)
+            log.warning("%s with this run's base and with pictures (server.min_devices, cohort.size)", line)
             logged, until = line, clock.now() + timeout
         clock.wait(until)
 
@@ -94,8 +94,8 @@ class RoundRetries:
         )
         if now - self._since >= self.hours * HOUR:
             raise AntherError(
-                f"round {number} had no {quorum} accepted replies in {self._tries} tries over {self.hours:g} hours "
-                f"({reasons}). The run stops unfinished: check the devices' logs, and start the server again to "
+                f"round {number} had fewer than {quorum} accepted replies in {self._tries} tries over {self.hours:g} "
+                f"hours ({reasons}). The run stops unfinished: check the devices' logs, and start the server again to "
                 "continue"
             )
         pause = min(_LONG, _SHORT * 2 ** min(self._tries - 1, 10))
@@ -112,5 +112,5 @@ class RoundRetries:
             self.clock.wait(until)
 
     def reset(self) -> None:
-        """Forget failures: a round was successful."""
+        """Reset the failures after a successful round."""
         self._since, self._tries, self._reasons = None, 0, {}

@@ -50,7 +50,7 @@ class RunState:
     adapter: Adapter
     history: tuple[Round, ...] = ()
     devices: Mapping[str, DeviceMetrics] = field(default_factory=dict)
-    """Sums over all rounds of each device that took part. Metrics of single rounds are not kept per device: in a large
+    """Sums over all rounds, for each participating device. Metrics of single rounds are not kept per device: in a large
     fleet they would take most of the memory."""
     best_round: int = 0
     best_adapter: Adapter

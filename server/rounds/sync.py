@@ -17,10 +17,10 @@ from strategies.strategy import FederatedStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class RoundLimits:
-    """When a round stops waiting for replies."""
+    """Limits on the wait for a round's replies."""
 
     clock: Clock | None = None
-    """Clock of the waiting time; None: the grid decides how long a round waits for replies."""
+    """Clock of the wait; None: the grid limits the wait for replies."""
     timeout: float = 3600.0
     """Seconds to wait for devices that can be asked, and for their replies."""
     target_replies: int | None = None
@@ -89,7 +89,7 @@ def request_training(
     Returns:
         One message per device; none if no device could be asked in time.
     """
-    config = ConfigRecord()  # Flower's record for settings; ours are in the messages
+    config = ConfigRecord()  # Flower's record for settings; Anther sends its settings in the messages
     messages = list(strategy.configure_train(number, arrays, config, grid))
     if (clock := limits.clock) is None:
         return messages

@@ -35,7 +35,7 @@ class ControlClient:
         """Check that the SuperLink and its database answer.
 
         Raises:
-            AntherError: they don't.
+            AntherError: they don't answer.
         """
         with self._client() as client:
             client.ListNodes(ListNodesRequest())

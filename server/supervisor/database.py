@@ -1,6 +1,6 @@
-"""The SuperLink's database on disk: bounded, because devices fill it.
+"""The SuperLink's database on disk. Its size is bounded, because devices can fill it.
 
-It holds nothing that must survive a restart: enrolled devices are in `register.json`, results of rounds are in the
+Nothing in it must survive a restart: enrolled devices are in `register.json`, results of rounds are in the
 run's checkpoints, and its messages belong to a ServerApp that has ended with its SuperLink.
 """
 
@@ -45,7 +45,7 @@ def prepare(file: Path) -> None:
 
 
 def size(file: Path) -> int:
-    """Bytes of the database on disk, its write-ahead log included."""
+    """Return the bytes of the database on disk, its write-ahead log included."""
     total = 0
     for part in _files(file):
         with contextlib.suppress(OSError):

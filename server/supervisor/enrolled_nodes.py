@@ -13,7 +13,7 @@ from server.supervisor.superlink import SuperLinkProcess
 class EnrolledNodes:
     """Map from enrolled devices to nodes of the SuperLink.
 
-    Without certificates, the SuperLink doesn't authenticate nodes, and has no names.
+    Without certificates, the SuperLink doesn't authenticate nodes and stores no names.
     """
 
     registry: DeviceRegistry

@@ -2,10 +2,10 @@
 
 The arguments are those of `flower-superlink`.
 
-Its APIs listen on a loopback port and know no passwords: a client of the control API starts runs, and a run is code.
+Its APIs listen on a loopback port without passwords: a client of the control API starts runs, and a run is code.
 Flower can't listen on a Unix socket, and a network namespace isn't available everywhere (containers, hardened kernels)
-and would cut the ServerApp off the network. The kernel, however, knows which user owns the other end of a loopback
-connection: a connection of any user but our own and root is closed before a byte of it is read.
+and would cut the ServerApp off the network. The kernel, however, lists the user of the other end of a loopback
+connection: a connection of any user except this process's user and root is closed before a byte of it is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 UNGUARDED = "ANTHER_UNGUARDED"
 """Set to 1 to admit every local user, on systems that can't distinguish users."""
 
-_TABLE = Path("/proc/net/tcp")  # of our own network namespace
+_TABLE = Path("/proc/net/tcp")  # connections of this network namespace
 _ESTABLISHED, _NO_INODE = "01", "0"
 _ROOT = 0
 _QUIET = 60.0  # seconds between two lines of the log about one user
@@ -31,7 +31,7 @@ Address = tuple[str, int]
 
 
 def owner(peer: Address, ours: Address, table: str) -> int | None:
-    """User id of the process at the other end of a loopback connection.
+    """Return the user id of the process at the other end of a loopback connection.
 
     Args:
         peer: IPv4 address and port of the other end.
@@ -39,7 +39,7 @@ def owner(peer: Address, ours: Address, table: str) -> int | None:
         table: contents of /proc/net/tcp.
 
     Returns:
-        None if the other end isn't on this machine, or has closed its socket: then it belongs to no user any more.
+        The user id; None if the other end isn't on this machine, or has closed its socket and so has no user.
     """
     wanted = [_kernel_form(peer), _kernel_form(ours)]
     for line in table.splitlines()[1:]:
@@ -60,7 +60,7 @@ class OwnUserListener(socket.socket):
         self._logged: dict[int | None, float] = {}  # when each user was last logged
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept one connection of our own user, or of root.
+        """Accept one connection of this process's user, or of root.
 
         Raises:
             ConnectionAbortedError: the connection belonged to another user, and is closed. asyncio treats this as a
@@ -82,7 +82,7 @@ class OwnUserListener(socket.socket):
 
 
 def main() -> None:
-    """Run Flower's own command with our socket in place of its own."""
+    """Run Flower's command with `OwnUserListener` in place of its socket."""
     command: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
     command.uvicorn = SimpleNamespace(run=_serve)
     command.flower_superlink()
@@ -98,7 +98,9 @@ def _serve(*, app: Any, host: str, port: int, reload: bool, workers: int, **sett
         try:
             listener.bind((host, port))
         except OSError as error:
-            sys.exit(f"{host}:{port}: can't listen there ({error.strerror}): choose another server.superlink_port")
+            sys.exit(
+                f"{host}:{port}: can't listen on this address ({error.strerror}): choose another server.superlink_port"
+            )
         # uvloop, uvicorn's own choice, accepts connections without asking the socket's `accept`.
         uvicorn.Server(uvicorn.Config(app, **{**settings, "loop": "asyncio"})).run(sockets=[listener])
 
@@ -109,12 +111,13 @@ def _listener() -> socket.socket:
     if os.environ.get(UNGUARDED) == "1":
         return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sys.exit(
-        f"{_TABLE} is missing, so local users can't be distinguished: server.trust_local_users=true accepts all of them"
+        f"{_TABLE} is missing, so local users can't be distinguished: to accept all of them, set "
+        "server.trust_local_users=true"
     )
 
 
 def _kernel_form(address: Address) -> str:
-    """An IPv4 address and port as the kernel writes them."""
+    """Format an IPv4 address and port as in the kernel's table."""
     number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
     return f"{number:08X}:{address[1]:04X}"
 

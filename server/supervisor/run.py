@@ -45,7 +45,7 @@ from server.supervisor.superlink import SuperLinkProcess, largest_adapter, stop_
 
 _POLL = 1.0  # seconds between two checks of processes
 _DAY = 86_400.0  # seconds
-_PAUSE, _LONGEST = 2.0, 600.0  # seconds before a retry, at first and at most
+_PAUSE, _LONGEST = 2.0, 600.0  # seconds before the first retry, and the maximum
 _MAX_SILENCE = 600.0  # seconds after which a SuperLink that doesn't answer is restarted
 
 
@@ -81,12 +81,12 @@ class ServerSupervisor:
     superlink: SuperLinkProcess = field(init=False)
     nodes: EnrolledNodes = field(init=False)
     _server: uvicorn.Server = field(init=False)
-    _certificate: bytes = b""  # certificate that devices are shown
+    _certificate: bytes = b""  # certificate that is presented to devices
     _next_renewal_check: float = 0.0  # time of the next check whether the certificate expires soon
     _reported: str = ""  # last reported problem of the SuperLink
 
     def run(self) -> None:
-        """Serve until the run is over. A run that breaks off for any other reason is retried without limit.
+        """Serve until the run is finished. If a run fails for a reason that may pass, it is retried without limit.
 
         Raises:
             AntherError: only the operator can fix the problem.
@@ -95,7 +95,9 @@ class ServerSupervisor:
         compose(shlex.join(self.words))  # raise now instead of in the ServerApp
         last = run_dirs.newest_run(shlex.join(self.words), assets.home() / "runs")
         if last is not None and run_dirs.is_finished(last) and not settings.allow_rerun:
-            raise AntherError(f"{last}: the run of this configuration is over; server.allow_rerun=true begins another")
+            raise AntherError(
+                f"{last}: the run of this configuration is over; to start another, set server.allow_rerun=true"
+            )
         say(f"Anther {version()}: {directory.folder}")
         directory.prepare(settings.hostnames, settings.port, settings.max_devices_per_holder)
         secure = None if settings.insecure else directory.certificates
@@ -232,7 +234,7 @@ class ServerSupervisor:
         self._reported = text
 
     def _has_new_certificate(self) -> bool:
-        """Check for a new certificate, which devices are shown from now on; True if there is one."""
+        """Check for a new certificate, and present it to devices from now on; True if there is one."""
         secure = self.superlink.certificates
         if secure is None:
             return False
@@ -250,7 +252,7 @@ class ServerSupervisor:
 
     def _restart_if_dead(self) -> None:
         if not self.superlink.alive:
-            stop_leftovers(self.superlink.home)  # its ServerApp checks only now and then whether it is still there
+            stop_leftovers(self.superlink.home)  # its ServerApp may still run: it checks its SuperLink rarely
             self.superlink.start()
             self.nodes.reconcile()
 
@@ -288,7 +290,7 @@ class ServerSupervisor:
 
 
 def _write_results(folder: Path) -> str:
-    """Write a run's report in a separate process, which may fail: it can be written later. Return a message."""
+    """Write a run's report in a separate process, and return a message. On failure, it can be written later."""
     command, variables = processes.python("server.report.results", str(folder)), processes.environment()
     done = subprocess.run(command, env=variables, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Folders of runs: which run the same arguments continue, and which runs are finished."""
+"""Folders of runs: find the run to continue by its arguments, and record which runs are finished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def run_folder(overrides: str, runs: Path) -> Path:
     """
     if _RESUME in shlex.split(overrides):
         if (folder := newest_run(overrides, runs)) is None:
-            raise AntherError(f"resume=true: {runs} holds no run of this configuration: leave it out to start one")
+            raise AntherError(
+                f"resume=true: {runs} contains no run of this configuration: omit resume=true to start one"
+            )
         return folder
     folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     write(folder / _ARGUMENTS, _identity(overrides))
@@ -54,7 +56,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def save_refusal(runs: Path, flower_run: int, reason: str) -> None:
-    """Record why a ServerApp can't continue without action by the operator.
+    """Record the reason why a ServerApp can't continue without action by the operator.
 
     Args:
         runs: folder of all runs.
@@ -83,7 +85,9 @@ def read_overrides(folder: Path) -> str:
     try:
         arguments = (folder / _ARGUMENTS).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise AntherError(f"{folder}: holds no run ({error.strerror}): name its folder, in ANTHER_HOME/runs") from error
+        raise AntherError(
+            f"{folder}: contains no run ({error.strerror}): name a run's folder, in ANTHER_HOME/runs"
+        ) from error
     return shlex.join(present_words(arguments, SIMULATE))
 
 
@@ -105,5 +109,5 @@ def read_command(folder: Path) -> str | None:
 
 
 def _identity(overrides: str) -> bytes:
-    """Encode the arguments, one per line, whether or not a run is resumed."""
+    """Encode the arguments, one per line, without `resume=true`."""
     return "".join(f"{word}\n" for word in shlex.split(overrides) if word != _RESUME).encode()

@@ -1,4 +1,4 @@
-"""A run's log for its operator: our records as plain lines with the time, and Flower's warnings and errors."""
+"""A run's log for its operator: Anther's records as plain lines with the time, and Flower's warnings and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEVEL = re.compile(r"\s*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d[-\d :,.]*)?
 
 
 class MarkingHandler(logging.Handler):
-    """Handler that marks our records and passes them to a handler of Flower, to distinguish them from Flower's own.
+    """Handler that marks Anther's records, to distinguish them from Flower's, and passes them to a handler of Flower.
 
     Args:
         inner: Flower's handler.

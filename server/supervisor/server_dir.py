@@ -27,7 +27,7 @@ from server.gateway import pki
 from server.gateway.pki import Certificates
 from server.supervisor.superlink import LOOPBACK
 
-_RENEWED = 30.0  # days before its expiry at which a server certificate is replaced
+_RENEWED = 30.0  # days before its expiry when a server certificate is replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class ServerDir:
         """
         key = self.folder / "authority.key"
         if not key.exists():
-            raise AntherError(f"{key} is not here: put the authority's key back to sign a new certificate")
+            raise AntherError(f"{key} is missing: restore the authority's key to sign a new certificate")
         names = [*(hosts or pki.hosts_of(self.certificates.certificate.read_bytes()))]
         names += [name for name in (LOOPBACK, "localhost") if name not in names]
         pair = pki.issue(pki.KeyPair(self.certificates.authority.read_bytes(), key.read_bytes()), names)

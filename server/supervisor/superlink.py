@@ -1,7 +1,7 @@
-"""Flower's SuperLink as a child process, and the Flower commands that it is given.
+"""Flower's SuperLink as a child process, and the Flower commands for it.
 
 It listens on loopback, for its own user only (`server.supervisor.local_superlink`): its control API, which starts runs
-and registers nodes, has no passwords. Devices reach only what `server.gateway` lets through.
+and registers nodes, has no passwords. Devices can only make the calls that `server.gateway` forwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SERVER_FOLDER = "ANTHER_SERVER"
 """Environment variable with the server's folder, for the ServerApp."""
 
 _LARGEST = "largest"  # file in a server's folder
-_ADAPTER = 64 << 20  # bytes, until a ServerApp has stored the size
+_ADAPTER = 64 << 20  # bytes of the largest adapter, until a ServerApp has stored the size
 
 _MAX_LOG = 64 << 20  # bytes of a log file above which the next start begins a new one
 
@@ -79,7 +79,7 @@ class SuperLinkProcess:
         return database.size(self._database)
 
     def start(self) -> None:
-        """Start the process, and return when it answers.
+        """Start the process, and return when it answers requests.
 
         Raises:
             AntherError: it doesn't answer in time.

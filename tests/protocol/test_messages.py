@@ -199,8 +199,8 @@ MALFORMED = [
     (ConfigRecord({"json": "{}"}), "must contain exactly json, sha256 and version"),
     (with_records(message=None), "must contain exactly json, sha256 and version"),
     (with_records(message=MetricRecord({"json": 1})), "must contain exactly json, sha256 and version"),
-    (with_records(extra=ConfigRecord()), "no more"),
-    (with_config(extra=1), "no more"),
+    (with_records(extra=ConfigRecord()), "at most one adapter"),
+    (with_config(extra=1), "at most one adapter"),
     (with_config(json=1), "not a text"),
     (with_config(json="x" * (MAX_JSON_CHARS + 1)), f"at most {MAX_JSON_CHARS} characters"),
     (with_config(sha256="0" * 64), "damaged in transit"),
@@ -224,7 +224,7 @@ MALFORMED = [
         with_records(
             arrays=ArrayRecord({f"adapter{k or ''}": Array("uint8", (0,), "safetensors", b"") for k in (0, 1)})
         ),
-        "hold 2 entries",
+        "not these 2 entries",
     ),
 ]
 

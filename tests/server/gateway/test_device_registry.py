@@ -73,7 +73,7 @@ def test_names_and_keys_are_unique(tmp_path):
     registry.enroll(registry.issue("ada"), "key", "pi")
     with pytest.raises(AntherError, match="another device is called pi"):
         registry.enroll(registry.issue("ada"), "key b", "pi")
-    with pytest.raises(AntherError, match="known here already"):
+    with pytest.raises(AntherError, match="already enrolled"):
         registry.enroll(registry.issue("ada"), "key", "pi-2")
 
 

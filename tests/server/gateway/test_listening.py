@@ -189,5 +189,7 @@ def test_certificate_reload_without_restart(directory):
 
 
 def test_port_in_use(port, directory):
-    with pytest.raises(AntherError, match=r"can't listen there .Address already in use.: choose another server.port"):
+    with pytest.raises(
+        AntherError, match=r"can't listen on this address .Address already in use.: choose another server.port"
+    ):
         serve(gateway(directory), host=LOOPBACK, port=port, certificates=directory.certificates)

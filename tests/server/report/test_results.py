@@ -134,9 +134,9 @@ def test_missing_run_is_reported(
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     assert main([]) == USAGE
-    assert "holds no run yet" in capsys.readouterr().err
+    assert "contains no run yet" in capsys.readouterr().err
     assert main([str(tmp_path)]) == USAGE
-    assert "holds no run (" in capsys.readouterr().err
+    assert "contains no run (" in capsys.readouterr().err
     folder = run_folder("rounds=1", tmp_path / "runs")
     assert main([]) == USAGE
     assert f"{folder}: no round of this run is complete yet" in capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_other_run_is_not_overwritten(tmp_path):
     first, second = states(1.0, 0.5)
     checkpoint.save(tmp_path, second)
     for state in (first, second):
-        with pytest.raises(AntherError, match="holds round-000001 already: resume"):
+        with pytest.raises(AntherError, match="contains round-000001 already: resume"):
             checkpoint.save(tmp_path, state)
 
 

@@ -245,7 +245,7 @@ def test_invalid_losses_are_rejected(tmp_path, loss):
 def test_patience_stops_an_unfinished_run(tmp_path):
     device = FakeDevice("a", misbehave=failing(10**6))
     with pytest.raises(
-        AntherError, match=r"round 1 had no 1 accepted replies in \d+ tries over 2 hours \(\d+ failed\)"
+        AntherError, match=r"round 1 had fewer than 1 accepted replies in \d+ tries over 2 hours \(\d+ failed\)"
     ):
         run_with_retries(tmp_path, device, patience=2.0)
     assert checkpoint.load(tmp_path, sites=SITES).round == 0

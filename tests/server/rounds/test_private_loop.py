@@ -140,7 +140,7 @@ def test_missing_ledger_prevents_resume(tmp_path, how):
     journal = tmp_path / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:1] if how == "shortened" else []))
-    with pytest.raises(AntherError, match=r"ledger\.jsonl: holds \d of the 3 events that the checkpoint names"):
+    with pytest.raises(AntherError, match=r"ledger\.jsonl: contains \d of the 3 events that the checkpoint names"):
         run(tmp_path, rounds=3, resume=True)
 
 

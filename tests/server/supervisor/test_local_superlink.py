@@ -131,7 +131,7 @@ def test_port_in_use_is_reported(tmp_path):
             timeout=60,
         )
     assert done.returncode == 1
-    assert f"127.0.0.1:{port}: can't listen there" in done.stderr
+    assert f"127.0.0.1:{port}: can't listen on this address" in done.stderr
     assert "choose another server.superlink_port" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -17,7 +17,7 @@ def test_resume_finds_newest_matching_run(tmp_path):
     newest_run = max(tmp_path.iterdir())
     run_folder("rounds=3", tmp_path)
     assert run_folder("rounds=2 resume=true", tmp_path) == newest_run
-    with pytest.raises(AntherError, match="holds no run of this configuration"):
+    with pytest.raises(AntherError, match="contains no run of this configuration"):
         run_folder("rounds=4 resume=true", tmp_path)
 
 
