@@ -70,7 +70,7 @@ _SOURCES = {
     "load_folder": "client.data",
     "simulate": "simulations.run",
 }
-"""Module of each name, and its name there if it differs."""
+"""Module of each name, and its name in that module if it differs."""
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the command that the first words name, and return its exit status."""
+    """Run the command named by the first words, and return its exit status."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else USAGE
@@ -46,10 +46,10 @@ def run(words: Sequence[str]) -> int:
     if command is None:
         print(f"error: {unknown(words)}", file=sys.stderr)
         return USAGE
-    name, rest = command
+    name, remaining = command
     try:
         module = importlib.import_module(COMMANDS[name].module)
-        sys.argv = [f"anther {name}", *rest]  # as the module's own `python -m` would have it
+        sys.argv = [f"anther {name}", *remaining]  # as if the module was run by `python -m`
         return int(module.main() or 0)
     except BrokenPipeError:
         raise
@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def find(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Find the command that the words begin with (by its name or its module's), and the remaining words."""
+    """Return the command at the start of the words (by its name or its module's), and the remaining words."""
     by_module = {command.module: name for name, command in reversed(list(COMMANDS.items()))}
     for length in (2, 1):
         name = " ".join(words[:length])
@@ -69,7 +69,7 @@ def find(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def unknown(words: Sequence[str]) -> str:
-    """Return the error message for words that name no command."""
+    """Return the error message for an unknown command."""
     if words[0] in MOVED:
         return f"{words[0]}: moved to {MOVED[words[0]]}"
     start = " ".join(words[:2])

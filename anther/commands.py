@@ -13,7 +13,7 @@ from common.errors import AntherError
 
 
 class Command(NamedTuple):
-    """A command, and the module whose `main()` runs it."""
+    """A command, with the module of its `main()`."""
 
     module: str
     help: str

@@ -4,7 +4,7 @@
     zsh:   source <(anther completion zsh)             in ~/.zshrc, after compinit
     fish:  anther completion fish > ~/.config/fish/completions/anther.fish
 
-The words are part of the script, so that completion starts no Python. Print it again after an update.
+The words are part of the script, so that completion doesn't start Python. Print it again after an update.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def main() -> int:
-    """Print the script of the shell that the argument names."""
+    """Print the script of the shell named by the argument."""
     if len(sys.argv) != 2 or sys.argv[1] not in SHELLS:
-        helped = sys.argv[1:] in (["-h"], ["--help"])
+        wants_help = sys.argv[1:] in (["-h"], ["--help"])
         print(
-            __doc__ if helped else f"error: anther completion: needs one of: {', '.join(SHELLS)}",
-            file=sys.stdout if helped else sys.stderr,
+            __doc__ if wants_help else f"error: anther completion: needs one of: {', '.join(SHELLS)}",
+            file=sys.stdout if wants_help else sys.stderr,
         )
-        return 0 if helped else 2
+        return 0 if wants_help else 2
     print(script(sys.argv[1], words()))
     return 0
 
@@ -59,7 +59,7 @@ def _arguments(name: str, command: Command) -> list[str]:
 
 
 def _keys(schema: str) -> list[str]:
-    """List the keys that hold values, each with its `=`."""
+    """List the keys with values, without groups, each followed by `=`."""
     from conf.explain import known_keys
 
     module, _, name = schema.partition(":")

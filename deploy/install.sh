@@ -7,7 +7,7 @@
 #   anther                   a user without a password, in the group video (for a Pi's sensors) if it exists
 #   /var/lib/anther          that user's keys, adapters and ledger; this script never changes an existing one
 #   /etc/anther              server.conf: arguments of `anther serve`, for you to edit
-#   anther-client, -server   systemd units; enable them when there is something to run
+#   anther-client, -server   systemd units; enable them after the configuration
 #   /usr/local/bin/anther    runs a command as that user: sudo anther device enroll data=FOLDER
 #
 # Running it again upgrades, and restarts running units. `deploy/install.sh --remove` removes everything except

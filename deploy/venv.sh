@@ -23,9 +23,9 @@ refuse() {
 case $(uname -m) in
 x86_64 | amd64) lock=$here/locks/x86_64.txt ;;
 aarch64 | arm64) lock=$here/locks/aarch64.txt ;;
-*) refuse "$(uname -m): there is a lock for 64-bit ARM and x86 only; a Raspberry Pi needs the 64-bit system" ;;
+*) refuse "$(uname -m): no lock for this architecture, only for 64-bit ARM and x86; a Raspberry Pi needs the 64-bit system" ;;
 esac
-grep -q '^torch==' "$lock" || [ -n "${TORCH:-}" ] || refuse "TORCH: name a PyTorch, the CPU wheel or one for your" \
+grep -q '^torch==' "$lock" || [ -n "${TORCH:-}" ] || refuse "TORCH: set it to a PyTorch, the CPU wheel or one for your" \
     "GPU: TORCH=\"torch==2.13.0 --index-url …\"; pytorch.org's install page has the index"
 [ -e "$source" ] || refuse "$source: no such wheel or folder"
 "$python" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 14) and sys.maxsize > 2**32))' ||

@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
 parser.add_argument("adapter", type=Path)
 parser.add_argument("--base", default="glyphs", help="a shipped base, or the folder of a pipeline")
 parser.add_argument("--caption", default="lowercase letter a")
-parser.add_argument("--size", type=int, help="side in pixels; default: the base's own")
+parser.add_argument("--size", type=int, help="side in pixels; default: the base's resolution")
 parser.add_argument("--out", type=Path, default=Path("adapter.png"))
 arguments = parser.parse_args()
 

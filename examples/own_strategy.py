@@ -1,4 +1,4 @@
-"""Run a simulation with an aggregation rule of your own, without registering it:  python examples/own_strategy.py
+"""Run a simulation with a custom aggregation rule, without registering it:  python examples/own_strategy.py
 
 docs/extending.md shows how a rule becomes `aggregation=NAME` on the command line.
 """

@@ -118,12 +118,13 @@ def files(root: Path = ROOT) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the findings of the given files or folders (default: all tracked files); return 1 if there is one."""
-    given = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    paths = [file for path in given for file in ([path] if path.is_file() else path.rglob("*.*"))] if given else files()
+    """Print the findings in these files or folders (default: all tracked files); return 1 if there is one."""
+    selected = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    listed = [file for path in selected for file in ([path] if path.is_file() else path.rglob("*.*"))]
+    paths = listed if selected else files()
     chosen = [path for path in paths if path.suffix in TEXT | {".py"} or path.name in NAMES]
-    findings = [finding for path in chosen for finding in check(_shown(path), prose(path))]
-    print("\n".join(map(str, findings)) or f"{len(chosen)} files keep to docs/style.md")
+    findings = [finding for path in chosen for finding in check(_relative(path), prose(path))]
+    print("\n".join(map(str, findings)) or f"{len(chosen)} files meet docs/style.md")
     return int(bool(findings))
 
 
@@ -145,7 +146,7 @@ def _context(text: str, match: re.Match[str]) -> str:
     return "…" + line[max(0, match.start() - start - 30) :] + "…"
 
 
-def _shown(path: Path) -> str:
+def _relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 

@@ -58,8 +58,8 @@ class PictureFiles:
 
     def similar(self, name: str) -> str | None:
         """Return a file whose name differs only in letter case or in the path separator."""
-        wanted = _case_folded(name)
-        return next((file for file in self.names if _case_folded(file) == wanted), None)
+        folded = _case_folded(name)
+        return next((file for file in self.names if _case_folded(file) == folded), None)
 
     def _walk(self) -> Iterator[str]:
         def failed(error: OSError) -> None:

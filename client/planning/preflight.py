@@ -40,9 +40,9 @@ def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) ->
     if MARGIN * needed > _free(base):
         cohort.free_buffers(base)
     if MARGIN * needed > _free(base):  # the message must not reveal the amount of free memory
-        wanted = f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}²"
+        requirement = f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}²"
         raise RequestRefusedError(
-            f"memory: this base needs about {wanted}, more than is free; use a lower rank or fewer sites"
+            f"memory: this base needs about {requirement}, more than is free; use a lower rank or fewer sites"
         )
 
 

@@ -166,10 +166,10 @@ class Throttle:
         """Read sensors repeatedly until there is no reason to pause, a reason to stop, or the maximum wait is over."""
         reading = _Reading(wait=cause)
         while reading.stop is None and reading.wait is not None:
-            left = self.settings.max_wait_seconds - (self._clock() - started)
-            if left <= 0:
+            remaining = self.settings.max_wait_seconds - (self._clock() - started)
+            if remaining <= 0:
                 return _Reading(stop=f"{reading.wait}; waited for {self.settings.max_wait_seconds:.0f} s")
-            self._sleep(min(left, self.settings.poll_seconds))
+            self._sleep(min(remaining, self.settings.poll_seconds))
             reading = self._check(waiting=True)
         return reading
 

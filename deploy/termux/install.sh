@@ -7,7 +7,7 @@
 #                 anther device enroll data=FOLDER
 #
 # SOURCE and TORCH are those of deploy/venv.sh; the lock's PyTorch runs on any 64-bit ARM. It creates /opt/anther,
-# /usr/local/bin/anther (with its state in ~/.anther), and, if Termux's home is visible, a script there that Termux:Boot
+# /usr/local/bin/anther (with its state in ~/.anther), and, if Termux's home is visible, a script in it that Termux:Boot
 # runs when the phone starts. Running it again upgrades.
 set -eu
 

@@ -35,9 +35,9 @@ class JSONL:
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         """Open the file; lines of steps before `start`, the next step, are kept."""
-        kept = _lines_before(start, path) if path.exists() else []
+        lines = _lines_before(start, path) if path.exists() else []
         unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.write_text("".join(lines), encoding="utf-8")
         unfinished.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -138,7 +138,7 @@ def open_trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterato
 
 def _lines_before(start: int, path: Path) -> list[str]:
     """Return the complete lines of steps before `start`."""
-    kept = []
+    lines = []
     for data in path.read_bytes().splitlines(keepends=True):
         try:
             line = data.decode("utf-8")
@@ -147,5 +147,5 @@ def _lines_before(start: int, path: Path) -> list[str]:
             break
         if step >= start or not line.endswith("\n"):
             break
-        kept.append(line)
-    return kept
+        lines.append(line)
+    return lines

@@ -41,10 +41,10 @@ def owner(peer: Address, ours: Address, table: str) -> int | None:
     Returns:
         The user id; None if the other end isn't on this machine, or has closed its socket and so has no user.
     """
-    wanted = [_kernel_form(peer), _kernel_form(ours)]
+    addresses = [_kernel_form(peer), _kernel_form(ours)]
     for line in table.splitlines()[1:]:
         fields = line.split()
-        if fields[1:3] == wanted and fields[3] == _ESTABLISHED and fields[9] != _NO_INODE:
+        if fields[1:3] == addresses and fields[3] == _ESTABLISHED and fields[9] != _NO_INODE:
             return int(fields[7])
     return None
 

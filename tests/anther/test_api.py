@@ -1,4 +1,4 @@
-"""The public API: every name is there, and importing the package is cheap."""
+"""The public API: every name is available, and importing the package is cheap."""
 
 import ast
 import inspect

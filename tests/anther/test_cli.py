@@ -23,7 +23,7 @@ SHADOWS = ("client", "server", "simulations", "models", "conf", "anther")
 
 @pytest.fixture
 def tutorial(tmp_path: Path) -> Path:
-    """A folder like that of a Flower tutorial, with modules that have the names of ours."""
+    """A folder like that of a Flower tutorial, with modules that have the names of Anther's."""
     for name in SHADOWS:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
     return tmp_path

@@ -57,7 +57,7 @@ def splits(folder: Path) -> dict[str, str]:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.from_regex(r"[a-zé]{1,3}(/[a-z])?[0-9]{0,3}", fullmatch=True), min_size=1, max_size=5, unique=True))
 def test_added_picture_moves_no_other(names: list[str]) -> None:
-    """Whatever pictures there are, adding one leaves every other in its split."""
+    """Adding one picture to any folder leaves every other picture in its split."""
     with TemporaryDirectory() as index:
         folder = Path(index)
         first = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "train")

@@ -71,9 +71,11 @@ def test_renamed_device_without_record_is_refused(anther: Path) -> None:
     ) as error:
         enrolled_files("my-pi", None)
     assert len(DeviceLedger(enrolled_files("pi", None)).entries()) == 1
-    mends = [word.partition("=")[2].rstrip(";") for word in str(error.value).split() if word.startswith("store=")]
-    assert len(DeviceLedger(enrolled_files("my-pi", mends[0])).entries()) == 1  # its head is stored under the old name
-    assert not DeviceLedger(enrolled_files("my-pi", mends[1])).entries()
+    suggestions = [word.partition("=")[2].rstrip(";") for word in str(error.value).split() if word.startswith("store=")]
+    assert (
+        len(DeviceLedger(enrolled_files("my-pi", suggestions[0])).entries()) == 1
+    )  # its head is stored under the old name
+    assert not DeviceLedger(enrolled_files("my-pi", suggestions[1])).entries()
     assert not (anther / "store").exists()
 
 

@@ -1,4 +1,4 @@
-"""Decoding of pictures of any kind, with one line that names the file if that fails."""
+"""Decoding of pictures of any format, with one line that names the file if it fails."""
 
 from __future__ import annotations
 

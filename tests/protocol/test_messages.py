@@ -257,7 +257,7 @@ def test_oversized_adapter_is_rejected():
 
 @pytest.mark.parametrize("message", [UPDATE, REPORT, REQUESTS[1]], ids=lambda message: type(message).__name__)
 def test_flipped_bit_fails_the_checksum(message):
-    """In the text, the adapter, or the checksum itself."""
+    """The bit is in the text, the adapter, or the checksum."""
     request = message in REQUESTS
     good = (records.request_to_records if request else records.reply_to_records)(message)
     kind = "query" if message is REPORT else "train"

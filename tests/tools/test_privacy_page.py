@@ -176,7 +176,7 @@ def test_undeclared_component_is_not_built(monkeypatch, tmp_path):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("axis", NEW_COMPONENTS)
 def test_unregistered_component_is_refused(axis, level):
-    """The message lists the registered names; nothing else is used instead."""
+    """The message lists the registered names; no other component is used instead."""
     key = KEYS[axis]
     listed = ", ".join(getattr(registry, NEW_COMPONENTS[axis][0]))
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered .* known are {listed}"):

@@ -143,7 +143,7 @@ def test_failing_work_is_measured() -> None:
 
 
 def test_thread_takes_readings_and_ends() -> None:
-    """The test continues once the thread has read a value that was there only for a moment."""
+    """The test continues once the thread has read a value that was available only briefly."""
     observed = threading.Event()
     device = MeteredDevice(lambda _: 10.0)
 

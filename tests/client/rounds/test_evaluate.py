@@ -87,8 +87,8 @@ def test_one_picture_changes_sum_by_at_most_clip(tmp_path: Path) -> None:
     whole = sum_without_noise(tmp_path / "whole", 4, 5, 6)
     for index in range(3):
         pictures = [seed for seed in (4, 5, 6) if seed != 4 + index]
-        rest = sum_without_noise(tmp_path / str(index), *pictures)
-        assert 0 < whole - rest <= PRIVATE.clip * (1 + 1e-9)
+        others_sum = sum_without_noise(tmp_path / str(index), *pictures)
+        assert 0 < whole - others_sum <= PRIVATE.clip * (1 + 1e-9)
 
 
 def test_noise_is_fresh_for_each_device(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Choice of the shared adapter under the personal one: by the owner's pictures, and never revealed."""
+"""Choice of the shared adapter under the personal one: it depends on the owner's pictures, and is never revealed."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ FAILURES: dict[str, Any] = {
 
 
 class Fails(Judging):
-    """Fails at one kind of job with `wrong`."""
+    """Raises `wrong` at one kind of job."""
 
     def __init__(self, kind: type, wrong: Exception) -> None:
         super().__init__(0.4)

@@ -114,13 +114,13 @@ def test_enroll_with_ticket(server, home, capsys, pictures):
 def test_foreign_server_gets_no_secret(server, tmp_path, home):
     other = GatewayServer(tmp_path / "other", free_port())
     try:
-        given = server.ticket()
-        meant = Ticket(f"127.0.0.1:{other.port}", *given.rsplit("/", 2)[1:])
+        ticket = server.ticket()
+        meant = Ticket(f"127.0.0.1:{other.port}", *ticket.rsplit("/", 2)[1:])
         with pytest.raises(AntherError, match="this is not the server that the ticket is for"):
             enroll(meant, "pi")
         assert not (home / "link" / "node.key").exists()
         assert other.registry.snapshot().members == {}
-        link, _ = enroll(Ticket(f"127.0.0.1:{server.port}", *given.rsplit("/", 2)[1:]), "pi")
+        link, _ = enroll(Ticket(f"127.0.0.1:{server.port}", *ticket.rsplit("/", 2)[1:]), "pi")
         with pytest.raises(AntherError, match="this is not the server that this device was enrolled with"):
             ServerConnection(f"127.0.0.1:{other.port}").hello()
         link.check_in()
@@ -245,7 +245,7 @@ def test_folders_are_stored_absolute(server, home, pictures, monkeypatch, prefix
     ],
 )
 def test_invalid_greeting_is_refused(server, overrides, home, capsys):
-    """Before any of it is used, and in one line without control characters."""
+    """The hello is rejected before any value is used, with one line without control characters."""
     server.overrides = overrides
     assert enroll_device(server.ticket(), "name=pi") == 2
     error = capsys.readouterr().err

@@ -25,7 +25,7 @@ def bundle(megabytes):
 
 
 def test_bundles_are_not_unpacked(monkeypatch):
-    """Flower's function would read it; the replacement reads nothing, whatever size it unpacks to."""
+    """Flower's function would unpack the bundle; the replacement never reads it."""
     monkeypatch.setattr(
         flower_supernode, "get_fused_config_from_fab", get_fused_config_from_fab
     )  # restored after the test
@@ -39,7 +39,7 @@ def test_bundles_are_not_unpacked(monkeypatch):
 
 
 def test_clientapp_is_the_devices_own(monkeypatch):
-    """Flower's own procedure, with the names that it has there, installs and imports nothing from a bundle."""
+    """Flower's procedure, with the patched names, installs and imports nothing from a bundle."""
     names = ("pull_task_input", "install_from_fab", "get_project_dir", "get_load_client_app_fn")
     flowers = clientapp.run_clientapp.__code__.co_names
     for name in names:

@@ -261,7 +261,7 @@ def test_pausing_context_covers_the_pause() -> None:
 @pytest.mark.parametrize("step", [0.001, 0.02, 0.4, 10.0])
 @pytest.mark.parametrize("cost", [0.0001, 0.004, 0.1])
 def test_sensor_interval_bounds_cost_and_delay(cost: float, step: float) -> None:
-    """However long readings and steps take, no check is later than one step after the previous one."""
+    """For any duration of readings and steps, a check is at most one step after the previous one."""
     device = SensorClock(cost=cost)
     throttle, steps = device.throttle(), 400
     for _ in range(steps):

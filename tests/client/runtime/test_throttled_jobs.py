@@ -250,7 +250,7 @@ def test_stopped_and_repeated_round_is_one_release(base: Base, tmp_path: Path) -
     assert isinstance(stopped, Cancelled)
     assert [entry.state for entry in device.store.ledger.entries()] == [RESERVED]
     charged = device.store.ledger.spent(1e-3)
-    still = answer_request(base, device, request(base), charger)  # still disconnected: nothing starts
+    still = answer_request(base, device, request(base), charger)  # still disconnected: no job starts
     assert isinstance(still, Cancelled)
     assert sources[-1].steps == 0
     charger.connect()

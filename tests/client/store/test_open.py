@@ -42,7 +42,7 @@ def files_in(folder: Path) -> FileStorage:
 
 
 def fill(store: Store) -> None:
-    """Store everything that a device ever stores, containing a secret."""
+    """Store one value of every kind that a device stores, each containing a secret."""
     one, other = ({SECRET.decode(): torch.full((3,), float(number))} for number in range(2))
     store.ledger.reserve(replace(FIRST, run=SECRET.decode()), free)
     store.ledger.seal(replace(FIRST, run=SECRET.decode()), SECRET)
@@ -58,7 +58,7 @@ def fill(store: Store) -> None:
 
 
 def check_complete(store: Store) -> None:
-    """Check that everything is there."""
+    """Check that all stored values can be read."""
     assert len(store.ledger.entries()) == 1
     assert store.ledger.sealed((SECRET.decode(), *KEY[1:]), PLAN) == SECRET
     assert store.personal(SITES) is not None

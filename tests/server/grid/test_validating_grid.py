@@ -1,4 +1,4 @@
-"""Replies that Flower can't unpack, with Flower's own unpacking."""
+"""Replies that Flower can't unpack, tested with Flower's unpacking."""
 
 from __future__ import annotations
 
