@@ -72,7 +72,7 @@ def training_settings(base: BaseSpec) -> list[TrainingSetting]:
     """List every way in which a base could be trained, best first."""
     _, side, patch = base.family.latents(base.full_config())
     if side is None:
-        raise AntherError(f"{base.family.network}/config.json: has no sample_size: add it, in latent pixels")
+        raise AntherError(f"{base.family.network}/config.json: no sample_size: add it, in latent pixels")
     step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
     sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= MIN_SIDE and side % step == 0]

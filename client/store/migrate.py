@@ -69,8 +69,8 @@ def upgrade(files: FileStorage) -> None:
 def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
     """Encrypt all private files that aren't encrypted yet.
 
-    The header file is written twice: first with the state "encrypting", after which the store can't be opened without
-    the key; last with the state "encrypted", after which unencrypted data is not trusted.
+    The header file is written twice: first with the state ENCRYPTING, after which the store can't be opened without the
+    key; last with the state ENCRYPTED, after which unencrypted data is not trusted.
 
     Raises:
         AntherError: encryption was begun with another key.

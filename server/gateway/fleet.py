@@ -197,7 +197,7 @@ class FleetService:
                     await self._forward(reply, caller, exchange)
             except OSError as error:
                 log.error("a reply can't be spooled: %s", error)
-                raise RequestRefused(LATER, "the server's disk is full") from None
+                raise RequestRefused(LATER, "the server can't store the reply") from None
         return calls.PUSH_OBJECT.response(stored=True)
 
     async def _forward(self, reply: Reply, caller: Caller, exchange: NodeExchange) -> None:

@@ -157,10 +157,8 @@ class ValidatingGrid(ForwardingGrid):
         if last and self._arrivals:
             for name in self._arrivals.with_head(waiting):
                 self._arrivals.drop([name])
-                yield (
-                    name,
-                    self._finish(name, self._unreachable(name, "it promised a reply but did not send all of it")),
-                )
+                failure = self._unreachable(name, "it promised a reply but did not send all of it")
+                yield name, self._finish(name, failure)
         if last and not self._unavailable:
             for name in waiting:
                 if name in self._pending:

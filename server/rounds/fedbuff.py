@@ -140,7 +140,7 @@ class FedBuffRunner:
                 return
 
     def _unavailable(self) -> set[int]:
-        """Return the nodes that are not asked again in this round under any circumstances."""
+        """Return the nodes that are not asked again in this round, even if no other node is left."""
         return self._done | self._counts.keys() if self._strategy.private else self._done
 
     def _max_share(self) -> int:
