@@ -133,7 +133,7 @@ def _blocks(shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> Tenso
 
 
 def _tensors(blocks: Tensor, expected: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """Inverse of `_blocks`, in the order of `expected`."""
+    """Unpack blocks to tensors in the order of `expected`, the inverse of `_blocks`."""
     unpacked, start = {}, 0
     for name in sorted(expected):
         size = math.prod(expected[name])

@@ -92,7 +92,7 @@ def adapter_to_record(adapter: bytes) -> ArrayRecord:
 
 
 def adapter_from_record(record: ArrayRecord) -> bytes:
-    """Inverse of `adapter_to_record`; AntherError if the record's content or declared shape is different."""
+    """Unwrap an adapter (inverse of `adapter_to_record`); AntherError if the record has another content or shape."""
     if list(record) != [_ADAPTER] or record[_ADAPTER].stype != _STYPE:
         raise AntherError(
             f"arrays must contain only one {_STYPE} entry named {_ADAPTER!r}, not these {len(record)} entries"

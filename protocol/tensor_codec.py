@@ -116,7 +116,7 @@ def decode(
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether all values are finite, without a copy: a NaN becomes both extremes."""
+    """Return whether all values are finite. It makes no copy: with a NaN, both extremes are NaN."""
     return not values.numel() or all(math.isfinite(extreme) for extreme in values.aminmax())
 
 

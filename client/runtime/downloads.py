@@ -19,7 +19,7 @@ from conf.schemas.node import FetchConfig
 from models.files import assets, chunk_manifest, hub
 
 GetBytes = Callable[[str, int, int | None], Iterator[bytes]]
-"""Reads bytes of a path on the server: (path, offset, length); length None: all.
+"""Function that reads bytes of a path on the server: (path, offset, length); length None: all.
 
 Raises ConnectionError if a retry may help, AntherError if not (`client.runtime.http_source`).
 """
@@ -91,7 +91,7 @@ def _from_first_source(wanted: str, source: str, sources: dict[str, Callable[[],
 
 
 class _Fetcher:
-    """Fetches one base from each kind of source."""
+    """Fetcher of one base, with a method for each kind of source."""
 
     def __init__(
         self, wanted: str, settings: FetchConfig, folder: Path, metered: Callable[[], bool], progress: Progress
@@ -173,7 +173,7 @@ class _Fetcher:
 
 
 class _RetryingReader:
-    """Reads from a server over an unreliable connection: retries after increasing pauses."""
+    """Reader of a server over an unreliable connection, which retries after increasing pauses."""
 
     def __init__(
         self, get: GetBytes, check: Callable[[], None], waits: Sequence[float], sleep: Callable[[float], None]

@@ -19,7 +19,7 @@ from models.files import chunk_manifest
 from models.files.chunk_manifest import ChunkManifest, ManifestFile
 
 ReadRange = Callable[[int, int, int], Iterable[bytes]]
-"""Reads bytes of the n-th file: (n, offset, length); AntherError if they are unavailable."""
+"""Function that reads bytes of the n-th file: (n, offset, length); AntherError if they are unavailable."""
 
 
 class ResumableDownload:
