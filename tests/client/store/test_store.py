@@ -88,7 +88,7 @@ def test_previous_adapters_are_kept_by_date(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="no previous adapter; available: 20"):
         store.roll_back()
     assert requests(store)[0] == "run:9"
-    with pytest.raises(AntherError, match="there is no adapter of 2001-01-01; available: 20"):
+    with pytest.raises(AntherError, match="no adapter of 2001-01-01; available: 20"):
         store.roll_back("2001-01-01")
 
 
