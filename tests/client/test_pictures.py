@@ -300,7 +300,7 @@ def gray(file: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"file_name": "a\\u0000.png", "text": "x"}', "holds a NUL"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "contains a NUL"),
         ('{"file_name": "a\\ud83d.png", "text": "x"}', "half a character"),
         ('{"file_name": "a.png", "text": "cat \\ud83d"}', "half a character"),
         ("[" * 100_000, "must be a JSON object"),
