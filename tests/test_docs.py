@@ -96,10 +96,17 @@ def test_linked_files_exist(page: str) -> None:
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
 
 
-def test_linked_headings_exist() -> None:
-    page = text("docs/deploy.md")
-    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", page, re.M)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_headings_exist(page: str) -> None:
+    links = re.findall(r"\]\(([^)#\s:]*)#([^)]+)\)", text(page))
+    targets = [((ROOT / page).parent / file if file else ROOT / page, anchor) for file, anchor in links]
+    assert [(file.name, anchor) for file, anchor in targets if anchor not in headings(file)] == []
 
 
 def program_texts() -> list[str]:
