@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
-from conf.cli import hydra_application, output_dir
+from conf.cli import hydra_application, output_dir, program
 from conf.schemas.audit import AuditConfig
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def noise_source(kind: str, seed: int, device: str, round: int) -> NoiseSource:
 
 def command() -> list[str]:
     """Return the command that started this audit."""
-    return ["python", "-m", "simulations.audit.run", *HydraConfig.get().overrides.task]
+    return [*program("simulations.audit.run"), *HydraConfig.get().overrides.task]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +159,19 @@ def test_run_on_shipped_base_is_attacked(tmp_path: Path) -> None:
     (group,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["membership"]
     assert group["attacks"][CONTROL]["members"] == 40
     check_page((tmp_path / "audit" / "audit.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("started", "prefix"),
+    [("anther audit", ["anther", "audit"]), ("/x/run.py", ["python", "-m", "simulations.audit.run"])],
+)
+def test_page_names_the_command_that_started_the_audit(
+    started: str, prefix: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hydra = SimpleNamespace(overrides=SimpleNamespace(task=["canaries.count=40"]))
+    monkeypatch.setattr(run.HydraConfig, "get", lambda: hydra)
+    monkeypatch.setattr(sys, "argv", [started])
+    assert run.command() == [*prefix, "canaries.count=40"]
 
 
 def check_page(page: str) -> None:
