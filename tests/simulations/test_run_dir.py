@@ -19,6 +19,32 @@ from tests.simulations.test_run import own_pictures
 
 FRESH, RESUMED = compose("data.writers=0 data.pictures=[x]"), compose("data.writers=0 data.pictures=[x] resume=true")
 ASSETS = {"base": "b", "data": "d"}
+EVERY_RENAMED_KEY = (
+    "data.label_skew=true base.gradient_checkpointing=block base.compute_dtype=bf16 aggregation.max_rank=7 "
+    "aggregation.energy_fraction=0.5 aggregation.weighting=rank_slice planning.metered_rank=3 planning.deadline=3 "
+    "planning.name=device planning.max_joules=5 planning.max_battery_fraction=0.1 compression.upload=int4 "
+    "compression.keep_fraction=0.5 compression.metered_upload=int4 compression.download=fp16 "
+    "adapter.shared.lr_schedule=cosine drift_correction=scaffold server_optimizer.name=fedadam "
+    "server_optimizer.lr=0.1 server_optimizer.momentum=0.5 server_optimizer.beta2=0.4 server_optimizer.tau=0.1 "
+    "robust.rules=[replay,norm_bound,krum,geometric_median,trimmed_mean] robust.outlier_fraction=0.1 "
+    "robust.norm_bound=2 robust.norm_factor=3 round_loop.mode=async round_loop.buffer_size=3 "
+    "round_loop.concurrency=4 round_loop.quorum=2 round_loop.timeout=7 fleet=week cohort.size=3 cohort.eval_size=2 "
+    "cohort.overselection=1.5 cohort.max_state_age=3 cohort.eligibility.idle=true "
+    "cohort.eligibility.min_battery=0.3 cohort.eligibility.cool=true cohort.eligibility.unmetered=true "
+    "cohort.eligibility.min_memory_gib=2 cohort.eligibility.has_pictures=true fleet.timezone_spread=2 "
+    "fleet.schedule_jitter=3 fleet.workload.memory_factor=2 fleet.workload.compute_factor=3 selection=energy_delay "
+    "selection.utility_weight=0.3 selection.candidate_factor=3 selection.oort.exploration_decay=0.9 "
+    "selection.oort.min_exploration=0.2 selection.oort.clip_quantile=0.8 selection.oort.duration_quantile=0.5 "
+    "selection.oort.pacer_window=3 selection.oort.pacer_step=0.1 selection.oort.max_selections=4 "
+    "trainer.memory_gib=3 trainer.compile=true privacy.clip_norm=0.1 privacy.noise_multiplicity=2 "
+    "privacy.device.clip_norm=2 privacy.device.target_quantile=0.4 privacy.device.clip_norm_lr=0.1 "
+    "privacy.device.max_participations=3 private_eval.interval=2 private_eval.noise_multiplier=3 "
+    "private_eval.clip=0.2 adapter.lora_xs_bases=x adapter.shared.lr=0.1 adapter.shared.optimizer=sgd "
+    "adapter.shared.proximal_mu=0.3 adapter.personal.lr=0.3 adapter.baseline_local.lr=0.4 adapter.eval_interval=3 "
+    "evaluation.baseline_local=false evaluation.gallery_size=1 evaluation.sampling_steps=3 "
+    "evaluation.guidance_scale=2"
+)
+"""A value of its own for every key that was renamed; the keys of profiles are those of fleet=week."""
 
 
 def replace_one(folder: Path) -> None:
@@ -79,3 +105,20 @@ def test_hash_is_that_of_the_first_key_names() -> None:
     )
     # Computed by commit 0741131 for the same settings, `strategy.robust=[norm,trimmed] selection=energy …`.
     assert run_dir.config_hash(compose(settings)) == "af66e5cde2f18920cf431859c45d8ebf7d79fd932de9544a6341b2289e1bfe50"
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        (EVERY_RENAMED_KEY, "d089b76622d7378c3ab49057747dff356ad276f2daa3778da4b86556feb4d15b"),
+        (
+            "cohort.sampling_rate=0.2 selection=power_of_choice",
+            "b878f40dc267a2979cee482e7ad33cfc04c5b07b38a90760bcfe677a74625d10",
+        ),
+        ("cohort.size=3 selection=eafl", "e844242f50ea5b6531a5f09345538645680b8e5213ece026a65c580222f491c9"),
+        ("preset=private", "ca609c4d8772b8136eadff6eb66ebb68f063bdd57e17e9bc936134520a5d941c"),
+    ],
+)
+def test_every_renamed_key_hashes_as_before(settings: str, first: str) -> None:
+    """The hashes were computed by commit 0741131 for the same settings under the former names."""
+    assert run_dir.config_hash(compose(settings)) == first
