@@ -37,12 +37,12 @@ from strategies.robust.replay import ReplayFilter
 from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
 from strategies.selection.deadline import Deadline
-from strategies.selection.energy import Energy
+from strategies.selection.eafl import EAFL
 from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
+from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt, PostProcessing
@@ -93,7 +93,7 @@ SELECTIONS: dict[str, Any] = {
     "poisson": Poisson,
     "round_robin": RoundRobin,
     "oort": Oort,
-    "eafl": Energy,
+    "eafl": EAFL,
     "deadline": Deadline,
     "power_of_choice": PowerOfChoice,
     "energy_delay": EnergyDelay,

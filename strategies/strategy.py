@@ -42,7 +42,7 @@ from protocol.messages import (
     Update,
 )
 from protocol.tensor_codec import decode, encode
-from strategies.aggregation import Aggregated, Aggregation, RankAware, Updates
+from strategies.aggregation import Aggregated, Aggregation, RankAware, Updates, declared_linearity
 from strategies.central_dp import CentralDP, changes
 from strategies.clock import Clock, WallClock
 from strategies.download import FP32, add_residual, encode_download, quantization_residual
@@ -68,7 +68,7 @@ from strategies.round.update_spool import UpdateKey, UpdateSpool, update_bytes
 from strategies.round.updates import RoundRequest, RoundUpdates
 from strategies.round.validation import ReceivedReply, ReplyValidator, error_rejection, validate_replies
 from strategies.scaffold import ControlUpdate, initial_control
-from strategies.selection import DeviceCandidate, DeviceCandidates, NameSelection, Selection
+from strategies.selection import DeviceCandidate, DeviceCandidates, NameSelection, Selection, uses_transient_state
 from strategies.selection.eligible import ALL_DEVICES, Eligibility
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
@@ -263,7 +263,7 @@ class FederatedStrategy(Strategy):
         if (
             self._eligibility.uses_transient_state
             or self._limits.uses_transient_state
-            or self._selection.sensitivity.uses_transient_state
+            or uses_transient_state(self._selection)
         ):
             self._devices.mark_stale(before=self._clock.now() - self._max_state_age, exclude=self.busy_nodes)
         return self.query(grid)
@@ -378,7 +378,7 @@ class FederatedStrategy(Strategy):
             control_update=ControlUpdate(control, start, devices=len(candidates)) if control else None,
             residual=(
                 {}
-                if rounded is None or self._aggregation.sensitivity.rotation_reason
+                if rounded is None or declared_linearity(self._aggregation).rotation_reason
                 else quantization_residual(current, adapter)
             ),
             sent_at=self._time(grid),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from models.lora.adapter import Adapter
 from protocol.messages import TrainingPlan
-from strategies.aggregation import Aggregation
+from strategies.aggregation import Aggregation, declared_linearity
 from strategies.central_dp import CentralDP
 from strategies.download import FP32
 from strategies.planning.plan import PlanLimits
 from strategies.planning.site_selection import SiteSelector
 from strategies.robust.replay import ReplayFilter
 from strategies.round.private_evaluation import EvaluationPolicy
-from strategies.selection import Selection
+from strategies.selection import Selection, uses_transient_state
 from strategies.selection.poisson import Poisson
 from strategies.server_optimizers import ServerOptimizer
 
@@ -51,26 +51,25 @@ def check_combination(
         raise ValueError("keep: must be over 0 and at most 1, and less than 1 only with feedback")
     if plan.feedback and not aggregation.stable_factors:
         raise ValueError("feedback requires an aggregation with stable factors")
-    if plan.scaffold and (
-        central_dp or plan.optimiser != "sgd" or not (aggregation.sensitivity.linear and aggregation.stable_factors)
-    ):
+    plain_mean = declared_linearity(aggregation).linear and aggregation.stable_factors
+    if plan.scaffold and (central_dp or plan.optimiser != "sgd" or not plain_mean):
         raise ValueError("scaffold requires plain SGD and a mean of factors, without device-level privacy")
     if plan.scaffold and (plan.sites is not None or site_selector or limits.metered_rank is not None):
         raise ValueError("scaffold: every device must train every site and direction")
     if download != FP32 and (lora_xs_bases or plan.scaffold):
         raise ValueError("download: lora_xs_bases and scaffold require fp32")
-    if server_optimizer and aggregation.sensitivity.rotation_reason:
+    if server_optimizer and declared_linearity(aggregation).rotation_reason:
         raise ValueError(
-            f"server_optimizer requires directions that persist: {aggregation.sensitivity.rotation_reason}"
+            f"server_optimizer requires directions that persist: {declared_linearity(aggregation).rotation_reason}"
         )
-    if central_dp and not aggregation.sensitivity.linear:
-        raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
+    if central_dp and not declared_linearity(aggregation).linear:
+        raise ValueError(f"not linear in the updates: {declared_linearity(aggregation).reason}")
     rate = selection.rate if isinstance(selection, Poisson) else 1.0
     if central_dp and central_dp.sampling_rate != rate:
         raise ValueError(f"accounted with a sampling rate of {central_dp.sampling_rate}, selected with {rate}")
     if limits.metered_rank is not None and not aggregation.mixed_ranks:
         raise ValueError("limits.metered_rank: this aggregation requires equal ranks; set it to None")
-    if central_dp and (selection.sensitivity.uses_transient_state or limits.uses_transient_state):
+    if central_dp and (uses_transient_state(selection) or limits.uses_transient_state):
         raise ValueError("selection or limits use transient device state, which device-level privacy protects")
     if central_dp and (limits.metered_rank is not None or limits.metered_update is not None):
         raise ValueError("limits: the link of a device is private under device-level privacy; set metered_… to None")

@@ -57,9 +57,10 @@ def aggregation_section(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
         "Gain of the shared adapter: the relative reduction of the base's loss on held-out letters, in %; the best of "
         "each column in bold. The plot shows intervals over writers. *ranks*: a quarter of the devices each train rank "
-        "2, 4, 8 and 16. *half the sites*: every second device trains half of the sites. Three seeds for the setting "
-        "with both, otherwise one. `fedsa` keeps B on each device: its gain is that of both factors on the device, so "
-        "it is personal and marked with a star. Learning rates are each rule's best of four with equal ranks; with "
+        "2, 4, 8 and 16. *half the sites*: every second device trains half of the sites. *by slices*: "
+        "`aggregation.weighting=rank_slice`. Three seeds for the setting with both, otherwise one. `fedsa` keeps B on "
+        "each device: its gain is that of both factors on the device, so it is personal and marked with a star. "
+        "Learning rates are each rule's best of four with equal ranks; with "
         "privacy they are ten times as high, which was not tuned.\n"
     )
     yield "![Gains with 95 % intervals](aggregators.svg)\n"
@@ -124,8 +125,9 @@ def fleets_section(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
         "round: medians over three seeds of simulated hours and kWh, if all of them reached it. Ratios are to the "
         "first row's run of the same seed, as medians. `fleet=week`: phones, boards and laptops with batteries, "
         "owners and heat. `fleet=spread`: boards and laptops that are always available, the fastest ten times as fast "
-        "as the slowest. *Lost*: devices that never replied, in all runs until then. Gini: inequality of how often "
-        "each device took part. In the plot, small circles are runs and large ones their medians.\n"
+        "as the slowest. *Thrifty*: `selection=energy_delay`; *energy-aware*: `selection=eafl`. *Lost*: devices that "
+        "never replied, in all runs until then. Gini: inequality of how often each device took part. In the plot, "
+        "small circles are runs and large ones their medians.\n"
     )
     yield "![Hours and kWh of each arm](fleets.svg)\n"
     for fleet, arms in results.items():

@@ -7,6 +7,7 @@ it too.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -163,8 +164,11 @@ def _manifest() -> dict[str, dict[str, str]]:
 
 def main() -> int:
     """Copy every shipped asset to ANTHER_HOME and print its location."""
+    parser = argparse.ArgumentParser(prog="anther assets", description=main.__doc__)
+    parser.add_argument("--pin", action="store_true", help=argparse.SUPPRESS)  # after an asset was made again
+    pinned = parser.parse_args().pin
     try:
-        if sys.argv[1:] == ["--pin"]:
+        if pinned:
             pin(MANIFEST.parents[1])
         for asset in _manifest():
             print(f"{asset}: {locate(asset)}")

@@ -35,6 +35,12 @@ class Linearity(NamedTuple):
     the same direction."""
 
 
+UNDECLARED = Linearity(
+    linear=False, reason="it declares no sensitivity", rotation_reason="the rule declares no sensitivity"
+)
+"""Declaration of a rule that has none: nothing is assumed about it."""
+
+
 class Aggregation(Protocol):
     """Pure aggregation rule: the same updates in the same order give the same adapter."""
 
@@ -86,6 +92,12 @@ def site_updates(updates: Updates, site: str) -> SiteUpdates:
     trained = [(factors, weight) for factors, weight in factors_and_weights if factors is not None and len(factors.a)]
     total = sum(weight for _, weight in trained)
     return [(factors, weight / total) for factors, weight in trained]
+
+
+def declared_linearity(rule: Aggregation) -> Linearity:
+    """Return the declaration of a rule, `UNDECLARED` if it has none."""
+    declared: Linearity = getattr(rule, "sensitivity", UNDECLARED)
+    return declared
 
 
 def in_every_round(part: str) -> Callable[[int], str]:

@@ -8,7 +8,7 @@ from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.schemas.simulation import SimulationConfig
 from models.lora.adapter import Sites
-from strategies.aggregation import Aggregation
+from strategies.aggregation import Aggregation, declared_linearity
 from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, create, lookup, robust_conflict
 from strategies.robust import RobustRule
 from strategies.robust.afa import AFA
@@ -139,7 +139,7 @@ def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> Serve
                 "server_optimizer.name=fedavgm, fedadam or fedyogi, or set it to null"
             )
         return None
-    if reason := rule.sensitivity.rotation_reason:
+    if reason := declared_linearity(rule).rotation_reason:
         raise AntherError(
             f"server_optimizer.name={settings.name}: changes of factors can be summed over rounds only if "
             f"directions persist, and with {config.aggregation.name} {reason}; use aggregation=exact or "

@@ -6,7 +6,7 @@ from common.errors import AntherError
 from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
-from strategies.aggregation import Aggregation
+from strategies.aggregation import Aggregation, declared_linearity
 from strategies.factory.aggregation import build_aggregation
 from strategies.round.private_evaluation import evaluation_mechanisms
 
@@ -77,7 +77,7 @@ def _scaffold_conflict(config: SimulationConfig, rule: Aggregation) -> str | Non
             f"a control variate can't be used in a later round, since {name} rotates or replaces the factors; use "
             "aggregation=fedit"
         )
-    if not rule.sensitivity.linear:
+    if not declared_linearity(rule).linear:
         return f"the server's control variate is a plain mean, and {name} is not; use aggregation=fedit"
     if config.adapter.shared.optimizer != "sgd":
         return (

@@ -12,13 +12,13 @@ from privacy.noise import noise_source
 from strategies.registry import NONE, SELECTIONS
 from strategies.selection import NameSelection, Selection
 from strategies.selection.deadline import Deadline
-from strategies.selection.energy import Energy
+from strategies.selection.eafl import EAFL
 from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
 from strategies.selection.fixed_panel import FixedPanel
-from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.poisson import Poisson
+from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
@@ -54,7 +54,7 @@ def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
         case "oort":
             return Oort(size=size, seed=config.seed, settings=oort)
         case "eafl":
-            return Energy(size=size, seed=config.seed, weight=weight, settings=oort)
+            return EAFL(size=size, seed=config.seed, weight=weight, settings=oort)
         case "deadline":
             if deadline is None:
                 raise AntherError("selection=deadline requires planning.deadline")

@@ -7,7 +7,15 @@ from copy import copy
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Aggregation, Linearity, RankAware, Updates, check_updates
+from strategies.aggregation import (
+    Aggregated,
+    Aggregation,
+    Linearity,
+    RankAware,
+    Updates,
+    check_updates,
+    declared_linearity,
+)
 from strategies.robust import EntrywiseRule, RobustRules, UpdateGeometry
 from strategies.robust.gram import changes
 from strategies.robust.trimmed import combine_updates
@@ -46,7 +54,7 @@ class RobustAggregation:
         if aggregation.trains(1) == "split":
             raise ValueError("robust rules compare products, and with this aggregation no device sends one")
         self.mixed_ranks = aggregation.mixed_ranks
-        self.sensitivity = aggregation.sensitivity if entrywise is None else _ROTATED
+        self.sensitivity = declared_linearity(aggregation) if entrywise is None else _ROTATED
         self.stable_factors = aggregation.stable_factors and entrywise is None
         self.trains = aggregation.trains
         self._aggregation, self._rules, self._entrywise = aggregation, rules, entrywise

@@ -98,6 +98,12 @@ class NameSelection(Protocol):
         ...
 
 
+def uses_transient_state(selection: Selection) -> bool:
+    """Return whether a selection declares that it uses transient device state; True if it declares nothing."""
+    declared: Sampling | None = getattr(selection, "sensitivity", None)
+    return declared is None or declared.uses_transient_state
+
+
 def check_size(size: int) -> None:
     """Raise ValueError for a number of devices below 1."""
     if size < 1:

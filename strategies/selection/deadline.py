@@ -8,7 +8,7 @@ the deadline separately, and ranked by the examples that it trains per second.
 from __future__ import annotations
 
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
-from strategies.selection.power_of_choice import best_of_sample, check_candidate_factor
+from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
 
 class Deadline:

@@ -8,7 +8,7 @@ for circuits (Gonzalez & Horowitz, 1996). The square in the numerator makes plan
 from __future__ import annotations
 
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
-from strategies.selection.power_of_choice import best_of_sample, check_candidate_factor
+from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
 
 class EnergyDelay:

@@ -1,50 +1,38 @@
-"""Draw more candidates than needed at random, and select the best of them.
+"""Power of choice: select the devices with the highest loss (Cho et al., 2020, arXiv:2010.01243).
 
-The best of all devices are therefore not selected every time: `candidate_factor` = 1 is a random sample, and larger
-values increase the preference.
+Candidates are drawn at random, here with equal probabilities since devices don't report their number of pictures, and
+those with the highest loss are selected. The loss is the latest reported one (the paper's π_rpow-d): an evaluation by
+all candidates would take an additional round. Devices without a reported loss come first.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from typing import Any
+import math
 
-from common.seeding import derive_seed
-from strategies.selection import DeviceCandidate, DeviceCandidates, check_size
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
 
-def best_of_sample(
-    devices: DeviceCandidates,
-    merit: Callable[[DeviceCandidate], Any],
-    *,
-    size: int,
-    candidate_factor: float,
-    seed: int,
-    draw: int,
-) -> list[str]:
-    """Select the best among ⌈candidate_factor · size⌉ devices that are drawn without replacement.
+class PowerOfChoice:
+    """Select `size` devices of `candidate_factor` · `size` drawn at random (d in the paper).
 
     Args:
-        devices: candidates by name.
-        merit: value by which devices are ranked, largest first; names break ties.
         size: number of devices to select.
         candidate_factor: drawn devices per selected one.
         seed: seed of the run.
-        draw: number of the random stream.
-
-    Returns:
-        Names, sorted.
     """
-    names = sorted(devices)
-    rng = random.Random(derive_seed(seed, draw, "choice"))
-    drawn = rng.sample(names, min(len(names), -int(-candidate_factor * size // 1)))
-    ranked = sorted(sorted(drawn), key=lambda name: merit(devices[name]), reverse=True)
-    return sorted(ranked[:size])
+
+    sensitivity = Sampling(data_independent=False, amplifies=False, reason="by reported losses only")
+
+    def __init__(self, *, size: int, candidate_factor: float, seed: int) -> None:
+        check_candidate_factor(candidate_factor, size)
+        self._size, self._candidate_factor, self._seed = size, candidate_factor, seed
+
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
+        return best_of_sample(
+            devices, _merit, size=self._size, candidate_factor=self._candidate_factor, seed=self._seed, draw=draw
+        )
 
 
-def check_candidate_factor(candidate_factor: float, size: int) -> None:
-    """Raise ValueError if fewer devices would be drawn than selected."""
-    check_size(size)
-    if not 1 <= candidate_factor < float("inf"):
-        raise ValueError(f"{candidate_factor=}: must be 1 or more")
+def _merit(candidate: DeviceCandidate) -> float:
+    return math.inf if candidate.loss is None else candidate.loss

@@ -30,8 +30,8 @@ from strategies.planning.site_selection import SiteSelector
 from strategies.round.connected_devices import ConnectedDevices
 from strategies.selection import Selection
 from strategies.selection.deadline import Deadline
+from strategies.selection.eafl import EAFL
 from strategies.selection.eligible import Eligibility
-from strategies.selection.energy import Energy
 from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
@@ -156,7 +156,7 @@ def test_central_dp_schedule_ignores_unable_devices(tmp_path: Path, selection: s
 @pytest.mark.parametrize(
     "changes",
     [
-        {"selection": Energy(size=2, seed=0, weight=0.5, settings=SETTINGS)},
+        {"selection": EAFL(size=2, seed=0, weight=0.5, settings=SETTINGS)},
         {"limits": PlanLimits(battery_share=0.5)},
     ],
 )

@@ -27,6 +27,19 @@ def test_asset_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [path.name for path in (tmp_path / "assets").iterdir()] == [SHIPPED["judge"]["sha256"]]
 
 
+def test_help_copies_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    for arguments, status in ((["--help"], 0), (["judge"], 2)):  # it takes no names
+        monkeypatch.setattr("sys.argv", ["anther assets", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            assets.main()
+        assert stopped.value.code == status
+    assert "usage: anther assets" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bundle_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     monkeypatch.setattr(assets, "_installed", lambda path: iter([tmp_path / path]))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.lora.adapter import split_rank
+from strategies.aggregation import declared_linearity
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -193,3 +194,13 @@ def test_hetlora_weights_factors_by_product_norm(round):
         wanted_a[largest:], wanted_b[:, largest:] = current[site].a[largest:], current[site].b[:, largest:]
         assert torch.allclose(result[site].a.double(), wanted_a, atol=1e-5)
         assert torch.allclose(result[site].b.double(), wanted_b, atol=1e-5)
+
+
+def test_undeclared_rule_runs_without_privacy_only():
+    class Undeclared:
+        mixed_ranks, stable_factors = False, True
+
+    declared = declared_linearity(Undeclared())
+    assert not declared.linear
+    assert declared.rotation_reason is not None  # so that no server optimizer or residual relies on its directions
+    assert declared_linearity(FedIT()) is FedIT.sensitivity

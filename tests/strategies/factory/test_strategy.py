@@ -22,13 +22,13 @@ from strategies.registry import AGGREGATIONS, ROBUST_RULES, refusal_reason
 from strategies.robust.krum import MultiKrum
 from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.selection.deadline import Deadline
+from strategies.selection.eafl import EAFL
 from strategies.selection.eligible import Eligibility
-from strategies.selection.energy import Energy
 from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
+from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt
@@ -335,7 +335,7 @@ def test_keep_fraction_requires_stable_factors(strategy):
         ("cohort.sampling_rate=0.5", Poisson),
         ("cohort.size=2 selection=oort", Oort),
         ("cohort.size=2 selection=round_robin", RoundRobin),
-        ("cohort.size=2 selection=eafl", Energy),
+        ("cohort.size=2 selection=eafl", EAFL),
         ("cohort.size=2 selection=deadline planning.deadline=9", Deadline),
         ("cohort.size=2 selection=power_of_choice", PowerOfChoice),
         ("cohort.size=2 selection=energy_delay", EnergyDelay),

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.selection import DeviceCandidate, DeviceCandidates
+from strategies.selection import DeviceCandidate, DeviceCandidates, uses_transient_state
 from strategies.selection.deadline import Deadline
+from strategies.selection.eafl import EAFL, remaining_charge
 from strategies.selection.eligible import ALL_DEVICES, Eligibility
-from strategies.selection.energy import Energy, remaining_charge
 from strategies.selection.energy_delay import EnergyDelay, merit
 from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort, OortSettings
+from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from tests.helpers.candidates import asked_in, candidate, candidates
@@ -28,7 +28,7 @@ RULES = {
     "random": Sample(size=SIZE, seed=1),
     "round_robin": RoundRobin(size=SIZE),
     "oort": Oort(size=SIZE, seed=1, settings=SETTINGS),
-    "eafl": Energy(size=SIZE, seed=1, weight=0.25, settings=SETTINGS),
+    "eafl": EAFL(size=SIZE, seed=1, weight=0.25, settings=SETTINGS),
     "deadline": Deadline(size=SIZE, seconds=2.0, candidate_factor=2.0, seed=1),
     "power_of_choice": PowerOfChoice(size=SIZE, candidate_factor=2.0, seed=1),
     "energy_delay": EnergyDelay(size=SIZE, candidate_factor=2.0, seed=1),
@@ -70,7 +70,7 @@ def test_random_selections_depend_on_seed_and_draw(name: str) -> None:
     make_rule = {
         "random": lambda seed: Sample(size=5, seed=seed),
         "oort": lambda seed: Oort(size=5, seed=seed, settings=SETTINGS),
-        "eafl": lambda seed: Energy(size=5, seed=seed, weight=0.25, settings=SETTINGS),
+        "eafl": lambda seed: EAFL(size=5, seed=seed, weight=0.25, settings=SETTINGS),
         "deadline": lambda seed: Deadline(size=5, seconds=2.0, candidate_factor=2.0, seed=seed),
         "power_of_choice": lambda seed: PowerOfChoice(size=5, candidate_factor=2.0, seed=seed),
         "energy_delay": lambda seed: EnergyDelay(size=5, candidate_factor=2.0, seed=seed),
@@ -173,7 +173,7 @@ def test_eafl_prefers_full_batteries() -> None:
     settings = OortSettings(exploration=0.1, min_exploration=0.1)
 
     def fraction_full(weight: float) -> float:
-        rule = Energy(size=5, seed=1, weight=weight, settings=settings)
+        rule = EAFL(size=5, seed=1, weight=weight, settings=settings)
         asked = [name for number in range(2, 42) for name in rule.select(devices, draw=number)]
         return sum(name >= "d5" for name in asked) / len(asked)
 
@@ -213,7 +213,7 @@ def test_eligibility_is_a_conjunction(rule: Eligibility, battery: float | None, 
     [
         lambda: RoundRobin(size=0),
         lambda: Oort(size=0, seed=1, settings=SETTINGS),
-        lambda: Energy(size=1, seed=1, weight=1.5, settings=SETTINGS),
+        lambda: EAFL(size=1, seed=1, weight=1.5, settings=SETTINGS),
         lambda: PowerOfChoice(size=1, candidate_factor=0.5, seed=1),
         lambda: Deadline(size=1, seconds=0.0, candidate_factor=1.0, seed=1),
         lambda: Deadline(size=0, seconds=1.0, candidate_factor=1.0, seed=1),
@@ -227,3 +227,12 @@ def test_invalid_settings_are_refused(make: object) -> None:
 def test_candidate_without_metrics() -> None:
     new_candidate: DeviceCandidate = candidate()
     assert (new_candidate.asked, new_candidate.last, new_candidate.loss) == (0, 0, None)
+
+
+def test_undeclared_selection_is_assumed_to_use_device_state() -> None:
+    class UndeclaredSelection:
+        def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:  # noqa: ARG002
+            return sorted(devices)
+
+    assert uses_transient_state(UndeclaredSelection())  # type: ignore[arg-type]
+    assert not uses_transient_state(RoundRobin(size=1))

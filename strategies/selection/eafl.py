@@ -13,7 +13,7 @@ from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
 from strategies.selection.oort import Oort, OortSettings
 
 
-class Energy:
+class EAFL:
     """Select `size` devices.
 
     Args:
