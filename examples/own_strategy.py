@@ -18,9 +18,11 @@ from simulations import setup
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregated, Linearity, Updates
 from strategies.aggregation.fedit import FedIT
+from strategies.cohort import CohortRule
+from strategies.download import AdapterFormat
 from strategies.factory.full_plan import training_plan
-from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
+from strategies.server_update import ServerUpdate
 from strategies.strategy import FederatedStrategy
 from training.memory import budget
 
@@ -43,11 +45,9 @@ base, people, _ = setup.build(config, folder)
 plan = training_plan(config, run="example", base=base.hash)
 strategy = FederatedStrategy(
     plan=plan,
-    sites=base.sites,
-    aggregation=CappedWeights(),
-    selection=Everyone(),
-    limits=PlanLimits(),
-    accept_simulated=True,
+    format=AdapterFormat(sites=base.sites),
+    update=ServerUpdate(aggregation=CappedWeights()),
+    cohort=CohortRule(selection=Everyone()),
 )
 grid = CohortGrid(
     [person.device for person in people],

@@ -222,7 +222,7 @@ def federate(
     from server.rounds import checkpoint
     from server.rounds.federation import federate
 
-    saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
+    saved = checkpoint.load(folder / "checkpoints", sites=strategy.format.sites)
     if fleet and saved:
         fleet.resume(saved.round)
     with open_trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:

@@ -8,6 +8,8 @@ from models.lora.scaffold import control_delta
 from protocol.messages import TrainingPlan
 from strategies.server_optimizers import Tensors, as_stored
 
+CONTROL = "control"  # part of the strategy state; stored, don't change
+
 
 def initial_control(control: Tensors | None, start: Tensors) -> Tensors:
     """Return c for a round that sends the trained tensors `start`; zero before the first round."""

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from models.lora.adapter import Adapter
 from protocol.messages import TrainingPlan
-from strategies.aggregation import Aggregation, declared_linearity
-from strategies.central_dp import CentralDP
-from strategies.download import FP32
-from strategies.planning.plan import PlanLimits
-from strategies.planning.site_selection import SiteSelector
-from strategies.robust.replay import ReplayFilter
+from strategies.aggregation import declared_linearity
+from strategies.cohort import CohortRule
+from strategies.download import FP32, AdapterFormat
+from strategies.planning.planner import Planning
+from strategies.reply_checks import ReplyChecks
 from strategies.round.private_evaluation import EvaluationPolicy
-from strategies.selection import Selection, uses_transient_state
+from strategies.selection import uses_transient_state
 from strategies.selection.poisson import Poisson
-from strategies.server_optimizers import ServerOptimizer
+from strategies.server_update import ServerUpdate
 
 
 def check_combination(
-    *,
     plan: TrainingPlan,
-    aggregation: Aggregation,
-    selection: Selection,
-    limits: PlanLimits,
-    evaluation_policy: EvaluationPolicy,
-    server_optimizer: ServerOptimizer | None,
-    download: str,
-    lora_xs_bases: Adapter | None,
-    central_dp: CentralDP | None,
-    replay_filter: ReplayFilter | None,
-    quorum: int,
-    site_selector: SiteSelector | None,
+    format: AdapterFormat,
+    update: ServerUpdate,
+    cohort: CohortRule,
+    planning: Planning,
+    policy: EvaluationPolicy,
+    checks: ReplyChecks,
 ) -> None:
     """Check the arguments of `strategies.strategy.FederatedStrategy`, which documents them.
 
@@ -39,7 +31,9 @@ def check_combination(
     Raises:
         ValueError: arguments contradict each other.
     """
-    if central_dp and quorum > 1:
+    aggregation, central_dp, lora_xs_bases = update.aggregation, update.central_dp, format.lora_xs_bases
+    limits, selection, replay_filter = planning.limits, cohort.selection, checks.replay_filter
+    if central_dp and update.quorum > 1:
         raise ValueError("quorum: with device-level privacy a release does not depend on the replies; set it to 1")
     if central_dp and replay_filter:
         raise ValueError(f"replay_filter under device-level privacy: {replay_filter.sensitivity.reason}")
@@ -54,11 +48,11 @@ def check_combination(
     plain_mean = declared_linearity(aggregation).linear and aggregation.stable_factors
     if plan.scaffold and (central_dp or plan.optimiser != "sgd" or not plain_mean):
         raise ValueError("scaffold requires plain SGD and a mean of factors, without device-level privacy")
-    if plan.scaffold and (plan.sites is not None or site_selector or limits.metered_rank is not None):
+    if plan.scaffold and (plan.sites is not None or planning.site_selector or limits.metered_rank is not None):
         raise ValueError("scaffold: every device must train every site and direction")
-    if download != FP32 and (lora_xs_bases or plan.scaffold):
-        raise ValueError("download: lora_xs_bases and scaffold require fp32")
-    if server_optimizer and declared_linearity(aggregation).rotation_reason:
+    if format.precision != FP32 and (lora_xs_bases or plan.scaffold):
+        raise ValueError("format.precision: lora_xs_bases and scaffold require fp32")
+    if update.server_optimizer and declared_linearity(aggregation).rotation_reason:
         raise ValueError(
             f"server_optimizer requires directions that persist: {declared_linearity(aggregation).rotation_reason}"
         )
@@ -75,7 +69,7 @@ def check_combination(
         raise ValueError("limits: the link of a device is private under device-level privacy; set metered_… to None")
     if limits.metered_update is not None and limits.feedback and not aggregation.stable_factors:
         raise ValueError("feedback requires an aggregation with stable factors")
-    if evaluation_policy.interval and plan.privacy and not evaluation_policy.local_noise:
+    if policy.interval and plan.privacy and not policy.local_noise:
         raise ValueError("evaluation_policy: with example-level privacy, devices report no metric without noise")
-    if evaluation_policy.interval and central_dp and not evaluation_policy.central_noise:
+    if policy.interval and central_dp and not policy.central_noise:
         raise ValueError("evaluation_policy: with device-level privacy, no metric is stored without noise")

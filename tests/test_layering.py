@@ -54,6 +54,13 @@ FLOWER_MODULES = {
     "server/gateway/replies.py",
     "server/supervisor/local_superlink.py",  # SuperLink on a socket of ours
     "strategies/strategy.py",
+    "strategies/cohort.py",
+    "strategies/costs.py",
+    "strategies/flower_strategy.py",
+    "strategies/phases/evaluation.py",
+    "strategies/phases/personalization.py",
+    "strategies/phases/training.py",
+    "strategies/round/messages.py",
     "strategies/round/connected_devices.py",
     "protocol/records.py",
     "simulations/grid/cohort.py",

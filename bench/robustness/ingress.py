@@ -32,10 +32,14 @@ from protocol.tensor_codec import encode, max_payload
 from server.grid.validating_grid import ValidatingGrid
 from simulations.grid.cohort import InProcessGrid, set_message_id
 from strategies.aggregation import Aggregated, Linearity, Updates, in_every_round
-from strategies.planning.plan import PlanLimits
+from strategies.cohort import CohortRule
+from strategies.download import AdapterFormat
+from strategies.flower_strategy import FlowerStrategy
+from strategies.phases.evaluation import EvaluationRule
+from strategies.round.messages import to_messages
 from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection.everyone import Everyone
-from strategies.strategy import FederatedStrategy
+from strategies.server_update import ServerUpdate
 from training.jobs import Picture
 
 ACCEPTED = "accepted"
@@ -157,7 +161,7 @@ class _Server:
         """Return an entry point for each type of reply."""
         origin: dict[str, object] = {"device": REPORT.device}
         replies: list[
-            tuple[messages.Reply, dict[str, object], Callable[[FederatedStrategy], Callable[[], dict[str, int]]]]
+            tuple[messages.Reply, dict[str, object], Callable[[FlowerStrategy], Callable[[], dict[str, int]]]]
         ] = [
             (
                 messages.Update(
@@ -195,19 +199,18 @@ class _Server:
         self,
         reply: messages.Reply,
         exact: dict[str, object],
-        phase: Callable[[FederatedStrategy], Callable[[], dict[str, int]]],
+        phase: Callable[[FlowerStrategy], Callable[[], dict[str, int]]],
     ) -> Ingress:
         expected = _expected(reply, self._sites, self._plan.rank, exact)
 
         def prepare_attack(attack: MessageAttack) -> PendingAttack:
             self._line.deliver = None
-            strategy = FederatedStrategy(
+            strategy = FlowerStrategy(
                 plan=self._plan,
-                sites=self._sites,
-                aggregation=self._rule,
-                selection=Everyone(),
-                limits=PlanLimits(),
-                evaluation_policy=EvaluationPolicy(local_noise=MEASURING),
+                format=AdapterFormat(sites=self._sites),
+                update=ServerUpdate(aggregation=self._rule),
+                cohort=CohortRule(selection=Everyone()),
+                evaluation=EvaluationRule(policy=EvaluationPolicy(local_noise=MEASURING)),
             )
             receive = phase(strategy)
             self._line.deliver, self._line.content, self._rule.update = attack.prepare(self._request), None, None
@@ -236,7 +239,7 @@ class _Server:
         )
         return [] if same else ["the aggregated adapter is not the sent one with subnormal numbers as 0"]
 
-    def _train(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
+    def _train(self, strategy: FlowerStrategy) -> Callable[[], dict[str, int]]:
         requests = list(strategy.configure_train(ROUND, self._arrays, ConfigRecord(), self._gate))
 
         def receive() -> dict[str, int]:
@@ -245,7 +248,7 @@ class _Server:
 
         return receive
 
-    def _evaluate(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
+    def _evaluate(self, strategy: FlowerStrategy) -> Callable[[], dict[str, int]]:
         requests = list(strategy.configure_evaluate(ROUND, self._arrays, ConfigRecord(), self._gate))
 
         def receive() -> dict[str, int]:
@@ -254,11 +257,12 @@ class _Server:
 
         return receive
 
-    def _personalize(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
-        requests = list(strategy.configure_personalize(_personalize(self._adapter, self._plan.rank), self._gate))
-        return lambda: strategy.aggregate_personalize(self._gate.send_and_receive(requests)).dropped
+    def _personalize(self, strategy: FlowerStrategy) -> Callable[[], dict[str, int]]:
+        request = strategy.personalization.request(_personalize(self._adapter, self._plan.rank), self._gate)
+        messages = to_messages(request.messages)
+        return lambda: strategy.personalization.finish(request, self._gate.send_and_receive(messages)).dropped
 
-    def _query(self, strategy: FederatedStrategy) -> Callable[[], dict[str, int]]:
+    def _query(self, strategy: FlowerStrategy) -> Callable[[], dict[str, int]]:
         return lambda: {} if strategy.query(self._gate) else {"refused": 1}
 
 

@@ -30,15 +30,16 @@ from bench.lib.machine import machine, versions
 from conf.compose import compose
 from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base, load
-from models.lora.adapter import init_adapter, to_tensors
+from models.lora.adapter import init_adapter
 from privacy.storage import FileStorage, Storage
 from protocol import records
-from protocol.tensor_codec import encode
 from simulations.fleet.participants import participants
 from simulations.fleet.storage import FILE, Database
 from simulations.grid.cohort import CohortGrid, commit_each_write
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
+from strategies.round.messages import to_messages
+from strategies.round.request import RoundStart
 from training.jobs import EncodeJob, Examples, Job, Result, TrainedAdapter, TrainJob
 
 WARM_UP = 2  # warm-up rounds that are not counted
@@ -85,13 +86,13 @@ def measure(config: SimulationConfig, base: Base, folder: Path, storage: str) ->
     plan = training_plan(config, run="bench", base=base.hash)
     strategy = build(config, plan, base.sites, accept_simulated=True)
     grid = CohortGrid([person.device for person in people], partial(skip_training, base), group_commit=together)
-    adapter = encode(to_tensors(init_adapter(base.sites, config.adapter.shared.rank, seed=0)))
+    adapter = init_adapter(base.sites, config.adapter.shared.rank, seed=0)
     costs = []
     for number in range(1, config.rounds + 1):
         gc.collect()
         cpu, wall = time.process_time(), time.perf_counter()
-        requests = strategy.configure_train(number, records.adapter_to_record(adapter), records.ConfigRecord(), grid)
-        for reply in grid.send_and_receive(requests):
+        request = strategy.training.request(RoundStart(number=number, adapter=adapter), grid)
+        for reply in grid.send_and_receive(to_messages(request.messages)):
             if reply.has_error():
                 raise RuntimeError(reply.error.reason)
             records.reply_from_records(reply.metadata.message_type, reply.content)

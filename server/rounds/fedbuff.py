@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from models.lora.adapter import Adapter, adapter_shapes, from_tensors
-from protocol.records import adapter_from_record
-from protocol.tensor_codec import decode
+from models.lora.adapter import Adapter
 from server.rounds.collect import FINAL_POLL, StragglerTracker, pull, push
 from server.rounds.sync import RoundLimits
 from strategies.clock import WallClock
 from strategies.fedbuff import PLANS_PER_ROUND, Rebase, plan_number, staleness_weight
-from strategies.round.updates import RoundRequest, RoundUpdates
+from strategies.round.messages import to_messages
+from strategies.round.request import RoundRequest, RoundResult, RoundStart
 from strategies.strategy import FederatedStrategy
 
 
@@ -72,23 +71,24 @@ class FedBuffRunner:
         self._done: set[int] = set()  # nodes that are not asked again in this round
         self._counts: Counter[int] = Counter()  # number of updates of each node in this round
         self._next_plan = 0  # index of the next plan in this round
+        self._eligible: frozenset[int] = frozenset()  # nodes that could have been asked last
         self._until = 0.0  # end of this round, on the clock
         self._stragglers = StragglerTracker(grid)
 
-    def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
+    def train(self, start: RoundStart) -> RoundResult:
         """Aggregate the next K updates, or fewer if no more arrive in time."""
-        current = from_tensors(decode(adapter_from_record(arrays), adapter_shapes(self._strategy.sites, -1)))
+        number, training = start.number, self._strategy.training
         self._until = until = self._clock.now() + self._limits.timeout
         self._done, self._counts, self._next_plan = set(), Counter(), 0
         ended: list[_InFlight] = []
         dropped: Counter[str] = Counter()
-        self._send_requests(number, arrays)
-        with RoundUpdates() as updates:
+        with training.open_updates(start) as updates:
+            self._send_requests(start)
             while True:
                 for flight, replies in self._arrived(until, number):
                     ended.append(flight)
-                    rebase = partial(self._rebased, current, flight, number)
-                    rejected = self._strategy.accept_replies(flight.request, replies, updates, rebase=rebase)
+                    rebase = partial(self._rebased, start, flight)
+                    rejected = training.accept(start, flight.request, replies, updates, rebase=rebase)
                     dropped.update(rejected)
                     if rejected:
                         self._done.add(flight.node)
@@ -98,13 +98,14 @@ class FedBuffRunner:
                         break
                 if len(updates) == self._size or self._clock.now() >= until:
                     break
-                self._send_requests(number, arrays)
+                self._send_requests(start)
                 if not self._in_flight and self._unavailable() >= set(self._strategy.query(self._grid)) > set():
                     break  # no device is left to wait for
                 self._clock.wait(until)
             if late := self._stragglers.count(round=number):
                 dropped["late"] = late
-            return self._strategy.finish_round(number, current, [flight.request for flight in ended], updates, dropped)
+            requests = [flight.request for flight in ended]
+            return training.finish(start, requests, updates, dropped, current=start.adapter)
 
     def _arrived(self, until: float, number: int) -> Iterator[tuple[_InFlight, list[Message]]]:
         """Yield requests with the reply that arrived, and expired requests without one."""
@@ -119,18 +120,18 @@ class FedBuffRunner:
                 self._stragglers.add([name], round=number)
                 yield self._in_flight.pop(name), []
 
-    def _rebased(self, current: Adapter, flight: _InFlight, number: int, trained: Adapter) -> Adapter:
-        if (
-            flight.round == number and not flight.request.residual
-        ):  # the device started from the server's current adapter
+    def _rebased(self, start: RoundStart, flight: _InFlight, trained: Adapter) -> Adapter:
+        current = flight.round == start.number and not flight.request.residual
+        if current:  # the device started from the server's current adapter
             return trained
-        return self._rebase(current, flight.request.adapter, trained, staleness_weight(number - flight.round))
+        age = start.number - flight.round
+        return self._rebase(start.adapter, flight.request.adapter, trained, staleness_weight(age))
 
-    def _send_requests(self, number: int, arrays: ArrayRecord) -> None:
+    def _send_requests(self, start: RoundStart) -> None:
         """Ask idle devices up to the concurrency, first those without an update in this round."""
         share = 1
         while len(self._in_flight) < self._concurrency and self._next_plan < PLANS_PER_ROUND:
-            if self._ask(number, arrays, share):
+            if self._ask(start, share):
                 continue
             if share < self._max_share():
                 share += 1
@@ -147,28 +148,32 @@ class FedBuffRunner:
         """Return the maximum number of updates of one device in this round."""
         if self._strategy.private:
             return 1
-        eligible = (
-            {flight.node for flight in self._in_flight.values()} | self._counts.keys() | self._strategy.eligible_nodes
-        )
+        eligible = {flight.node for flight in self._in_flight.values()} | self._counts.keys() | self._eligible
         return -(-self._size // max(1, len(eligible - self._done)))
 
-    def _ask(self, number: int, arrays: ArrayRecord, share: int) -> bool:
+    def _ask(self, start: RoundStart, share: int) -> bool:
         """Ask some of the nodes with fewer than `share` updates; False if there are none."""
-        strategy, until = self._strategy, self._clock.now() + self._limits.timeout
-        strategy.max_new = self._concurrency - len(self._in_flight)
+        private, until = self._strategy.private, self._clock.now() + self._limits.timeout
         in_flight = {flight.node for flight in self._in_flight.values()}
-        strategy.busy_nodes = in_flight | self._done | {node for node, count in self._counts.items() if count >= share}
-        draw = plan_number(number, self._next_plan)
-        plan = plan_number(number, 0) if strategy.private else draw
-        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan, draw=draw))
-        request = strategy.take_request()
-        if not messages:
+        draw = plan_number(start.number, self._next_plan)
+        request = self._strategy.training.request(
+            start,
+            self._grid,
+            busy=in_flight | self._done | {node for node, count in self._counts.items() if count >= share},
+            limit=self._concurrency - len(self._in_flight),
+            plan_number=plan_number(start.number, 0) if private else draw,
+            draw=draw,
+        )
+        self._eligible = request.eligible
+        if not (messages := to_messages(request.messages)):
             return False
         self._next_plan += 1
         seconds = max(FINAL_POLL, self._until - self._clock.now())
         for name, message in zip(push(self._grid, messages, seconds), messages, strict=True):
             node = message.metadata.dst_node_id
-            own = replace(request, plans={node: request.plans[node]}, bytes_down=request.bytes_down // len(messages))
-            self._in_flight[name] = _InFlight(node=node, request=own, round=number, until=until)
-            self._done |= {node} if strategy.private else set()
+            own = replace(
+                request, messages={}, plans={node: request.plans[node]}, bytes_down=request.bytes_down // len(messages)
+            )
+            self._in_flight[name] = _InFlight(node=node, request=own, round=start.number, until=until)
+            self._done |= {node} if private else set()
         return True

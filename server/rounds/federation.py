@@ -59,9 +59,9 @@ def federate(
     state = saved or RunState.start(
         run=plan.run,
         private=strategy.private,
-        adapter=zero_adapter(strategy.lora_xs_bases)
-        if strategy.lora_xs_bases
-        else init_adapter(strategy.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
+        adapter=zero_adapter(strategy.format.lora_xs_bases)
+        if strategy.format.lora_xs_bases
+        else init_adapter(strategy.format.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
     )
     timeout, cohort = config.round_loop.timeout, config.cohort
     target = cohort.size if cohort.overselection > 1 else None

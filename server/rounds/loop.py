@@ -10,22 +10,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from models.lora.adapter import adapter_shapes, from_tensors, to_tensors
 from protocol.messages import Personalize
-from protocol.records import adapter_from_record, adapter_to_record
-from protocol.tensor_codec import decode, encode
 from server.rounds import checkpoint
 from server.rounds.patience import RoundRetries, wait_for_devices
 from server.rounds.state import Round, RunState
 from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
 from strategies.central_dp import BudgetExhausted
 from strategies.clock import WallClock
+from strategies.round.history import TrainingHistory
+from strategies.round.messages import to_messages
 from strategies.round.metrics import PersonalizationMetrics, ValidationMetrics
+from strategies.round.request import RoundResult, RoundStart
 from strategies.strategy import FederatedStrategy
 
 log = logging.getLogger(__name__)
@@ -76,30 +76,35 @@ def run_rounds(
             no successful round for `patience` hours, or the server's ledger is not the one of this state.
     """
     strategy.summary()
-    strategy.restore_history(state.devices, (done.train for done in state.history))
-    strategy.state = state.memory
     ledger = strategy.central_dp.ledger if strategy.central_dp else None
     if ledger:
         ledger.check(state.ledger)
         ledger.release(state.run, state.round)  # a kill may have prevented this call after the last checkpoint
     round_runner = round_runner or SyncRunner(grid, strategy, limits)
     first, clock = state.round, limits.clock or WallClock()
-    retries = RoundRetries(clock, patience)
+    retries, start = RoundRetries(clock, patience), _first_start(state)
     while state.round < rounds:
-        number = state.round + 1
+        number, started = state.round + 1, time.perf_counter()
         needed = min_devices if state.round == first else min(min_devices, 1)
         wait_for_devices(grid, strategy, needed, clock, limits.timeout, wait_forever=wait_forever)
-        quorum = strategy.quorum if wait_forever and strategy.can_redraw else 0
-        try:
-            after = _one_round(number, grid, strategy, state, round_runner, limits.timeout, quorum=quorum)
-        except BudgetExhausted as error:
-            log.warning("the run ends after round %d of %d: %s", state.round, rounds, error)
-            break
-        if after is None:
-            retries.wait(number, strategy.trained, quorum=quorum)
-            continue
+        quorum = strategy.update.quorum if wait_forever and strategy.can_redraw else 0
+        start = replace(start, number=number, adapter=strategy.format.as_decoded(state.adapter))
+        train = None
+        if number > 0:
+            try:
+                result = round_runner.train(start)
+            except BudgetExhausted as error:
+                log.warning("the run ends after round %d of %d: %s", state.round, rounds, error)
+                break
+            start, train = _after_training(start, result), result.metrics
+            if train.replied < quorum:
+                retries.wait(number, train, quorum=quorum)
+                continue
         retries.reset()
-        state = after
+        validation = _evaluate(grid, strategy, start, limits.timeout)
+        start = replace(start, history=start.history.after_evaluation(validation))
+        done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
+        state = state.after(done, start.adapter, ledger.anchor() if ledger else None, start.memory)
         before_checkpoint(number)
         checkpoint.save(checkpoints, state)
         if ledger:
@@ -125,41 +130,36 @@ def personalize(
         devices: names of the devices; None: all.
         timeout: seconds to wait for their replies.
     """
-    return strategy.aggregate_personalize(
-        grid.send_and_receive(strategy.configure_personalize(request, grid, devices), timeout=timeout)
+    sent = strategy.personalization.request(request, grid, devices)
+    return strategy.personalization.finish(sent, grid.send_and_receive(to_messages(sent.messages), timeout=timeout))
+
+
+def _first_start(state: RunState) -> RoundStart:
+    """Return the state before the next round of a run."""
+    rounds = [done.train for done in state.history]
+    return RoundStart(
+        number=state.round + 1,
+        adapter=state.adapter,
+        memory=state.memory,
+        history=TrainingHistory.of(state.devices, rounds),
+        release=rounds[-1].central if rounds and rounds[-1] else None,
     )
 
 
-def _one_round(
-    number: int,
-    grid: Grid,
-    strategy: FederatedStrategy,
-    state: RunState,
-    round_runner: RoundRunner,
-    timeout: float,
-    *,
-    quorum: int,
-) -> RunState | None:
-    """Run one round, and return the state after it; None if it has fewer accepted replies than it needs."""
-    started = time.perf_counter()
-    arrays = adapter_to_record(encode(to_tensors(state.adapter)))
-    config = ConfigRecord()  # Flower's record for settings; Anther sends its settings in the messages
-    train = None
-    if strategy.central_dp:
-        last = state.history[-1].train if state.history else None
-        strategy.central_dp.resume(last.central if last else None)
-    if number > 0:
-        aggregated = round_runner.train(number, arrays)
-        arrays = arrays if aggregated is None else aggregated
-        train = strategy.trained
-        if train is None or train.replied < quorum:
-            return None
-    validation = ValidationMetrics(base=None, shared=None)
-    if number > 0 and strategy.is_evaluated(number):  # before training, an adapter's loss is the base's
-        replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
-        strategy.aggregate_evaluate(number, replies)
-        validation = strategy.validation or validation
-    adapter = from_tensors(decode(adapter_from_record(arrays), adapter_shapes(strategy.sites, -1)))
-    done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
-    anchor = strategy.central_dp.ledger.anchor() if strategy.central_dp else None
-    return state.after(done, adapter, anchor, strategy.state)
+def _after_training(start: RoundStart, result: RoundResult) -> RoundStart:
+    """Return the state after a training: before its evaluation, or before another attempt if this one doesn't count."""
+    return replace(
+        start,
+        adapter=start.adapter if result.adapter is None else result.adapter,
+        memory=result.memory,
+        history=start.history.after_training(result.metrics),
+        release=result.metrics.central,
+    )
+
+
+def _evaluate(grid: Grid, strategy: FederatedStrategy, start: RoundStart, timeout: float) -> ValidationMetrics:
+    """Evaluate the adapter of a round on devices, if it is due; before training, an adapter's loss is the base's."""
+    request = strategy.evaluation.request(start, grid) if start.number > 0 else None
+    if request is None:
+        return ValidationMetrics(base=None, shared=None)
+    return strategy.evaluation.finish(request, grid.send_and_receive(to_messages(request.messages), timeout=timeout))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.seeding import derive_seed
 from server.rounds.collect import StragglerTracker, collect
 from strategies.clock import Clock, WallClock
+from strategies.round.messages import to_messages
+from strategies.round.request import RoundRequest, RoundResult, RoundStart
+from strategies.round.updates import RoundUpdates
 from strategies.strategy import FederatedStrategy
 
 
@@ -30,10 +34,10 @@ class RoundLimits:
 
 
 class RoundRunner(Protocol):
-    """Train for one round; metrics are in `FederatedStrategy.trained` afterwards."""
+    """Train for one round."""
 
-    def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        """Return the adapter after the round; None to keep the previous one."""
+    def train(self, start: RoundStart) -> RoundResult:
+        """Return the result of a round."""
         ...
 
 
@@ -47,54 +51,60 @@ class SyncRunner:
         self._grid, self._strategy, self._limits = grid, strategy, limits
         self._stragglers = StragglerTracker(grid)
 
-    def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        limits, strategy = self._limits, self._strategy
-        messages = request_training(strategy, self._grid, number, arrays, limits)
-        if limits.clock is None and limits.target_replies is None:
-            aggregated, _ = strategy.aggregate_train(
-                number, self._grid.send_and_receive(messages, timeout=limits.timeout)
-            )
-            return aggregated
-        clock, missing = limits.clock or WallClock(), set[str]()
-        if limits.target_replies is not None:  # among simultaneous replies, names must not decide which ones count
-            random.Random(derive_seed(limits.seed, number, "replies")).shuffle(messages)
-        replies = collect(
+    def train(self, start: RoundStart) -> RoundResult:
+        training, missing = self._strategy.training, set[str]()
+        request = request_training(self._strategy, self._grid, start, self._limits)
+        with training.open_updates(start, request) as updates:
+            dropped = training.accept(start, request, self._replies(start, request, updates, missing), updates)
+            if late := self._stragglers.count(round=start.number):
+                dropped = {**dropped, "late": late}
+            self._stragglers.add(missing, round=start.number)
+            return training.finish(start, [request], updates, dropped)
+
+    def _replies(
+        self, start: RoundStart, request: RoundRequest, updates: RoundUpdates, missing: set[str]
+    ) -> Iterable[Message]:
+        """Send the requests of a round, and yield the replies that arrive in time.
+
+        Args:
+            start: state before the round.
+            request: the requests.
+            updates: accepted updates of the round.
+            missing: receives the ids of messages without a reply.
+        """
+        limits, target, messages = self._limits, self._limits.target_replies, to_messages(request.messages)
+        if limits.clock is None and target is None:
+            return self._grid.send_and_receive(messages, timeout=limits.timeout)
+        clock = limits.clock or WallClock()
+        if target is not None:  # among simultaneous replies, names must not decide which ones count
+            random.Random(derive_seed(limits.seed, start.number, "replies")).shuffle(messages)
+        return collect(
             self._grid,
             messages,
             clock,
             until=clock.now() + limits.timeout,
-            is_complete=lambda: limits.target_replies is not None and strategy.accepted >= limits.target_replies,
+            is_complete=lambda: target is not None and len(updates) >= target,
             late=missing,
         )
-        aggregated, _ = strategy.aggregate_train(number, replies)
-        if (late := self._stragglers.count(round=number)) and strategy.trained:
-            dropped = {**strategy.trained.dropped, "late": late}
-            strategy.trained = replace(strategy.trained, dropped=dropped)
-        self._stragglers.add(missing, round=number)
-        return aggregated
 
 
-def request_training(
-    strategy: FederatedStrategy, grid: Grid, number: int, arrays: ArrayRecord, limits: RoundLimits
-) -> list[Message]:
-    """Select devices and return their messages.
+def request_training(strategy: FederatedStrategy, grid: Grid, start: RoundStart, limits: RoundLimits) -> RoundRequest:
+    """Select devices and return their requests.
 
     Args:
         strategy: selects the devices.
         grid: connection to the devices.
-        number: number of the round.
-        arrays: the shared adapter.
+        start: state before the round.
         limits: if no device can be asked yet, wait for up to `limits.timeout` seconds.
 
     Returns:
-        One message per device; none if no device could be asked in time.
+        One request per device; none if no device could be asked in time.
     """
-    config = ConfigRecord()  # Flower's record for settings; Anther sends its settings in the messages
-    messages = list(strategy.configure_train(number, arrays, config, grid))
+    request = strategy.training.request(start, grid)
     if (clock := limits.clock) is None:
-        return messages
+        return request
     until = clock.now() + limits.timeout
-    while not messages and strategy.can_redraw and clock.now() < until:
+    while not request.messages and strategy.can_redraw and clock.now() < until:
         clock.wait(until)
-        messages = list(strategy.configure_train(number, arrays, config, grid))
-    return messages
+        request = strategy.training.request(start, grid)
+    return request

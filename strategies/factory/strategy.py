@@ -20,14 +20,20 @@ from privacy.noise import NoiseSource, noise_source
 from protocol.messages import TrainingPlan
 from strategies.central_dp import CentralDP, ChargeLedger, DeviceBudget
 from strategies.clock import Clock
+from strategies.cohort import CohortRule
+from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
 from strategies.factory.selection import build_evaluation_selection, build_selection
 from strategies.fedbuff import BUFFER_SIZE
+from strategies.phases.evaluation import EvaluationRule
 from strategies.planning.plan import CosineDecay, PlanLimits
+from strategies.planning.planner import Planning
 from strategies.planning.site_selection import SiteSelector, base_pass_costs
 from strategies.registry import AGGREGATIONS, Combination, incompatibility, refusal_reason
+from strategies.reply_checks import ReplyChecks
 from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
 from strategies.selection.eligible import Eligibility
+from strategies.server_update import ServerUpdate
 from strategies.strategy import FederatedStrategy
 from strategies.unused_settings import refuse_unused
 
@@ -103,30 +109,40 @@ def build(
     central_dp = (
         _central_dp(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
     )
+    replay_seed = None if seed is None else derive_seed(seed, "replay")
     return FederatedStrategy(
         plan=plan,
-        sites=sites,
-        aggregation=rule,
-        selection=build_selection(config, seed),
-        evaluation_selection=build_evaluation_selection(config),
-        evaluation_policy=evaluation_policy(config, simulated=accept_simulated),
-        server_optimizer=build_server_optimizer(config, rule),
-        download=config.compression.download,
-        limits=limits,
-        lora_xs_bases=lora_xs_bases,
-        lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
-        accept_simulated=accept_simulated,
-        central_dp=central_dp,
-        replay_filter=build_replay_filter(
-            config, rule, sites, seed=None if seed is None else derive_seed(seed, "replay")
+        format=AdapterFormat(
+            sites=sites,
+            adapted=None if config.adapter.sites is None else tuple(sites),
+            lora_xs_bases=lora_xs_bases,
+            precision=config.compression.download,
         ),
-        quorum=config.round_loop.quorum,
-        site_selector=_build_site_selector(config, base),
-        eligibility=_eligibility(config.cohort.eligibility),
+        update=ServerUpdate(
+            aggregation=rule,
+            server_optimizer=build_server_optimizer(config, rule),
+            central_dp=central_dp,
+            quorum=config.round_loop.quorum,
+        ),
+        cohort=CohortRule(
+            selection=build_selection(config, seed),
+            eligibility=_eligibility(config.cohort.eligibility),
+            max_state_age=config.cohort.max_state_age,
+        ),
+        planning=Planning(
+            limits=limits,
+            site_selector=_build_site_selector(config, base),
+            lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
+        ),
+        evaluation=EvaluationRule(
+            policy=evaluation_policy(config, simulated=accept_simulated),
+            selection=build_evaluation_selection(config),
+            timesteps=config.evaluation.timesteps,
+        ),
+        checks=ReplyChecks(
+            accept_simulated=accept_simulated, replay_filter=build_replay_filter(config, rule, sites, seed=replay_seed)
+        ),
         clock=clock,
-        max_state_age=config.cohort.max_state_age,
-        adapted=None if config.adapter.sites is None else tuple(sites),
-        timesteps=config.evaluation.timesteps,
     )
 
 

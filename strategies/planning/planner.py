@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from models.lora.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning.knapsack import SiteSet
 from strategies.planning.plan import PlanLimits, affordable_steps, restricted_plan, seconds_per_step, transfer_seconds
 from strategies.planning.site_selection import SiteSelector, best_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """How the plan of a device without limits becomes the plan of each device."""
+
+    limits: PlanLimits = field(default_factory=PlanLimits)
+    site_selector: SiteSelector | None = None
+    """Selects the sites that each device trains; None: all of them."""
+    lr_schedule: Callable[[float, int], float] | None = None
+    """Computes the learning rate of a round from the plan's rate and the round's number; None: constant."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from strategies.round.metrics import DeviceMetrics, TrainMetrics, largest
+from strategies.round.metrics import DeviceMetrics, TrainMetrics, ValidationMetrics, largest
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainingHistory:
-    """Totals over all rounds so far.
+    """Totals over all rounds so far."""
 
-    Attributes:
-        devices: totals of each device, by name.
-        losses: training loss of each round that has one.
-        spent: largest ε per picture that any device reported.
-    """
+    devices: Mapping[str, DeviceMetrics] = field(default_factory=dict)
+    """Totals of each device, by name."""
+    losses: tuple[float, ...] = ()
+    """Training loss of each round that has one."""
+    spent: float | None = None
+    """Largest ε per picture that any device reported."""
 
-    def __init__(self) -> None:
-        self.devices: dict[str, DeviceMetrics] = {}
-        self.losses: list[float] = []
-        self.spent: float | None = None
+    @staticmethod
+    def of(devices: Mapping[str, DeviceMetrics], rounds: Iterable[TrainMetrics | None] = ()) -> TrainingHistory:
+        """Make the history of a run from its state.
 
-    def restore(self, devices: Mapping[str, DeviceMetrics], rounds: Iterable[TrainMetrics | None]) -> None:
-        """Restore the devices and rounds of a resumed run."""
-        for name, metrics in devices.items():
-            before = self.devices.get(name, metrics)
-            self.devices[name] = replace(metrics, events=max(before.events, metrics.events))
-        self.losses = [metrics.loss for metrics in rounds if metrics and metrics.loss is not None]
-        self.spent = largest(metrics.epsilon for metrics in self.devices.values())
+        Args:
+            devices: totals of each device.
+            rounds: metrics of each round; None for a round without training.
+        """
+        return TrainingHistory(
+            devices=devices,
+            losses=tuple(metrics.loss for metrics in rounds if metrics and metrics.loss is not None),
+            spent=largest(metrics.epsilon for metrics in devices.values()),
+        )
 
-    def add_round(self, metrics: TrainMetrics) -> None:
-        """Add one round."""
-        self.spent = metrics.epsilon
+    def after_training(self, metrics: TrainMetrics) -> TrainingHistory:
+        """Return the history with one more round of training."""
+        devices = dict(self.devices)
         for name, one in metrics.devices.items():
-            before = self.devices.get(name)
-            self.devices[name] = before.merge(one) if before else one
-        if metrics.loss is not None:
-            self.losses.append(metrics.loss)
+            devices[name] = devices[name].merge(one) if name in devices else one
+        losses = self.losses if metrics.loss is None else (*self.losses, metrics.loss)
+        return TrainingHistory(devices=devices, losses=losses, spent=metrics.epsilon)
+
+    def after_evaluation(self, metrics: ValidationMetrics) -> TrainingHistory:
+        """Return the history with one more evaluation."""
+        return replace(self, spent=largest([self.spent, metrics.epsilon]))
 
     def events(self, name: str) -> int:
         """Return the largest reported number of ledger entries that the device's rounds can have written."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from privacy.accounting import PoissonGaussian, epsilon
 from protocol.messages import EvaluationPrivacy, TrainingPlan
+from strategies.round.private_evaluation import EvaluationPolicy
 
 
 def explained_epsilon(
@@ -45,6 +47,32 @@ def explained_epsilon(
         noise = evaluation.noise_multiplier
         events = (*events, PoissonGaussian(noise_multiplier=noise, sampling_rate=1.0, steps=evaluations))
     return epsilon(events, delta or plan.privacy.delta).value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainedEpsilon:
+    """`explained_epsilon` of a run, by the numbers of its rounds."""
+
+    plan: TrainingPlan
+    policy: EvaluationPolicy
+
+    def __call__(self, rounds: int, *, evaluated: int, delta: float | None = None) -> float | None:
+        """Compute ε per picture of the first rounds.
+
+        Args:
+            rounds: number of training rounds.
+            evaluated: number of rounds after which the adapter was evaluated, if due.
+            delta: δ of the result; None: that of the plan.
+
+        Returns:
+            ε; None without example-level privacy, or if the plan's δ does not exceed `delta`.
+        """
+        if self.plan.privacy is None or (delta and self.plan.privacy.delta <= delta):
+            return None
+        evaluations = sum(self.policy.is_due(number) for number in range(1, evaluated + 1))
+        return explained_epsilon(
+            self.plan, rounds=rounds, evaluation=self.policy.local_noise, evaluations=evaluations, delta=delta
+        )
 
 
 def cap_epsilon(reported: float | None, limit: float | None) -> float | None:

@@ -1,38 +1,17 @@
-"""Requests of a training round, and the accepted updates."""
+"""Accepted updates of a training round."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from models.lora.adapter import Adapter
-from protocol.messages import DeviceReport, TrainingPlan, Update
+from protocol.messages import Update
 from strategies.round.update_spool import UpdateKey, UpdateSpool
-from strategies.scaffold import ControlUpdate
 
 Sketches = list[tuple[str, Tensor]]
 """Device name and sketch [sites, 1 + n] of each update that arrived in the current round, accepted or not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundRequest:
-    """Training requests that were sent, to validate the replies against."""
-
-    adapter: Adapter
-    """Adapter that was sent, as decoded by the devices."""
-    plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
-    """Report and plan of each device, by node."""
-    not_contacted: tuple[str, ...] = ()
-    """Names of the selected devices that could not be contacted. Under device-level privacy they count as asked."""
-    bytes_down: int
-    control_update: ControlUpdate | None
-    """Update of the server's control variate; None without SCAFFOLD."""
-    residual: Mapping[str, Tensor]
-    """Quantization residual of the adapter that was sent, to be added to the next one."""
-    sent_at: float | None = None
-    """Time of sending on the strategy's clock; None if devices' seconds are not those of that clock."""
 
 
 class RoundUpdates:
@@ -42,13 +21,15 @@ class RoundUpdates:
         reserved_bytes: disk space to reserve for the factors.
 
     Attributes:
+        max_epsilon: ε per picture that the plans of this run explain; None without example-level privacy.
         adapters: factors of the updates.
         bytes_up: payload size of each update.
         sketches: sketches for the replay filter.
         told: largest ε that a device's ledger reported.
     """
 
-    def __init__(self, reserved_bytes: int = 0) -> None:
+    def __init__(self, reserved_bytes: int = 0, *, max_epsilon: float | None = None) -> None:
+        self.max_epsilon = max_epsilon
         self.adapters = UpdateSpool(reserved_bytes)
         self.bytes_up: dict[UpdateKey, int] = {}
         self.sketches: Sketches = []

@@ -12,8 +12,8 @@ from privacy.storage import FileStorage
 from server.ledger import ServerLedger
 from strategies.aggregation.fedit import FedIT
 from strategies.central_dp import CentralDP, DeviceBudget
+from strategies.flower_strategy import FlowerStrategy
 from strategies.selection.poisson import Poisson
-from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import PLAN, SITES, strategy
 
 Z, CLIP, EXPECTED = 1.5, 0.2, 4.0
@@ -38,7 +38,7 @@ def central_dp(folder: Path, **changes: Any) -> CentralDP:
     return CentralDP(**settings | changes)
 
 
-def private(folder: Path, *, level: dict[str, Any] | None = None, **changes: Any) -> FederatedStrategy:
+def private(folder: Path, *, level: dict[str, Any] | None = None, **changes: Any) -> FlowerStrategy:
     """Make a strategy with FedIT and central DP."""
     settings = {"aggregation": FedIT(), "accept_simulated": True} | changes
     return strategy(central_dp=central_dp(folder, **level or {}), **settings)

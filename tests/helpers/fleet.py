@@ -19,9 +19,10 @@ from protocol.messages import DeviceReport, TrainingPlan
 from protocol.tensor_codec import decode, encode
 from server.rounds.state import RunState
 from strategies.aggregation.exact import Exact
+from strategies.flower_strategy import FlowerStrategy
 from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
-from strategies.strategy import FederatedStrategy
+from tests.helpers.strategies import make_strategy
 
 SITES = {"x": Site(6, 5), "y": Site(4, 7)}
 PLAN = TrainingPlan(run="run", round=0, base="base", rank=3, steps=2, batch_size=4, learning_rate=0.1)
@@ -131,7 +132,7 @@ def _reply(request: Any, device: FakeDevice) -> Any:
     raise AssertionError(request)
 
 
-def strategy(**changes: Any) -> FederatedStrategy:
+def strategy(**changes: Any) -> FlowerStrategy:
     settings: dict[str, Any] = {
         "plan": PLAN,
         "sites": SITES,
@@ -139,7 +140,7 @@ def strategy(**changes: Any) -> FederatedStrategy:
         "selection": Everyone(),
         "limits": PlanLimits(),
     }
-    return FederatedStrategy(**settings | changes)
+    return make_strategy(**settings | changes)
 
 
 def fresh_state(*, private: bool = False) -> RunState:

@@ -15,10 +15,9 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from models.lora.adapter import init_adapter, to_tensors
+from models.lora.adapter import init_adapter
 from protocol import records
 from protocol.messages import Query
-from protocol.tensor_codec import encode
 from server.grid.backoff import FIRST, LONGEST, NodeBackoff
 from server.rounds.collect import StragglerTracker, collect
 from server.rounds.fedbuff import FedBuffRunner
@@ -26,6 +25,7 @@ from server.rounds.sync import RoundLimits
 from strategies.aggregation.fedit import FedIT
 from strategies.clock import WallClock
 from strategies.fedbuff import REBASES
+from strategies.round.request import RoundStart
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, _reply, strategy
 from tests.helpers.superlink import FakeNode, SuperLinkHarness
 
@@ -362,11 +362,12 @@ def test_fedbuff_round_ends_in_time(link, passing):
     gate, federated = link.grid(), strategy(aggregation=FedIT())
     gate.names = lambda: {device.node: device.name for device in (mallory, silent, ada)}
     for device in (mallory, silent, ada):
-        federated._devices.update_report(device.node, replace(REPORT, device=device.name), now=0.0)
-    federated.query = lambda _: {n: r for n, r in federated._devices.reports.items() if n in gate.get_node_ids()}
+        federated.cohort.devices.update_report(device.node, replace(REPORT, device=device.name), now=0.0)
+    reports = federated.cohort.devices.reports
+    federated.cohort.query = lambda _: {n: report for n, report in reports.items() if n in gate.get_node_ids()}
     limits = RoundLimits(clock=WallClock(), timeout=LIMIT)
     round_runner = FedBuffRunner(gate, federated, limits, shift=REBASES["fedit"], size=3, concurrency=3)
-    pushed, arrays = gate.push, records.adapter_to_record(encode(to_tensors(init_adapter(SITES, PLAN.rank, seed=0))))
+    pushed, adapter = gate.push, init_adapter(SITES, PLAN.rank, seed=0)
 
     def push(messages, left):
         messages = list(messages)
@@ -383,9 +384,10 @@ def test_fedbuff_round_ends_in_time(link, passing):
     gate.push = push
     for number in (1, 2):
         passing.passed = 0.0
-        assert round_runner.train(number, arrays) is not None
+        result = round_runner.train(RoundStart(number=number, adapter=adapter))
         assert passing.passed < LIMIT + 2.0
-        assert federated.trained.replied >= 1
+        assert result.adapter is not None
+        assert result.metrics.replied >= 1
 
 
 def test_unpulled_messages_are_deleted(link):

@@ -21,8 +21,8 @@ from server.rounds.state import RunState
 from simulations.grid.cohort import CohortGrid
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
+from strategies.flower_strategy import FlowerStrategy
 from strategies.registry import AGGREGATIONS
-from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import REPORT, SITES, FakeDevice, bases_file, handle, perform
 
 NAMES = "abcd"
@@ -75,19 +75,20 @@ def spoil(change: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
     return lambda reply: change(reply) if isinstance(reply, Update) and reply.round in in_rounds else reply
 
 
-def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[FederatedStrategy, RunState]:
+def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[FlowerStrategy, RunState]:
     option = f"adapter.lora_xs_bases={bases_file(folder)}" if name == "fedsb" else ""
     config = composed(
         f"aggregation={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {overrides}"
     )
     plan = training_plan(config, run="run", base="base")
     federated = build(config, plan, SITES, accept_simulated=True)
-    adapter = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
+    bases = federated.format.lora_xs_bases
+    adapter = zero_adapter(bases) if bases else init_adapter(SITES, 3, seed=0)
     return federated, RunState.start(run="run", private=False, adapter=adapter)
 
 
 def run(
-    federated: FederatedStrategy, state: RunState, devices: list[FakeDevice], folder: Path, on_round: Any = None
+    federated: FlowerStrategy, state: RunState, devices: list[FakeDevice], folder: Path, on_round: Any = None
 ) -> RunState:
     return run_rounds(
         grid=CohortGrid(devices, perform),  # type: ignore[arg-type]

@@ -25,9 +25,11 @@ from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.ffa import FFA
 from strategies.central_dp import BudgetExhausted
 from strategies.factory.strategy import build
+from strategies.flower_strategy import FlowerStrategy
 from strategies.planning.plan import PlanLimits
 from strategies.planning.site_selection import SiteSelector
 from strategies.round.connected_devices import ConnectedDevices
+from strategies.round.request import RoundStart
 from strategies.selection import Selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eafl import EAFL
@@ -36,7 +38,6 @@ from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
-from strategies.strategy import FederatedStrategy
 from tests.helpers.central import BUDGET, central_dp, poisson, private
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.strategies.planning.test_knapsack import table
@@ -66,7 +67,7 @@ def device(name: str, **report: Any) -> FakeDevice:
     return FakeDevice(name, report=replace(REPORT, device=name, **report))
 
 
-def train(federated: FederatedStrategy, devices: Iterable[FakeDevice], round: int = 1) -> list[str]:
+def train(federated: FlowerStrategy, devices: Iterable[FakeDevice], round: int = 1) -> list[str]:
     """Run a round, and return the names of the devices that were asked."""
     grid = CohortGrid(list(devices), perform)
     start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
@@ -146,7 +147,7 @@ def test_central_dp_schedule_ignores_unable_devices(tmp_path: Path, selection: s
                 schedules[-1].append(train(federated, fleet, number))
         assert federated.central_dp is not None
         paid = federated.central_dp.ledger.participations()
-        assert paid == {name: metrics.asked for name, metrics in federated._history.devices.items()}
+        assert paid == {name: metrics.asked for name, metrics in federated.history.devices.items()}
         assert max(paid.values()) == BUDGET.participations
     able, unable_schedule = schedules
     assert unable_schedule == [[name for name in names if name != "b"] for names in able]
@@ -174,7 +175,10 @@ def test_central_dp_refuses_link_limits(tmp_path: Path) -> None:
     for level, rank_limit in (("device", None), ("none", 4)):
         config = compose(f"aggregation=ffa privacy={level} adapter.shared.rank=3")
         ledger = central_dp(tmp_path).ledger
-        assert build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)._limits.metered_rank == rank_limit
+        assert (
+            build(config, PLAN, SITES, accept_simulated=True, ledger=ledger).cohort.planner.limits.metered_rank
+            == rank_limit
+        )
     config = compose("aggregation=ffa privacy=device adapter.shared.rank=3 compression.metered_upload=int4")
     with pytest.raises(AntherError, match=r"compression\.metered_upload=int4: the link of a device is private"):
         build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)
@@ -201,10 +205,10 @@ def test_busy_nodes_are_not_queried() -> None:
     clock, devices = ManualClock(), [device("a"), device("b")]
     federated = strategy(eligibility=Eligibility(idle=True), clock=clock, max_state_age=60.0)
     train(federated, devices, 1)
-    clock.time, federated.busy_nodes = 100.0, {1}
-    assert train(federated, devices, 2) == ["b"]
+    clock.time = 100.0
+    begin = RoundStart(number=2, adapter=init_adapter(SITES, 3, seed=0))
+    assert set(federated.training.request(begin, CohortGrid(devices, perform), busy={1}).messages) == {2}
     assert [one.requests.count("Query") for one in devices] == [1, 2]
-    federated.busy_nodes = set()
     train(federated, devices, 3)
     assert [one.requests.count("Query") for one in devices] == [2, 2]
 
@@ -304,7 +308,7 @@ def test_name_belongs_to_its_registered_key(caplog: pytest.LogCaptureFixture) ->
     assert "reports the name 'ada', is rejected: its key was registered as 'mallory'" in caplog.text
     assert "reports the name 'sybil-1', is rejected: its key was registered as 'zoe'" in caplog.text
     assert list(federated.query(grid)) == [1]  # the others are not queried again
-    federated._devices.nodes_to_query({1}, now=0.0)  # they reconnect under their own names
+    federated.cohort.devices.nodes_to_query({1}, now=0.0)  # they reconnect under their own names
     for device in devices:
         device.report = replace(REPORT, device=device.name)
     assert [report.device for report in federated.query(grid).values()] == ["ada", "mallory", "zoe"]
@@ -352,7 +356,7 @@ def test_server_records_requests_and_losses() -> None:
     federated = strategy(selection=RoundRobin(size=2))
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=fails), FakeDevice("c")]
     assert [train(federated, devices, number) for number in (1, 2, 3)] == [["a", "b"], ["a", "c"], ["b", "c"]]
-    known = federated._history.devices
+    known = federated.history.devices
     assert {name: (metrics.asked, metrics.last, metrics.loss) for name, metrics in known.items()} == {
         "a": (2, 2, 0.5),
         "b": (2, 3, None),

@@ -28,6 +28,7 @@ from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedsb import FedSB
 from strategies.central_dp import BudgetExhausted, changes
 from strategies.round.private_evaluation import CentralDPEvaluation, EvaluationPolicy
+from strategies.round.request import RoundStart
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.central import BUDGET, CLIP, EXPECTED, Z, central_dp, poisson, private, simulated
@@ -193,7 +194,7 @@ def test_disk_space_is_reserved_before_charging(tmp_path):
     assert central_dp(tmp_path).ledger.charges() == []
     federated = private(tmp_path)
     messages = federated.configure_train(1, start(), ConfigRecord(), grid := CohortGrid(devices, perform))
-    file = federated._reserved.adapters._file.fileno()
+    file = federated._training[1].updates.adapters._file.fileno()
     assert os.fstat(file).st_size >= 2 * each
     released, _ = federated.aggregate_train(1, grid.send_and_receive(messages))
     assert released is not None
@@ -205,7 +206,7 @@ def test_charged_round_is_released_once(tmp_path):
     federated = private(tmp_path)
     train(federated, [FakeDevice("a")])
     with pytest.raises(ValueError, match="charge_round must be called before a round is released"):
-        federated.central_dp.privatize(federated._aggregation, START, [], round=1)
+        federated.central_dp.privatize(federated.update.aggregation, START, [], round=1)
 
 
 def test_devices_at_their_limit_are_not_asked(tmp_path):
@@ -259,7 +260,7 @@ def test_metrics_contain_noised_values_only(tmp_path):
     assert set(metrics.diagnostics) == {"snr", "clip", "noise"}
     assert metrics.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
     assert federated.private
-    assert not federated.is_evaluated(1)
+    assert not federated.evaluation.policy.is_due(1)
 
 
 def test_oversized_release_is_charged_but_not_used(tmp_path, caplog):
@@ -270,7 +271,7 @@ def test_oversized_release_is_charged_but_not_used(tmp_path, caplog):
         assert train(federated, devices) is None
         assert "devices would refuse the next" in caplog.text
         caplog.clear()
-        assert federated.state == {}
+        assert federated.memory == {}
         assert federated.trained.central.guarantee == federated.trained.guarantees[0]
         assert federated.central_dp.ledger.participations() == {"a": 1}
 
@@ -369,9 +370,8 @@ def test_adaptive_clip_is_resumed(tmp_path):
     federated = private(tmp_path, level=level)
     first = train_metrics(federated, [FakeDevice("a")]).central
     assert first.clip == CLIP != first.next_clip
-    federated.central_dp.resume(first)
     assert train_metrics(federated, [FakeDevice("a")]).central.clip == first.next_clip
-    federated.central_dp.resume(None)
+    federated.trained = None  # a new run
     assert train_metrics(federated, [FakeDevice("a")]).central.clip == CLIP
     charged = [charge.clip for charge in federated.central_dp.ledger.charges()]
     assert charged == [CLIP, first.next_clip, CLIP]
@@ -403,7 +403,7 @@ def test_server_optimizer_uses_the_noised_mean(tmp_path):
     stepped = private(tmp_path / "step", server_optimizer=FedAvgM(lr=0.5, momentum=0.9))
     assert flat(train(stepped, devices)) == pytest.approx((flat(START) + flat(released)) / 2, abs=1e-6)
     change = flat(released) - flat(START)
-    mean = from_tensors(stepped.state["mean"])
+    mean = from_tensors(stepped.memory["mean"])
     assert flat(mean) == pytest.approx(change, abs=1e-6)
 
 
@@ -417,7 +417,10 @@ def test_server_optimizer_moves_cores_only():
     )
     cores = {name: torch.randn(3, 3) for name in SITES}
     moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in lora_xs_bases.items()}
-    stepped, state = federated._take_step(zero_adapter(lora_xs_bases), Aggregated(moved, {}), {}, 1)
+    begin = RoundStart(number=1, adapter=zero_adapter(lora_xs_bases))
+    stepped, state = federated.update._take_step(
+        begin, begin.adapter, Aggregated(moved, {}), residual={}, format=federated.format
+    )
     assert {name: tuple(core.shape) for name, core in state["mean"].items()} == {
         f"{name}.core": (3, 3) for name in SITES
     }

@@ -17,6 +17,7 @@ from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.download import add_residual, encode_download, quantization_residual
+from strategies.round.messages import to_messages
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
 from tests.helpers.means import random_adapter
@@ -149,14 +150,14 @@ def test_all_requests_are_quantized(precision):
         look_every=1,
         patience=1,
     )
-    personal = list(federated.configure_personalize(request, grid))
+    personal = to_messages(federated.personalization.request(request, grid).messages)
     result = [
         records.request_from_records(message.metadata.message_type, message.content)
         for message in (*trains, *measures, *personal)
     ]
     assert len({request.adapter for request in result}) == 1
     assert {request.rounded for request in result} == {QuantizedFormat(precision=precision, rank=3)}
-    assert federated._request.bytes_down == len(result[0].adapter)
+    assert federated._training[1].bytes_down == len(result[0].adapter)
 
 
 def _sides():
@@ -164,5 +165,5 @@ def _sides():
 
 
 def test_scaffold_requires_full_precision():
-    with pytest.raises(ValueError, match="download: lora_xs_bases and scaffold require fp32"):
+    with pytest.raises(ValueError, match=r"format\.precision: lora_xs_bases and scaffold require fp32"):
         strategy(plan=replace(PLAN, optimiser="sgd", scaffold=True), aggregation=FedIT(), download="int8")

@@ -25,16 +25,17 @@ from privacy.snr import signal_to_noise
 from privacy.storage import FileStorage
 from protocol import records, tensor_codec
 from server.ledger import ServerLedger
+from server.rounds.loop import personalize
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregation
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsb import FedSB
 from strategies.central_dp import CentralDP, DeviceBudget
+from strategies.flower_strategy import FlowerStrategy
 from strategies.planning.plan import PlanLimits
 from strategies.round.private_evaluation import CentralDPEvaluation, EvaluationPolicy
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
-from strategies.strategy import FederatedStrategy
 from tests.helpers.devices import PRIVACY
 from tests.helpers.neighbors import (
     PLENTY,
@@ -47,6 +48,7 @@ from tests.helpers.neighbors import (
     plan,
     random_picture,
 )
+from tests.helpers.strategies import make_strategy
 from training.engine import perform
 from training.jobs import Job, Result, TrainJob
 
@@ -97,12 +99,12 @@ MODES = {
 QUICK = {"adaptive clip"}
 
 
-def strategy(base: Base, folder: Path, present: Sequence[str], mode: PrivacyMode) -> FederatedStrategy:
+def strategy(base: Base, folder: Path, present: Sequence[str], mode: PrivacyMode) -> FlowerStrategy:
     bases = lora_xs_bases(base) if isinstance(mode.rule, FedSB) else None
     numbers = [NAMES.index(name) for name in present]
     noise = CentralDPEvaluation(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: NoNoise())
     full = plan(base, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
-    return FederatedStrategy(
+    return make_strategy(
         plan=full,
         sites=base.sites,
         aggregation=mode.rule,
@@ -178,7 +180,9 @@ def two_rounds(
         return result
 
     grid = CohortGrid(devices, performed, batched=mode.shared_passes)
-    current = records.adapter_to_record(tensor_codec.encode(to_tensors(adapter(base, 1, federated.lora_xs_bases))))
+    current = records.adapter_to_record(
+        tensor_codec.encode(to_tensors(adapter(base, 1, federated.format.lora_xs_bases)))
+    )
     for number in (1, 2):
         view.adapters.append(records.adapter_from_record(current))
         requests = federated.configure_train(number, current, ConfigRecord(), grid)
@@ -189,16 +193,14 @@ def two_rounds(
         assert federated.central_dp is not None
         federated.central_dp.resume(federated.trained.central)
         current = result
-        if federated.is_evaluated(number):
+        if federated.evaluation.policy.is_due(number):
             requests = federated.configure_evaluate(number, current, ConfigRecord(), grid)
             federated.aggregate_evaluate(number, grid.send_and_receive(requests))
             assert federated.validation is not None
             assert federated.validation.gain is not None
             view.gains.append(federated.validation.gain * 3)
-        sent = personalize_request(adapter(base, number, federated.lora_xs_bases), number)
-        personalized = federated.aggregate_personalize(
-            grid.send_and_receive(federated.configure_personalize(sent, grid))
-        )
+        sent = personalize_request(adapter(base, number, federated.format.lora_xs_bases), number)
+        personalized = personalize(grid=grid, strategy=federated, request=sent, timeout=1.0)
         assert personalized.devices == tuple(present)
     view.adapters.append(records.adapter_from_record(current))
     return view

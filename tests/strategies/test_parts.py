@@ -21,6 +21,7 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.central_dp import changes
+from strategies.phases.training import TrainingPhase
 from strategies.planning.planner import Planner
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.central import CLIP, EXPECTED, Z, private, simulated
@@ -108,19 +109,18 @@ def test_replies_with_other_sites_are_rejected():
 @pytest.mark.parametrize(
     ("rule", "expected"), [(RoLoRA(), "bab"), (FFA(), "bbb"), (FedSVD(seed=0), "bbb"), (FedSA(), ["split"] * 3)]
 )
-def test_rule_determines_the_trained_part(rule, expected):
+def test_rule_determines_the_trained_part(monkeypatch, rule, expected):
     """Tensors that are not uploaded stay unchanged on the server."""
-    asked = []
-    federated = strategy(aggregation=rule)
-    send = federated._message
+    asked, request = [], TrainingPhase.request
 
-    def record(request, node):
-        asked.append(getattr(request, "plan", None))
-        return send(request, node)
+    def record(self, *args, **kwargs):
+        made = request(self, *args, **kwargs)
+        asked.extend(message.plan.trains for message in made.messages.values())
+        return made
 
-    federated._message = record
-    result = [START, *rounds(federated, [FakeDevice("a")], count=3)]
-    assert [plan.trains for plan in asked if plan] == list(expected)
+    monkeypatch.setattr(TrainingPhase, "request", record)
+    result = [START, *rounds(strategy(aggregation=rule), [FakeDevice("a")], count=3)]
+    assert asked == list(expected)
     for before, after, trains in zip(result, result[1:], expected, strict=False):
         for site in SITES:
             if not isinstance(rule, FedSVD):
@@ -183,7 +183,7 @@ def test_central_dp_with_some_sites(tmp_path, rule):
 
 
 def test_max_payload_depends_on_the_plan():
-    validator = strategy()._validator
+    validator = strategy().training.validator
     sizes = [
         validator.max_payload(replace(PLAN, sites=sites, trains=trains))
         for sites, trains in ((None, "both"), (("x",), "b"))
@@ -207,7 +207,7 @@ def test_server_optimizer_moves_the_trained_part(rule):
             assert torch.allclose(result, (start + expected) / 2, atol=1e-6)
     trained = {rule.trains(number) for number in (1, 2)}
     tensors_of = {"b": {"lora_B"}, "split": {"lora_A"}, "a": {"lora_A"}}
-    assert {name.rpartition(".")[2] for name in stepping.state["mean"]} == set().union(*map(tensors_of.get, trained))
+    assert {name.rpartition(".")[2] for name in stepping.memory["mean"]} == set().union(*map(tensors_of.get, trained))
     assert not same_adapter(half, after)
 
 

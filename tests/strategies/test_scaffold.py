@@ -30,12 +30,13 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.rolora import RoLoRA
+from strategies.flower_strategy import FlowerStrategy
 from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
 from strategies.selection.sample import Sample
-from strategies.strategy import FederatedStrategy
 from tests.helpers.central import central_dp
 from tests.helpers.devices import BASE, SITES, Performer, make_device
+from tests.helpers.strategies import make_strategy
 from training import jobs
 from training.jobs import Result, TrainedAdapter
 
@@ -77,7 +78,7 @@ def _adapter(values: np.ndarray) -> Adapter:
     return from_tensors({name: part.view(START[name].shape) for name, part in zip(sorted(START), parts, strict=True)})
 
 
-def federated(**changes: Any) -> FederatedStrategy:
+def federated(**changes: Any) -> FlowerStrategy:
     settings: dict[str, Any] = {
         "plan": PLAN,
         "sites": SITES,
@@ -85,7 +86,7 @@ def federated(**changes: Any) -> FederatedStrategy:
         "selection": Everyone(),
         "limits": PlanLimits(),
     }
-    return FederatedStrategy(**settings | changes)
+    return make_strategy(**settings | changes)
 
 
 class ScaffoldFleet:
@@ -138,7 +139,7 @@ def test_rounds_match_algorithm_1(tmp_path: Path, size: int | None) -> None:
     for number in range(1, 7):
         if number == 4:
             fleet.strategy, before = federated(selection=selection), fleet.strategy
-            fleet.strategy.state = before.state
+            fleet.strategy.memory = before.memory
         x = fleet.round(number, x)
         results.append(x)
     for one, other in zip(results, algorithm(selected), strict=True):
@@ -173,9 +174,9 @@ def test_repeated_round_uses_the_same_variate(tmp_path: Path) -> None:
     """The server lost a round that its devices remember."""
     fleet = ScaffoldFleet(tmp_path)
     x = fleet.round(1, flat(START))
-    state = fleet.strategy.state
+    state = fleet.strategy.memory
     first_result = fleet.round(2, x)
-    fleet.strategy.state = state
+    fleet.strategy.memory = state
     assert np.array_equal(fleet.round(2, x), first_result)
 
 
@@ -186,7 +187,7 @@ def test_quantized_updates_keep_variates_consistent(tmp_path: Path) -> None:
         x = fleet.round(number, x)
     storages = [fleet.grid._devices[node].store._storage for node in sorted(fleet.grid._devices)]
     variates = [_after(storage.read("variate.safetensors")) for storage in storages]
-    assert flat(fleet.strategy.state["control"]) == pytest.approx(np.mean(variates, axis=0), abs=1e-6)
+    assert flat(fleet.strategy.memory["control"]) == pytest.approx(np.mean(variates, axis=0), abs=1e-6)
 
 
 def _after(data: bytes | None) -> np.ndarray:

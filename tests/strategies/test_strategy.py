@@ -11,11 +11,13 @@ from privacy.policy import RequestRefusedError
 from protocol import records
 from protocol.messages import EvaluationPrivacy, ExamplePrivacy, Personalize
 from protocol.tensor_codec import decode, encode
+from server.rounds.loop import personalize
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.planning.plan import CosineDecay, PlanLimits
+from strategies.round.history import TrainingHistory
 from strategies.round.metrics import DeviceMetrics
 from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection.sample import Sample
@@ -144,7 +146,7 @@ def test_oversized_aggregate_keeps_the_adapter(monkeypatch, caplog):
     oversized = {
         name: Factors(100 * factors.a, factors.b + 100) for name, factors in init_adapter(SITES, 3, seed=0).items()
     }
-    monkeypatch.setattr(federated._aggregation, "aggregate", lambda *_, **__: Aggregated(oversized, {}))
+    monkeypatch.setattr(federated.update.aggregation, "aggregate", lambda *_, **__: Aggregated(oversized, {}))
     assert train(federated, [FakeDevice("a")]) is None
     assert federated.trained.replied == 1
     assert "devices would refuse the next" in caplog.text
@@ -180,7 +182,7 @@ def test_reported_epsilon_never_decreases():
     evaluate(federated, devices, server_round=2)
     assert [guaranteed_epsilon(3, a=raises, b=None), guaranteed_epsilon(4, a=raises, b=raises)] == [2.0, 2.0]
     resumed = strategy(**settings)
-    resumed.restore_history({"a": DeviceMetrics(**IDLE | {"epsilon": 3.0})})
+    resumed.history = TrainingHistory.of({"a": DeviceMetrics(**IDLE | {"epsilon": 3.0})})
     assert guaranteed_epsilon(5, a=raises, b=None, by=resumed) == 3.0
 
 
@@ -206,8 +208,8 @@ def test_ledger_events_are_echoed_to_each_device():
     devices[0].misbehave = reporting(2)
     train(federated, devices)
     assert echoes() == {"a": 7, "b": 3, "c": 0}
-    federated.restore_history({"b": DeviceMetrics(**IDLE, events=2), "c": DeviceMetrics(**IDLE, events=9)})
-    assert echoes() == {"a": 7, "b": 3, "c": 9}
+    federated.history = TrainingHistory.of({"b": DeviceMetrics(**IDLE, events=2), "c": DeviceMetrics(**IDLE, events=9)})
+    assert echoes() == {"a": 0, "b": 2, "c": 9}
 
 
 def test_false_event_counts_are_limited():
@@ -223,7 +225,7 @@ def test_false_event_counts_are_limited():
     ):
         grid[0].misbehave = lambda reply, events=events: replace(reply, events=events)
         train(federated, grid, server_round=number)
-        assert federated._history.events("a") == expected
+        assert federated.history.events("a") == expected
 
 
 def test_simulated_noise_is_no_release():
@@ -334,8 +336,7 @@ def test_only_named_devices_personalize():
         look_every=1,
         patience=1,
     )
-    messages = federated.configure_personalize(request, grid, {"c", "a", "away"})
-    metrics = federated.aggregate_personalize(grid.send_and_receive(messages))
+    metrics = personalize(grid=grid, strategy=federated, request=request, devices={"c", "a", "away"}, timeout=1.0)
     assert (metrics.asked, metrics.devices, metrics.dropped) == (2, ("a", "c"), {})
     assert "Personalize" not in devices[1].requests
 
@@ -451,9 +452,17 @@ def test_personalization():
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=raises)]
     grid = CohortGrid(devices, perform)
     request = Personalize(
-        run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
+        run="run",
+        round=1,
+        adapter=records.adapter_from_record(start()),
+        rank=2,
+        steps=1,
+        batch_size=1,
+        learning_rate=0.1,
+        look_every=1,
+        patience=1,
     )
-    metrics = federated.aggregate_personalize(grid.send_and_receive(federated.configure_personalize(request, grid)))
+    metrics = personalize(grid=grid, strategy=federated, request=request, timeout=1.0)
     assert (metrics.asked, metrics.devices, metrics.dropped, metrics.seconds, metrics.joules) == (
         2,
         ("a",),

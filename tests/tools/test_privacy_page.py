@@ -5,16 +5,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord
 
 from common.errors import AntherError
 from conf.compose import compose
-from models.lora.adapter import init_adapter, to_tensors
+from models.lora.adapter import init_adapter
 from models.lora.lora_xs import zero_adapter
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 from privacy.storage import FileStorage
-from protocol import records
-from protocol.tensor_codec import encode
 from server.ledger import ServerLedger
 from simulations.grid.cohort import CohortGrid
 from strategies import registry
@@ -35,8 +32,10 @@ from strategies.registry import (
     incompatibility,
     refusal_reason,
 )
+from strategies.round.request import RoundStart
 from strategies.selection import Sampling
 from tests.helpers.fleet import SITES, FakeDevice, bases_file, handle, perform
+from tests.helpers.strategies import train_round
 from tools.privacy_page import page
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
@@ -128,12 +127,10 @@ def test_every_cell(selected, tmp_path, monkeypatch):
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
     federated = build_strategy(config, tmp_path)
     grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
-    adapter = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
-    start = records.adapter_to_record(encode(to_tensors(adapter)))
+    bases = federated.format.lora_xs_bases
+    adapter = zero_adapter(bases) if bases else init_adapter(SITES, 3, seed=0)
     for number in (1, 2):
-        messages = federated.configure_train(number, start, ConfigRecord(), grid)
-        federated.aggregate_train(number, grid.send_and_receive(messages))
-        metrics = federated.trained
+        metrics = train_round(federated, grid, RoundStart(number=number, adapter=adapter)).metrics
         assert metrics.replied == metrics.asked
         units = {"none": [], "example": ["image"], "device": ["device"], "both": ["image", "device"]}[selected.level]
         expected = [unit for unit in units if unit == "device" or metrics.replied]  # devices report ε per image
@@ -196,7 +193,7 @@ def test_registered_rule_is_used(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", UndeclaredRule)
     config = compose("aggregation=fedit")
     config.aggregation.name = "new"
-    assert type(build_strategy(config, tmp_path)._aggregation) is UndeclaredRule
+    assert type(build_strategy(config, tmp_path).update.aggregation) is UndeclaredRule
 
 
 def test_rule_with_unknown_parameters_is_refused(monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ from server.grid.validating_grid import ValidatingGrid
 from server.rounds.collect import collect
 from simulations.grid.cohort import CohortGrid
 from strategies.clock import WallClock
-from tests.helpers.fleet import FakeDevice, handle, perform, strategy
+from strategies.round.messages import to_messages
+from tests.helpers.fleet import FakeDevice, handle, perform
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ class _SlowGrid(CohortGrid):
 
 
 def queries(grid):
-    return [strategy()._message(Query(), node) for node in grid.get_node_ids()]
+    return to_messages(dict.fromkeys(grid.get_node_ids(), Query()))
 
 
 def names(replies):

@@ -329,7 +329,15 @@ class _FirstOnly:
 def test_personalize():
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     request = Personalize(
-        run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
+        run="run",
+        round=1,
+        adapter=encode(to_tensors(fresh_state().adapter)),
+        rank=2,
+        steps=1,
+        batch_size=1,
+        learning_rate=0.1,
+        look_every=1,
+        patience=1,
     )
     assert personalize(grid=grid, strategy=strategy(), request=request, timeout=1.0).devices == ("a", "b")
 

@@ -22,11 +22,11 @@ from strategies.aggregation.fedit import FedIT
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
 from strategies.fedbuff import PLANS_PER_ROUND, rebase_factors, rebase_product
+from strategies.phases.training import TrainingPhase
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
-from strategies.strategy import FederatedStrategy
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, strategy
 from tests.helpers.timed_fleet import RUNTIME, timed_grid, virtual_device
 
@@ -216,15 +216,15 @@ def test_declining_device_is_not_asked_again(tmp_path):
     assert [done.train.replied for done in final.history[1:]] == [3, 3]
 
 
-def test_plan_numbers_are_unique(tmp_path):
+def test_plan_numbers_are_unique(tmp_path, monkeypatch):
     federated, numbers = strategy(aggregation=FedIT()), []
-    accept_replies = federated.accept_replies
+    accept = TrainingPhase.accept
 
-    def record(asked, *args, **kwargs):
+    def record(self, begin, asked, *args, **kwargs):
         numbers.extend((report.device, plan.round) for report, plan in asked.plans.values())
-        return accept_replies(asked, *args, **kwargs)
+        return accept(self, begin, asked, *args, **kwargs)
 
-    federated.accept_replies = record
+    monkeypatch.setattr(TrainingPhase, "accept", record)
     grid, virtual_fleet = timed_grid(tmp_path, *speeds(1.0, 0.3))
     limits = RoundLimits(clock=virtual_fleet.clock, timeout=1000.0)
     round_runner = FedBuffRunner(grid, federated, limits, shift=rebase_factors, size=4, concurrency=2)
@@ -373,13 +373,13 @@ def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
 
 def count_updates(monkeypatch):
     """Record the number of updates per device of each closed round."""
-    seen, close = [], FederatedStrategy.finish_round
+    seen, finish = [], TrainingPhase.finish
 
-    def record(self, number, current, asked, final, dropped, **kwargs):
+    def record(self, begin, asked, final, dropped, **kwargs):
         seen.append(Counter(update.device for update in final.updates))
-        return close(self, number, current, asked, final, dropped, **kwargs)
+        return finish(self, begin, asked, final, dropped, **kwargs)
 
-    monkeypatch.setattr(FederatedStrategy, "finish_round", record)
+    monkeypatch.setattr(TrainingPhase, "finish", record)
     return seen
 
 
@@ -419,15 +419,15 @@ def test_remaining_device_fills_the_round(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
 def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
     """σ is calibrated for a number of plans per device, so a repeated request uses the same plan number."""
-    asked, sent, accept_replies, calls = (
+    asked, sent, accept, calls = (
         defaultdict(set),
-        FederatedStrategy.take_request,
-        FederatedStrategy.accept_replies,
+        TrainingPhase.request,
+        TrainingPhase.accept,
         count(1),
     )
 
-    def record(self):
-        final = sent(self)
+    def record(self, *args, **kwargs):
+        final = sent(self, *args, **kwargs)
         for report, plan in final.plans.values():
             asked[report.device].add(plan.round)
         return final
@@ -435,15 +435,15 @@ def test_resume_charges_no_extra_plan(tmp_path, monkeypatch, at):
     def killed(self, *args, **kwargs):
         if next(calls) == at:
             raise KeyboardInterrupt
-        return accept_replies(self, *args, **kwargs)
+        return accept(self, *args, **kwargs)
 
     def once(saved):
         federated = strategy(plan=PRIVATE, accept_simulated=True)
         fleet = speeds(8.0, 4.0, 2.0, 1.0, 0.7)
         return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, federated=federated, state=saved)
 
-    monkeypatch.setattr(FederatedStrategy, "take_request", record)
-    monkeypatch.setattr(FederatedStrategy, "accept_replies", killed)
+    monkeypatch.setattr(TrainingPhase, "request", record)
+    monkeypatch.setattr(TrainingPhase, "accept", killed)
     with pytest.raises(KeyboardInterrupt):
         once(fresh_state(private=True))
     final, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
@@ -510,4 +510,4 @@ def test_incompatible_settings_are_refused(overrides, message):
 def test_overselection():
     config = compose("cohort.size=5 cohort.overselection=1.3")
     final = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
-    assert len(final._selection.select([str(number) for number in range(20)], draw=1)) == 7
+    assert len(final.cohort.rule.selection.select([str(number) for number in range(20)], draw=1)) == 7

@@ -160,7 +160,7 @@ def test_numbers_of_selected_devices(overrides, trained, evaluated):
     for number in (1, 2):
         selected = [
             selection.select(names, draw=number)
-            for selection in (federated._selection, federated._evaluation_selection)
+            for selection in (federated.cohort.rule.selection, federated.evaluation.rule.selection)
         ]
         assert [len(names) for names in selected] == [trained, evaluated]
     if trained == evaluated == 5:
@@ -252,8 +252,8 @@ def test_reproducible_noise_requires_a_test(tmp_path):
     for accept_simulated, kind in ((True, SimulatedNoise), (False, SecureNoise)):
         federated = private(overrides, tmp_path, accept_simulated=accept_simulated)
         assert isinstance(federated.central_dp._noise(1), kind)
-        assert isinstance(federated._selection, Poisson)
-        assert isinstance(federated._selection._rng(1), kind)
+        assert isinstance(federated.cohort.rule.selection, Poisson)
+        assert isinstance(federated.cohort.rule.selection._rng(1), kind)
     noise = private(overrides, tmp_path).central_dp._noise
     assert noise(1).rounded_gaussian(3, 1e9).tolist() == noise(1).rounded_gaussian(3, 1e9).tolist()
     assert noise(1).rounded_gaussian(3, 1e9).tolist() != noise(2).rounded_gaussian(3, 1e9).tolist()
@@ -371,11 +371,11 @@ def test_limits_and_eligibility():
     )
     config = compose(f"{settings} planning.max_battery_fraction=0.1 planning.deadline=9")
     federated = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
-    assert federated._eligibility == Eligibility(idle=True, battery=0.4)
-    assert federated._max_state_age == 30
-    limits = federated._planner.limits
+    assert federated.cohort.rule.eligibility == Eligibility(idle=True, battery=0.4)
+    assert federated.cohort.rule.max_state_age == 30
+    limits = federated.cohort.planner.limits
     assert (limits.joules, limits.battery_share, limits.deadline) == (7, 0.1, 9)
-    assert federated._planner.site_selector is None
+    assert federated.cohort.planner.site_selector is None
 
 
 def test_site_selector_uses_costs_of_the_base(tmp_path):
@@ -384,7 +384,7 @@ def test_site_selector_uses_costs_of_the_base(tmp_path):
     with pytest.raises(ValueError, match=r"planning\.name=device"):
         build(config, plan, SITES, accept_simulated=False)
     base = load(str(save_pipeline(tmp_path)), sites=ATTENTION)
-    costs = build(config, plan, base.sites, accept_simulated=False, base=base)._planner.site_selector.costs
+    costs = build(config, plan, base.sites, accept_simulated=False, base=base).cohort.planner.site_selector.costs
     assert {site.name for site in costs.sites} == set(base.sites)
     assert costs.work(list(base.sites)) == pytest.approx(1.0)
 

@@ -39,7 +39,7 @@ def test_restored_history_is_equal(rounds):
     history, rounds_metrics = TrainingHistory(), []
     for number, (names, epsilon, loss) in enumerate(rounds, 1):
         rounds_metrics.append(make_metrics(number, names, epsilon, loss))
-        history.add_round(rounds_metrics[-1])
+        history = history.after_training(rounds_metrics[-1])
     for name in "abc":
         participated = [number for number, (names, *_) in enumerate(rounds, 1) if name in names]
         assert (name in history.devices) == bool(participated)
@@ -51,9 +51,8 @@ def test_restored_history_is_equal(rounds):
                 3 * len(participated),
             )
             assert history.events(name) == metrics.events <= participated[-1]
-    assert history.losses == [loss for *_, loss in rounds if loss is not None]
-    restored = TrainingHistory()
-    restored.restore(history.devices, [None, *rounds_metrics])
+    assert history.losses == tuple(loss for *_, loss in rounds if loss is not None)
+    restored = TrainingHistory.of(history.devices, [None, *rounds_metrics])
     assert (restored.devices, restored.losses) == (history.devices, history.losses)
 
 

@@ -1,0 +1,1 @@
+"""Phases of a round: each makes requests, and turns the replies into a result."""
