@@ -27,6 +27,7 @@ from common.terminal import discard_output, use_plain_output
 from conf.explain import explain, known_keys
 from conf.key_help import register_resolver
 from conf.overrides import prepare_overrides
+from conf.plugin_options import offer_plugins
 from conf.renames import BY_APPLICATION, NO_RENAMES, Renames, refuse_renamed
 
 USAGE, INTERRUPTED = 2, 130
@@ -68,7 +69,7 @@ def hydra_application(
             register_resolver()
             try:
                 refuse_renamed(sys.argv[1:], renames)
-                sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
+                sys.argv[1:] = prepare_overrides(offer_plugins(sys.argv[1:]), schema)
                 job()
                 if after is not None:
                     after()

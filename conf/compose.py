@@ -15,6 +15,7 @@ from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.overrides import prepare_overrides
+from conf.plugin_options import offer_plugins
 from conf.renames import SIMULATE, refuse_renamed
 from conf.schemas.simulation import SimulationConfig
 
@@ -33,7 +34,7 @@ def compose(overrides: str | Sequence[str]) -> SimulationConfig:
     except ValueError as error:
         raise AntherError(f"overrides={overrides}: {error}") from error
     refuse_renamed(words, SIMULATE)
-    words = prepare_overrides(words, SimulationConfig)
+    words = prepare_overrides(offer_plugins(words), SimulationConfig)
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra.compose("simulate", overrides=words)

@@ -18,7 +18,12 @@ from conf.schemas.simulation import SimulationConfig
 RUN = "run.json"
 PICTURES = "set of pictures"  # stored; don't change
 """Key of the hash of users' own pictures among the assets of a run."""
-_ADDED_SETTINGS = {"data.background": "white"}
+_ADDED_SETTINGS: dict[str, object] = {
+    "data.background": "white",
+    "aggregation.options": {},
+    "selection.options": {},
+    "server_optimizer.options": {},
+}
 """Settings added later, with the values that runs used before: runs with these values keep their hash."""
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """FedBuff: devices train continuously, and K updates form a round (Nguyen et al., 2022, arXiv:2106.06639, algorithm 1).
 
 An update may have started from an older adapter than the current one. Its change of that older adapter is then scaled
-by 1/√(1 + τ), τ rounds later, and applied to the current adapter. The aggregation determines the form of the change.
+by 1/√(1 + τ), τ rounds later, and applied to the current adapter. The aggregation declares the form of the change as
+`rebase`; aggregations without it can't use updates of an older adapter.
 """
 
 from __future__ import annotations
@@ -68,7 +69,3 @@ def rebase_product(current: Adapter, started: Adapter, trained: Adapter, scale: 
         before = scale * b_v[:, : len(a)]
         rebased[site] = Factors(torch.cat([a_g, a, a_v[: len(a)]]), torch.cat([b_g, scale * b, -before], dim=1))
     return rebased
-
-
-REBASES: dict[str, Rebase] = {"exact": rebase_product, "fedit": rebase_factors}
-"""Rebase function of each aggregation; other aggregations can't use updates of an older adapter."""

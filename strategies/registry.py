@@ -7,45 +7,17 @@ aggregation, and noise that is correlated over rounds, would be two more axes.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from common.errors import AntherError
-from strategies.aggregation import Linearity
-from strategies.aggregation.exact import Exact
-from strategies.aggregation.fedit import FedIT
-from strategies.aggregation.fedsa import FedSA
-from strategies.aggregation.fedsb import FedSB
-from strategies.aggregation.fedsvd import FedSVD
-from strategies.aggregation.ffa import FFA
-from strategies.aggregation.flexlora import FlexLoRA
-from strategies.aggregation.flora import FLoRA
-from strategies.aggregation.hetlora import HetLoRA
-from strategies.aggregation.raflora import RaFLoRA
-from strategies.aggregation.rolora import RoLoRA
-from strategies.fedbuff import REBASES
-from strategies.robust import Filtering
-from strategies.robust.afa import AFA
-from strategies.robust.foolsgold import FoolsGold
-from strategies.robust.geometric import GeometricMedian
-from strategies.robust.krum import MultiKrum
-from strategies.robust.norm import NormBound
-from strategies.robust.replay import ReplayFilter
-from strategies.robust.trimmed import Median, TrimmedMean
-from strategies.selection import Sampling
-from strategies.selection.deadline import Deadline
-from strategies.selection.eafl import EAFL
-from strategies.selection.energy_delay import EnergyDelay
-from strategies.selection.everyone import Everyone
-from strategies.selection.oort import Oort
-from strategies.selection.poisson import Poisson
-from strategies.selection.power_of_choice import PowerOfChoice
-from strategies.selection.round_robin import RoundRobin
-from strategies.selection.sample import Sample
-from strategies.server_optimizers import FedAvgM, FedOpt, PostProcessing
+from common.plugins import Registry
+from strategies.aggregation import AGGREGATIONS, Linearity
+from strategies.declarations import conflicts_of
+from strategies.robust import ROBUST_RULES, Filtering
+from strategies.selection import SELECTIONS, Sampling
+from strategies.server_optimizers import OPTIMIZERS, PostProcessing
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
 
@@ -64,90 +36,18 @@ class BuiltIn(NamedTuple):
     sensitivity: TimingDeclaration | PostProcessing
 
 
-AGGREGATIONS: dict[str, Any] = {
-    "exact": Exact,
-    "fedit": FedIT,
-    "fedsa": FedSA,
-    "fedsb": FedSB,
-    "fedsvd": FedSVD,
-    "ffa": FFA,
-    "flexlora": FlexLoRA,
-    "flora": FLoRA,
-    "hetlora": HetLoRA,
-    "raflora": RaFLoRA,
-    "rolora": RoLoRA,
-}
-ROBUST_RULES: dict[str, Any] = {
-    "replay": ReplayFilter,
-    "norm_bound": NormBound,
-    "krum": MultiKrum,
-    "foolsgold": FoolsGold,
-    "afa": AFA,
-    "geometric_median": GeometricMedian,
-    "median": Median,
-    "trimmed_mean": TrimmedMean,
-}
-SELECTIONS: dict[str, Any] = {
-    "everyone": Everyone,
-    "random": Sample,
-    "poisson": Poisson,
-    "round_robin": RoundRobin,
-    "oort": Oort,
-    "eafl": EAFL,
-    "deadline": Deadline,
-    "power_of_choice": PowerOfChoice,
-    "energy_delay": EnergyDelay,
-}
-OPTIMIZERS: dict[str, Any] = {
-    "none": BuiltIn(PostProcessing(reason="the release of a round is the next adapter")),
-    "fedavgm": FedAvgM,
-    "fedadam": FedOpt,
-    "fedyogi": FedOpt,
-}
-TIMINGS: dict[str, Any] = {
-    "sync": BuiltIn(TimingDeclaration(prechargeable=True, reason="a round ends before the next begins")),
-    "async": BuiltIn(
-        TimingDeclaration(
-            prechargeable=False,
-            reason="the devices of a round, and their numbers of updates, are known only after its last update",
-        )
-    ),
-}
-
-
-def lookup(axis: Mapping[str, Any], key: str, name: str) -> Any:
-    """Return the component that is registered under a name.
-
-    Args:
-        axis: registry.
-        key: configuration key that names the component.
-        name: its name.
-
-    Raises:
-        AntherError: no component has this name. There is no fallback.
-    """
-    if name not in axis:
-        raise AntherError(f"{key}={name}: nothing is registered under this name; known are {', '.join(axis)}")
-    return axis[name]
-
-
-def create(axis: Mapping[str, Any], key: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """Create a component with those settings that it accepts.
-
-    Args:
-        axis: registry.
-        key: configuration key that names the component.
-        name: its name.
-        settings: available settings by parameter name.
-
-    Raises:
-        AntherError: it is not registered, or requires a setting that is not available.
-    """
-    component = lookup(axis, key, name)
-    parameters = inspect.signature(component).parameters.values()
-    if missing := [one.name for one in parameters if one.default is one.empty and one.name not in settings]:
-        raise AntherError(f"{key}={name}: it requires {', '.join(missing)}; available are {', '.join(settings)}")
-    return component(**{one.name: settings[one.name] for one in parameters if one.name in settings})
+TIMINGS: Registry[Any] = Registry("timing", key="round_loop.mode", modules=__name__)
+TIMINGS.update(
+    {
+        "sync": BuiltIn(TimingDeclaration(prechargeable=True, reason="a round ends before the next begins")),
+        "async": BuiltIn(
+            TimingDeclaration(
+                prechargeable=False,
+                reason="the devices of a round, and their numbers of updates, are known only after its last update",
+            )
+        ),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +62,7 @@ class Combination:
     level: str
 
 
-AXES: Mapping[str, Mapping[str, Any]] = {
+AXES: Mapping[str, Registry[Any]] = {
     "aggregation": AGGREGATIONS,
     "robust": ROBUST_RULES,
     "selection": SELECTIONS,
@@ -198,36 +98,30 @@ def combinations() -> Iterator[Combination]:
 
 def incompatibility(combination: Combination) -> str | None:
     """Return why a combination can't run at any privacy level; None if it can."""
-    for name in combination.robust:
-        if reason := robust_conflict(combination.aggregation, name):
-            return f"robust.rules: {reason}"
-    reason = _async_conflict(combination) if combination.timing == "async" else None
-    return reason and f"round_loop.mode=async: {reason}"
-
-
-def robust_conflict(aggregation: str, rule: str) -> str | None:
-    """Return why a robust rule has no effect with an aggregation; None if it has."""
-    if aggregation == "fedsa":
+    selected = [
+        ("aggregation", combination.aggregation),
+        *(("robust", name) for name in combination.robust),
+        ("selection", combination.selection),
+        ("timing", combination.timing),
+    ]
+    for axis, name in selected:
+        for conflict in conflicts_of(AXES[axis].lookup(name)):
+            for other, named in selected:
+                if conflict.applies(other, named, AXES[other].lookup(named)):
+                    key = "robust.rules" if other == "robust" else f"{AXES[other].key}={named}"
+                    return f"{key}: {conflict.reason.format(name=named)}"
+    if combination.timing == "async" and not rebases(combination.aggregation):
+        alternatives = " or ".join(f"aggregation={name}" for name in AGGREGATIONS if rebases(name))
         return (
-            f"{rule} compares products, and with aggregation=fedsa every device keeps its own B, so there is none; "
-            "remove it, or use aggregation=fedit"
-        )
-    if aggregation == "hetlora" and rule in ("norm_bound", "geometric_median"):
-        return (
-            f"{rule} reduces large products, and hetlora weights devices by the norm of their product, which undoes "
-            "it; use krum, or aggregation=exact"
+            f"round_loop.mode=async: {combination.aggregation} can't use an update of an older adapter; use "
+            f"{alternatives}"
         )
     return None
 
 
-def _async_conflict(combination: Combination) -> str | None:
-    """Return why rounds of a combination can't overlap; None if they can."""
-    if combination.aggregation not in REBASES:
-        alternatives = " or ".join(f"aggregation={name}" for name in REBASES)
-        return f"{combination.aggregation} can't use an update of an older adapter; use {alternatives}"
-    if combination.selection == "poisson":
-        return "Poisson sampling requires rounds that don't overlap; set cohort.sampling_rate to null"
-    return None
+def rebases(aggregation: str) -> bool:
+    """Return whether an aggregation can use updates of an older adapter."""
+    return getattr(AGGREGATIONS.lookup(aggregation), "rebase", None) is not None
 
 
 def refusal_reason(combination: Combination) -> str | None:
@@ -236,15 +130,7 @@ def refusal_reason(combination: Combination) -> str | None:
     Raises:
         AntherError: a name is not registered.
     """
-    for key, axis, names in (
-        ("aggregation.name", AGGREGATIONS, (combination.aggregation,)),
-        ("robust.rules", ROBUST_RULES, combination.robust),
-        ("selection", SELECTIONS, (combination.selection,)),
-        ("round_loop.mode", TIMINGS, (combination.timing,)),
-        ("server_optimizer.name", OPTIMIZERS, (combination.optimizer,)),
-    ):
-        for name in names:
-            lookup(axis, key, name)
+    OPTIMIZERS.lookup(combination.optimizer)
     if reason := incompatibility(combination):
         return reason
     linearity = _declaration(AGGREGATIONS, combination.aggregation, Linearity)
@@ -282,7 +168,7 @@ def refusal_reason(combination: Combination) -> str | None:
     return None
 
 
-def _declaration(axis: Mapping[str, Any], name: str, kind: type) -> Any:
+def _declaration(axis: Registry[Any], name: str, kind: type) -> Any:
     """Return the declaration of a component; None if it has none of the kind of its axis."""
-    declared = getattr(axis[name], "sensitivity", None)
+    declared = getattr(axis.lookup(name), "sensitivity", None)
     return declared if isinstance(declared, kind) else None

@@ -14,10 +14,16 @@ privacy guarantee of the round therefore holds for the step too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from common.plugins import Registry
+from strategies.declarations import read_from
+
+OPTIMIZERS: Registry[Any] = Registry("server_optimizer", key="server_optimizer.name", modules=__name__)
+server_optimizer = OPTIMIZERS.register
 
 Tensors = Mapping[str, Tensor]
 """Trained tensors of an adapter, by their protocol names."""
@@ -63,6 +69,14 @@ class PostProcessing(NamedTuple):
 _RELEASES_ONLY = PostProcessing(reason="a step is a function of released aggregates only")
 
 
+@server_optimizer("none")
+class NoOptimizer:
+    """The mean of a round is the next adapter."""
+
+    sensitivity = PostProcessing(reason="the release of a round is the next adapter")
+
+
+@server_optimizer("fedavgm")
 class FedAvgM:
     """m_t = β m_{t−1} + Δ_t and x_{t+1} = x_t + η m_t; with η = 1 and β = 0 exactly the mean (bitwise).
 
@@ -72,8 +86,9 @@ class FedAvgM:
     """
 
     sensitivity = _RELEASES_ONLY
+    options = read_from(lr="server_optimizer.lr", momentum="server_optimizer.momentum")
 
-    def __init__(self, *, lr: float, momentum: float) -> None:
+    def __init__(self, *, lr: float = 1.0, momentum: float = 0.9) -> None:
         _check(lr, momentum)
         self._lr, self._momentum = lr, momentum
 
@@ -90,6 +105,8 @@ class FedAvgM:
         return OptimizerStep(tensors, {_MEAN: means})
 
 
+@server_optimizer("fedyogi", yogi=True)
+@server_optimizer("fedadam", yogi=False)
 class FedOpt:
     """FedAdam and FedYogi: m_t = β₁ m_{t−1} + (1 − β₁) Δ_t and x_{t+1} = x_t + η m_t / (√v_t + τ), with v_{−1} = τ².
 
@@ -105,8 +122,16 @@ class FedOpt:
     """
 
     sensitivity = _RELEASES_ONLY
+    options = read_from(
+        lr="server_optimizer.lr",
+        momentum="server_optimizer.momentum",
+        beta2="server_optimizer.beta2",
+        tau="server_optimizer.tau",
+    )
 
-    def __init__(self, *, lr: float, momentum: float, beta2: float, tau: float, yogi: bool) -> None:
+    def __init__(
+        self, *, lr: float = 0.003, momentum: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, yogi: bool
+    ) -> None:
         _check(lr, momentum)
         if not 0 <= beta2 < 1:
             raise ValueError(f"{beta2=}: must be 0 or more, and under 1")

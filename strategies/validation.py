@@ -1,17 +1,42 @@
-"""Check that the parts of a strategy are consistent."""
+"""Check that a configuration names known components, and that the parts of a strategy are consistent."""
 
 from __future__ import annotations
 
+from common.errors import AntherError
+from conf.schemas.simulation import SimulationConfig
 from protocol.messages import TrainingPlan
-from strategies.aggregation import declared_linearity
+from strategies.aggregation import AGGREGATIONS, declared_linearity
 from strategies.cohort import CohortRule
 from strategies.download import FP32, AdapterFormat
 from strategies.planning.planner import Planning
 from strategies.reply_checks import ReplyChecks
+from strategies.robust import ROBUST_RULES
 from strategies.round.private_evaluation import EvaluationPolicy
-from strategies.selection import uses_transient_state
+from strategies.selection import SELECTIONS, uses_transient_state
 from strategies.selection.poisson import Poisson
+from strategies.server_optimizers import OPTIMIZERS
 from strategies.server_update import ServerUpdate
+from strategies.unused_settings import refuse_unused
+
+
+def check_components(config: SimulationConfig) -> None:
+    """Check the names and the options of a configuration's components, without a base.
+
+    Raises:
+        AntherError: a name is not registered, a robust rule has the wrong position, or an option has no effect.
+    """
+    AGGREGATIONS.lookup(config.aggregation.name)
+    OPTIMIZERS.lookup(config.server_optimizer.name)
+    if key := getattr(SELECTIONS.lookup(config.selection.name), "chosen_by", None):
+        raise AntherError(f"selection={config.selection.name}: set {key} instead")
+    last = len(config.robust.rules) - 1
+    for position, name in enumerate(config.robust.rules):
+        rule = ROBUST_RULES.lookup(name)
+        if hasattr(rule, "check") and position > 0:
+            raise AntherError(f"robust.rules: {name} checks each reply on arrival, before any other rule: put it first")
+        if hasattr(rule, "combine") and position < last:
+            raise AntherError(f"robust.rules: {name} merges all updates into one: put it last")
+    refuse_unused(config)
 
 
 def check_combination(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,16 @@ from strategies.registry import AGGREGATIONS, SELECTIONS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def unregister() -> Iterator[None]:
+    """Remove the components that an example registers."""
+    before = [(axis, set(axis)) for axis in (AGGREGATIONS, SELECTIONS)]
+    yield
+    for axis, names in before:
+        for name in set(axis) - names:
+            del axis[name]
 
 
 def example(word: str, language: str = "python") -> str:
@@ -41,11 +52,13 @@ def test_aggregation_rule() -> None:
     torch.testing.assert_close(tuple(result["site"]), tuple(adapter(2.0, -3.0)["site"]))
     single = rule.aggregate(adapter(0.0, 0.0), updates[:1], round=1).adapter
     torch.testing.assert_close(tuple(single["site"]), tuple(adapter(1.0, -2.0)["site"]))
-    assert {name for name in vars(AGGREGATIONS["fedit"]) if not name.startswith("_")} <= set(vars(type(rule)))
+    assert type(rule) is AGGREGATIONS["sign_mean"]
+    assert {name for name in vars(AGGREGATIONS["ffa"]) if not name.startswith("_")} <= set(vars(type(rule)))
 
 
 def test_selection() -> None:
     rule = module("class Shortest").Shortest(size=2)
+    assert type(rule) is SELECTIONS["shortest"]
     devices = {name: SimpleNamespace(seconds=seconds) for name, seconds in (("a", 3.0), ("b", 1.0), ("c", 2.0))}
     assert rule.select(devices, draw=0) == ["b", "c"]
     assert type(rule.sensitivity) is type(SELECTIONS["round_robin"].sensitivity)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from omegaconf import MISSING
-
-CONF = Path(__file__).parents[1]
-"""Folder of the Hydra groups."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from conf.schemas.checks import none_or_positive, require, require_choice
-
-SELECTIONS = ("random", "round_robin", "oort", "eafl", "deadline", "power_of_choice", "energy_delay")
+from conf.schemas.checks import none_or_positive, require
 
 
 @dataclass
@@ -120,9 +119,10 @@ class SelectionConfig:
     candidate_factor: float | None = None
     """Candidates drawn per selected device (deadline, power_of_choice, energy_delay); the best are selected. null:
     2."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a plug-in's own."""
 
     def __post_init__(self) -> None:
-        require_choice("selection.name", self.name, SELECTIONS)
         weight, factor = self.utility_weight, self.candidate_factor
         require(weight is None or 0 <= weight <= 1, f"selection.utility_weight={weight}: must be 0 to 1, or null")
         require(factor is None or factor >= 1, f"selection.candidate_factor={factor}: must be 1 or more, or null")

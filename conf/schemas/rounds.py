@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from conf.schemas.checks import CONF, none_or_positive, require, require_choice
-
-AGGREGATIONS = tuple(sorted(file.stem for file in (CONF / "aggregation").glob("*.yaml")))
-OPTIMIZERS = ("none", "fedavgm", "fedadam", "fedyogi")
-ROBUST = ("replay", "norm_bound", "krum", "foolsgold", "afa", "geometric_median", "median", "trimmed_mean")
-_ENTRYWISE = ("median", "trimmed_mean")
+from conf.schemas.checks import none_or_positive, require, require_choice
 
 
 @dataclass
@@ -19,7 +15,7 @@ class AggregationConfig:
     """The rule that combines the devices' adapters."""
 
     name: str = MISSING
-    """Name of the rule (docs/strategies.md)."""
+    """Name of the rule (docs/strategies.md), of an installed plug-in, or module:Class."""
     max_rank: int | None = None
     """Highest rank of the global adapter (exact); null: no limit, and adapter.shared.rank for the other rules."""
     energy_fraction: float | None = None
@@ -27,9 +23,10 @@ class AggregationConfig:
     weighting: str = "device"
     """Weights of the mean (exact): device (whole devices), or rank_slice (each slice of rank among the devices that
     trained it)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a plug-in's own."""
 
     def __post_init__(self) -> None:
-        require_choice("aggregation.name", self.name, AGGREGATIONS)
         require(none_or_positive(self.max_rank), f"aggregation.max_rank={self.max_rank}: must be 1 or more, or null")
         part = self.energy_fraction
         wrong = f"aggregation.energy_fraction={part}: must be over 0 and at most 1, or null"
@@ -106,9 +103,10 @@ class ServerOptimizerConfig:
     """β₂ (fedadam, fedyogi); null: 0.99."""
     tau: float | None = None
     """τ, the smallest change that still counts as one (fedadam, fedyogi); null: 0.001."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a plug-in's own."""
 
     def __post_init__(self) -> None:
-        require_choice("server_optimizer.name", self.name, OPTIMIZERS)
         require(none_or_positive(self.lr), f"server_optimizer.lr={self.lr}: must be over 0, or null")
         for name in ("momentum", "beta2"):
             value = getattr(self, name)
@@ -133,12 +131,6 @@ class RobustConfig:
     """Factor on the median norm of all changes (norm_bound); null: 1."""
 
     def __post_init__(self) -> None:
-        for position, name in enumerate(self.rules):
-            require_choice("robust.rules", name, ROBUST)
-            first = name != "replay" or position == 0
-            require(first, "robust.rules: replay checks each reply on arrival, before any other rule: put it first")
-            last = name not in _ENTRYWISE or position == len(self.rules) - 1
-            require(last, f"robust.rules: {name} merges all updates into one: put it last")
         cut = self.outlier_fraction
         require(cut is None or 0 <= cut < 0.5, f"robust.outlier_fraction={cut}: must be 0 or more, and under 0.5")
         require(none_or_positive(self.norm_bound), f"robust.norm_bound={self.norm_bound}: must be over 0, or null")

@@ -1,11 +1,19 @@
-"""Aggregation rules: pure functions from the updates of one round to the next shared adapter."""
+"""Aggregation rules: pure functions from the updates of one round to the next shared adapter.
+
+Each module registers its rule as `@aggregation("name")`. The parameters `rank` and `seed` of its constructor are filled
+in from the configuration; others are declared as `options`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from common.plugins import Registry
 from models.lora.adapter import Adapter, Factors
+
+AGGREGATIONS: Registry[Any] = Registry("aggregation", key="aggregation.name", modules=__name__)
+aggregation = AGGREGATIONS.register
 
 Updates = Sequence[tuple[Adapter, float]]
 """Trained factors of each device, at the sites that it trained, and its weight > 0."""
@@ -42,7 +50,11 @@ UNDECLARED = Linearity(
 
 
 class Aggregation(Protocol):
-    """Pure aggregation rule: the same updates in the same order give the same adapter."""
+    """Pure aggregation rule: the same updates in the same order give the same adapter.
+
+    A class may also declare `options` and `conflicts` (`strategies.declarations`), `rebase` if it can use updates of an
+    older adapter (`strategies.fedbuff`), and `own_rank`.
+    """
 
     sensitivity: Linearity
 
@@ -96,8 +108,8 @@ def site_updates(updates: Updates, site: str) -> SiteUpdates:
 
 def declared_linearity(rule: Aggregation) -> Linearity:
     """Return the declaration of a rule, `UNDECLARED` if it has none."""
-    declared: Linearity = getattr(rule, "sensitivity", UNDECLARED)
-    return declared
+    declared: Linearity | None = getattr(rule, "sensitivity", None)
+    return UNDECLARED if declared is None else declared
 
 
 def in_every_round(part: str) -> Callable[[int], str]:

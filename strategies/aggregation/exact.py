@@ -16,9 +16,11 @@ from torch import Tensor
 from common.errors import AntherError
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Linearity, Updates, check_updates, in_every_round
+from strategies.aggregation import Aggregated, Linearity, Updates, aggregation, check_updates, in_every_round
 from strategies.aggregation.factored import LowRankProduct, ProductSum, pad
 from strategies.aggregation.slices import SliceMean, rank_weights
+from strategies.declarations import Option, read_from
+from strategies.fedbuff import rebase_product
 
 
 class ProductMean:
@@ -72,6 +74,7 @@ class ProductMean:
         return best._replace(b=best.b / sum(weights.values()))
 
 
+@aggregation("exact")
 class Exact:
     """Mean of products, truncated to `max_rank` and to the directions required to keep the fraction `energy`.
 
@@ -89,7 +92,14 @@ class Exact:
 
     mixed_ranks = True
     stable_factors = False
+    own_rank = True
     trains = staticmethod(in_every_round("both"))
+    rebase = staticmethod(rebase_product)
+    options = read_from(
+        max_rank=Option("aggregation.max_rank", otherwise="adapter.shared.rank"),
+        energy="aggregation.energy_fraction",
+        by_slice=Option("aggregation.weighting", convert="rank_slice".__eq__),
+    )
     sensitivity = Linearity(
         linear=False,
         reason="a product of two factors is not linear in them, and the updates determine which and how many singular "
@@ -97,7 +107,7 @@ class Exact:
     )
 
     def __init__(
-        self, *, rank: int, max_rank: int | None, energy: float | None = None, by_slice: bool = False, seed: int
+        self, *, rank: int, max_rank: int | None = None, energy: float | None = None, by_slice: bool = False, seed: int
     ) -> None:
         if max_rank is not None and max_rank < rank:
             raise AntherError(f"aggregation.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")

@@ -12,19 +12,23 @@ from strategies.aggregation import (
     Linearity,
     SiteUpdates,
     Updates,
+    aggregation,
     check_updates,
     in_every_round,
     site_updates,
 )
 from strategies.aggregation.factored import mean_residual
+from strategies.fedbuff import rebase_factors
 
 
+@aggregation("fedit")
 class FedIT:
     """Weighted mean of each factor, for equal ranks only."""
 
     mixed_ranks = False
     stable_factors = True
     trains = staticmethod(in_every_round("both"))
+    rebase = staticmethod(rebase_factors)
     sensitivity = Linearity(linear=True, reason="a mean of factors")
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002

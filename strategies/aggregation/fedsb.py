@@ -8,10 +8,11 @@ public frame (`adapter.lora_xs_bases`), which costs no ε.
 from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
-from strategies.aggregation import Aggregated, Linearity, Updates, in_every_round
+from strategies.aggregation import Aggregated, Linearity, Updates, aggregation, in_every_round
 from strategies.aggregation.one_factor import factor_mean
 
 
+@aggregation("fedsb")
 class FedSB:
     """Σ p_k C_k, computed as Σ p_k B_k with B_k = L C_k; equal ranks only."""
 

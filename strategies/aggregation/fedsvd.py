@@ -11,11 +11,12 @@ import torch
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors, rank
-from strategies.aggregation import Aggregated, Linearity, Updates, in_every_round
+from strategies.aggregation import Aggregated, Linearity, Updates, aggregation, in_every_round
 from strategies.aggregation.factored import pad
 from strategies.aggregation.one_factor import factor_mean
 
 
+@aggregation("fedsvd")
 class FedSVD:
     """Σ p_k B_k, then a rotation of both factors: A gets orthonormal rows, in descending order of singular values.
 

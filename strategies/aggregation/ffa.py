@@ -7,10 +7,11 @@ without B ξ_A and ξ_B ξ_A. The learned update lies in the span of the random 
 from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
-from strategies.aggregation import Aggregated, Linearity, Updates, in_every_round
+from strategies.aggregation import Aggregated, Linearity, Updates, aggregation, in_every_round
 from strategies.aggregation.one_factor import factor_mean
 
 
+@aggregation("ffa")
 class FFA:
     """Σ p_k B_k, with the common A.
 

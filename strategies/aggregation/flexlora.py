@@ -17,6 +17,7 @@ from strategies.aggregation import (
     Linearity,
     SiteUpdates,
     Updates,
+    aggregation,
     check_updates,
     in_every_round,
     site_updates,
@@ -31,6 +32,7 @@ NOT_LINEAR = Linearity(
 )
 
 
+@aggregation("flexlora")
 class FlexLoRA:
     """Σ p_k B_k A_k truncated to `rank`; the rows of A are orthonormal and B carries all the scale.
 

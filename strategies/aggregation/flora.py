@@ -11,10 +11,19 @@ import torch
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Linearity, Updates, check_updates, in_every_round, site_updates
+from strategies.aggregation import (
+    Aggregated,
+    Linearity,
+    Updates,
+    aggregation,
+    check_updates,
+    in_every_round,
+    site_updates,
+)
 from strategies.aggregation.factored import compress, pad, stacked_mean
 
 
+@aggregation("flora")
 class FLoRA:
     """`rank` fresh directions with random A and zero B, followed by all directions learned so far.
 
@@ -24,6 +33,7 @@ class FLoRA:
 
     mixed_ranks = True
     stable_factors = False
+    own_rank = True
     trains = staticmethod(in_every_round("both"))
     sensitivity = Linearity(
         linear=False,

@@ -15,19 +15,30 @@ from strategies.aggregation import (
     Linearity,
     SiteUpdates,
     Updates,
+    aggregation,
     check_updates,
     in_every_round,
     site_updates,
 )
 from strategies.aggregation.factored import mean_residual
+from strategies.declarations import Conflict
 
 
+@aggregation("hetlora")
 class HetLoRA:
     """Σ w_k A_k and Σ w_k B_k, with w_k ∝ p_k ‖B_k A_k‖_F at each site and zeros for missing directions."""
 
     mixed_ranks = True
     stable_factors = True
     trains = staticmethod(in_every_round("both"))
+    conflicts = (
+        Conflict(
+            "robust",
+            "{name} reduces large products, and hetlora weights devices by the norm of their product, which undoes it; "
+            "use krum, or aggregation=exact",
+            trait="reduces_large_products",
+        ),
+    )
     sensitivity = Linearity(
         linear=False,
         reason="the weight of a device is the norm of its product relative to all norms: one device affects the "

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, SiteUpdates, Updates, in_every_round
+from strategies.aggregation import Aggregated, SiteUpdates, Updates, aggregation, in_every_round
 from strategies.aggregation.flexlora import NOT_LINEAR, truncated_sum
 
 
+@aggregation("raflora")
 class RaFLoRA:
     """Σ_j Σ {p_k b_kj a_kj : r_k ≥ j} / Σ {p_k : r_k ≥ j} over directions j, truncated to `rank` as in FlexLoRA.
 

@@ -7,10 +7,11 @@ rounds both factors are trained. Half of an adapter is uploaded.
 from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
-from strategies.aggregation import Aggregated, Linearity, Updates
+from strategies.aggregation import Aggregated, Linearity, Updates, aggregation
 from strategies.aggregation.one_factor import factor_mean
 
 
+@aggregation("rolora")
 class RoLoRA:
     """Σ p_k B_k beside the common A in odd rounds, Σ p_k A_k beside the common B in even ones.
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any, cast
 
 from common.errors import AntherError
-from conf.schemas.cohort import OortConfig
 from conf.schemas.simulation import SimulationConfig
 from privacy.noise import noise_source
+from strategies.declarations import missing_option, option_values, own_options
 from strategies.registry import NONE, SELECTIONS
 from strategies.selection import NameSelection, Selection
-from strategies.selection.deadline import Deadline
-from strategies.selection.eafl import EAFL
-from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
 from strategies.selection.fixed_panel import FixedPanel
-from strategies.selection.oort import Oort, OortSettings
-from strategies.selection.poisson import Poisson
-from strategies.selection.power_of_choice import PowerOfChoice
-from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
 
@@ -37,53 +31,26 @@ def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
     """
     if config.selection.name != "random" and config.cohort.size is None:
         raise AntherError(f"selection={config.selection.name} requires cohort.size")
-    if config.cohort.sampling_rate is not None:
-        return Poisson(
-            rate=config.cohort.sampling_rate,
-            rng=partial(noise_source, purpose="selection", client="server", seed=seed),
-        )
-    settings, deadline = config.selection, config.planning.deadline
-    if config.cohort.size is None:
-        return Everyone()
-    size, oort = math.ceil(config.cohort.size * config.cohort.overselection), _oort_settings(settings.oort)
-    factor = settings.candidate_factor or 2.0
-    weight = 0.25 if settings.utility_weight is None else settings.utility_weight
-    match settings.name:
-        case "round_robin":
-            return RoundRobin(size=size)
-        case "oort":
-            return Oort(size=size, seed=config.seed, settings=oort)
-        case "eafl":
-            return EAFL(size=size, seed=config.seed, weight=weight, settings=oort)
-        case "deadline":
-            if deadline is None:
-                raise AntherError("selection=deadline requires planning.deadline")
-            return Deadline(size=size, seconds=deadline, candidate_factor=factor, seed=config.seed)
-        case "power_of_choice":
-            return PowerOfChoice(size=size, candidate_factor=factor, seed=config.seed)
-        case "energy_delay":
-            return EnergyDelay(size=size, candidate_factor=factor, seed=config.seed)
-        case "random":
-            return Sample(size=size, seed=config.seed)
-    raise AntherError(
-        f"selection={settings.name}: strategies/factory/selection.py does not create it; known are "
-        f"{', '.join(SELECTIONS)}"
-    )
+    name, size = selection_name(config), config.cohort.size
+    component = SELECTIONS.lookup(name)
+    known: dict[str, Any] = {
+        "seed": config.seed,
+        "rng": partial(noise_source, purpose="selection", client="server", seed=seed),
+    }
+    if size is not None:
+        known["size"] = math.ceil(size * config.cohort.overselection)
+    if missing := missing_option(component, config):
+        raise AntherError(f"selection={name} requires {missing}")
+    own = own_options(component, config.selection.options, key="selection.options", known=known)
+    return cast(Selection, SELECTIONS.create(name, {**known, **option_values(component, config), **own}))
 
 
-def _oort_settings(oort: OortConfig) -> OortSettings:
-    return OortSettings(
-        alpha=oort.alpha,
-        exploration=oort.exploration,
-        exploration_decay=oort.exploration_decay,
-        min_exploration=oort.min_exploration,
-        cutoff=oort.cutoff,
-        clip_quantile=oort.clip_quantile,
-        duration_quantile=oort.duration_quantile,
-        pacer_window=oort.pacer_window,
-        pacer_step=oort.pacer_step,
-        max_selections=oort.max_selections,
-    )
+def selection_name(config: SimulationConfig) -> str:
+    """Return the name of the selection for training: of `selection`, or the one that a key of `cohort` chooses."""
+    cohort = config.cohort
+    if cohort.size is None:
+        return "everyone" if cohort.sampling_rate is None else "poisson"
+    return config.selection.name
 
 
 def build_evaluation_selection(config: SimulationConfig) -> NameSelection:

@@ -23,7 +23,7 @@ from strategies.clock import Clock
 from strategies.cohort import CohortRule
 from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
-from strategies.factory.selection import build_evaluation_selection, build_selection
+from strategies.factory.selection import build_evaluation_selection, build_selection, selection_name
 from strategies.fedbuff import BUFFER_SIZE
 from strategies.phases.evaluation import EvaluationRule
 from strategies.planning.plan import CosineDecay, PlanLimits
@@ -35,7 +35,7 @@ from strategies.round.private_evaluation import evaluation_mechanisms, evaluatio
 from strategies.selection.eligible import Eligibility
 from strategies.server_update import ServerUpdate
 from strategies.strategy import FederatedStrategy
-from strategies.unused_settings import refuse_unused
+from strategies.validation import check_components
 
 
 def build(
@@ -64,6 +64,7 @@ def build(
         AntherError: a combination that can't be private (`strategies.registry`), or settings that contradict each
             other.
     """
+    check_components(config)
     chosen = combination(config)
     if reason := incompatibility(chosen):
         raise AntherError(reason)
@@ -71,7 +72,6 @@ def build(
         names = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
         advice = f"use aggregation={names}" if names else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {advice} (docs/privacy.md)")
-    refuse_unused(config)
     _check_round_loop(config)
     rule = build_aggregation(config)
     lora_xs_bases = _load_lora_xs_bases(config, sites)
@@ -214,14 +214,10 @@ def _check_round_loop(config: SimulationConfig) -> None:
 
 def combination(config: SimulationConfig) -> Combination:
     """Return the names of the components that a configuration selects."""
-    cohort = config.cohort
-    selection = (
-        config.selection.name if cohort.size is not None else "everyone" if cohort.sampling_rate is None else "poisson"
-    )
     return Combination(
         aggregation=config.aggregation.name,
         robust=tuple(config.robust.rules),
-        selection=selection,
+        selection=selection_name(config),
         timing=config.round_loop.mode,
         optimizer=config.server_optimizer.name,
         level=config.privacy.level,

@@ -3,14 +3,22 @@
 Rules look at the change of the product B A, never at the factors: two devices may send the same product in unrelated
 factors, and an attacker can rotate factors at no cost. Malformed, non-finite and oversized updates are rejected earlier
 (`strategies.round.validation`).
+
+Each module registers its rule as `@robust_rule("name")`. A rule has one of three methods: `check` decides on each reply
+as it arrives, `reweight` on all updates of a round, and `combine` merges all updates into one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from common.plugins import Registry
+
+ROBUST_RULES: Registry[Any] = Registry("robust", key="robust.rules", modules=__name__)
+robust_rule = ROBUST_RULES.register
 
 
 class Filtering(NamedTuple):
@@ -116,7 +124,10 @@ class UpdateGeometry(NamedTuple):
 
 
 class RobustRule(Protocol):
-    """Rule that assigns a weight and a scale to each update."""
+    """Rule that assigns a weight and a scale to each update.
+
+    A class may also declare `options` and `conflicts` (`strategies.declarations`), and `reduces_large_products`.
+    """
 
     sensitivity: Filtering
 

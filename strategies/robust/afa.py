@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from strategies.robust import Filtering, UpdateGeometry
+from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 _SIGMA = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 _EVEN = 1e-9  # a smaller spread of cosines is rounding error
 
 
+@robust_rule("afa")
 class AFA:
     """Remove devices more than ξ σ from the median similarity, on the side of the mean; repeat with ξ + Δξ.
 

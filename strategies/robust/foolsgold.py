@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from strategies.robust import Filtering, UpdateGeometry
+from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 
+@robust_rule("foolsgold")
 class FoolsGold:
     """Weight devices by 1 − v_k, with v_k the largest cosine of C_k and another change, and a logit; κ = 1 as in the
     paper.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from strategies.robust import Filtering, UpdateGeometry
+from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 _SMOOTHING = 1e-4  # ν, relative to the median distance from the mean; smaller distances count as ν
 _STEPS, _TOLERANCE = 500, 1e-9  # iteration limit; stop if no fraction of the weight moves by more than the tolerance
 
 
+@robust_rule("geometric_median")
 class GeometricMedian:
     """min_z Σ p_k ‖z − C_k‖_F as a reweighted mean: smoothed Weiszfeld algorithm (algorithm 2).
 
@@ -23,6 +24,7 @@ class GeometricMedian:
     sensitivity = Filtering(
         bounded=False, reason="the weight of a device depends on the other changes: each device affects all weights"
     )
+    reduces_large_products = True
 
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         initial, steps = changes.weights, _STEPS

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from strategies.robust import Filtering, UpdateGeometry
+from strategies.declarations import read_from
+from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 
+@robust_rule("krum")
 class MultiKrum:
     """Keep the n − f of n devices with the smallest s(i) = Σ ‖C_i − C_j‖² over the n − f − 2 nearest other devices.
 
@@ -20,7 +22,9 @@ class MultiKrum:
         bounded=False, reason="updates near to others are kept: one device affects whether others are"
     )
 
-    def __init__(self, *, outliers: float) -> None:
+    options = read_from(outliers="robust.outlier_fraction")
+
+    def __init__(self, *, outliers: float = 0.2) -> None:
         if not 0 <= outliers < 0.5:
             raise ValueError(f"{outliers=}: must be 0 or more and less than half")
         self._outliers = outliers

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from strategies.robust import Filtering, UpdateGeometry
+from strategies.declarations import Option, read_from
+from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 
+@robust_rule("norm_bound")
 class NormBound:
     """C_k · min(1, M / ‖C_k‖_F), where M is fixed or `factor` times the median norm (the lower of two medians).
 
@@ -18,6 +20,9 @@ class NormBound:
         bounded=False,
         reason="the bound may be the median of all norms; privacy=device has its own clip, which is fixed or noised",
     )
+
+    reduces_large_products = True
+    options = read_from(bound="robust.norm_bound", factor=Option("robust.norm_factor", unless="robust.norm_bound"))
 
     def __init__(self, *, bound: float | None = None, factor: float = 1.0) -> None:
         if not (bound is None or bound > 0) or not factor > 0:

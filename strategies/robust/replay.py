@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
-from strategies.robust import Filtering
+from strategies.robust import Filtering, robust_rule
 from strategies.round.updates import Sketches
 from strategies.round.validation import ReplyRejectedError
 from strategies.server_optimizers import StrategyState, Tensors, as_stored
@@ -34,6 +34,7 @@ Probes = Sequence[tuple[Tensor, Tensor]]
 """Signs u `[n, out]` and v `[n, in]` for each site, float64."""
 
 
+@robust_rule("replay")
 class ReplayFilter:
     """Reject an update that nearly equals one of the last updates of any device, accepted or not.
 

@@ -5,7 +5,7 @@ The results have no factors: they are computed in blocks of rows and compressed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from torch import Tensor
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
 from strategies.aggregation.factored import ProductSum, pad
-from strategies.robust import EntrywiseRule, Filtering
+from strategies.declarations import Option, read_from
+from strategies.robust import EntrywiseRule, Filtering, robust_rule
 from strategies.robust.krum import count
 
 _ENTRIES = 2**22  # entries of all devices together in one block
 _ROWS = 256  # largest number of rows in a block: each one is a direction of the sum until it is compressed
 
 
+@robust_rule("trimmed_mean")
 class TrimmedMean:
     """Mean of each entry without the largest and smallest values.
 
@@ -35,7 +37,9 @@ class TrimmedMean:
         reason="the other values of an entry determine which value counts: clipping one does not bound its effect",
     )
 
-    def __init__(self, *, outliers: float) -> None:
+    options: Mapping[str, Option] = read_from(outliers="robust.outlier_fraction")
+
+    def __init__(self, *, outliers: float = 0.2) -> None:
         if not 0 <= outliers <= 0.5:
             raise ValueError(f"{outliers=}: must be 0 or more and at most half")
         self._outliers = outliers
@@ -46,8 +50,11 @@ class TrimmedMean:
         return changes.sort(dim=0).values[cut : n - cut].mean(dim=0)
 
 
+@robust_rule("median")
 class Median(TrimmedMean):
     """Median of each entry, or the mean of the two middle values."""
+
+    options: Mapping[str, Option] = read_from()
 
     def __init__(self) -> None:
         super().__init__(outliers=0.5)

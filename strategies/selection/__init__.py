@@ -1,13 +1,21 @@
-"""Selection of the devices that are asked in a round."""
+"""Selection of the devices that are asked in a round.
+
+Each module registers its selection as `@selection("name")`. The parameters `size` and `seed` of its constructor are
+filled in from the configuration; others are declared as `options`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from common.plugins import Registry
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.round.metrics import DeviceMetrics
+
+SELECTIONS: Registry[Any] = Registry("selection", key="selection", modules=__name__)
+selection = SELECTIONS.register
 
 
 class Sampling(NamedTuple):
@@ -73,7 +81,9 @@ class DeviceCandidates(dict[str, DeviceCandidate]):
 class Selection(Protocol):
     """Selection of devices by name, so that it does not depend on Flower's node ids.
 
-    It has no state between rounds: everything that a resumed run needs is in its checkpoint.
+    It has no state between rounds: everything that a resumed run needs is in its checkpoint. A class may also declare
+    `options` and `conflicts` (`strategies.declarations`), and `chosen_by`, the key that selects it in place of
+    `selection`.
     """
 
     sensitivity: Sampling

@@ -7,10 +7,12 @@ the deadline separately, and ranked by the examples that it trains per second.
 
 from __future__ import annotations
 
-from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.declarations import read_from
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
 from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
 
+@selection("deadline")
 class Deadline:
     """Select `size` devices of `candidate_factor` · `size` drawn at random.
 
@@ -29,7 +31,9 @@ class Deadline:
         reason="by speed and link, which belong to the device type, within a random sample",
     )
 
-    def __init__(self, *, size: int, seconds: float, candidate_factor: float, seed: int) -> None:
+    options = read_from(seconds="planning.deadline", candidate_factor="selection.candidate_factor")
+
+    def __init__(self, *, size: int, seconds: float, candidate_factor: float = 2.0, seed: int) -> None:
         check_candidate_factor(candidate_factor, size)
         if not seconds > 0:
             raise ValueError(f"{seconds=}: must be over 0")

@@ -9,10 +9,12 @@ from __future__ import annotations
 from functools import partial
 
 from common.units import HOUR
-from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
-from strategies.selection.oort import Oort, OortSettings
+from strategies.declarations import read_from
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
+from strategies.selection.oort import OORT_OPTION, Oort, OortSettings
 
 
+@selection("eafl")
 class EAFL:
     """Select `size` devices.
 
@@ -30,7 +32,9 @@ class EAFL:
         uses_transient_state=True,
     )
 
-    def __init__(self, *, size: int, seed: int, weight: float, settings: OortSettings) -> None:
+    options = read_from(weight="selection.utility_weight", settings=OORT_OPTION)
+
+    def __init__(self, *, size: int, seed: int, weight: float = 0.25, settings: OortSettings) -> None:
         if not 0 <= weight <= 1:
             raise ValueError(f"{weight=}: must be 0 to 1")
         self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(reward, weight=weight))

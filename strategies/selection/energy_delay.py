@@ -7,10 +7,12 @@ for circuits (Gonzalez & Horowitz, 1996). The square in the numerator makes plan
 
 from __future__ import annotations
 
-from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.declarations import read_from
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
 from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
 
+@selection("energy_delay")
 class EnergyDelay:
     """Select `size` devices of `candidate_factor` · `size` drawn at random.
 
@@ -26,7 +28,9 @@ class EnergyDelay:
         reason="by speed, power and link, which belong to the device type, within a random sample",
     )
 
-    def __init__(self, *, size: int, candidate_factor: float, seed: int) -> None:
+    options = read_from(candidate_factor="selection.candidate_factor")
+
+    def __init__(self, *, size: int, candidate_factor: float = 2.0, seed: int) -> None:
         check_candidate_factor(candidate_factor, size)
         self._size, self._candidate_factor, self._seed = size, candidate_factor, seed
 

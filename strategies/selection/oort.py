@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.seeding import derive_seed
-from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, check_size
+from strategies.declarations import Option, read_from
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, check_size, selection
 from strategies.selection.utility import quantile, staleness_bonus, statistical_utility, system_utility, unit_range
 
 
@@ -42,11 +43,20 @@ class OortSettings:
     """Rounds after which a device is asked only if too few others are available; None: no limit."""
 
 
+def _from_config(settings: object) -> OortSettings:
+    """Convert the group `selection.oort`, whose keys are the fields of `OortSettings`."""
+    return OortSettings(**vars(settings))
+
+
+OORT_OPTION = Option("selection.oort", convert=_from_config)
+
+
 def utility_only(utility: float, candidate: DeviceCandidate) -> float:  # noqa: ARG001
     """Use the utility itself as the reward."""
     return utility
 
 
+@selection("oort")
 class Oort:
     """Select `size` devices: known ones by utility (exploitation), and some that were never asked (exploration).
 
@@ -62,6 +72,8 @@ class Oort:
         amplifies=False,
         reason="by speed, and by when each was asked; under privacy no loss is reported",
     )
+
+    options = read_from(settings=OORT_OPTION)
 
     def __init__(
         self,

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from privacy.noise import NoiseSource
-from strategies.selection import Sampling
+from strategies.declarations import Conflict, read_from
+from strategies.selection import Sampling, selection
 
 
+@selection("poisson")
 class Poisson:
     """Select each device with probability `rate`, independently in each round; possibly none.
 
@@ -23,6 +25,16 @@ class Poisson:
     """
 
     sensitivity = Sampling(data_independent=True, amplifies=True, reason="a secret coin flip for each device")
+
+    chosen_by = "cohort.sampling_rate"
+    options = read_from(rate="cohort.sampling_rate")
+    conflicts = (
+        Conflict(
+            "timing",
+            "Poisson sampling requires rounds that don't overlap; set cohort.sampling_rate to null",
+            names=("async",),
+        ),
+    )
 
     def __init__(self, *, rate: float, rng: Callable[[int], NoiseSource]) -> None:
         if not 0 < rate <= 1:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 
-from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.declarations import read_from
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
 from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
 
+@selection("power_of_choice")
 class PowerOfChoice:
     """Select `size` devices of `candidate_factor` · `size` drawn at random (d in the paper).
 
@@ -24,7 +26,9 @@ class PowerOfChoice:
 
     sensitivity = Sampling(data_independent=False, amplifies=False, reason="by reported losses only")
 
-    def __init__(self, *, size: int, candidate_factor: float, seed: int) -> None:
+    options = read_from(candidate_factor="selection.candidate_factor")
+
+    def __init__(self, *, size: int, candidate_factor: float = 2.0, seed: int) -> None:
         check_candidate_factor(candidate_factor, size)
         self._size, self._candidate_factor, self._seed = size, candidate_factor, seed
 

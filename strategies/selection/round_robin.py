@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from strategies.selection import DeviceCandidates, Sampling, check_size
+from strategies.selection import DeviceCandidates, Sampling, check_size, selection
 
 
+@selection("round_robin")
 class RoundRobin:
     """Select `size` devices; names break ties.
 

@@ -10,9 +10,10 @@ import random
 from collections.abc import Collection
 
 from common.seeding import derive_seed
-from strategies.selection import Sampling
+from strategies.selection import Sampling, selection
 
 
+@selection("random")
 class Sample:
     """Select `size` devices without replacement, or all if there are fewer; a function of seed, draw and names.
 

@@ -203,4 +203,6 @@ def test_undeclared_rule_runs_without_privacy_only():
     declared = declared_linearity(Undeclared())
     assert not declared.linear
     assert declared.rotation_reason is not None  # so that no server optimizer or residual relies on its directions
+    Undeclared.sensitivity = None
+    assert declared_linearity(Undeclared()) is declared
     assert declared_linearity(FedIT()) is FedIT.sensitivity

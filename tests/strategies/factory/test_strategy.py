@@ -32,7 +32,13 @@ from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt
+from strategies.validation import check_components
 from tests.helpers.fleet import SITES, bases_file
+
+
+def checked(config):
+    check_components(config)
+    return build_aggregation(config)
 
 
 def test_aggregation_by_name():
@@ -54,20 +60,20 @@ def test_every_aggregation_builds(strategy, tmp_path):
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_max_rank_below_the_rank_is_refused(strategy):
     with pytest.raises(AntherError, match=r"aggregation\.max_rank=2: .*adapter\.shared\.rank=8"):
-        build_aggregation(compose(f"aggregation={strategy} aggregation.max_rank=2 adapter.shared.rank=8"))
+        checked(compose(f"aggregation={strategy} aggregation.max_rank=2 adapter.shared.rank=8"))
 
 
 @pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys() - {"exact"}))
 def test_energy_fraction_requires_exact(strategy):
-    with pytest.raises(AntherError, match=r"aggregation\.energy_fraction=0\.9: .*use aggregation=exact"):
-        build_aggregation(compose(f"aggregation={strategy} aggregation.energy_fraction=0.9"))
+    with pytest.raises(AntherError, match=r"aggregation\.energy_fraction=0\.9: only used by aggregation=exact"):
+        check_components(compose(f"aggregation={strategy} aggregation.energy_fraction=0.9"))
 
 
 def test_rank_slices_require_exact():
     assert build_aggregation(compose("aggregation=exact aggregation.weighting=rank_slice"))._by_slice
     assert not build_aggregation(compose("aggregation=exact"))._by_slice
-    with pytest.raises(AntherError, match=r"aggregation\.weighting=rank_slice requires aggregation=exact, not hetlora"):
-        build_aggregation(compose("aggregation=hetlora aggregation.weighting=rank_slice"))
+    with pytest.raises(AntherError, match=r"aggregation\.weighting=rank_slice: only used by aggregation=exact"):
+        check_components(compose("aggregation=hetlora aggregation.weighting=rank_slice"))
 
 
 @pytest.mark.parametrize(("name", "kind", "rate"), [("fedavgm", FedAvgM, 1.0), ("fedyogi", FedOpt, 0.003)])
@@ -133,14 +139,17 @@ def test_entrywise_rules_exclude_server_optimizers():
 
 def test_no_server_optimizer_by_default():
     assert build_server_optimizer(compose(""), FLoRA(rank=8, seed=0)) is None
-    with pytest.raises(AntherError, match=r"server_optimizer\.lr=0\.1: without an optimizer .* or set it to null"):
-        build_server_optimizer(compose("server_optimizer.lr=0.1"), FLoRA(rank=8, seed=0))
+    with pytest.raises(
+        AntherError,
+        match=r"lr=0\.1: only used by server_optimizer\.name=fedadam, fedavgm and fedyogi",
+    ):
+        check_components(compose("server_optimizer.lr=0.1"))
 
 
 @pytest.mark.parametrize("robust", ["", "robust.rules=[krum]"])
 def test_norm_bound_requires_its_rule(robust):
-    with pytest.raises(AntherError, match=r"robust\.norm_bound=2 requires norm_bound in robust\.rules"):
-        build_aggregation(compose(f"robust.norm_bound=2 {robust}"))
+    with pytest.raises(AntherError, match=r"robust\.norm_bound=2: only used by norm_bound \(robust\.rules\)"):
+        check_components(compose(f"robust.norm_bound=2 {robust}"))
     assert build_aggregation(compose("robust.norm_bound=2 robust.rules=[norm_bound]"))
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from conf.compose import compose
-from conf.schemas.rounds import RobustConfig
 from models.lora.adapter import Factors, Site, to_tensors
 from models.lora.lora_xs import load_bases, zero_adapter
 from protocol import quantization
@@ -34,6 +33,7 @@ from strategies.factory.strategy import build
 from strategies.fedbuff import rebase_product
 from strategies.robust.replay import ReplayFilter, draw_probes, relative_distances, sketch
 from strategies.round.validation import ReplyRejectedError
+from strategies.validation import check_components
 from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter
@@ -360,8 +360,8 @@ def test_asynchronous_rounds(tmp_path):
 
 
 def test_incompatible_settings_are_refused():
-    with pytest.raises(ValueError, match="put it first"):
-        RobustConfig(rules=["norm_bound", "replay"])
+    with pytest.raises(AntherError, match=r"^robust\.rules: replay .* put it first"):
+        check_components(compose("robust.rules=[norm_bound,replay]"))
     config = compose("aggregation=fedsa 'robust.rules=[replay]'")
     with pytest.raises(AntherError, match=r"robust\.rules: .* aggregation=fedsa every device keeps its own B"):
         build_replay_filter(config, build_aggregation(config), FLEET_SITES, seed=1)

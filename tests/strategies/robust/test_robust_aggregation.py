@@ -28,6 +28,7 @@ from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
 from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.robust.trimmed import Median, TrimmedMean
+from strategies.validation import check_components
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.fleet import FakeDevice, fresh_state, handle, perform, strategy
 from tests.helpers.means import SITES, close, dense, distance, random_adapter, rounds
@@ -140,13 +141,14 @@ def test_configurations_are_built_or_refused():
     assert rule.sensitivity.linear
     assert not build_aggregation(compose("aggregation=fedit robust.rules=[median]")).sensitivity.linear
     for arguments, message in (
-        ({"rules": ["mean"]}, "must be one of"),
-        ({"rules": ["median", "krum"]}, "put it last"),
         ({"outlier_fraction": 0.5}, "under 0.5"),
         ({"norm_bound": 0.0}, "must be over 0"),
     ):
         with pytest.raises(ValueError, match=message):
             RobustConfig(**arguments)
+    for rules, message in (("mean", "nothing is registered"), ("median,krum", "put it last")):
+        with pytest.raises(AntherError, match=rf"^robust\.rules.*{message}"):
+            check_components(compose(f"robust.rules=[{rules}]"))
     with pytest.raises(AntherError, match="median rotates the factors, and aggregation=fedsb"):
         build_aggregation(compose("aggregation=fedsb robust.rules=[median] adapter.lora_xs_bases=glyphs-frame"))
 
