@@ -130,9 +130,9 @@ device's own B (fedsa) is trained, clipped and noised jointly with A |
 | the loss of a device, reported without noise | it is a function of the device's pictures | under `example` no device \
 reports one; under `device` the server discards them |
 | a component without a declared sensitivity | the effect of one unit on it is unknown | `strategies.registry` |
-| a sampling rate that the selection does not support | a reproducible sample is not secret | `strategies.strategy` |
+| a sampling rate that the selection does not support | a reproducible sample is not secret | `strategies.validation` |
 | steps that follow from the remaining battery charge, under `device` and `both` | the charge belongs to a device, and \
-the unit is all data of a device | `strategies.factory.strategy`, for `planning.max_battery_fraction` |
+the unit is all data of a device | `strategies.validation`, for `planning.max_battery_fraction` |
 | reproducible noise | a party with the seed can subtract it | every server outside of test mode; the ledger says *not \
 a release* |
 

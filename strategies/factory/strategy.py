@@ -24,7 +24,6 @@ from strategies.cohort import CohortRule
 from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
 from strategies.factory.selection import build_evaluation_selection, build_selection, selection_name
-from strategies.fedbuff import BUFFER_SIZE
 from strategies.phases.evaluation import EvaluationRule
 from strategies.planning.plan import CosineDecay, PlanLimits
 from strategies.planning.planner import Planning
@@ -35,7 +34,7 @@ from strategies.round.private_evaluation import evaluation_mechanisms, evaluatio
 from strategies.selection.eligible import Eligibility
 from strategies.server_update import ServerUpdate
 from strategies.strategy import FederatedStrategy
-from strategies.validation import check_components
+from strategies.validation import check_components, check_round_loop
 
 
 def build(
@@ -72,19 +71,9 @@ def build(
         names = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
         advice = f"use aggregation={names}" if names else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {advice} (docs/privacy.md)")
-    _check_round_loop(config)
+    check_round_loop(config)
     rule = build_aggregation(config)
     lora_xs_bases = _load_lora_xs_bases(config, sites)
-    if (lora_xs_bases is not None) != (rule.trains(1) == "cores"):
-        advice = (
-            "only for aggregation=fedsb" if lora_xs_bases else "aggregation=fedsb requires one, such as glyphs-frame"
-        )
-        raise AntherError(f"adapter.lora_xs_bases={config.adapter.lora_xs_bases}: {advice}")
-    if config.compression.download != "fp32" and (lora_xs_bases or plan.scaffold):
-        raise AntherError(
-            f"compression.download={config.compression.download}: adapter.lora_xs_bases and SCAFFOLD's control variate "
-            "are sent in full precision with the adapter; use compression.download=fp32"
-        )
     seed = config.seed if accept_simulated else None
     # A control variate covers every direction, and device-level privacy protects the link of a device.
     reducible = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
@@ -96,16 +85,6 @@ def build(
         joules=config.planning.max_joules,
         battery_share=config.planning.max_battery_fraction,
     )
-    if limits.uses_transient_state and config.privacy.of_devices:
-        raise AntherError(
-            f"planning.max_battery_fraction={limits.battery_share}: the battery charge of a device is private with "
-            f"privacy={chosen.level}; use planning.max_joules"
-        )
-    if limits.metered_update is not None and config.privacy.of_devices:
-        raise AntherError(
-            f"compression.metered_upload={limits.metered_update}: the link of a device is private with "
-            f"privacy={chosen.level}; use compression.upload"
-        )
     central_dp = (
         _central_dp(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
     )
@@ -140,7 +119,7 @@ def build(
             timesteps=config.evaluation.timesteps,
         ),
         checks=ReplyChecks(
-            accept_simulated=accept_simulated, replay_filter=build_replay_filter(config, rule, sites, seed=replay_seed)
+            accept_simulated=accept_simulated, replay_filter=build_replay_filter(config, sites, seed=replay_seed)
         ),
         clock=clock,
     )
@@ -174,42 +153,6 @@ def _load_lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | Non
         return None
     file = assets.locate(config.adapter.lora_xs_bases)
     return load_bases(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
-
-
-def _check_round_loop(config: SimulationConfig) -> None:
-    """Refuse settings of the round loop that contradict others."""
-    loop, cohort, weighting = config.round_loop, config.cohort, config.aggregation.weighting
-    if loop.mode == "async" and weighting != "device":
-        raise AntherError(
-            f"aggregation.weighting={weighting}: an update of an older adapter has other directions, which are not "
-            "slices of it; set it to device, or use round_loop.mode=sync"
-        )
-    if loop.mode == "async" and cohort.overselection > 1:
-        raise AntherError(
-            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async no reply is too late; set "
-            "it to 1"
-        )
-    key, limit = (
-        ("round_loop.buffer_size", loop.buffer_size or BUFFER_SIZE)
-        if loop.mode == "async"
-        else ("cohort.size", cohort.size)
-    )
-    if limit is not None and loop.quorum > limit:
-        raise AntherError(
-            f"round_loop.quorum={loop.quorum}: no round has more replies than {key}={limit}; lower the quorum or "
-            "raise it"
-        )
-    if config.privacy.of_devices:
-        if cohort.overselection > 1:
-            raise AntherError(
-                f"cohort.overselection={cohort.overselection:g}: the time of a reply would decide whether it counts, "
-                "and device-level privacy charges every device that is asked; set it to 1"
-            )
-        if loop.quorum > 1:
-            raise AntherError(
-                f"round_loop.quorum={loop.quorum}: with device-level privacy the release does not depend on the "
-                "replies, and keeping the adapter would reveal them; set it to 1"
-            )
 
 
 def combination(config: SimulationConfig) -> Combination:

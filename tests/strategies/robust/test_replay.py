@@ -364,7 +364,7 @@ def test_incompatible_settings_are_refused():
         check_components(compose("robust.rules=[norm_bound,replay]"))
     config = compose("aggregation=fedsa 'robust.rules=[replay]'")
     with pytest.raises(AntherError, match=r"robust\.rules: .* aggregation=fedsa every device keeps its own B"):
-        build_replay_filter(config, build_aggregation(config), FLEET_SITES, seed=1)
+        build_aggregation(config)
     with pytest.raises(ValueError, match="no device sends one"):
         strategy(aggregation=FedSA(), replay_filter=ReplayFilter(FLEET_SITES))
     config = compose("aggregation=fedit privacy=device 'robust.rules=[replay]'")
@@ -380,5 +380,5 @@ def test_filter_is_built_if_it_is_named():
     config = compose("aggregation=exact 'robust.rules=[replay]'")
     rule = build_aggregation(config)
     assert isinstance(rule, Exact)
-    assert isinstance(build_replay_filter(config, rule, FLEET_SITES, seed=1), ReplayFilter)
-    assert build_replay_filter(compose("aggregation=exact"), rule, FLEET_SITES, seed=1) is None
+    assert isinstance(build_replay_filter(config, FLEET_SITES, seed=1), ReplayFilter)
+    assert build_replay_filter(compose("aggregation=exact"), FLEET_SITES, seed=1) is None
