@@ -1,87 +1,141 @@
-"""Noised gain: the reduction of a loss by an adapter, released under differential privacy.
+"""Sums that carry their sensitivity, from which their noise is derived.
 
-The unit of privacy is one picture if a device noises the gains of its own pictures before it reports anything, or one
-device if the trusted server noises the gains that devices reported. Both are the Gaussian mechanism (Dwork & Roth,
-2014, doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: for the accountant a
-`PoissonGaussian` with a sampling rate of 1 and one step.
+The design follows the bounded functions of jax-privacy: clipping and summing returns a `BoundedSum`, and only a
+`BoundedSum` can be noised, so that sum and noise can't disagree on the bound. Every unit has weight 1: no bound would
+hold for a weight that a unit could choose. One class hides pictures in a device's sum of gradients (`privacy.dp_sgd`),
+devices in the server's sum of updates (`privacy.central`), and either in a sum of gains (`privacy.noised_gain`).
 
-The sum is counted in whole steps of clip / `STEPS_PER_CLIP`, and its noise is a rounded Gaussian in the same steps
-(`privacy.noise`). So the sensitivity holds exactly, and for any gains, the released gain can be any
-whole number of steps.
+Sums and their noise are integers, in steps of a grid that depends on public numbers only. So the set of possible
+releases is the same for all data (`privacy.noise`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from privacy.accounting import ADD_OR_REMOVE_ONE
-from privacy.noise import NoiseSource
+from privacy.noise import MAX_STDDEV_STEPS, NoiseSource
 
-STEPS_PER_CLIP = 1024
-"""Resolution of a gain: far finer than any noise that hides a unit."""
+RESOLUTION = 2**20
+"""Number of grid steps in the sensitivity of a sum. Every unit's contribution and the noise are whole steps.
+
+Truncation towards zero removes half a step of each number on average. For a contribution of norm C with D numbers that
+is about 0.4 √D / 2²⁰ of its norm: 0.01 % for 10⁵ numbers, 0.1 % for 10⁷. Each number loses less than 10⁻⁶ C, while the
+noise is σC. A finer grid would only make it rarer that 53 random bits decide a number (`privacy.noise.SecureNoise`).
+"""
+
+MAX_NOISE_MULTIPLIER = MAX_STDDEV_STEPS / RESOLUTION
+"""Largest noise multiplier. With larger ones the integers would not be exact in float64."""
 
 
-class BoundedGainSum(NamedTuple):
-    """Sum of clipped gains in whole steps, with its sensitivity."""
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """L2 sensitivity: the largest change of a value when one unit is added to the data or removed from it.
 
-    steps: int
-    sensitivity: int
-    """Largest change of `steps` when one gain is added or removed."""
-    step: float
-    """Value of one step, in units of the loss."""
+    Raises:
+        ValueError: `norm` is not positive and finite, so that no noise follows from it.
+    """
+
+    norm: float
+    unit: str
+    """Unit of privacy: `image` or `device`, or `gain` for the gain of either."""
     relation: str = ADD_OR_REMOVE_ONE
 
+    def __post_init__(self) -> None:
+        if not 0 < self.norm < math.inf:
+            raise ValueError(f"sensitivity={self.norm}: must be positive and finite")
 
-def clipped_sum(gains: Iterable[float], clip: float) -> BoundedGainSum:
-    """Sum the gains, each clipped to [−clip, clip] and rounded to a whole step. NaN counts as zero.
+    def noise_stddev(self, noise_multiplier: float) -> float:
+        """Compute the standard deviation of the noise on each number: σ times the norm.
 
-    Formal guarantee: adding or removing one gain changes `steps` by at most `sensitivity`, for any other gains.
+        Raises:
+            ValueError: `noise_multiplier` is not in (0, `MAX_NOISE_MULTIPLIER`].
+        """
+        if not 0 < noise_multiplier <= MAX_NOISE_MULTIPLIER:
+            raise ValueError(f"{noise_multiplier=}: must be over 0 and at most {MAX_NOISE_MULTIPLIER:g}")
+        return noise_multiplier * self.norm
 
-    Raises:
-        ValueError: `clip` is not positive and finite.
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Numbers of a sum that its contributions can change. The others are always zero and get no noise."""
+
+    mask: Tensor
+    """[D], bool."""
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class BoundedSum:
+    """Sum of clipped contributions in whole grid steps, with its sensitivity.
+
+    It is not private: only a sum with noise may be shared.
     """
-    if not 0 < clip < math.inf:
-        raise ValueError(f"clip={clip}: must be positive and finite")
-    shares = (min(max(gain / clip, -1.0), 1.0) for gain in gains if not math.isnan(gain))
-    return BoundedGainSum(sum(round(share * STEPS_PER_CLIP) for share in shares), STEPS_PER_CLIP, clip / STEPS_PER_CLIP)
 
+    steps: Tensor
+    """[D], whole numbers: int64, or float64 under 2⁵³."""
+    sensitivity: Sensitivity
+    resolution: int = RESOLUTION
+    """Number of grid steps in the sensitivity."""
+    support: Support | None = None
+    """None: all numbers."""
 
-def noised_mean(
-    gains: Iterable[float], *, clip: float, noise_multiplier: float, count: int, noise: NoiseSource
-) -> float:
-    """Release (sum of clipped gains + N(0, (σ·clip)²)) / count. The noise is derived from the sum's own sensitivity.
+    @property
+    def step(self) -> float:
+        """Value of one grid step."""
+        return self.sensitivity.norm / self.resolution
 
-    Without any gain the result is noise only, so that not even the number of gains is revealed.
+    def stddev(self, noise_multiplier: float) -> float:
+        """Return the standard deviation of the noise that hides one unit, in steps: σ times the sensitivity.
 
-    Args:
-        gains: gain of each unit.
-        clip: bound on the absolute value of a gain.
-        noise_multiplier: σ.
-        count: public constant that the sum is divided by; never the number of gains.
-        noise: source of the noise.
+        Raises:
+            ValueError: `noise_multiplier` is not positive, or so large that the integers would not be exact.
+        """
+        if not 0 < noise_multiplier <= MAX_STDDEV_STEPS / self.resolution:
+            most = MAX_STDDEV_STEPS / self.resolution
+            raise ValueError(f"{noise_multiplier=}: must be over 0 and at most {most:g}")
+        return noise_multiplier * self.resolution
 
-    Returns:
-        Noised mean gain, in units of the loss.
+    def draw_noise(self, noise_multiplier: float, source: NoiseSource) -> Tensor:
+        """Draw round(N(0, (σ · `resolution`)² I)) for this sum, whether or not anything was summed.
 
-    Raises:
-        ValueError: `clip`, `noise_multiplier` or `count` is not positive.
-    """
-    if not 0 < noise_multiplier < math.inf or count < 1:
-        raise ValueError(f"noise_multiplier={noise_multiplier}, count={count}: each must be positive and finite")
-    bounded = clipped_sum(gains, clip)
-    sample = int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))
-    return (bounded.steps + sample) * bounded.step / count
+        Args:
+            noise_multiplier: σ.
+            source: source of the noise.
 
+        Returns:
+            Noise in whole steps, int64 [D].
 
-def noise_error(*, clip: float, noise_multiplier: float, count: int, means: int = 1) -> float:
-    """Compute the standard error of the average of several noised means due to their noise.
+        Raises:
+            ValueError: the source returned anything else.
+        """
+        size = len(self.steps) if self.support is None else self.support.count
+        noise = source.rounded_gaussian(size, self.stddev(noise_multiplier), self.steps.device)
+        if noise.shape != (size,) or noise.dtype != torch.int64:
+            raise ValueError(f"the noise source returned shape {tuple(noise.shape)} and {noise.dtype}")
+        if self.support is None:
+            return noise
+        return noise.new_zeros(len(self.steps)).masked_scatter_(self.support.mask, noise)
 
-    Args:
-        clip: bound on the absolute value of a gain.
-        noise_multiplier: σ.
-        count: public constant that each sum is divided by.
-        means: number of noised means in the average.
-    """
-    return noise_multiplier * clip / (count * math.sqrt(means))
+    def add(self, noise: Tensor) -> Tensor:
+        """Return (steps + noise) · step, float64 [D], for a result of `draw_noise` that is used once.
+
+        It is a function of the noised integers only, and so as private as they are (post-processing).
+        """
+        return (self.steps + noise).double() * self.step
+
+    def add_noise(self, noise_multiplier: float, source: NoiseSource) -> Tensor:
+        """Release (steps + round(N(0, (σ · `resolution`)² I))) · step. Every call is another release.
+
+        Args:
+            noise_multiplier: σ.
+            source: source of the noise.
+
+        Returns:
+            Noised sum, float64 [D].
+        """
+        return self.add(self.draw_noise(noise_multiplier, source))

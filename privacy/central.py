@@ -20,8 +20,8 @@ from torch import Tensor
 
 from common.errors import AntherError
 from privacy.accounting import DEVICE
+from privacy.bounded_sum import MAX_NOISE_MULTIPLIER, RESOLUTION, BoundedSum, Sensitivity
 from privacy.noise import NoiseSource
-from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION, BoundedVectorSum, Sensitivity
 from privacy.snr import signal_to_noise
 
 MIN_CLIP, MAX_CLIP = 1e-12, 1e12
@@ -36,9 +36,9 @@ any order of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of the va
 class ClippedUpdates(NamedTuple):
     """Sums over the clipped updates of a round."""
 
-    total: BoundedVectorSum
+    total: BoundedSum
     """Σ clip(u_k) [D], of sensitivity C."""
-    below: BoundedVectorSum
+    below: BoundedSum
     """Σ (b_k − ½) [1], with b_k = 1 if ‖u_k‖ ≤ C and 0 otherwise, of sensitivity ½."""
     dropped: int
     """Number of updates with a non-finite norm. They count as if their devices had not taken part."""
@@ -76,8 +76,8 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUp
         scale = _SAFETY_FACTOR * min(1.0, clip / norm if norm else 1.0)
         total += (values * scale / clip * RESOLUTION).long()  # towards zero, so that no norm grows
     return ClippedUpdates(
-        BoundedVectorSum(total, Sensitivity(norm=clip, unit=DEVICE)),
-        BoundedVectorSum(torch.tensor([below * RESOLUTION]), Sensitivity(norm=0.5, unit=DEVICE)),
+        BoundedSum(total, Sensitivity(norm=clip, unit=DEVICE)),
+        BoundedSum(torch.tensor([below * RESOLUTION]), Sensitivity(norm=0.5, unit=DEVICE)),
         dropped,
     )
 

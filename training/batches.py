@@ -9,6 +9,7 @@ import torch
 
 from common import counter_rng
 from common.seeding import derive_seed
+from privacy.dp_sgd import poisson_sample
 from training.jobs import Prior, TrainJob
 
 
@@ -83,7 +84,7 @@ class BatchSampler:
         privacy, noise = self._job.privacy, self._job.noise
         assert privacy
         assert noise
-        pictures = noise.poisson_batch(self._job.pictures, privacy.sampling_rate).numpy()
+        pictures = poisson_sample(self._job.pictures, privacy.sampling_rate, noise).numpy()
         draws, views = privacy.draws, self._job.views
         keys = counter_rng.child(self._names[pictures], self._step).repeat(draws)
         draw_numbers = np.tile(np.arange(draws), len(pictures))

@@ -14,7 +14,8 @@ from models.diffusion.denoiser import Denoiser
 from models.lora.adapter import Adapter, Factors, Sites, rank
 from models.lora.batched_lora import BatchedAdapter, Layout
 from models.lora.trainable import PartialLayout
-from privacy.clipping import BoundedGradientSums, even_bounds, stddev
+from privacy.bounded_sum import Support
+from privacy.dp_sgd import BoundedSums, check_bounds, even_bounds
 from training.jobs import Examples, TrainJob
 from training.optimizer import SGD, AdamW
 
@@ -86,7 +87,7 @@ class CohortBuffers:
         self._corrections = torch.zeros_like(self.adapters) if spec.corrected else None
         self._proximal = like.new_zeros(capacity, 1)  # μ
         segments = self.layout.site_widths if spec.per_site else [self.layout.size]
-        self.sums = BoundedGradientSums(capacity, segments, like=self.adapters, private=spec.private)
+        self.sums = BoundedSums(capacity, segments, like=self.adapters, private=spec.private)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
         self.divisors = like.new_ones(capacity, 1)
         self._frozen_layout, self._common = frozen_layout(base, spec), spec.common
@@ -94,14 +95,13 @@ class CohortBuffers:
         self.latents = like.new_zeros(capacity * spec.examples, *spec.latents)
         self.context = base.like.new_zeros(capacity * spec.examples, *spec.context)
         self._examples = spec.examples
-        self._masks: list[Tensor | None] = [None] * capacity  # [D] bool: numbers that an adapter has; None: all
-        self._sizes = [0] * capacity
 
     def load(self, jobs: Mapping[int, TrainJob]) -> None:
         """Load jobs that passed `check_job`, by row."""
         rows, new_jobs = list(jobs), list(jobs.values())
         bounds = [clip_bounds(job, self.layout.sites) for job in new_jobs]
-        self.sums.reset(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in new_jobs])
+        noise_multipliers = [job.privacy.noise_multiplier if job.privacy else 0.0 for job in new_jobs]
+        self.sums.reset(rows, bounds, noise_multipliers, [self._support(job) for job in new_jobs])
         self.optimizer.reset(rows, [job.learning_rate for job in new_jobs])
         if isinstance(self.layout, PartialLayout):
             self.layout.set_fixed(new_jobs[0].fixed_factors or {})
@@ -121,9 +121,6 @@ class CohortBuffers:
             frozen = self._packed(self._frozen_layout, [job.frozen for job in new_jobs])
             self._frozen[index] = frozen.to(self._frozen)
         for row, job in jobs.items():
-            mask = None if self.layout.fits(job.start) else self.layout.mask(job.start)
-            self._masks[row] = None if mask is None else mask.to(self.adapters.device)
-            self._sizes[row] = self.layout.size if mask is None else int(mask.sum())
             start = self.first_example(row)
             for pool in _pools(job):
                 self.latents[start : start + len(pool)].copy_(pool.latents, non_blocking=True)
@@ -150,22 +147,12 @@ class CohortBuffers:
             return {}
         return self._frozen_layout.stacks(self._frozen if self._common else self._frozen[rows])
 
-    def noise(self, row: int, job: TrainJob) -> Tensor | None:
-        """Draw a job's noise, in whole steps, from its own source; zero where its adapter has no numbers.
-
-        Returns:
-            Noise int64 [D], or None if the job has none.
-        """
-        stddev = self.sums.stddev(row)
-        if job.noise is None or not stddev:
+    def _support(self, job: TrainJob) -> Support | None:
+        """Return the numbers of a row that a job's adapter has, or None if it has all."""
+        if self.layout.fits(job.start):
             return None
-        noise = job.noise.rounded_gaussian(self._sizes[row], stddev, self.adapters.device)
-        if noise.shape != (self._sizes[row],) or noise.dtype != torch.int64:
-            raise ValueError(
-                f"client {job.client}: its noise source returned shape {tuple(noise.shape)} and {noise.dtype}"
-            )
-        mask = self._masks[row]
-        return noise if mask is None else noise.new_zeros(self.layout.size).masked_scatter_(mask, noise)
+        mask = self.layout.mask(job.start)
+        return Support(mask.to(self.adapters.device), int(mask.sum()))
 
     def _packed(self, layout: Layout, adapters: Sequence[Adapter | None]) -> Tensor:
         """Pack adapters to rows [R, D]. Adapters that several jobs share are transferred once."""
@@ -201,7 +188,7 @@ def check_job(job: TrainJob, sites: Sites) -> None:
     if job.privacy:
         if not all(factor.isfinite().all() for factors in job.start.values() for factor in factors):
             raise ValueError(f"client {job.client}: the initial adapter is not finite")
-        stddev(clip_bounds(job, job.start), job.privacy.noise_multiplier)
+        check_bounds(clip_bounds(job, job.start), job.privacy.noise_multiplier)
 
 
 def clip_bounds(job: TrainJob, sites: Iterable[str]) -> list[float]:

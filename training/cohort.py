@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.errors import AntherError
 from models.diffusion.denoiser import Denoiser
+from privacy.dp_sgd import normalize
 from training.batches import BatchSampler, StepBatch
 from training.buffers import BufferSpec, CohortBuffers, check_job
 from training.capacity import InsufficientMemoryError, capacity, entry_bytes, max_pass_size
@@ -255,7 +256,7 @@ class _Cohort:
         noises, finished = {}, []
         for row in rows:
             try:
-                noise = self.buffers.noise(row, self.residents[row].job)
+                noise = self.buffers.sums.draw_noise(row, self.residents[row].job.noise)
             except Exception as error:
                 self._remove(row, error)
                 continue
@@ -265,7 +266,7 @@ class _Cohort:
                 noises[row] = noise
         if finished:
             index = torch.tensor(finished, device=self.base.device)
-            gradients = self.buffers.sums.pop_noised(finished, noises).div_(self.buffers.divisors[index])
+            gradients = normalize(self.buffers.sums.pop_noised(finished, noises), self.buffers.divisors[index])
             self.buffers.optimizer.step(finished, self.buffers.add_corrections(index, gradients))
         return finished
 

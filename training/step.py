@@ -11,7 +11,7 @@ from torch import Tensor
 from common import counter_rng
 from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import add_noise, per_example_loss, target
-from privacy.clipping import ClippedGradients, sum_segments
+from privacy.dp_sgd import ClippedGradients, sum_segments
 from training.buffers import CohortBuffers
 from training.microbatching import Microbatch
 

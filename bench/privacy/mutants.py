@@ -24,21 +24,21 @@ _CLIENTS = "tests/simulations/audit/test_canary_clients.py"
 EXAMPLE_MUTANTS = (
     Mutant(
         "noise off",
-        "privacy/clipping.py",
-        "row.add_(noises[client])",
-        "row.add_(0 * noises[client])",
+        "privacy/bounded_sum.py",
+        "return (self.steps + noise)",
+        "return (self.steps + 0 * noise)",
         f"{_AUDIT}::test_honest_loop_is_not_refuted",
     ),
     Mutant(
         "noise × 0.25",
-        "privacy/clipping.py",
-        "return noise_multiplier * RESOLUTION if",
-        "return 0.25 * noise_multiplier * RESOLUTION if",
+        "privacy/bounded_sum.py",
+        "return noise_multiplier * self.resolution",
+        "return 0.25 * noise_multiplier * self.resolution",
         f"{_AUDIT}::test_honest_loop_is_not_refuted",
     ),
     Mutant(
         "clip off",
-        "privacy/clipping.py",
+        "privacy/dp_sgd.py",
         ".clamp_max(1.0)\n",
         ".clamp_max(1.0).fill_(1.0)\n",
         f"{_NEIGHBOURS}[clipped]",
@@ -209,9 +209,10 @@ EXAMPLE_MUTANTS = (
     ),
     Mutant(
         "float32 noise on the gain",
-        "privacy/bounded_sum.py",
-        "int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))",
-        "round(noise_multiplier * bounded.sensitivity * float(noise.rounded_gaussian(1, 2.0**23).float()) / 2**23)",
+        "privacy/noised_gain.py",
+        "clipped_sum(gains, clip).add_noise(noise_multiplier, noise)",
+        "clipped_sum(gains, clip).add("
+        "(noise_multiplier * STEPS_PER_CLIP * noise.rounded_gaussian(1, 2.0**23).float().double() / 2**23).round())",
         f"{_LATTICE}::test_gain_noise_has_resolution_of_its_steps",
     ),
     Mutant(
@@ -237,24 +238,24 @@ EXAMPLE_MUTANTS = (
     ),
     Mutant(
         "gradients rounded to nearest",
-        "privacy/clipping.py",
+        "privacy/dp_sgd.py",
         "gradients.trunc_()",
         "gradients.round_()",
-        "tests/privacy/test_clipping.py::test_truncation_removes_less_than_a_step",
+        "tests/privacy/test_dp_sgd.py::test_truncation_removes_less_than_a_step",
     ),
     Mutant(
         "gradients not rounded",
-        "privacy/clipping.py",
-        "    gradients.trunc_()\n",
-        "",
+        "privacy/dp_sgd.py",
+        "        gradients.trunc_()\n",
+        "        pass\n",
         f"{_LATTICE}::test_device_release_is_consistent_with_any_pictures",
     ),
     Mutant(
         "integer sums in float32",
-        "privacy/clipping.py",
+        "privacy/dp_sgd.py",
         "sum_segments(part.double(), counts)",
         "sum_segments(part, counts).double()",
-        "tests/privacy/test_clipping.py::test_sums_of_many_units_are_exact",
+        "tests/privacy/test_dp_sgd.py::test_sums_of_many_units_are_exact",
     ),
     Mutant(
         "no part of delta for the sampler",
@@ -363,17 +364,17 @@ EXAMPLE_MUTANTS = (
     ),
     Mutant(
         "gain reported without noise",
-        "privacy/bounded_sum.py",
-        "return (bounded.steps + sample) *",
-        "return (bounded.steps + 0 * sample) *",
-        "tests/privacy/test_bounded_sum.py::test_noise_has_the_charged_stddev",
+        "privacy/noised_gain.py",
+        "clipped_sum(gains, clip).add_noise(noise_multiplier, noise)",
+        "clipped_sum(gains, clip).add(torch.zeros(1))",
+        "tests/privacy/test_noised_gain.py::test_noise_has_the_charged_stddev",
     ),
     Mutant(
         "gain divided by the number of pictures",
-        "privacy/bounded_sum.py",
-        "* bounded.step / count",
-        "* bounded.step / max(1, len(list(gains)))",
-        "tests/privacy/test_bounded_sum.py::test_noise_follows_from_sensitivity_and_public_divisor",
+        "privacy/noised_gain.py",
+        "add_noise(noise_multiplier, noise)) / count",
+        "add_noise(noise_multiplier, noise)) / max(1, len(list(gains)))",
+        "tests/privacy/test_noised_gain.py::test_noise_follows_from_sensitivity_and_public_divisor",
     ),
     Mutant(
         "losses of pictures in a shared pass",
@@ -389,16 +390,16 @@ EXAMPLE_MUTANTS = (
 DEVICE_MUTANTS = (
     Mutant(
         "noise off",
-        "privacy/sensitivity.py",
-        "self.steps + noise.rounded_gaussian(",
-        "self.steps + 0 * noise.rounded_gaussian(",
+        "privacy/bounded_sum.py",
+        "return (self.steps + noise)",
+        "return (self.steps + 0 * noise)",
         f"{_CLIENTS}::test_estimate_is_near_the_claim",
     ),
     Mutant(
         "noise × 0.25",
-        "privacy/sensitivity.py",
-        "return noise_multiplier * self.norm",
-        "return 0.25 * noise_multiplier * self.norm",
+        "privacy/bounded_sum.py",
+        "return noise_multiplier * self.resolution",
+        "return 0.25 * noise_multiplier * self.resolution",
         f"{_CLIENTS}::test_estimate_is_near_the_claim",
     ),
     Mutant(
@@ -519,9 +520,10 @@ DEVICE_MUTANTS = (
     ),
     Mutant(
         "float16 noise",
-        "privacy/sensitivity.py",
-        "noise.rounded_gaussian(len(self.steps), stddev)",
-        "(noise.rounded_gaussian(len(self.steps), 2.0**10).half().double() / 2**10 * stddev).round().long()",
+        "privacy/bounded_sum.py",
+        "noise = source.rounded_gaussian(size, self.stddev(noise_multiplier), self.steps.device)",
+        "drawn = source.rounded_gaussian(size, 2.0**10, self.steps.device).half().double()\n"
+        "        noise = (drawn / 2**10 * self.stddev(noise_multiplier)).round().long()",
         f"{_LATTICE}::test_server_release_is_consistent_with_any_devices",
     ),
     Mutant(

@@ -14,8 +14,8 @@ from client.rounds.helpers import cache_key, encode_split, encode_usable, expect
 from client.rounds.local_factors import with_local_factors, with_private_local_factors
 from client.rounds.received_adapter import ReceivedAdapter, receive_adapter
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.bounded_sum import noised_mean
 from privacy.ledger.ledger import MEASURE, Reservation
+from privacy.noised_gain import noised_mean
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs

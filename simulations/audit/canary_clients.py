@@ -24,9 +24,9 @@ from models.lora.adapter import Adapter, Factors
 from privacy.accounting import PoissonGaussian
 from privacy.audit import goodness_of_fit as fit
 from privacy.audit.goodness_of_fit import Check
+from privacy.bounded_sum import RESOLUTION
 from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import NoiseSource
-from privacy.sensitivity import RESOLUTION
 from privacy.storage import FileStorage
 from server.ledger import ServerLedger
 from simulations.audit.canaries import LENGTH, draw_included, network, site

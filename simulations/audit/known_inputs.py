@@ -18,8 +18,8 @@ import torch
 from models.lora.adapter import Adapter, Factors
 from privacy.audit import goodness_of_fit as fit
 from privacy.audit.goodness_of_fit import Check
+from privacy.bounded_sum import RESOLUTION
 from privacy.noise import NoiseSource
-from privacy.sensitivity import RESOLUTION
 from simulations.audit.canaries import LENGTH, RecordingSource, Sources, network, site
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob

@@ -9,8 +9,8 @@ from functools import partial
 from common.errors import AntherError
 from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import PoissonGaussian
-from privacy.bounded_sum import noise_error, noised_mean
 from privacy.noise import NoiseSource, noise_source
+from privacy.noised_gain import noise_error, noised_mean
 from protocol.messages import Evaluation, EvaluationPrivacy
 from strategies.round.metrics import ValidationMetrics, mean
 from strategies.round.plausibility import trimmed_mean

@@ -16,8 +16,8 @@ from common.seeding import derive_seed
 from models.base.base import Base
 from models.diffusion.objective import add_noise, target
 from models.lora.adapter import Adapter, Factors, init_adapter
+from privacy.bounded_sum import RESOLUTION
 from privacy.noise import SimulatedNoise
-from privacy.sensitivity import RESOLUTION
 from training.batches import BatchSampler, StepBatch
 from training.buffers import BufferSpec, row_bytes
 from training.capacity import InsufficientMemoryError, capacity, entry_bytes

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from privacy.accounting import DEVICE
+from privacy.bounded_sum import MAX_NOISE_MULTIPLIER, RESOLUTION
 from privacy.central import MAX_CLIP, MIN_CLIP, AdaptiveClip, GaussianMechanism, clip_and_sum
 from privacy.noise import SecureNoise, SimulatedNoise
-from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
 SIZE = 5
 ANYTHING = st.one_of(

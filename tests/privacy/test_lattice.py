@@ -23,11 +23,11 @@ from client.rounds.scheduler import run_handlers
 from models.base.base import Base
 from models.lora.adapter import Adapter, Factors, adapter_shapes, to_tensors
 from models.lora.trainable import trained_layout
-from privacy.bounded_sum import clipped_sum, noised_mean
+from privacy.bounded_sum import RESOLUTION
 from privacy.central import GaussianMechanism, clip_and_sum
-from privacy.clipping import BoundedGradientSums
+from privacy.dp_sgd import BoundedSums
 from privacy.noise import CPU, NoiseSource, SecureNoise
-from privacy.sensitivity import RESOLUTION
+from privacy.noised_gain import clipped_sum, noised_mean
 from protocol import tensor_codec
 from protocol.messages import ExamplePrivacy, Train
 from strategies.aggregation.ffa import FFA
@@ -157,8 +157,8 @@ def test_gain_noise_has_resolution_of_its_steps(sigma: float) -> None:
     """Noise in float32 steps would rule out candidates for the sum of gains; this noise rules out none."""
     gains, clip = [0.03, -0.01, 0.2], 0.1
     truth = clipped_sum(gains, clip)
-    candidates = np.arange(-3 * truth.sensitivity, 3 * truth.sensitivity + 1)
-    alive, scale = np.ones(len(candidates), bool), sigma * truth.sensitivity
+    candidates = np.arange(-3 * truth.resolution, 3 * truth.resolution + 1)
+    alive, scale = np.ones(len(candidates), bool), sigma * truth.resolution
     for _ in range(40):
         gain = noised_mean(gains, clip=clip, noise_multiplier=sigma, count=1, noise=SecureNoise())
         rest = (round(gain / truth.step) - candidates).astype(np.float64)
@@ -167,7 +167,7 @@ def test_gain_noise_has_resolution_of_its_steps(sigma: float) -> None:
         for step in (np.inf, -np.inf):
             possible |= np.rint(scale * np.nextafter(nearest, np.float32(step)).astype(np.float64)) == rest
         alive &= possible
-    assert not alive[candidates == truth.steps].any()  # this rule excludes the truth too
+    assert not alive[candidates == int(truth.steps)].any()  # this rule excludes the truth too
 
 
 class _BalancingNoise:
@@ -229,13 +229,13 @@ def test_device_outputs_depend_on_noised_integers_only(
 ) -> None:
     """One step on other pictures, with noise that makes their sum equal: the adapter is equal, bit by bit."""
     seen: list[Tensor] = []
-    original = BoundedGradientSums.pop_noised
+    original = BoundedSums.pop_noised
 
-    def pop_noised(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def pop_noised(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         seen.append(self._values[list(clients)][0].clone())
         return original(self, clients, noises)
 
-    monkeypatch.setattr(BoundedGradientSums, "pop_noised", pop_noised)
+    monkeypatch.setattr(BoundedSums, "pop_noised", pop_noised)
     total, outputs = torch.zeros(0), []
     for count in (0, 2, 5):
         first = private(base, "a", count=count, steps=1, optimizer=optimizer, noise=_MatchingNoise())

@@ -21,8 +21,8 @@ from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
 from models.base.base import Base
 from models.lora.adapter import concatenate, to_tensors
-from privacy import bounded_sum
-from privacy.clipping import BoundedGradientSums
+from privacy import noised_gain
+from privacy.dp_sgd import BoundedSums
 from protocol import tensor_codec
 from protocol.messages import Evaluate, Evaluation, EvaluationPrivacy
 from tests.helpers.devices import PRIVACY
@@ -213,9 +213,9 @@ def patch_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[StepBatch],
 
 def test_data_dependent_divisor_exceeds_the_bound(fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = patch_batches(monkeypatch, lambda batch: batch)
-    really = BoundedGradientSums.pop_noised
+    really = BoundedSums.pop_noised
     monkeypatch.setattr(
-        BoundedGradientSums, "pop_noised", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1])
+        BoundedSums, "pop_noised", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1])
     )
     having, without = run_neighbors(fine, tmp_path, TrainingMode(), removed=1)
     assert relative_sensitivity(having, without, TrainingMode()) > 1.5
@@ -268,7 +268,7 @@ def gain_in_steps(base: Base, folder: Path, members: Sequence[int], clip: float,
         reply = run_handlers({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
         if isinstance(reply, Evaluation):
             assert reply.gain is not None
-            result.append(round(reply.gain * DIVISOR / clip * bounded_sum.STEPS_PER_CLIP))
+            result.append(round(reply.gain * DIVISOR / clip * noised_gain.STEPS_PER_CLIP))
     return result
 
 
@@ -285,5 +285,5 @@ def test_removing_picture_changes_gain_by_its_own(base: Base, tmp_path: Path, cl
         gain_in_steps(base, tmp_path / str(members), members, clip, memory) for members in ([0, 1, 2], [1, 2], [0], [])
     )
     assert [a - b for a, b in zip(whole, rest, strict=True)] == alone
-    assert all(0 < abs(moved) <= bounded_sum.STEPS_PER_CLIP for moved in alone)
+    assert all(0 < abs(moved) <= noised_gain.STEPS_PER_CLIP for moved in alone)
     assert nobody == [0, 0]

@@ -13,9 +13,9 @@ from torch import Tensor
 from models.base.base import load
 from privacy.accounting import PoissonGaussian
 from privacy.audit.goodness_of_fit import Check
-from privacy.clipping import BoundedGradientSums
+from privacy.bounded_sum import BoundedSum
+from privacy.dp_sgd import BoundedSums
 from privacy.noise import NoiseSource, SecureNoise, SimulatedNoise
-from privacy.sensitivity import BoundedVectorSum, Sensitivity
 from simulations.audit import batch_independence, canary_clients, known_inputs
 from simulations.audit.canaries import ZeroNoise, draw_included
 from simulations.audit.canary_clients import CanaryCohort
@@ -110,33 +110,33 @@ def test_noise_rounded_before_scaling_fails() -> None:
 
 
 def test_empty_batch_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    pop_noised = BoundedGradientSums.pop_noised
+    pop_noised = BoundedSums.pop_noised
 
-    def skipping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def skipping(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         applied = {client: noise * bool(self._values[client].any()) for client, noise in noises.items()}
         return pop_noised(self, clients, applied)
 
-    monkeypatch.setattr(BoundedGradientSums, "pop_noised", skipping)
+    monkeypatch.setattr(BoundedSums, "pop_noised", skipping)
     assert "noise: variance" in failed_tests(FEW)
 
 
 def test_sums_kept_for_the_next_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    pop_noised = BoundedGradientSums.pop_noised
+    pop_noised = BoundedSums.pop_noised
 
-    def keeping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def keeping(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         before = self._values[list(clients)].clone()
         noised = pop_noised(self, clients, noises)
         self._values[list(clients)] = before
         return noised
 
-    monkeypatch.setattr(BoundedGradientSums, "pop_noised", keeping)
+    monkeypatch.setattr(BoundedSums, "pop_noised", keeping)
     assert "noise: along pictures that joined" in failed_tests(STEPS)
     assert failed_tests(PLAIN) == set()  # with one step there is no difference
 
 
 def test_noise_below_the_planned_sigma_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    stddev = BoundedGradientSums.stddev
-    monkeypatch.setattr(BoundedGradientSums, "stddev", lambda self, client: 0.97 * stddev(self, client))
+    stddev = BoundedSum.stddev
+    monkeypatch.setattr(BoundedSum, "stddev", lambda self, sigma: 0.97 * stddev(self, sigma))
     assert "noise: variance" in failed_tests(PLAIN)
 
 
@@ -187,20 +187,20 @@ def test_round_without_replies_is_noised() -> None:
 
 
 def test_noise_below_sensitivity_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    noise_stddev = Sensitivity.noise_stddev
-    monkeypatch.setattr(Sensitivity, "noise_stddev", lambda self, sigma: 0.97 * noise_stddev(self, sigma))
+    stddev = BoundedSum.stddev
+    monkeypatch.setattr(BoundedSum, "stddev", lambda self, sigma: 0.97 * stddev(self, sigma))
     assert "noise: variance" in failed_round_tests()
 
 
 def test_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_noise = BoundedVectorSum.add_noise
+    add_noise = BoundedSum.add_noise
 
-    def noiseless_count(self: BoundedVectorSum, noise_multiplier: float, noise: NoiseSource) -> Tensor:
+    def noiseless_count(self: BoundedSum, noise_multiplier: float, noise: NoiseSource) -> Tensor:
         return add_noise(self, noise_multiplier, noise if len(self.steps) > 1 else ZeroNoise(noise))
 
     adaptive = replace(COHORT, adaptive=True, claim=replace(CLAIM, steps=20), side=40)
     assert failed_round_tests(cohort=adaptive) == set()
-    monkeypatch.setattr(BoundedVectorSum, "add_noise", noiseless_count)
+    monkeypatch.setattr(BoundedSum, "add_noise", noiseless_count)
     assert "count: variance" in failed_round_tests(cohort=adaptive)
 
 

@@ -15,10 +15,10 @@ from models.lora.batched_lora import Layout
 from models.lora.lora_xs import zero_adapter
 from models.lora.trainable import trained_layout
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
-from privacy.bounded_sum import STEPS_PER_CLIP
+from privacy.bounded_sum import RESOLUTION
 from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import SecureNoise
-from privacy.sensitivity import RESOLUTION
+from privacy.noised_gain import STEPS_PER_CLIP
 from protocol import records
 from protocol.messages import ExamplePrivacy
 from protocol.tensor_codec import decode, encode

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord
 from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, select_sites, to_tensors
 from models.lora.batched_lora import Layout
 from models.lora.trainable import from_trained_tensors, trained_layout, trained_shapes
-from privacy.sensitivity import RESOLUTION
+from privacy.bounded_sum import RESOLUTION
 from protocol import records, tensor_codec
 from protocol.tensor_codec import decode, encode
 from simulations.grid.cohort import CohortGrid

@@ -19,8 +19,8 @@ from torch import Tensor
 from models.base.base import Base, load
 from models.lora.adapter import Adapter, Factors, init_adapter
 from models.lora.norm_bound import norm_violation
+from privacy.bounded_sum import RESOLUTION
 from privacy.noise import CPU
-from privacy.sensitivity import RESOLUTION
 from training import cohort, parallel_passes
 from training.batches import StepBatch
 from training.buffers import BufferSpec, CohortBuffers

@@ -10,8 +10,8 @@ from common.errors import AntherError
 from conf.compose import compose
 from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import PoissonGaussian, epsilon
-from privacy.bounded_sum import STEPS_PER_CLIP
 from privacy.noise import SecureNoise, SimulatedNoise
+from privacy.noised_gain import STEPS_PER_CLIP
 from protocol.messages import Evaluation, EvaluationPrivacy
 from server.rounds.state import Round
 from strategies.factory.full_plan import training_plan

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from privacy.accounting import ADD_OR_REMOVE_ONE
-from privacy.clipping import BoundedGradientSums, clip_and_sum, even_bounds, stddev, sum_segments
-from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
+from privacy.bounded_sum import MAX_NOISE_MULTIPLIER, RESOLUTION, Support
+from privacy.dp_sgd import BoundedSums, check_bounds, clip_and_sum, even_bounds, normalize, poisson_sample, sum_segments
+from privacy.noise import CPU
 
 LARGEST = 2.0**60  # squares of larger numbers overflow float32, see `test_overflowing_squares_count_as_zero`
 FLOATS = st.floats(-LARGEST, LARGEST, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
@@ -279,32 +279,79 @@ def test_even_bounds_combine_to_the_clip(clip: float, parts: list[bool]) -> None
     assert math.hypot(*bounds) == pytest.approx(clip if any(parts) else 0.0)
 
 
+class _RecordedNoise:
+    """Noise source that returns 1, 2, … and records the size and standard deviation that it was asked for."""
+
+    release = False
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, float]] = []
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:
+        return torch.arange(math.floor(size * rate))
+
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        self.asked.append((size, stddev))
+        return torch.arange(1, size + 1, device=device)
+
+
 @given(bounds=st.lists(CLIPS, min_size=1, max_size=4), sigma=st.floats(0, 100))
 def test_noise_is_sigma_times_the_sensitivity(bounds: list[float], sigma: float) -> None:
     """The stddev is in steps; the L2 norm of the bounds is `RESOLUTION` steps."""
-    if sigma and math.inf in bounds:
-        with pytest.raises(ValueError, match="unbounded"):
-            stddev(bounds, sigma)
-    elif not sigma:
-        assert stddev(bounds, sigma) == 0
+    source, result = _RecordedNoise(), BoundedSums(1, [1] * len(bounds), like=torch.zeros(0), private=True)
+    if math.inf in bounds:
+        with pytest.raises(ValueError, match="unbounded" if sigma else "finite bound"):
+            result.reset([0], [bounds], [sigma])
+        return
+    result.reset([0], [bounds], [sigma])
+    noise = result.draw_noise(0, source)
+    if not sigma or not any(bounds):
+        assert noise is None
+        assert source.asked == []
     else:
-        assert stddev(bounds, sigma) * step_of(bounds) == pytest.approx(sigma * math.hypot(*bounds))
+        ((size, stddev),) = source.asked
+        assert size == len(bounds)
+        assert stddev * step_of(bounds) == pytest.approx(sigma * math.hypot(*bounds))
 
 
-def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = True) -> BoundedGradientSums:
-    return BoundedGradientSums(clients, segments, like=torch.zeros(0), private=private)
+def test_only_the_support_gets_noise() -> None:
+    result, mask = sums(), torch.tensor([True, False, False, True, True])
+    result.reset([0], [[3.0, 4.0]], [2.0], [Support(mask, 3)])
+    source = _RecordedNoise()
+    noise = result.draw_noise(0, source)
+    assert noise is not None
+    assert noise.tolist() == [1, 0, 0, 2, 3]
+    assert source.asked == [(3, 2.0 * RESOLUTION)]
+    assert torch.equal(result.pop_noised([0], {0: noise})[0], noise * step_of([3.0, 4.0]))
 
 
-def add_pass(found: BoundedGradientSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
+def test_private_sum_requires_a_source() -> None:
+    result = sums()
+    result.reset([0], [[1.0, 1.0]], [1.0])
+    with pytest.raises(ValueError, match="noise source"):
+        result.draw_noise(0, None)
+
+
+def test_batch_and_divisor_come_from_public_numbers() -> None:
+    assert poisson_sample(10, 0.3, _RecordedNoise()).tolist() == [0, 1, 2]
+    assert poisson_sample(0, 0.3, _RecordedNoise()).tolist() == []
+    assert normalize(torch.tensor([[2.0, 4.0], [0.0, 9.0]]), torch.tensor([[4.0], [3.0]])).tolist() == [
+        [0.5, 1.0],
+        [0.0, 3.0],
+    ]
+
+
+def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = True) -> BoundedSums:
+    return BoundedSums(clients, segments, like=torch.zeros(0), private=private)
+
+
+def add_pass(found: BoundedSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
     """Add the gradients of one pass."""
     index = torch.tensor(clients)
     found.add(index, found.clip(index, rows.clone(), torch.tensor(counts)))
 
 
-class TestBoundedGradientSums:
-    def test_states_neighboring_relation(self) -> None:
-        assert BoundedGradientSums.relation == ADD_OR_REMOVE_ONE
-
+class TestBoundedSums:
     @pytest.mark.parametrize("private", [True, False])
     @given(data=st.data())
     @settings(deadline=None, max_examples=50)
@@ -331,7 +378,9 @@ class TestBoundedGradientSums:
     def test_noise_is_added_in_whole_steps(self) -> None:
         result, rows = sums(), torch.randn(3, 5)
         result.reset([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
-        assert [result.stddev(client) for client in range(3)] == [2.0 * RESOLUTION, 0.0, 0.0]
+        source = _RecordedNoise()
+        assert [result.draw_noise(client, source) is None for client in range(3)] == [False, True, True]
+        assert source.asked == [(5, 2.0 * RESOLUTION)]
         add_pass(result, rows, [1, 1, 1], [0, 1, 2])
         noise = torch.randint(-(2**40), 2**40, (5,))
         expected, _ = clip_to_steps(rows, [1, 1, 1], result.bounds.tolist(), [2, 3])
@@ -398,6 +447,8 @@ class TestBoundedGradientSums:
     def test_invalid_bounds_are_rejected(self, bound: float) -> None:
         for bounds in ([bound, 1.0], [1.0, bound]):
             with pytest.raises(ValueError, match="clip"):
+                check_bounds(bounds, 0.0)
+            with pytest.raises(ValueError, match="clip"):
                 sums().reset([0], [bounds], [0.0])
 
     def test_noise_on_unbounded_sum_is_rejected(self) -> None:
@@ -424,14 +475,14 @@ class TestBoundedGradientSums:
     def test_largest_noise_is_exact(self) -> None:
         result = sums()
         result.reset([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
-        most = int(result.stddev(0)) * 64
+        most = int(MAX_NOISE_MULTIPLIER * RESOLUTION) * 64
         add_pass(result, torch.full((1, 5), -9.0), [1], [0])
         own, _ = clip_to_steps(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
         noised = result._values[[0]] + most
         assert torch.equal(noised.long(), own + most)
 
     def test_float64_gradients_stay_float64(self) -> None:
-        result = BoundedGradientSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
+        result = BoundedSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
         result.reset([0], [[1.0]], [0.0])
         rows, one = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0])
         result.add(one, result.clip(one, rows, torch.tensor([1])))
