@@ -24,7 +24,7 @@ from strategies.factory.full_plan import training_plan
 from strategies.selection.everyone import Everyone
 from strategies.server_update import ServerUpdate
 from strategies.strategy import FederatedStrategy
-from training.memory import budget
+from training.capacity import budget
 
 
 class CappedWeights(FedIT):

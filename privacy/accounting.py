@@ -34,7 +34,7 @@ TOLERANCE = 0.005  # ε of a solved σ lies in [(1 − TOLERANCE) target, target
 TRUNCATION_DELTA = 1e-12
 """Probability with which the Poisson batches of a step may be truncated, so that a job takes a public time.
 
-`training.public_duration` proves that δ grows by exactly this. It is subtracted from every δ, even if nothing is
+`training.public_schedule` proves that δ grows by exactly this. It is subtracted from every δ, even if nothing is
 truncated.
 """
 MAX_SELF_COMPOSITION = 100_000  # steps: dp-accounting raises a number to the power of the number of compositions

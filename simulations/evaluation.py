@@ -19,9 +19,9 @@ from models.base.base import Base
 from models.lora.adapter import Adapter, concatenate, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
 from simulations.fleet.participants import Participant
+from training.capacity import inference_share
 from training.inference import generate
 from training.jobs import EarlyStopping, EncodeJob, Examples, Job, MeasureJob, Result, TrainedAdapter, TrainJob
-from training.memory import inference_share
 from typefaces.judge import Judge, legible, style_match
 
 BASE, REAL = "base", "real"  # the arm without an adapter, and the held-out pictures

@@ -144,7 +144,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         clock=fleet.clock if fleet else None,
         base=base,
     )
-    from training.memory import budget, check_free
+    from training.capacity import budget, check_free
 
     memory = budget(config.trainer.memory_gib, base.device)
     check_free(memory, base.device)

@@ -188,7 +188,7 @@ divisor. From the first access to its pictures on, a device replies in the same 
   can be constructed so that their last bits determine the entire result.
 - *Time is public.* A job has a number of passes that suffices for batches of N pictures, and waits for the duration of
   those not needed. Examples beyond this number are not trained on: the probability of this event, under 10⁻¹² a step,
-  is subtracted from every δ (`training.public_duration`). With N pictures at rate q and T steps the job lasts about 1 +
+  is subtracted from every δ (`training.public_schedule`). With N pictures at rate q and T steps the job lasts about 1 +
   (1 − q) / qN + 7 √((1 − q) / qNT) times as long as its mean batches take, and exactly as long where q is 1. A noised
   gain measures blank pictures in the places of absent ones. Seconds and joules in a reply follow from the plan.
 - *Residual timing channels.* Finding and decoding pictures takes longer with more or larger ones, in every round, and

@@ -3,9 +3,11 @@
 Every resident job has a row in flat buffers, and every entry of a pass (one picture at one timestep) has a slot with a
 copy of its client's adapter: the gradient of a slot *is* the entry's gradient. The entries of all clients wait in one
 queue. A client's step ends when its last entry is done, and its next step is queued behind the others. So passes are
-full until the end, jobs leave while others enter, and no job waits for the slowest.
+full until the end, jobs leave while others enter, and no job waits for the slowest:
 
-Private jobs have separate passes of a fixed size (`training.pass_size`): an entry's gradient is a function of its
+    admit → evaluate → finish, or sample a batch → passes, clip and sum → noise and optimizer step → evaluate → …
+
+Private jobs have separate passes of a fixed size (`training.public_schedule`): an entry's gradient is a function of its
 picture, streams and adapter, to the last bit, whatever the other entries are.
 """
 
@@ -16,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -25,24 +27,37 @@ from torch import Tensor
 from common.errors import AntherError
 from models.diffusion.denoiser import Denoiser
 from privacy.dp_sgd import normalize
-from training.batches import BatchSampler, StepBatch
-from training.buffers import BufferSpec, CohortBuffers, check_job
-from training.capacity import InsufficientMemoryError, capacity, entry_bytes, max_pass_size
-from training.cuda_graphs import GraphedPasses
+from training.batches import BatchSampler, EntryQueue, Microbatch
+from training.buffers import BufferSpec, check_job
+from training.capacity import (
+    InsufficientMemoryError,
+    capacity,
+    entry_bytes,
+    inference_share,
+    max_pass_size,
+    training_share,
+)
 from training.inference import held_out_losses
 from training.jobs import Cancelled, TrainedAdapter, TrainJob
-from training.memory import inference_share, training_share
-from training.microbatching import EntryQueue, Microbatch
-from training.parallel_passes import Stopwatch, run_passes, without_denormals, workers
-from training.pass_size import fixed_pass_size
-from training.public_duration import TurnCount, scheduled_turns
-from training.step import PassResult, clip_unit, gradients, on_device, reduce
+from training.passes import (
+    BuffersKey,
+    PassResult,
+    clip_unit,
+    gradients,
+    keep_buffers,
+    on_device,
+    reduce,
+    run_passes,
+    take_buffers,
+    without_denormals,
+    workers,
+)
+from training.public_schedule import Stopwatch, TurnBudget, TurnCount, fixed_pass_size
 
 log = logging.getLogger(__name__)
 
 Outcome = TrainedAdapter | Exception
 
-_BUFFERS = "buffers of the last cohort"
 MIN_TIMED_TURNS = 5
 
 
@@ -97,96 +112,61 @@ class _Resident:
 
     job_index: int  # among the jobs
     job: TrainJob
-    batches: BatchSampler = field(init=False)
+    batches: BatchSampler
+    turns: TurnBudget | None  # of a private job
     step: int = 0  # completed steps
     pending: int = 0  # entries of this step without a result so far
     entries: int = 0  # total number of entries
     best: tuple[float, Tensor] | None = None  # validation loss and adapter
     since_best: int = 0  # evaluations since the best one
-    turns: TurnCount = field(init=False)  # for private jobs
-    planned_turns: int = 0  # public number of turns of a private job
-    turns_left: int = 0
 
-    def schedule(self, turns: TurnCount) -> None:
-        """Set a private job's public number of turns. In simulations, it may have more pictures than assumed."""
-        assert self.job.privacy
-        assumed_pictures = max(self.job.assumed_pictures, self.job.pictures)
-        self.turns = turns
-        self.planned_turns = self.turns_left = scheduled_turns(
-            assumed_pictures, self.job.privacy.sampling_rate, self.job.steps, turns
-        )
-
-    def truncate(self, batch: StepBatch) -> StepBatch:
-        """Truncate a Poisson batch to the remaining turns; further units count as not sampled."""
-        units = min(batch.size // batch.per_unit, self.turns.max_pictures(self.turns_left))
-        self.turns_left -= self.turns(units)
-        return batch.part(slice(units * batch.per_unit))
+    @property
+    def done(self) -> bool:
+        """Whether no further step follows."""
+        stopping = self.job.early_stopping
+        return self.step >= self.job.steps or bool(stopping and self.since_best >= stopping.patience)
 
 
-@dataclass
 class _Cohort:
     """Jobs of one group, resident or waiting."""
 
-    base: Denoiser
-    jobs: list[TrainJob]
-    memory: int
-    timesteps: int
-    compiled: bool
-    residents: dict[int, _Resident] = field(default_factory=dict)  # by row
-
-    def __post_init__(self) -> None:
-        fit = capacity(self.base, self.jobs, self.memory)
-        self.private = self.jobs[0].privacy is not None
-        self.parallel_passes = min(workers(self.base.device), fit.entries)
-        self.pass_size = max_pass_size(self.base.device, fit.entries)
+    def __init__(self, base: Denoiser, jobs: list[TrainJob], memory: int, timesteps: int, compiled: bool) -> None:
+        self.base, self.jobs, self.timesteps = base, jobs, timesteps
+        fit, spec = capacity(base, jobs, memory), BufferSpec.of(jobs)
+        self.private = jobs[0].privacy is not None
+        self.parallel_passes = min(workers(base.device), fit.entries)
+        self.pass_size = max_pass_size(base.device, fit.entries)
         self.inference_bytes = fit.pass_bytes  # for evaluations between passes
-        if self.base.device.type == "cuda":  # graphs keep their memory; their size holds a step of all jobs
+        if base.device.type == "cuda":  # graphs keep their memory; their size holds a step of all jobs
             limit, self.inference_bytes = max(1, training_share(self.pass_size)), inference_share(fit.pass_bytes)
             self.pass_size = -(-fit.expected // -(-fit.expected // limit)) if not self.private else limit
         if self.private:
-            entry = entry_bytes(self.base, BufferSpec.of(self.jobs))
-            self.pass_size = fixed_pass_size(self.base.device, self.jobs[: fit.jobs], self.pass_size, entry)
-        self.key = (BufferSpec.of(self.jobs), fit.jobs, self.pass_size, self.compiled, self.private)
-        self.buffers, self.graphed = _buffers(self.base, *self.key)
+            entry = entry_bytes(base, spec)
+            self.pass_size = fixed_pass_size(base.device, jobs[: fit.jobs], self.pass_size, entry)
+        self.key = BuffersKey(spec, fit.jobs, self.pass_size, compiled, self.private)
+        self.buffers, self.graphed = take_buffers(base, self.key)
+        self.residents: dict[int, _Resident] = {}  # by row
         self.queue = EntryQueue()
         self.pieces: dict[int, Tensor] = {}  # by row: sum of the finished pieces of a unit
         self.free_rows = list(reversed(range(fit.jobs)))
-        self.outcomes: list[Outcome] = [AntherError("not trained")] * len(self.jobs)
-        self.waiting = deque(range(len(self.jobs)))
+        self.outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
+        self.waiting = deque(range(len(jobs)))
         # The public duration matters on a real device, which trains one job at a time.
-        self.stopwatch = Stopwatch(self.base.device) if self.private and len(self.jobs) == 1 else None
+        self.stopwatch = Stopwatch(base.device) if self.private and len(jobs) == 1 else None
 
     def run(self) -> list[Outcome]:
-        self._advance(self._admit())
+        """Train all jobs; return their results or errors."""
+        between_steps = self._admit()
         while self.residents:
-            microbatches = self._next_microbatches()
-            with nullcontext() if self.stopwatch is None else self.stopwatch:
-                for microbatch, result in zip(
-                    microbatches, run_passes(self.base.device, self._run_pass, microbatches), strict=True
-                ):
-                    self._accumulate(microbatch, result)
-            self._drop_cancelled(list(self.residents))
-            finished = [row for row, resident in self.residents.items() if not resident.pending]
-            self._advance(self._optimizer_step(finished) + self._admit())
-        self.base.cache[_BUFFERS] = self.key, (self.buffers, self.graphed)
-        return self.outcomes
-
-    def _next_microbatches(self) -> list[Microbatch]:
-        """Return the next concurrent passes: one per core, with its share of the queue; if private, all of one size."""
-        share = -(-len(self.queue) // self.parallel_passes)
-        microbatches: list[Microbatch] = []
-        while len(self.queue) and len(microbatches) < self.parallel_passes:
-            if self.private:
-                microbatches.append(self.queue.pop(self.pass_size).padded(self.pass_size))
+            if between_steps:
+                self._evaluate(between_steps)
+                self._finish(between_steps)
+                complete = self._sample_batches(between_steps)
             else:
-                microbatches.append(self.queue.pop(min(max(share, self.queue.unit), self.pass_size)))
-        return microbatches
-
-    def _run_pass(self, microbatch: Microbatch) -> PassResult:
-        entries = on_device(microbatch, self.base.device)
-        with without_denormals(self.base.device) if self.private else nullcontext():
-            result = self.graphed(entries) if self.graphed else gradients(self.base, self.buffers, entries)
-            return reduce(self.buffers, microbatch, *result)
+                complete = self._run_passes()
+            between_steps = self._noise_and_step(complete) + self._admit()
+        keep_buffers(self.base, self.key, self.buffers, self.graphed)
+        return self.outcomes
 
     def _admit(self) -> list[int]:
         """Load waiting jobs into free rows; return those rows."""
@@ -194,91 +174,20 @@ class _Cohort:
         while self.free_rows and self.waiting:
             job_index, row = self.waiting.popleft(), self.free_rows.pop()
             job = self.jobs[job_index]
-            self.residents[row] = _Resident(job_index, job)
             try:
                 check_job(job, self.base.sites)
-                self.residents[row].batches = BatchSampler(job)
+                batches, turns = BatchSampler(job), None
                 if self.private:
-                    self.residents[row].schedule(TurnCount.of(job, self.pass_size, self.parallel_passes))
-                entering[row] = job
+                    turns = TurnBudget(job, TurnCount.of(job, self.pass_size, self.parallel_passes))
             except Exception as error:
-                self._remove(row, error)
+                self.outcomes[job_index] = error
+                self.free_rows.append(row)
+                continue
+            self.residents[row] = _Resident(job_index, job, batches, turns)
+            entering[row] = job
         if entering:
             self.buffers.load(entering)
         return list(entering)
-
-    def _advance(self, rows: list[int]) -> None:
-        """Start the next step of clients that are between two steps, or replace finished ones."""
-        while rows:
-            self._evaluate(rows)
-            self._finish([row for row in rows if self._is_done(self.residents[row])])
-            starting = self._start_steps([row for row in rows if row in self.residents])
-            empty = [row for row in starting if not self.residents[row].pending]  # no pass follows
-            rows = self._optimizer_step(self._drop_cancelled(empty)) + self._admit()
-
-    def _start_steps(self, rows: list[int]) -> list[int]:
-        """Sample the next batches, which may be empty under DP, and queue them; return the rows that didn't fail."""
-        started = []
-        for row in rows:
-            resident = self.residents[row]
-            try:
-                batch = resident.batches.next()
-                batch = resident.truncate(batch) if self.private else batch
-            except Exception as error:  # from the job's own code, e.g. its noise source
-                self._remove(row, error)
-                continue
-            resident.pending = batch.size
-            resident.entries += batch.size
-            self.queue.push(row, batch._replace(examples=batch.examples + self.buffers.first_example(row)))
-            started.append(row)
-        return started
-
-    def _accumulate(self, microbatch: Microbatch, result: PassResult) -> None:
-        """Add the results of a pass to the sums of its clients."""
-        clipped = result.clipped
-        if result.piece is not None:
-            row = int(microbatch.clients[0])
-            self.pieces[row] = self.pieces.get(row, 0.0) + result.piece  # a copy: the next pass may overwrite it
-            if microbatch.last:
-                clipped = clip_unit(self.buffers, result.clients, self.pieces.pop(row))
-        if clipped is not None:
-            self.buffers.sums.add(result.clients, clipped)
-        self.buffers.losses.index_add_(0, result.clients, result.losses)
-        for row, entries in zip(microbatch.clients.tolist(), microbatch.entries.tolist(), strict=True):
-            self.residents[row].pending -= entries
-
-    def _optimizer_step(self, rows: list[int]) -> list[int]:
-        """Take one optimizer step for clients whose batch is complete; return the rows that didn't fail.
-
-        The sum of a private client is noised, whether or not its batch was empty, and divided by the plan's public
-        constant, never by a number of pictures.
-        """
-        noises, finished = {}, []
-        for row in rows:
-            try:
-                noise = self.buffers.sums.draw_noise(row, self.residents[row].job.noise)
-            except Exception as error:
-                self._remove(row, error)
-                continue
-            finished.append(row)
-            self.residents[row].step += 1
-            if noise is not None:
-                noises[row] = noise
-        if finished:
-            index = torch.tensor(finished, device=self.base.device)
-            gradients = normalize(self.buffers.sums.pop_noised(finished, noises), self.buffers.divisors[index])
-            self.buffers.optimizer.step(finished, self.buffers.add_corrections(index, gradients))
-        return finished
-
-    def _drop_cancelled(self, rows: list[int]) -> list[int]:
-        """Remove cancelled jobs; return the other rows."""
-        for resident, row in [(self.residents[row], row) for row in rows]:
-            try:
-                if resident.job.cancelled():
-                    self._remove(row, Cancelled(f"{resident.job.client}: cancelled after step {resident.step}"))
-            except Exception as error:
-                self._remove(row, error)
-        return [row for row in rows if row in self.residents]
 
     def _evaluate(self, rows: list[int]) -> None:
         """Evaluate the clients that are due on their own validation examples, and keep the best adapter of each."""
@@ -302,12 +211,9 @@ class _Cohort:
             if resident.best is None or loss < resident.best[0]:
                 resident.best, resident.since_best = (loss, self.buffers.adapters[row].clone()), 0
 
-    def _is_done(self, resident: _Resident) -> bool:
-        stopping = resident.job.early_stopping
-        return resident.step >= resident.job.steps or bool(stopping and resident.since_best >= stopping.patience)
-
     def _finish(self, rows: list[int]) -> None:
-        """Return the results of finished clients, fetched from the device together."""
+        """Return the results of those clients that are done, fetched from the device together."""
+        rows = [row for row in rows if self.residents[row].done]
         if not rows:
             return
         index = torch.tensor(rows, device=self.base.device)
@@ -334,19 +240,117 @@ class _Cohort:
             else:
                 self._remove(row, AntherError(failed))
 
+    def _sample_batches(self, rows: list[int]) -> list[int]:
+        """Sample the next batch of each resident client, and queue its entries.
+
+        Returns:
+            Rows whose batch is empty, which happens under DP. Their step is complete without a pass.
+        """
+        started = []
+        for row in [row for row in rows if row in self.residents]:
+            resident = self.residents[row]
+            try:
+                batch = resident.batches.next()
+                batch = resident.turns.truncate(batch) if resident.turns else batch
+            except Exception as error:  # from the job's own code, e.g. its noise source
+                self._remove(row, error)
+                continue
+            resident.pending = batch.size
+            resident.entries += batch.size
+            self.queue.push(row, batch._replace(examples=batch.examples + self.buffers.first_example(row)))
+            started.append(row)
+        return self._drop_cancelled([row for row in started if not self.residents[row].pending])
+
+    def _run_passes(self) -> list[int]:
+        """Run the next concurrent passes, and add their results to the sums; return the rows with a complete batch."""
+        microbatches = self._next_microbatches()
+        with nullcontext() if self.stopwatch is None else self.stopwatch:
+            results = run_passes(self.base.device, self._run_pass, microbatches)
+            for microbatch, result in zip(microbatches, results, strict=True):
+                self._clip_and_sum(microbatch, result)
+        return [row for row in self._drop_cancelled(list(self.residents)) if not self.residents[row].pending]
+
+    def _next_microbatches(self) -> list[Microbatch]:
+        """Return the next concurrent passes: one per core, with its share of the queue; if private, all of one size."""
+        share = -(-len(self.queue) // self.parallel_passes)
+        microbatches: list[Microbatch] = []
+        while len(self.queue) and len(microbatches) < self.parallel_passes:
+            if self.private:
+                microbatches.append(self.queue.pop(self.pass_size).padded(self.pass_size))
+            else:
+                microbatches.append(self.queue.pop(min(max(share, self.queue.unit), self.pass_size)))
+        return microbatches
+
+    def _run_pass(self, microbatch: Microbatch) -> PassResult:
+        entries = on_device(microbatch, self.base.device)
+        with without_denormals(self.base.device) if self.private else nullcontext():
+            result = self.graphed(entries) if self.graphed else gradients(self.base, self.buffers, entries)
+            return reduce(self.buffers, microbatch, *result)
+
+    def _clip_and_sum(self, microbatch: Microbatch, result: PassResult) -> None:
+        """Add the clipped gradients of a pass to the sums of its clients. A unit in pieces is clipped when complete."""
+        clipped = result.clipped
+        if result.piece is not None:
+            row = int(microbatch.clients[0])
+            self.pieces[row] = self.pieces.get(row, 0.0) + result.piece  # a copy: the next pass may overwrite it
+            if microbatch.last:
+                clipped = clip_unit(self.buffers, result.clients, self.pieces.pop(row))
+        if clipped is not None:
+            self.buffers.sums.add(result.clients, clipped)
+        self.buffers.losses.index_add_(0, result.clients, result.losses)
+        for row, entries in zip(microbatch.clients.tolist(), microbatch.entries.tolist(), strict=True):
+            self.residents[row].pending -= entries
+
+    def _noise_and_step(self, rows: list[int]) -> list[int]:
+        """Noise the sums of clients whose batch is complete, and take one optimizer step.
+
+        The sum of a private client is noised, whether or not its batch was empty, and divided by the plan's public
+        constant, never by a number of pictures.
+
+        Returns:
+            Rows that didn't fail.
+        """
+        noises, finished = {}, []
+        for row in rows:
+            try:
+                noise = self.buffers.sums.draw_noise(row, self.residents[row].job.noise)
+            except Exception as error:
+                self._remove(row, error)
+                continue
+            finished.append(row)
+            self.residents[row].step += 1
+            if noise is not None:
+                noises[row] = noise
+        if finished:
+            index = torch.tensor(finished, device=self.base.device)
+            gradients = normalize(self.buffers.sums.pop_noised(finished, noises), self.buffers.divisors[index])
+            self.buffers.optimizer.step(finished, self.buffers.add_corrections(index, gradients))
+        return finished
+
     def _idle_seconds(self, row: int, resident: _Resident) -> float:
         """Compute the remaining seconds of a private job's turns from the median duration of the measured turns.
 
         If too few turns were measured, further turns run without data: the first turns take longer than later ones.
         """
-        if self.stopwatch is None:
+        if self.stopwatch is None or resident.turns is None:
             return 0.0
+        planned = resident.turns.planned
         padding = Microbatch.zero_weight(row, self.buffers.first_example(row), self.pass_size, resident.job.unit)
-        for _ in range(len(self.stopwatch), min(MIN_TIMED_TURNS, resident.planned_turns)):
+        for _ in range(len(self.stopwatch), min(MIN_TIMED_TURNS, planned)):
             with self.stopwatch:
                 list(run_passes(self.base.device, self._run_pass, [padding] * self.parallel_passes))
         seconds = self.stopwatch.seconds()
-        return max(0.0, resident.planned_turns * median(seconds) - sum(seconds)) if seconds else 0.0
+        return max(0.0, planned * median(seconds) - sum(seconds)) if seconds else 0.0
+
+    def _drop_cancelled(self, rows: list[int]) -> list[int]:
+        """Remove cancelled jobs; return the other rows."""
+        for resident, row in [(self.residents[row], row) for row in rows]:
+            try:
+                if resident.job.cancelled():
+                    self._remove(row, Cancelled(f"{resident.job.client}: cancelled after step {resident.step}"))
+            except Exception as error:
+                self._remove(row, error)
+        return [row for row in rows if row in self.residents]
 
     def _remove(self, row: int, outcome: Outcome) -> None:
         resident = self.residents.pop(row)
@@ -355,27 +359,3 @@ class _Cohort:
             self.queue.drop(row)
         self.pieces.pop(row, None)
         self.free_rows.append(row)
-
-
-def free_buffers(base: Denoiser) -> None:
-    """Free the buffers that the last call kept for the next one."""
-    base.cache.pop(_BUFFERS, None)
-
-
-def _buffers(
-    base: Denoiser, spec: BufferSpec, capacity: int, size: int, compiled: bool, private: bool
-) -> tuple[CohortBuffers, GraphedPasses | None]:
-    """Return buffers and, on a GPU, graphed passes over them.
-
-    Those of the last call are reused if they fit, since consecutive rounds have similar jobs.
-    """
-    key = (spec, capacity, size, compiled, private)
-    cached_key, buffers = base.cache.pop(_BUFFERS, (None, None))
-    if cached_key != key:
-        del buffers  # before new ones are allocated
-        rows = CohortBuffers(base, spec, capacity)
-        graphed = None
-        if base.device.type == "cuda":
-            graphed = GraphedPasses(base, rows, size, compiled=compiled, one_size=private)
-        buffers = rows, graphed
-    return buffers

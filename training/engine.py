@@ -12,6 +12,7 @@ from common.errors import AntherError
 from models.base.base import Base
 from models.diffusion.decoding import TILE
 from models.lora.batched_lora import stack_adapters, to_device
+from training.capacity import inference_share, training_share
 from training.cohort import train
 from training.inference import each_loss, generate_with, held_out_losses
 from training.jobs import (
@@ -27,7 +28,6 @@ from training.jobs import (
     TrainJob,
     never,
 )
-from training.memory import inference_share, training_share
 
 T = TypeVar("T")
 
@@ -46,8 +46,8 @@ def perform(
     Args:
         base: the base.
         jobs: jobs of any clients.
-        memory: bytes of the base's device for all jobs (`training.memory.budget`). Training takes most of it, and keeps
-            it for the next call.
+        memory: bytes of the base's device for all jobs (`training.capacity.budget`). Training takes most of it, and
+            keeps it for the next call.
         timesteps: number of fixed timesteps of a held-out loss.
         compiled: see `training.cohort.train`.
         cancelled: called between the passes of all jobs except training jobs, which have their own callback. If it

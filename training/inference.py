@@ -16,7 +16,7 @@ from models.lora.adapter import Adapter
 from models.lora.batched_lora import BatchedAdapter, select_slots, stack_adapters, to_device
 from training.capacity import max_pictures_per_pass
 from training.jobs import Cancelled, Examples, never
-from training.parallel_passes import pass_size, run_passes, without_denormals
+from training.passes import pass_size, run_passes, without_denormals
 
 _SEED_LABEL = "draw"  # part of the seeds: changing it changes every image
 

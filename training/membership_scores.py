@@ -27,7 +27,7 @@ from models.diffusion.objective import Schedule, add_noise, per_example_loss, pr
 from models.lora.batched_lora import BatchedAdapter
 from training.capacity import max_pictures_per_pass
 from training.jobs import Examples
-from training.parallel_passes import pass_size, run_passes
+from training.passes import pass_size, run_passes
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t [N, c, h, w], t [N]) -> the network's prediction for these pictures and their captions."""

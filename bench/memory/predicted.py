@@ -53,7 +53,7 @@ from models.quantization import packed
 from privacy.noise import SimulatedNoise
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainJob
-from training.step import gradients
+from training.passes import gradients
 
 MEMORY_BUDGET = 2**40  # bytes, above any use, because the peak is measured
 MAX_OVER, MAX_UNDER = 0.10, 0.05  # largest relative error of a predicted peak, above and below

@@ -17,8 +17,8 @@ from models.lora.adapter import Adapter, Factors, init_adapter, rank, split_rank
 from simulations import setup
 from strategies.aggregation import Updates
 from strategies.aggregation.exact import Exact
+from training.capacity import budget
 from training.jobs import EncodeJob, Examples, TrainedAdapter, TrainJob
-from training.memory import budget
 
 WRITERS, STEPS, BATCH, LEARNING_RATE = 16, 10, 4, 4e-3
 ROUNDS = 2

@@ -123,7 +123,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     from simulations.grid.cohort import CohortGrid
     from strategies.factory.full_plan import training_plan
     from strategies.factory.strategy import build
-    from training.memory import budget
+    from training.capacity import budget
     from typefaces import dataset
 
     started = time.perf_counter()
@@ -186,8 +186,8 @@ def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: i
     from common.seeding import derive_seed
     from models.lora.batched_lora import stack_adapters, to_device
     from simulations.evaluation import glyphs
+    from training.capacity import budget, inference_share
     from training.inference import generate
-    from training.memory import budget, inference_share
     from typefaces import dataset, judge
 
     latents = generate(

@@ -38,7 +38,7 @@ from bench.lib.machine import machine, versions
 from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, RANK, WORKLOADS, Workload, build
 from bench.throughput.roofline import matrix_rate, operations, synchronize
 from bench.throughput.step_variants import PEERS, StepVariant, TimingSettings, step_variants
-from training.memory import budget
+from training.capacity import budget
 
 TARGET_SPEEDUP = {  # targets on a GPU in bf16: minimum speedup of the cohort over the fastest variant of each peer
     "small": {"peft": 60.0, "opacus": 120.0},

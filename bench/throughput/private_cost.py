@@ -8,9 +8,9 @@ and compares:
     computed  ratio of the work of the private job to the open job's: clipping, noise, and padded passes
     waited    ratio of the time until the reply is sent: the private job's public schedule to the open job
 
-The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.public_duration`).
+The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.public_schedule`).
 The fixed cost of a pass, besides its entries, is fitted to passes of several sizes and gives
-`training.pass_size.PASS_OVERHEAD_BYTES`.
+`training.public_schedule.PASS_OVERHEAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,13 @@ from bench.throughput.roofline import synchronize
 from models.base.base import Base, load
 from models.lora.adapter import init_adapter
 from privacy.noise import SimulatedNoise
+from training.batches import Microbatch
 from training.buffers import BufferSpec, CohortBuffers
-from training.capacity import capacity, entry_bytes, max_pass_size
+from training.capacity import budget, capacity, entry_bytes, max_pass_size, training_share
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
-from training.memory import budget, training_share
-from training.microbatching import Microbatch
-from training.parallel_passes import single_threaded_layers, workers
-from training.pass_size import PASS_OVERHEAD_BYTES, fixed_pass_size
-from training.public_duration import TurnCount, scheduled_turns
-from training.step import gradients, on_device
+from training.passes import gradients, on_device, single_threaded_layers, workers
+from training.public_schedule import PASS_OVERHEAD_BYTES, TurnCount, fixed_pass_size, scheduled_turns
 from typefaces import dataset
 
 RANK, MAX_RATIO = 8, 1.15

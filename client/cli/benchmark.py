@@ -40,7 +40,7 @@ from models.footprint.footprint import (
     meta_denoiser,
 )
 from models.lora.batched_lora import Layout
-from training.memory import total_and_free
+from training.capacity import total_and_free
 
 SECONDS = 60.0
 FREE = 0.9  # fraction of the free memory that training may use

@@ -65,8 +65,8 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
     from PIL import Image
 
     from models.base.base import load
+    from training.capacity import budget, inference_share
     from training.inference import generate_with
-    from training.memory import budget, inference_share
 
     _check(options)
     store = inspect_store(files).store

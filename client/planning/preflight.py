@@ -14,8 +14,8 @@ from models.families.known import find_base
 from models.footprint.footprint import MARGIN, copy_for_dry_run, example_shapes, footprint, resident_bytes
 from models.lora.adapter import Sites
 from privacy.policy import RequestRefusedError
-from training import cohort
-from training.memory import total_and_free
+from training.capacity import total_and_free
+from training.passes import free_buffers
 
 
 def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) -> None:
@@ -38,7 +38,7 @@ def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) ->
         needed = _pass_bytes(base, rank, trained_sites)
         store.save_number("pass-bytes", key, needed)
     if MARGIN * needed > _free(base):
-        cohort.free_buffers(base)
+        free_buffers(base)
     if MARGIN * needed > _free(base):  # the message must not reveal the amount of free memory
         requirement = f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}²"
         raise RequestRefusedError(

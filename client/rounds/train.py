@@ -25,7 +25,7 @@ from protocol.messages import TrainingPlan
 from protocol.quantization import PRECISIONS
 from training import jobs
 from training.jobs import Examples, Job, Picture, Result, TrainedAdapter, assumed_pictures
-from training.public_duration import scheduled_examples
+from training.public_schedule import scheduled_examples
 
 SHARED = "shared"
 

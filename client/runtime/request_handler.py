@@ -21,10 +21,10 @@ from models.lora.adapter import adapter_shapes
 from privacy.policy import RequestRefusedError
 from protocol.messages import Evaluate, Personalize, Query, Reply, Request, payloads
 from protocol.tensor_codec import max_payload
-from training.cohort import free_buffers
+from training.capacity import budget, check_free, total_and_free
 from training.engine import perform
 from training.jobs import Cancelled, Job, Result, never
-from training.memory import budget, check_free, total_and_free
+from training.passes import free_buffers
 
 DEFAULT_BASE = "glyphs"
 

@@ -31,10 +31,10 @@ from server.rounds import checkpoint
 from simulations.fleet.participants import assign_writers, own_pictures, writers
 from simulations.run_dir import RUN
 from training import membership_scores
+from training.capacity import budget, inference_share
 from training.engine import encode
 from training.jobs import EncodeJob, Picture
 from training.membership_scores import MembershipScores
-from training.memory import budget, inference_share
 
 CONTROL = "loss, base alone"  # stored; don't change
 """Attack without access to the run. Its apparent success is due to the selection of pictures."""

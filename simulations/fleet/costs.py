@@ -18,7 +18,7 @@ from models.footprint.footprint import Footprint, example_shapes, footprint, met
 from models.footprint.site_costs import PassCosts
 from protocol.messages import TrainingPlan
 from strategies.planning.site_selection import base_pass_costs
-from training.public_duration import scheduled_examples
+from training.public_schedule import scheduled_examples
 
 PredictFootprint = Callable[[int], Footprint]
 """Rank -> footprint of a pass over one picture with an adapter of this rank at every site."""

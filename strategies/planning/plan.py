@@ -11,7 +11,7 @@ from models.lora.adapter import Sites
 from models.lora.trainable import trained_shapes
 from protocol.messages import DeviceReport, TrainingPlan
 from protocol.quantization import bytes_per_number
-from training.public_duration import scheduled_examples
+from training.public_schedule import scheduled_examples
 
 SLOW_UPLINK_MBPS = 2.0
 PRECISIONS = ("fp32", "fp16", "int8", "int4")  # of updates, in descending order of bits

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
@@ -129,6 +129,7 @@ def test_removing_row_changes_owner_sum_within_bound(batch: tuple, data: st.Data
 
 
 @given(batches())
+@example((torch.tensor([[0.75 / RESOLUTION]]), [1], [[1.0]], [1]))  # the nearest step is larger
 @settings(deadline=None)
 def test_truncation_removes_less_than_a_step(batch: tuple) -> None:
     rows, counts, bounds, segments = private(batch)

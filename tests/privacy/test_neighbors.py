@@ -41,10 +41,9 @@ from tests.helpers.neighbors import (
     two_rounds,
 )
 from tests.helpers.reference_trainer import examples, memory_for, private
-from training.batches import BatchSampler, StepBatch
+from training.batches import BatchSampler, EntryQueue, Microbatch, StepBatch
 from training.engine import perform
 from training.jobs import Examples, Prior, TrainJob
-from training.microbatching import EntryQueue, Microbatch
 
 PICTURES = [random_picture(seed) for seed in range(4)]
 ALL_PICTURES = list(range(len(PICTURES)))

@@ -33,7 +33,7 @@ from tests.helpers.broken_mechanisms import (
 )
 from training import batches
 from training import cohort as training_cohort
-from training.step import gradients
+from training.passes import gradients
 
 MEMORY = 2**27
 SIGNIFICANCE = 1e-9  # share of one test in the false alarms of an audit

@@ -21,14 +21,13 @@ from models.lora.adapter import Adapter, Factors, init_adapter
 from models.lora.norm_bound import norm_violation
 from privacy.bounded_sum import RESOLUTION
 from privacy.noise import CPU
-from training import cohort, parallel_passes
-from training.batches import StepBatch
+from training import cohort, passes
+from training.batches import EntryQueue, StepBatch
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainJob
-from training.microbatching import EntryQueue
 from training.optimizer import SGD
-from training.step import gradients, on_device
+from training.passes import gradients, on_device
 from typefaces import dataset
 
 RANK, PLENTY, CLIP = 8, 2**33, 0.01
@@ -183,13 +182,13 @@ def test_gradient_is_independent_of_threads_and_clients(
         start = chaotic_adapter(glyphs, *FOUND)
         return [plan(start, letters, places, client, privacy=privacy) for client, places in pictures.items()]
 
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
     single = [hidden_sums(glyphs, [job])[0] for job in jobs()]
     assert [bool(total.any()) for total in single] == [True, True, True, False]
     with ThreadPoolExecutor(2) as pool:
         for cores, order in ((1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (2, [2, 3, 1, 0])):
-            monkeypatch.setattr(parallel_passes, "_cores", lambda cores=cores: cores)
-            monkeypatch.setattr(parallel_passes, "_pool", lambda: pool)
+            monkeypatch.setattr(passes, "_cores", lambda cores=cores: cores)
+            monkeypatch.setattr(passes, "_pool", lambda: pool)
             together = hidden_sums(glyphs, [jobs()[index] for index in order])
             for index, total in zip(order, together, strict=True):
                 assert torch.equal(total, single[index])

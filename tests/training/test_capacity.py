@@ -23,10 +23,10 @@ from tests.helpers.reference_trainer import (
     private,
     trained_adapter,
 )
-from training import cohort, memory, parallel_passes
+from training import cohort, passes
 from training.batches import BatchSampler
 from training.buffers import BufferSpec, row_bytes
-from training.capacity import InsufficientMemoryError, capacity, entry_bytes, expected_entries
+from training.capacity import InsufficientMemoryError, capacity, entry_bytes, expected_entries, peak_bytes
 from training.cohort import train
 from training.inference import held_out_losses
 from training.jobs import EarlyStopping, Prior, TrainedAdapter, TrainJob
@@ -65,7 +65,7 @@ def random_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
 @pytest.fixture
 def single_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run one pass at a time, and discard trained adapters, which are the caller's memory."""
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
     monkeypatch.setattr(cohort, "TrainedAdapter", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
 
 
@@ -73,9 +73,9 @@ def check_peak(base: Base, seed: int) -> None:
     pick = random.Random(seed)
     jobs = random_jobs(base, pick)
     granted = random_memory(base, jobs, pick)
-    base.cache.pop(cohort._BUFFERS, None)
+    base.cache.pop(passes._BUFFERS, None)
     result: list[TrainedAdapter | Exception] = []
-    peak = memory.peak_bytes(lambda: result.extend(train(base, jobs, memory=granted, timesteps=2)))
+    peak = peak_bytes(lambda: result.extend(train(base, jobs, memory=granted, timesteps=2)))
     assert not any(isinstance(outcome, Exception) for outcome in result)
     assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
 
@@ -124,8 +124,8 @@ def test_rare_buffers_are_counted(base: Base, kind: str) -> None:
     }
     jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20, "B alone": 20}.get(kind, 4))]
     for granted in (minimum_memory(base, jobs), memory_for(base, jobs, 2), memory_for(base, jobs, 16)):
-        base.cache.pop(cohort._BUFFERS, None)
-        peak = memory.peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
+        base.cache.pop(passes._BUFFERS, None)
+        peak = peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
 
 
@@ -137,8 +137,8 @@ def test_early_stopping_is_within_the_budget(base: Base) -> None:
     pool = sum(tensor.numel() * 4 for tensor in stopping.validation)
     noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
     for granted in (minimum_memory(base, jobs), memory_for(base, jobs, 12)):
-        base.cache.pop(cohort._BUFFERS, None)
-        peak = memory.peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
+        base.cache.pop(passes._BUFFERS, None)
+        peak = peak_bytes(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         beside = capacity(base, jobs, granted).jobs * pool + noise
         assert peak <= granted + beside, f"{(peak - beside) / granted:.3f} of {granted} bytes"
 
@@ -242,7 +242,7 @@ def test_held_out_losses_are_within_the_budget(base: Base, rank: int) -> None:
     losses, peaks = [], []
     for granted in (0, 10**6, 10**7):
         peaks.append(
-            memory.peak_bytes(
+            peak_bytes(
                 lambda granted=granted: losses.append(
                     held_out_losses(base, pools, adapters, timesteps=2, memory=granted)
                 )

@@ -12,9 +12,9 @@ from client.data import StoredPicture
 from common.errors import AntherError
 from models.base.base import Base
 from models.lora.adapter import Factors, init_adapter
+from training.capacity import budget
 from training.engine import perform
 from training.jobs import EncodeJob, Examples, GeneratedImages, GenerateJob, Picture
-from training.memory import budget
 
 
 def test_failed_generation_affects_its_own_job(base: Base) -> None:

@@ -306,7 +306,7 @@ def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
 
 def test_buffers_are_reused_for_similar_jobs(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not allocated in every round; jobs of another shape in between change no bit."""
-    from training import buffers, cohort
+    from training import buffers, passes
 
     created: list[buffers.CohortBuffers] = []
 
@@ -314,7 +314,7 @@ def test_buffers_are_reused_for_similar_jobs(base: Base, monkeypatch: pytest.Mon
         created.append(buffers.CohortBuffers(*args))
         return created[-1]
 
-    monkeypatch.setattr(cohort, "CohortBuffers", counting)
+    monkeypatch.setattr(passes, "CohortBuffers", counting)
 
     def jobs() -> list[TrainJob]:
         return [plan for plan in valid_jobs(base) if plan.privacy]

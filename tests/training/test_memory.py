@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import AntherError
 from common.units import GIB
-from training import memory
+from training import capacity
 
 CPU = torch.device("cpu")
 N = 1000
@@ -91,15 +91,15 @@ PROGRAMS: list[tuple[Callable[[], object], int]] = [
 
 @pytest.mark.parametrize(("work", "wanted"), PROGRAMS, ids=lambda x: getattr(x, "__name__", None))
 def test_peak_bytes(work: Callable[[], object], wanted: int) -> None:
-    assert memory.peak_bytes(work) == wanted
-    assert memory.peak_bytes(work) == wanted  # nothing is left of previous measurements
+    assert capacity.peak_bytes(work) == wanted
+    assert capacity.peak_bytes(work) == wanted  # nothing is left of previous measurements
 
 
 def test_tensors_may_outlive_the_measurement() -> None:
     kept: list[Tensor] = []
-    assert memory.peak_bytes(lambda: kept.append(torch.ones(N))) == 4 * N
+    assert capacity.peak_bytes(lambda: kept.append(torch.ones(N))) == 4 * N
     kept.clear()
-    assert memory.peak_bytes(lambda: torch.ones(N)) == 4 * N
+    assert capacity.peak_bytes(lambda: torch.ones(N)) == 4 * N
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
     def set_memory(total: float, available: float, **files: str) -> None:
         result = SimpleNamespace(total=int(total * GIB), available=int(available * GIB))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: result)
-        monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+        monkeypatch.setattr(capacity, "Path", lambda _: tmp_path)
         for name, text in files.items():
             (tmp_path / f"memory.{name}").write_text(text)
 
@@ -118,9 +118,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
 def test_budget_is_configured_or_a_fraction(machine: Callable[..., None]) -> None:
     machine(16, 1)  # free memory is not used
-    assert memory.budget(None, CPU) == 16 * GIB * memory.DEFAULT_SHARE["cpu"]
-    assert memory.budget(3.5, CPU) == int(3.5 * GIB)
-    assert 0 < memory.DEFAULT_SHARE["cpu"] < memory.DEFAULT_SHARE["cuda"] < 1
+    assert capacity.budget(None, CPU) == 16 * GIB * capacity.DEFAULT_SHARE["cpu"]
+    assert capacity.budget(3.5, CPU) == int(3.5 * GIB)
+    assert 0 < capacity.DEFAULT_SHARE["cpu"] < capacity.DEFAULT_SHARE["cuda"] < 1
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_budget_is_configured_or_a_fraction(machine: Callable[..., None]) -> Non
 )
 def test_container_limits_are_used(machine: Callable[..., None], files: dict[str, str], total: int, free: int) -> None:
     machine(16, 10, **files)
-    assert memory.budget(None, CPU) == total * GIB * memory.DEFAULT_SHARE["cpu"]
-    memory.check_free(free * GIB, CPU)
+    assert capacity.budget(None, CPU) == total * GIB * capacity.DEFAULT_SHARE["cpu"]
+    capacity.check_free(free * GIB, CPU)
     with pytest.raises(AntherError, match=rf"trainer\.memory_gib.* only {free} of {total} GiB are free"):
-        memory.check_free(free * GIB + 1, CPU)
+        capacity.check_free(free * GIB + 1, CPU)
 
 
 def test_current_machine() -> None:
-    assert 0 < memory.budget(None, CPU) < psutil.virtual_memory().total
-    memory.check_free(1, CPU)
+    assert 0 < capacity.budget(None, CPU) < psutil.virtual_memory().total
+    capacity.check_free(1, CPU)
     with pytest.raises(AntherError, match=r"memory_gib=\d"):
-        memory.check_free(2**60, CPU)
+        capacity.check_free(2**60, CPU)

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.batches import StepBatch
-from training.microbatching import EntryQueue, Microbatch
+from training.batches import EntryQueue, Microbatch, StepBatch
 
 
 class _ClientStep(NamedTuple):

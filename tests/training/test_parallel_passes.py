@@ -10,11 +10,11 @@ import torch
 
 from models.base.base import Base
 from tests.helpers.reference_trainer import PLENTY, assert_close, job, memory_for, private, trained_adapter
-from training import cohort, parallel_passes
-from training.buffers import BufferSpec, CohortBuffers
+from training import cohort, passes
+from training.buffers import CohortBuffers
 from training.cohort import train
 from training.jobs import TrainJob
-from training.step import Entries, gradients
+from training.passes import BuffersKey, Entries, gradients
 
 CPU = torch.device("cpu")
 
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = ThreadPoolExecutor(3)
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 3)
-    monkeypatch.setattr(parallel_passes, "_pool", lambda: pool)
+    monkeypatch.setattr(passes, "_cores", lambda: 3)
+    monkeypatch.setattr(passes, "_pool", lambda: pool)
 
 
 @pytest.mark.usefixtures("three_cores")
@@ -35,18 +35,18 @@ def test_passes_are_concurrent_and_ordered() -> None:
         return part, torch.get_num_threads()
 
     before = torch.get_num_threads()
-    result = list(parallel_passes.run_passes(CPU, work, range(6)))
+    result = list(passes.run_passes(CPU, work, range(6)))
     assert [part for part, _ in result] == list(range(6))
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.usefixtures("three_cores")
 def test_pass_size_gives_every_core_its_share() -> None:
-    assert parallel_passes.pass_size(CPU, 90, 64) == 30
-    assert parallel_passes.pass_size(CPU, 900, 64) == 64
-    assert parallel_passes.pass_size(CPU, 1, 64) == 1
-    assert parallel_passes.pass_size(CPU, 0, 64) == 1
-    assert parallel_passes.pass_size(torch.device("cuda"), 90, 64) == 64
+    assert passes.pass_size(CPU, 90, 64) == 30
+    assert passes.pass_size(CPU, 900, 64) == 64
+    assert passes.pass_size(CPU, 1, 64) == 1
+    assert passes.pass_size(CPU, 0, 64) == 1
+    assert passes.pass_size(torch.device("cuda"), 90, 64) == 64
 
 
 @pytest.mark.parametrize("entries", [4, None])
@@ -82,13 +82,13 @@ def test_passes_may_overwrite_earlier_results(fine: Base, entries: int, monkeypa
                 kept[: len(values)] = values
             return tuple(kept[: len(entries.rows)] for kept in self._kept)
 
-    def buffers(base: Base, shape: BufferSpec, capacity: int, *_: object) -> tuple[CohortBuffers, Overwriting]:
-        rows = CohortBuffers(base, shape, capacity)
+    def buffers(base: Base, key: BuffersKey) -> tuple[CohortBuffers, Overwriting]:
+        rows = CohortBuffers(base, key.spec, key.capacity)
         return rows, Overwriting(rows)
 
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
     expected = train(fine, jobs(), memory=PLENTY, timesteps=2)
-    monkeypatch.setattr(cohort, "_buffers", buffers)
+    monkeypatch.setattr(cohort, "take_buffers", buffers)
     result = train(fine, jobs(), memory=memory_for(fine, jobs(), entries, residents=1), timesteps=2)
     fine.cache.clear()
     for got, want, plan in zip(result, expected, jobs(), strict=True):
@@ -97,6 +97,6 @@ def test_passes_may_overwrite_earlier_results(fine: Base, entries: int, monkeypa
 
 def test_denormals_are_flushed_only_within_context() -> None:
     tiny = torch.tensor(1e-39)
-    with parallel_passes.without_denormals(CPU):
+    with passes.without_denormals(CPU):
         assert (tiny * 0.5).item() == 0
     assert (tiny * 0.5).item() > 0

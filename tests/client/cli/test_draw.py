@@ -16,7 +16,7 @@ from models.base.base import Base
 from models.lora.adapter import Adapter, Factors, init_adapter
 from privacy.storage import FileStorage
 from training import inference
-from training.memory import budget
+from training.capacity import budget
 
 CAPTIONS = ["a b", "c"]
 SITES = r".*attn1\.to_(q|v)"  # fewer than the family's sites: the adapter's sites are used

@@ -16,7 +16,7 @@ from models.families.known import find_base
 from models.footprint.footprint import MARGIN, example_shapes, footprint, meta_denoiser
 from privacy.policy import RequestRefusedError
 from privacy.storage import FileStorage
-from training import cohort
+from training import passes
 
 
 @pytest.fixture
@@ -70,12 +70,12 @@ def test_cached_buffers_are_released_before_refusal(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = MARGIN * predicted(base, 2)
-    base.cache[cohort._BUFFERS] = None, "as large as all that lacks"
+    base.cache[passes._BUFFERS] = None, "as large as all that lacks"
     monkeypatch.setattr(
-        preflight, "total_and_free", lambda _: (2**40, int(needed + (-1 if cohort._BUFFERS in base.cache else 1)))
+        preflight, "total_and_free", lambda _: (2**40, int(needed + (-1 if passes._BUFFERS in base.cache else 1)))
     )
     check_memory(base, Store(FileStorage(tmp_path)), 2, base.sites)
-    assert cohort._BUFFERS not in base.cache
+    assert passes._BUFFERS not in base.cache
 
 
 def test_fewer_sites_need_less_memory(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

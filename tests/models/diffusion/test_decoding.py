@@ -14,7 +14,7 @@ from bench.lib.tiny import ATTENTION, save_pipeline
 from common.errors import AntherError
 from models.base.base import Base
 from models.diffusion.decoding import in_tiles, small_vae
-from training.memory import peak_bytes
+from training.capacity import peak_bytes
 
 
 def tiny() -> Any:

@@ -14,7 +14,7 @@ from strategies.planning.planner import Planner
 from strategies.selection.everyone import Everyone
 from strategies.selection.fixed_panel import FixedPanel
 from strategies.selection.sample import Sample
-from training.public_duration import scheduled_turns
+from training.public_schedule import scheduled_turns
 
 REPORT = DeviceReport(
     device="a",

@@ -25,12 +25,11 @@ from tests.helpers.reference_trainer import (
     private,
     trained_adapter,
 )
-from training.batches import BatchSampler, StepBatch
+from training.batches import BatchSampler, EntryQueue, StepBatch
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
 from training.jobs import Prior, TrainJob
-from training.microbatching import EntryQueue
-from training.step import gradients, on_device
+from training.passes import gradients, on_device
 
 EVERY_KIND = (
     r".*(attn[12]\.to_(q|out\.0)|ff\.net.*|time_emb.*|conv1|conv_shortcut|proj_in|downsamplers\.0\.conv|conv_out)"

@@ -1,7 +1,11 @@
-"""Public number of turns: sufficient except with a charged probability, and nearly minimal."""
+"""Public schedule of private jobs: pass size, and number of turns.
+
+The size is within the budget and cheap. The turns suffice except with a charged probability, and are nearly minimal.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -16,11 +20,63 @@ from models.base.base import Base
 from privacy.accounting import TRUNCATION_DELTA
 from privacy.noise import CPU
 from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, memory_for, private
-from training import cohort, parallel_passes
+from training import cohort, passes
 from training.batches import BatchSampler, StepBatch
 from training.cohort import train
 from training.jobs import TrainedAdapter, TrainJob
-from training.public_duration import TurnCount, scheduled_turns
+from training.public_schedule import TurnCount, batch_size_distribution, fixed_pass_size, scheduled_turns
+
+CUDA = torch.device("cuda")
+ENTRY = 6_440_459  # bytes, of the glyph base
+
+
+@pytest.mark.parametrize(("assumed", "rate"), [(1, 1.0), (5, 0.6), (40, 0.1), (3000, 0.003)])
+def test_batches_are_binomial(assumed: int, rate: float) -> None:
+    counts, chances = batch_size_distribution(assumed, rate)
+    expected = [math.comb(assumed, int(k)) * rate**k * (1 - rate) ** (assumed - k) for k in counts[:50].tolist()]
+    assert chances[:50].tolist() == pytest.approx(expected, rel=1e-9)
+    assert chances.sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_size_depends_on_the_plan_only(base: Base) -> None:
+    """It is independent of the number of pictures."""
+    sizes = {
+        fixed_pass_size(CPU, [private(base, "a", 0.5, count=count, batch_size=4)], 64, ENTRY) for count in (0, 1, 5, 8)
+    }
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_sizes_are_whole_units_or_even_parts(base: Base, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_cores", lambda: cores)
+    for draws in (1, 3, 8):
+        for most in (1, 2, 5, 30):
+            size = fixed_pass_size(CPU, [private(base, "a", 0.5, draws=draws, batch_size=6)], most, ENTRY)
+            assert 1 <= size <= most
+            assert size % draws == 0 if draws <= most else size == math.ceil(draws / math.ceil(draws / most))
+
+
+def test_full_sampling_needs_no_padding(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every picture joins, the passes of a step hold exactly these."""
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    plan = private(base, "a", 1.0, draws=4, batch_size=20)
+    for device, most in ((CPU, 64), (CUDA, 4096)):
+        size = fixed_pass_size(device, [plan], most, ENTRY)
+        assert math.ceil(80 / size) * size == 80
+
+
+def test_expensive_passes_are_larger(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    plan = private(base, "a", 0.2, draws=1, batch_size=4)
+    assert fixed_pass_size(CPU, [plan], 64, ENTRY) < fixed_pass_size(CUDA, [plan], 64, ENTRY) <= 20
+    many = [dataclasses.replace(plan, client=str(client)) for client in range(50)]
+    assert fixed_pass_size(CPU, [plan], 64, ENTRY) < fixed_pass_size(CPU, many, 64, ENTRY)
+
+
+def test_large_base_has_one_picture_per_pass(base: Base) -> None:
+    """Without padding, a private step costs as much as a non-private one."""
+    plan = private(base, "a", 0.2, draws=1, batch_size=4)
+    assert fixed_pass_size(CPU, [plan], 64, 500 * ENTRY) == 1
 
 
 @pytest.mark.parametrize(("at_once", "units", "pieces"), [(1, 1, 1), (2, 3, 1), (4, 1, 1), (1, 1, 3), (2, 1, 3)])
@@ -102,7 +158,7 @@ def crowded_job(base: Base, batches: int, **changes: object) -> TrainJob:
 def test_excess_units_are_dropped(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order of the pictures, once the turns are used up."""
     monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
     turns = scheduled_turns(10, 0.1, 16)
     assert 10 < turns < 160
     really, kept = BatchSampler.next, list[int]()
@@ -123,7 +179,7 @@ def test_excess_units_are_dropped(fine: Base, monkeypatch: pytest.MonkeyPatch) -
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the turns, with one picture each. Only they advance the clock, by one second each."""
     turns = list[int]()
-    really = parallel_passes.run_passes
+    really = passes.run_passes
 
     def turn(*given: Any) -> Any:
         turns.append(1)
@@ -132,7 +188,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
     monkeypatch.setattr(cohort, "run_passes", turn)
     monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
     return turns
 
 
@@ -148,7 +204,7 @@ def test_duration_is_independent_of_the_batches(base: Base, turns: list[int]) ->
 
 
 def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
     plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=_CrowdedBatches(0))
     (result,) = train(base, [plan], memory=memory_for(base, [plan], 3), timesteps=2)
     assert idle_seconds(result) > 0
