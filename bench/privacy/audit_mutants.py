@@ -162,9 +162,9 @@ AUDIT_MUTANTS = (
     ),
     Mutant(
         "strict epsilon of one round less",
-        "strategies/strategy.py",
-        "strict=self._explained(server_round, evaluated",
-        "strict=self._explained(server_round - 1, evaluated",
+        "strategies/phases/training.py",
+        "strict=self.explained(start.number, evaluated",
+        "strict=self.explained(start.number - 1, evaluated",
         "tests/strategies/round/test_ledger_coverage.py::test_excessive_report_sets_no_guarantee",
     ),
     Mutant(

@@ -429,9 +429,9 @@ DEVICE_MUTANTS = (
     ),
     Mutant(
         "weights by work",
-        "strategies/strategy.py",
-        "trained = (adapter for adapter, _ in updates)",
-        "trained = (adapter for adapter, _ in updates for _ in range(rank(adapter)))",
+        "strategies/server_update.py",
+        "trained = (adapter for adapter, _ in updates.adapters)",
+        "trained = (adapter for adapter, _ in updates.adapters for _ in range(rank(adapter)))",
         "tests/strategies/test_central_dp.py::test_release_matches_a_reference_loop",
     ),
     Mutant(
@@ -464,9 +464,9 @@ DEVICE_MUTANTS = (
     ),
     Mutant(
         "charged after requests are sent",
-        "strategies/strategy.py",
-        "            self.central_dp.charge_round(server_round",
-        "            plans or self.central_dp.charge_round(server_round",
+        "strategies/phases/training.py",
+        "        self.update.central_dp.charge_round(round",
+        "        selected or self.update.central_dp.charge_round(round",
         "tests/strategies/test_central_dp.py::test_charge_is_stored_before_a_message_is_sent",
     ),
     Mutant(
