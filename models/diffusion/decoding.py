@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AntherError
+from models.files.diffusers_classes import diffusers_class
 from models.files.loading import load_network
 
 TILE = 256  # side in pixels: a VAE needs more memory than the network, in proportion to the decoded area
@@ -15,9 +16,7 @@ _EVEN = 8  # latents: a tile's side is a multiple of this, so that tiles overlap
 
 def small_vae(folder: Path) -> Any:
     """Load a distilled decoder such as TAESD, an AutoencoderTiny in diffusers' layout; AntherError if it isn't one."""
-    from diffusers import AutoencoderTiny  # slow import, so only here
-
-    return load_network(AutoencoderTiny, folder)
+    return load_network(diffusers_class("AutoencoderTiny"), folder)
 
 
 def in_tiles(vae: Any, side: int, scale: int) -> None:

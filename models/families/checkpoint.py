@@ -23,6 +23,7 @@ from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.files import loading
+from models.files.diffusers_classes import diffusers_class
 from models.quantization import packed
 
 FAMILIES = {family.pipeline: family for family in (STABLE_DIFFUSION, SDXL, PIXART, SD3, FLUX, SANA)}
@@ -60,16 +61,12 @@ class Checkpoint:
 
     def load(self, part: str) -> Any:
         """Load a network of the pipeline in float32; AntherError if it is pickled, damaged, or another network's."""
-        import diffusers  # slow import, so only here
-
-        return loading.load_network(getattr(diffusers, self.parts[part]), self.folder / part)
+        return loading.load_network(diffusers_class(self.parts[part]), self.folder / part)
 
     def load_encoders(self) -> Any:
         """Return the pipeline with only text encoders and tokenizers; AntherError if one is incomplete."""
-        import diffusers  # slow import, so only here
-
         with loading.quiet_libraries():  # importing a pipeline class logs warnings
-            kind = getattr(diffusers, self.family.pipeline)
+            kind = diffusers_class(self.family.pipeline)
             loaded = encoders.load(self.folder, self.family.encoders, self.parts)
         left_out = dict.fromkeys(self.parts.keys() - loaded.keys())
         return loading.from_pretrained(kind, self.folder, **left_out, **loaded)

@@ -24,6 +24,7 @@ from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.files import assets
+from models.files.diffusers_classes import diffusers_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +38,14 @@ class BaseSpec:
 
     def full_config(self) -> dict[str, Any]:
         """Return the configuration including the class's defaults."""
-        import diffusers
-
-        defaults = inspect.signature(getattr(diffusers, self.family.kind)).parameters.values()
+        defaults = inspect.signature(diffusers_class(self.family.kind)).parameters.values()
         return {parameter.name: parameter.default for parameter in defaults} | dict(self.config)
 
     def network(self) -> nn.Module:
         """Build the network on the meta device."""
-        import diffusers  # slow import, so only here
-
         try:
             with torch.device("meta"):
-                network: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
+                network: nn.Module = diffusers_class(self.family.kind)(**self.config)
         except Exception as error:  # the libraries raise a dozen kinds for a foreign configuration
             raise AntherError(
                 f"{self.name}: can't build a {self.family.kind} from its configuration ({summary(error)})"

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.errors import AntherError, shorten
 from models.diffusion.objective import Schedule, diffusion, rectified_flow
+from models.files.diffusers_classes import diffusers_class
 
 _BETAS = (
     "num_train_timesteps",
@@ -70,9 +71,7 @@ def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool
             )
     else:
         _check_betas(name, config["trained_betas"])
-    from diffusers import DDIMScheduler  # slow import, so only here
-
-    scheduler: Any = DDIMScheduler(**{key: config[key] for key in _BETAS if key in config})
+    scheduler: Any = diffusers_class("DDIMScheduler")(**{key: config[key] for key in _BETAS if key in config})
     signal = float(scheduler.alphas_cumprod.min()) ** 0.5
     if prediction == "epsilon" and not signal >= _MIN_SIGNAL:
         raise AntherError(

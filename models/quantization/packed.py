@@ -6,7 +6,6 @@ hash (`models.files.assets.digest`). Nothing is read before it is used, converte
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from torch import nn
 
 from common.errors import AntherError, summary
 from models.files import assets, paging
+from models.files.diffusers_classes import diffusers_class
 from models.quantization.modes import WEIGHT_MODES, quantize_meta
 
 FILE, MANIFEST, CONFIG = "packed.safetensors", "packed.json", "config.json"
 FORMAT = 1
 
 _AGAIN = "copy the packed base again, or run anther pack again"
-_MODULES = {"UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition"}  # avoids importing all other models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +73,8 @@ def skeleton(folder: Path) -> nn.Module:
 
 
 def class_of(name: str) -> Any:
-    """Return the diffusers class of this name."""
-    return getattr(importlib.import_module(_MODULES.get(name, "diffusers.models")), name)
+    """Return the diffusers network of this name."""
+    return diffusers_class(name, "diffusers.models")
 
 
 @contextmanager
