@@ -55,7 +55,7 @@ def _arguments(name: str, command: Command) -> list[str]:
         except AntherError:
             return []
     keys = _keys(command.schema) if command.schema else []
-    return [*keys, *(_options() if command.groups else []), "--help"]
+    return [*keys, *(_options(name) if command.groups else []), "--help"]
 
 
 def _keys(schema: str) -> list[str]:
@@ -67,12 +67,14 @@ def _keys(schema: str) -> list[str]:
     return [f"{key}=" for key in known if not any(other.startswith(f"{key}.") for other in known)]
 
 
-def _options() -> list[str]:
-    """List `group=option` of every Hydra group."""
+def _options(name: str) -> list[str]:
+    """List `group=option` of every Hydra group that a command takes."""
     import conf
+    from conf.simulation_keys import refusal
 
     files = sorted(Path(conf.__path__[0]).glob("*/*.yaml"))
-    return [f"{file.parent.name}={file.stem}" for file in files if file.parent.name != "device"]
+    options = [f"{file.parent.name}={file.stem}" for file in files if file.parent.name != "device"]
+    return [option for option in options if name != "serve" or refusal(option) is None]
 
 
 def script(shell: str, words: Mapping[str, list[str]]) -> str:

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +34,11 @@ USAGE, INTERRUPTED = 2, 130
 
 
 def hydra_application(
-    name: str, schema: type, *, after: Callable[[], None] | None = None
+    name: str,
+    schema: type,
+    *,
+    check: Callable[[Sequence[str]], None] | None = None,
+    after: Callable[[], None] | None = None,
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate `main(config: schema)` as the Hydra application of `conf/<name>.yaml`.
 
@@ -45,6 +49,7 @@ def hydra_application(
     Args:
         name: name of the YAML file.
         schema: dataclass that describes it.
+        check: refuses words before they are composed.
         after: function called after all jobs of the command.
     """
 
@@ -69,6 +74,8 @@ def hydra_application(
             register_resolver()
             try:
                 refuse_renamed(sys.argv[1:], renames)
+                if check is not None:
+                    check(sys.argv[1:])
                 sys.argv[1:] = prepare_overrides(offer_plugins(sys.argv[1:]), schema)
                 job()
                 if after is not None:

@@ -1,9 +1,11 @@
-"""Compose a simulation's configuration from one string, as Flower's run configuration holds it."""
+"""Compose a configuration from one string, as Flower's run configuration holds it."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import hydra
 from hydra import initialize_config_module
@@ -17,7 +19,10 @@ from conf.explain import explain, known_keys
 from conf.overrides import prepare_overrides
 from conf.plugin_options import offer_plugins
 from conf.renames import SIMULATE, refuse_renamed
+from conf.schemas.federation import FederationConfig
 from conf.schemas.simulation import SimulationConfig
+from conf.schemas.training import ExpectedDataConfig
+from conf.simulation_keys import federation_words, refuse_simulation_keys
 
 
 def compose(overrides: str | Sequence[str]) -> SimulationConfig:
@@ -29,16 +34,58 @@ def compose(overrides: str | Sequence[str]) -> SimulationConfig:
     Raises:
         AntherError: one of them is refused.
     """
+    composed: SimulationConfig = _compose("simulate", SimulationConfig, _split(overrides))
+    return composed
+
+
+def compose_federation(overrides: str | Sequence[str]) -> FederationConfig:
+    """Compose `conf/federation.yaml`, the settings of a server's run, with overrides as on a command line.
+
+    Args:
+        overrides: as for `compose`.
+
+    Raises:
+        AntherError: one of them is refused, such as a key that only a simulation uses.
+    """
+    words = _split(overrides)
+    refuse_simulation_keys(words)
+    composed: FederationConfig = _compose("federation", FederationConfig, words)
+    return composed
+
+
+def compose_stored_federation(overrides: str | Sequence[str]) -> FederationConfig:
+    """Compose the stored overrides of a server's run, also those of a version whose servers took a simulation's keys.
+
+    Args:
+        overrides: as for `compose`.
+
+    Raises:
+        AntherError: one of them is refused by a simulation too.
+    """
+    words = federation_words(_split(overrides))
     try:
-        words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+        return compose_federation(words)
+    except AntherError:  # a preset of simulations, for example
+        old = compose([*words, "data.writers=1"])
+    shared: dict[str, Any] = {part.name: getattr(old, part.name) for part in fields(FederationConfig)}
+    data = ExpectedDataConfig(old.data.count(), old.data.train, old.data.validation)
+    return FederationConfig(**{**shared, "data": data})
+
+
+def _split(overrides: str | Sequence[str]) -> list[str]:
+    try:
+        return shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
     except ValueError as error:
         raise AntherError(f"overrides={overrides}: {error}") from error
+
+
+def _compose(name: str, schema: type, words: list[str]) -> Any:
+    """Compose `conf/<name>.yaml`, with errors in one line."""
     refuse_renamed(words, SIMULATE)
-    words = prepare_overrides(offer_plugins(words), SimulationConfig)
+    words = prepare_overrides(offer_plugins(words), schema)
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config = hydra.compose("simulate", overrides=words)
+            config = hydra.compose(name, overrides=words)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: `group=null`
-        raise AntherError(explain(error, known_keys(SimulationConfig), SIMULATE)) from error
-    composed: SimulationConfig = to_object(config, SimulationConfig, SIMULATE)
-    return composed
+        raise AntherError(explain(error, known_keys(schema), SIMULATE)) from error
+    return to_object(config, schema, SIMULATE)

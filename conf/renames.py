@@ -50,7 +50,7 @@ def refuse_renamed(words: Sequence[str], renames: Renames) -> None:
             raise AntherError(f"{word.lstrip('+~')}: renamed to {present}")
     for folder in _config_dirs(words):
         for file in sorted(folder.rglob("*.yaml")):
-            for word in _words_of(file, folder):
+            for word in settings_of(file, folder):
                 if (present := present_word(word, renames)) != word:
                     raise AntherError(f"{file}: {word}: renamed to {present}")
 
@@ -170,7 +170,7 @@ def _config_dirs(words: Sequence[str]) -> Iterator[Path]:
             yield Path(value if equals else following)
 
 
-def _words_of(file: Path, folder: Path) -> Iterator[str]:
+def settings_of(file: Path, folder: Path) -> Iterator[str]:
     """List the settings of a YAML file as `key=value` with full keys, and the options of its defaults list."""
     try:
         text = file.read_text(encoding="utf-8")

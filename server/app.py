@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import AntherError
-from conf.compose import compose
+from conf.compose import compose_federation
 from models.base.base import load
 from models.files import assets
 from models.lora.adapter import adapter_shapes
@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _federate(grid: Grid, context: Context, runs: Path) -> None:
     overrides = str(context.run_config.get("overrides", ""))
-    config = compose(overrides)
+    config = compose_federation(overrides)
     check_components(config)  # before the base is loaded
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
     folder = run_folder(overrides, runs)

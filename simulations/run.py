@@ -23,6 +23,7 @@ from common.errors import AntherError
 from conf.cli import drop_empty, hydra_application, output_dir, program
 from conf.compose import compose
 from conf.overrides import quote
+from conf.schemas.fleet import WorkloadConfig
 from conf.schemas.simulation import SimulationConfig
 from simulations import run_dir
 from simulations.report.display import PERSONALIZING, TRAINING, Display, compare
@@ -143,6 +144,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         ledger=ServerLedger(FileStorage(folder)),
         clock=fleet.clock if fleet else None,
         base=base,
+        memory_factor=config.fleet.workload.memory_factor,
     )
     from training.capacity import budget, check_free
 
@@ -166,7 +168,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
 
 
 def check_time(config: SimulationConfig) -> None:
-    """Refuse settings that need a timed fleet if the fleet answers at once, and a quorum above all devices."""
+    """Refuse settings that need a timed fleet, or predicted costs, if there is none, and a quorum above all devices."""
     fleet, over, loop = config.fleet, config.cohort.overselection, config.round_loop
     hint = "requires a fleet with timed=true, such as fleet=week"
     if over > 1 and not fleet.timed:
@@ -175,6 +177,8 @@ def check_time(config: SimulationConfig) -> None:
         raise AntherError(f"round_loop.mode=async {hint}: training takes no time in this fleet")
     for key in () if fleet.timed else _timed_settings(config):
         raise AntherError(f"{key} {hint}: devices of this fleet have no battery, owner, heat or schedule")
+    if fleet.workload != WorkloadConfig() and not fleet.timed and config.planning.name != "device":
+        raise AntherError("fleet.workload: only used by a fleet with timed=true, and planning.name=device; remove it")
     if loop.mode == "sync" and loop.quorum > (devices := config.data.count()):
         raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add devices")
 

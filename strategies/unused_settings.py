@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from common.errors import AntherError
 from common.plugins import Registry
-from conf.schemas.fleet import WorkloadConfig
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from strategies.aggregation import AGGREGATIONS
 from strategies.declarations import Option, options_of, value_at
 from strategies.robust import ROBUST_RULES
@@ -18,7 +17,7 @@ from strategies.selection import SELECTIONS
 from strategies.server_optimizers import OPTIMIZERS
 
 
-def refuse_unused(config: SimulationConfig) -> None:
+def refuse_unused(config: FederationConfig) -> None:
     """Raise AntherError with one line for the first unused setting."""
     selection = [config.selection.name] if config.cohort.size is not None else []
     for registry, names, group, named in (
@@ -32,13 +31,10 @@ def refuse_unused(config: SimulationConfig) -> None:
     for key in ("round_loop.buffer_size", "round_loop.concurrency"):
         if (value := value_at(config, key)) is not None and not overlap:
             raise AntherError(f"{key}={value}: only used by round_loop.mode=async; remove it")
-    predicted = config.fleet.timed or config.planning.name == "device"
-    if config.fleet.workload != WorkloadConfig() and not predicted:
-        raise AntherError("fleet.workload: only used by a fleet with timed=true, and planning.name=device; remove it")
 
 
 def _refuse_options(
-    config: SimulationConfig, registry: Registry[object], names: list[str], *, group: str, named: str
+    config: FederationConfig, registry: Registry[object], names: list[str], *, group: str, named: str
 ) -> None:
     """Refuse options of an axis that none of its selected components has.
 
@@ -88,7 +84,7 @@ def _options(registry: Registry[object]) -> Iterator[tuple[str, str, Option]]:
             yield option.key, name, option
 
 
-def _default(config: SimulationConfig, key: str) -> object:
+def _default(config: FederationConfig, key: str) -> object:
     """Return the default value of a key in a group."""
     group, _, name = key.rpartition(".")
     return value_at(type(value_at(config, group))(), name)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from common.errors import AntherError
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from protocol.messages import TrainingPlan
 from strategies.aggregation import AGGREGATIONS, Aggregation, declared_linearity
 from strategies.cohort import CohortRule
@@ -28,7 +28,7 @@ class CombinationError(AntherError, ValueError):
     """Components or settings that contradict each other: a user's mistake, and a wrong argument of the strategy."""
 
 
-def check_components(config: SimulationConfig) -> None:
+def check_components(config: FederationConfig) -> None:
     """Check the names and the options of a configuration's components, without a base.
 
     Raises:
@@ -48,7 +48,7 @@ def check_components(config: SimulationConfig) -> None:
     refuse_unused(config)
 
 
-def check_round_loop(config: SimulationConfig) -> None:
+def check_round_loop(config: FederationConfig) -> None:
     """Refuse settings of the round loop that contradict others."""
     loop, cohort, weighting = config.round_loop, config.cohort, config.aggregation.weighting
     if loop.mode == "async" and weighting != "device":
@@ -78,7 +78,7 @@ def check_round_loop(config: SimulationConfig) -> None:
         )
 
 
-def check_robust(config: SimulationConfig, rule: Aggregation) -> None:
+def check_robust(config: FederationConfig, rule: Aggregation) -> None:
     """Check `robust.rules` against the aggregation and the rest of the configuration.
 
     Raises:
@@ -104,7 +104,7 @@ def check_robust(config: SimulationConfig, rule: Aggregation) -> None:
         )
 
 
-def check_optimizer(config: SimulationConfig, rule: Aggregation) -> None:
+def check_optimizer(config: FederationConfig, rule: Aggregation) -> None:
     """Check `server_optimizer.name` against the aggregation.
 
     Raises:
@@ -118,7 +118,7 @@ def check_optimizer(config: SimulationConfig, rule: Aggregation) -> None:
         )
 
 
-def check_plan(config: SimulationConfig, rule: Aggregation) -> None:
+def check_plan(config: FederationConfig, rule: Aggregation) -> None:
     """Check the settings of the plan against the aggregation.
 
     Raises:
@@ -134,7 +134,7 @@ def check_plan(config: SimulationConfig, rule: Aggregation) -> None:
         raise AntherError(f"drift_correction=scaffold: {reason}")
 
 
-def _scaffold_conflict(config: SimulationConfig, rule: Aggregation) -> str | None:
+def _scaffold_conflict(config: FederationConfig, rule: Aggregation) -> str | None:
     """Return why SCAFFOLD can't be combined with other settings, and what to change; None if it can."""
     name = config.aggregation.name
     if not rule.stable_factors:

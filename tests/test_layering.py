@@ -32,6 +32,9 @@ SAME_LAYER_IMPORTS = {
 }
 SERVER_ONLY = {"server", "strategies", "simulations", "typefaces", "bench"}
 ON_DEVICE = {"client", "training", "models", "privacy", "protocol", "conf", "common"}  # packages that run on a device
+KNOW_SIMULATIONS = {"simulations", "bench", "anther", "tools", "conf"}
+SIMULATED = {"conf.schemas.simulation", "conf.schemas.fleet"}  # simulated devices and writers
+COMPOSITION = {"conf.compose", "conf.schemas.federation", "conf.schemas.server", "hydra"}  # not on a device
 FLOWER_MODULES = {
     "client/runtime/client_app.py",
     "client/runtime/supernode.py",  # SuperNode with our ClientApp instead of the server's
@@ -94,6 +97,10 @@ def violations(path: str, source: str) -> list[str]:
             messages.append(f"{path}: nothing imports {other}")
         elif other == "flwr" and path not in FLOWER_MODULES:
             messages.append(f"{path}: imports flwr, which belongs in {', '.join(sorted(FLOWER_MODULES))}")
+        elif module in SIMULATED and package not in KNOW_SIMULATIONS:
+            messages.append(f"{path}: only simulations take {module}; take a FederationConfig")
+        elif COMPOSITION & {module, other} and package in ON_DEVICE - {"conf"}:
+            messages.append(f"{path}: runs on a device, which composes nothing that a server sends")
         elif other in LAYERS and other != package:
             above = LAYERS[other] > LAYERS[package]
             beside = LAYERS[other] == LAYERS[package] and (package, other) not in SAME_LAYER_IMPORTS
@@ -172,6 +179,10 @@ def test_every_package_has_a_layer() -> None:
         ("client/rounds/handler.py", "from strategies.planning.plan import plan"),
         ("client/rounds/handler.py", "from server.rounds import loop"),
         ("training/cohort.py", "from typefaces import judge"),
+        ("strategies/unused_settings.py", "from conf.schemas.simulation import SimulationConfig"),
+        ("server/app.py", "def f():\n    from conf.schemas.fleet import FleetConfig"),
+        ("client/rounds/train.py", "from conf.compose import compose"),
+        ("client/runtime/worker.py", "import hydra.core.hydra_config"),
         ("client/rounds/handler.py", "import flwr"),
         ("server/report/page.py", "from flwr.app import Message"),
         ("server/rounds/loop.py", "from . import state"),
@@ -193,6 +204,9 @@ def test_planted_violation_is_found(path: str, source: str) -> None:
         ("bench/gain.py", "import bench.common"),
         ("bench/gain.py", "from simulations.grid.cohort import CohortGrid"),
         ("models/base/base.py", "import torch"),
+        ("strategies/unused_settings.py", "from conf.schemas.federation import FederationConfig"),
+        ("simulations/run.py", "from conf.schemas.simulation import SimulationConfig"),
+        ("client/device.py", "from conf.schemas.node import compose"),
     ],
 )
 def test_allowed_import_is_not_found(path: str, source: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 
 from conf.schemas.checks import require
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 
 
 @dataclass
@@ -88,8 +88,8 @@ class ServerConfig:
 
 
 @dataclass
-class ServeConfig(SimulationConfig):
-    """A server: the keys of a simulation that concern rounds, and its own."""
+class ServeConfig(FederationConfig):
+    """A server: the keys of its federation, and its own."""
 
     server: ServerConfig = field(default_factory=ServerConfig)
 

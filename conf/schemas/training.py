@@ -35,7 +35,30 @@ class BaseConfig:
 
 
 @dataclass
-class DataConfig:
+class ExpectedDataConfig:
+    """The devices, and the pictures that each is expected to have: public numbers, from which noise is computed."""
+
+    devices: int | None = 20
+    """Number of devices."""
+    train: int = 5
+    """Training pictures per device."""
+    validation: int = 5
+    """Pictures per device that decide when training stops."""
+
+    def __post_init__(self) -> None:
+        require(self.devices is not None and self.devices >= 1, f"data.devices={self.devices}: must be 1 or more")
+        for name in ("train", "validation"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name}={value}: must be 1 or more")
+
+    def count(self) -> int:
+        """Return the number of devices."""
+        assert self.devices is not None
+        return self.devices
+
+
+@dataclass
+class DataConfig(ExpectedDataConfig):
     """The pictures on the devices."""
 
     role: str = "development"

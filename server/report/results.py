@@ -20,8 +20,8 @@ import yaml
 
 from common import atomic_files
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
-from conf.compose import compose
-from conf.schemas.simulation import SimulationConfig
+from conf.compose import compose_stored_federation
+from conf.schemas.federation import FederationConfig
 from models.base.base import Base, load
 from models.export import adapter_files
 from models.files import assets
@@ -63,7 +63,7 @@ def write_run_results(folder: Path) -> Path:
         AntherError: there is no run, or it is damaged.
     """
     arguments = run_dirs.read_overrides(folder)
-    config = compose(arguments)
+    config = compose_stored_federation(arguments)
     base = load(config.base.path, sites=config.adapter.sites)
     state = checkpoint.load(folder / "checkpoints", sites=base.sites)
     if state is None:
@@ -79,7 +79,7 @@ def _newest() -> Path:
 
 
 def write_results(
-    config: SimulationConfig, folder: Path, base: Base, state: RunState, *, arguments: str, test: bool
+    config: FederationConfig, folder: Path, base: Base, state: RunState, *, arguments: str, test: bool
 ) -> Path:
     """Write all results, and return the path of the page.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from common.seeding import derive_seed
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from models.lora.adapter import init_adapter, to_tensors
 from models.lora.lora_xs import zero_adapter
 from protocol.messages import Personalize, TrainingPlan
@@ -25,7 +25,7 @@ from strategies.strategy import FederatedStrategy
 
 
 def federate(
-    config: SimulationConfig,
+    config: FederationConfig,
     *,
     grid: Grid,
     strategy: FederatedStrategy,
@@ -97,7 +97,7 @@ def federate(
     return state
 
 
-def round_runner(config: SimulationConfig, grid: Grid, strategy: FederatedStrategy, limits: RoundLimits) -> RoundRunner:
+def round_runner(config: FederationConfig, grid: Grid, strategy: FederatedStrategy, limits: RoundLimits) -> RoundRunner:
     """Build the round runner of a configuration.
 
     Args:

@@ -27,8 +27,9 @@ from common.errors import AntherError
 from common.file_lock import exclusive
 from common.service import SignalReceived, raise_on_sigterm, say
 from conf.cli import hydra_application, program
-from conf.compose import compose
+from conf.compose import compose_federation
 from conf.schemas.server import ServeConfig
+from conf.simulation_keys import refuse_simulation_keys
 from models.files import assets, chunk_manifest
 from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
@@ -49,7 +50,7 @@ _PAUSE, _LONGEST = 2.0, 600.0  # seconds before the first retry, and the maximum
 _MAX_SILENCE = 600.0  # seconds after which a SuperLink that doesn't answer is restarted
 
 
-@hydra_application("serve", ServeConfig)
+@hydra_application("serve", ServeConfig, check=refuse_simulation_keys)
 def main(config: ServeConfig) -> None:
     typed = [*HydraConfig.get().overrides.task]
     words = [word for word in typed if not word.lstrip("+").startswith("server.")]
@@ -62,8 +63,8 @@ def main(config: ServeConfig) -> None:
 
 def run_overrides(words: list[str], devices: int) -> list[str]:
     """Return the overrides from which the ServerApp composes its configuration."""
-    has_devices = any(word.startswith(("data.devices=", "data.writers=")) for word in words)
-    return [*words, *([] if has_devices else ["data.writers=1", f"data.devices={devices}"])]
+    has_devices = any(word.lstrip("+").startswith("data.devices=") for word in words)
+    return [*words, *([] if has_devices else [f"data.devices={devices}"])]
 
 
 @dataclass
@@ -92,7 +93,7 @@ class ServerSupervisor:
             AntherError: only the operator can fix the problem.
         """
         settings, directory = self.config.server, server_dir.of(self.config.server.folder)
-        compose(shlex.join(self.words))  # raise now instead of in the ServerApp
+        compose_federation(self.words)  # raise now instead of in the ServerApp
         last = run_dirs.newest_run(shlex.join(self.words), assets.home() / "runs")
         if last is not None and run_dirs.is_finished(last) and not settings.allow_rerun:
             raise AntherError(

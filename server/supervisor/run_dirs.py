@@ -10,6 +10,7 @@ from pathlib import Path
 from common.atomic_files import write
 from common.errors import AntherError
 from conf.renames import SIMULATE, present_words
+from conf.simulation_keys import federation_words
 
 # File names in a run's folder, and for refusals in its parent (stored; don't change).
 _ARGUMENTS, _FINISHED, _COMMAND, _REFUSED = "words", "over", "command", "refused-"
@@ -77,7 +78,7 @@ def take_refusal(runs: Path, flower_run: int) -> str | None:
 
 
 def read_overrides(folder: Path) -> str:
-    """Return the arguments of a run, under the keys' present names.
+    """Return the arguments of a run, under the keys' present names and without those that only a simulation uses.
 
     Raises:
         AntherError: the folder contains no run.
@@ -88,7 +89,7 @@ def read_overrides(folder: Path) -> str:
         raise AntherError(
             f"{folder}: contains no run ({error.strerror}): name a run's folder, in ANTHER_HOME/runs"
         ) from error
-    return shlex.join(present_words(arguments, SIMULATE))
+    return shlex.join(federation_words(present_words(arguments, SIMULATE)))
 
 
 def last_round(folder: Path | None) -> int:
@@ -110,4 +111,4 @@ def read_command(folder: Path) -> str | None:
 
 def _identity(overrides: str) -> bytes:
     """Encode the arguments, one per line, without `resume=true`."""
-    return "".join(f"{word}\n" for word in shlex.split(overrides) if word != _RESUME).encode()
+    return "".join(f"{word}\n" for word in federation_words(shlex.split(overrides)) if word != _RESUME).encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from common.seeding import derive_seed
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from models.lora.adapter import Sites
 from strategies.aggregation import AGGREGATIONS, Aggregation
 from strategies.declarations import option_values, own_options
@@ -16,7 +16,7 @@ from strategies.server_optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.validation import check_optimizer, check_robust
 
 
-def build_aggregation(config: SimulationConfig) -> Aggregation:
+def build_aggregation(config: FederationConfig) -> Aggregation:
     """Build the rule of `aggregation.name`, with the rules of `robust.rules` that compare all updates of a round.
 
     Raises:
@@ -38,7 +38,7 @@ def build_aggregation(config: SimulationConfig) -> Aggregation:
     )
 
 
-def build_replay_filter(config: SimulationConfig, sites: Sites, *, seed: int | None) -> ReplayFilter | None:
+def build_replay_filter(config: FederationConfig, sites: Sites, *, seed: int | None) -> ReplayFilter | None:
     """Build the rule of `robust.rules` that checks each reply on arrival, if there is one.
 
     Args:
@@ -50,7 +50,7 @@ def build_replay_filter(config: SimulationConfig, sites: Sites, *, seed: int | N
     return cast(ReplayFilter, ROBUST_RULES.create(names[0], {"sites": sites, "seed": seed})) if names else None
 
 
-def _build_rule(config: SimulationConfig) -> Aggregation:
+def _build_rule(config: FederationConfig) -> Aggregation:
     """Build the rule of `aggregation.name`, without robust rules."""
     name = config.aggregation.name
     rule = AGGREGATIONS.lookup(name)
@@ -59,7 +59,7 @@ def _build_rule(config: SimulationConfig) -> Aggregation:
     return cast(Aggregation, AGGREGATIONS.create(name, {**known, **option_values(rule, config), **own}))
 
 
-def build_server_optimizer(config: SimulationConfig, rule: Aggregation) -> ServerOptimizer | None:
+def build_server_optimizer(config: FederationConfig, rule: Aggregation) -> ServerOptimizer | None:
     """Build the optimizer of `server_optimizer.name`; None if the rule's mean is the next adapter.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.factory.aggregation import build_aggregation
@@ -10,7 +10,7 @@ from strategies.round.private_evaluation import evaluation_mechanisms
 from strategies.validation import check_plan
 
 
-def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingPlan:
+def training_plan(config: FederationConfig, *, run: str, base: str) -> TrainingPlan:
     """Compute the plan of a device without limits, with σ solved for all rounds and evaluations together.
 
     q and the divisor of the noised sum are public constants: they assume the number of pictures that an owner is

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 from common.errors import AntherError
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from privacy.noise import noise_source
 from strategies.declarations import missing_option, option_values, own_options
 from strategies.registry import NONE, SELECTIONS
@@ -17,7 +17,7 @@ from strategies.selection.fixed_panel import FixedPanel
 from strategies.selection.sample import Sample
 
 
-def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
+def build_selection(config: FederationConfig, seed: int | None) -> Selection:
     """Build the selection for training.
 
     It selects each device with probability `cohort.sampling_rate`, or `cohort.size` devices by `selection`, or all.
@@ -45,7 +45,7 @@ def build_selection(config: SimulationConfig, seed: int | None) -> Selection:
     return cast(Selection, SELECTIONS.create(name, {**known, **option_values(component, config), **own}))
 
 
-def selection_name(config: SimulationConfig) -> str:
+def selection_name(config: FederationConfig) -> str:
     """Return the name of the selection for training: of `selection`, or the one that a key of `cohort` chooses."""
     cohort = config.cohort
     if cohort.size is None:
@@ -53,7 +53,7 @@ def selection_name(config: SimulationConfig) -> str:
     return config.selection.name
 
 
-def build_evaluation_selection(config: SimulationConfig) -> NameSelection:
+def build_evaluation_selection(config: FederationConfig) -> NameSelection:
     """Build the selection for evaluation: `cohort.eval_size` devices, else `cohort.size`, else all.
 
     The devices are the same in every round. Under privacy they change, since each evaluation is charged to its device.

@@ -9,7 +9,7 @@ from functools import partial
 from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.schemas.cohort import EligibilityConfig
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from models.base.base import Base
 from models.files import assets
 from models.lora.adapter import Adapter, Sites
@@ -38,7 +38,7 @@ from strategies.validation import check_components, check_round_loop
 
 
 def build(
-    config: SimulationConfig,
+    config: FederationConfig,
     plan: TrainingPlan,
     sites: Sites,
     *,
@@ -46,6 +46,7 @@ def build(
     ledger: ChargeLedger | None = None,
     clock: Clock | None = None,
     base: Base | None = None,
+    memory_factor: float = 1.0,
 ) -> FederatedStrategy:
     """Build the strategy of a configuration.
 
@@ -58,6 +59,7 @@ def build(
         ledger: the server's ledger, required for device-level privacy.
         clock: clock of the run; None: wall time.
         base: base of the run, required by planning.name=device to predict costs.
+        memory_factor: factor on the predicted memory of a pass, in a simulation of a larger base.
 
     Raises:
         AntherError: a combination that can't be private (`strategies.registry`), or settings that contradict each
@@ -110,7 +112,7 @@ def build(
         ),
         planning=Planning(
             limits=limits,
-            site_selector=_build_site_selector(config, base),
+            site_selector=_build_site_selector(config, base, memory_factor),
             lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
         ),
         evaluation=EvaluationRule(
@@ -136,18 +138,16 @@ def _eligibility(settings: EligibilityConfig) -> Eligibility:
     )
 
 
-def _build_site_selector(config: SimulationConfig, base: Base | None) -> SiteSelector | None:
+def _build_site_selector(config: FederationConfig, base: Base | None, memory_factor: float) -> SiteSelector | None:
     """Build the site selector of planning.name=device; None if devices train all sites."""
     if config.planning.name == "full":
         return None
     if base is None:
         raise ValueError("base: required by planning.name=device")
-    return SiteSelector(
-        costs=base_pass_costs(base, config.adapter.shared.rank), memory_factor=config.fleet.workload.memory_factor
-    )
+    return SiteSelector(costs=base_pass_costs(base, config.adapter.shared.rank), memory_factor=memory_factor)
 
 
-def _load_lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | None:
+def _load_lora_xs_bases(config: FederationConfig, sites: Sites) -> Adapter | None:
     """Load the fixed factors, if only cores are trained."""
     if config.adapter.lora_xs_bases is None:
         return None
@@ -155,7 +155,7 @@ def _load_lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | Non
     return load_bases(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
-def combination(config: SimulationConfig) -> Combination:
+def combination(config: FederationConfig) -> Combination:
     """Return the names of the components that a configuration selects."""
     return Combination(
         aggregation=config.aggregation.name,
@@ -168,7 +168,7 @@ def combination(config: SimulationConfig) -> Combination:
 
 
 def _central_dp(
-    config: SimulationConfig,
+    config: FederationConfig,
     run: str,
     sites: Sites,
     lora_xs_bases: Adapter | None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from common.errors import AntherError
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.federation import FederationConfig
 from privacy.accounting import PoissonGaussian
 from privacy.noise import NoiseSource, noise_source
 from privacy.noised_gain import noise_error, noised_mean
@@ -105,7 +105,7 @@ class EvaluationPolicy:
         return present == ((False, False, True, True) if self.local_noise else (True, True, False, False))
 
 
-def evaluation_policy(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
+def evaluation_policy(config: FederationConfig, *, simulated: bool) -> EvaluationPolicy:
     """Build the evaluation policy of a run: without noise if the run isn't private, otherwise as in `private_eval`.
 
     Args:
@@ -149,7 +149,7 @@ def evaluation_policy(config: SimulationConfig, *, simulated: bool) -> Evaluatio
     )
 
 
-def evaluation_mechanisms(config: SimulationConfig) -> tuple[PoissonGaussian, ...]:
+def evaluation_mechanisms(config: FederationConfig) -> tuple[PoissonGaussian, ...]:
     """Return the releases of all evaluations of a run, which are paid from the same ε as training."""
     settings, level = config.private_eval, config.privacy
     count = config.rounds // settings.interval if settings.interval and (level.of_examples or level.of_devices) else 0

@@ -22,7 +22,7 @@ from conf.schemas.simulation import SimulationConfig
 
 SCHEMAS: dict[str, tuple[Renames, tuple[type, ...]]] = {
     "simulate": (renames.SIMULATE, (SimulationConfig,)),
-    "serve": (renames.SERVE, (ServeConfig,)),
+    "serve": (renames.SERVE, (ServeConfig, SimulationConfig)),  # a key of simulations is refused by its present name
     "node": (renames.NODE, (node.NodeConfig,)),
     "plan": (renames.PLAN, (planning.PlanConfig,)),
     "audit": (renames.AUDIT, (AuditConfig,)),

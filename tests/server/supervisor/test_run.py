@@ -26,7 +26,7 @@ from bench.reliability.processes import (
 )
 from client.device import from_config
 from client.runtime.worker import stated
-from conf.compose import compose
+from conf.compose import compose_federation
 from conf.schemas.node import compose as compose_node
 from models.base.base import load
 from server.rounds import checkpoint
@@ -120,7 +120,7 @@ def collect_refusals(running: LocalFederation, pictures: Path) -> dict[str, str]
 
 def check_equal_to_simulation(running, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
-    config = compose(shlex.join(run_overrides(shlex.split(RUN), 100)))
+    config = compose_federation(run_overrides(shlex.split(RUN), 100))
     base = load(config.base.path, sites=config.adapter.sites)
     devices = []
     for owner in OWNERS:

@@ -1,0 +1,79 @@
+"""Schema of a federation, `conf/federation.yaml`: the settings of its rounds, in a simulation and on a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+
+from conf.schemas.checks import require, require_choice
+from conf.schemas.cohort import CohortConfig, SelectionConfig
+from conf.schemas.privacy import PrivacyConfig, PrivateEvalConfig
+from conf.schemas.rounds import (
+    AggregationConfig,
+    CompressionConfig,
+    PlanningConfig,
+    RobustConfig,
+    RoundLoopConfig,
+    ServerOptimizerConfig,
+)
+from conf.schemas.training import AdapterConfig, BaseConfig, ExpectedDataConfig
+
+
+@dataclass
+class TrackerConfig:
+    """Metrics beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+@dataclass
+class LossConfig:
+    """Evaluation of each round's adapter on the devices."""
+
+    timesteps: int = 3
+    """Fixed timesteps per held-out picture, each with one fixed noise."""
+
+    def __post_init__(self) -> None:
+        require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
+
+
+@dataclass
+class FederationConfig:
+    """Rounds of a federation."""
+
+    rounds: int = 4
+    """Rounds of the federation."""
+    seed: int = 0
+    """Seed of every random stream; the same seed gives the same numbers."""
+    resume: bool = False
+    """Continue an interrupted run."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: ExpectedDataConfig = field(default_factory=ExpectedDataConfig)
+    cohort: CohortConfig = field(default_factory=CohortConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
+    drift_correction: str = "none"
+    """none; scaffold: control variates (requires adapter.shared.optimizer=sgd and a rule that averages comparable
+    factors: fedit, ffa, fedsa or fedsb)."""
+    robust: RobustConfig = field(default_factory=RobustConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    round_loop: RoundLoopConfig = field(default_factory=RoundLoopConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    private_eval: PrivateEvalConfig = field(default_factory=PrivateEvalConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    evaluation: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
+        require_choice("drift_correction", self.drift_correction, ("none", "scaffold"))
+        devices = self.data.count()
+        for key, count in {"cohort.size": self.cohort.size, "cohort.eval_size": self.cohort.eval_size}.items():
+            require(count is None or count <= devices, f"{key}={count}: there are only {devices} devices")
+
+
+ConfigStore.instance().store(name="federation_schema", node=FederationConfig)
