@@ -157,8 +157,6 @@ class Registry(MutableMapping[str, T], Generic[T]):
             component: T = load()
         except (ImportError, AttributeError, SyntaxError) as error:
             raise AntherError(f"{self.key}={shorten(name)}: can't be imported ({summary(error)})") from error
-        if not callable(component):
-            raise AntherError(f"{self.key}={shorten(name)}: is no class")
         return component
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from client.power.meter import METERS
 from client.power.system import System
 from conf.schemas.planning import DeviceProfileConfig
 from models.lora.adapter import Factors
@@ -23,7 +24,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 @pytest.fixture(autouse=True)
 def unregister() -> Iterator[None]:
     """Remove the components that an example registers."""
-    before = [(axis, set(axis)) for axis in (AGGREGATIONS, SELECTIONS)]
+    before = [(axis, set(axis)) for axis in (AGGREGATIONS, SELECTIONS, METERS)]
     yield
     for axis, names in before:
         for name in set(axis) - names:
@@ -76,3 +77,5 @@ def test_power_meter(files: dict[str, str], watts: float | None, tmp_path: Path)
     for name, text in files.items():
         (folder / name).write_text(text)
     assert module("INA219").watts(System(root=tmp_path)) == watts
+    source = METERS["ina219"].source(System(root=tmp_path))
+    assert (source and source.read()) == watts

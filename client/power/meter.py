@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from client.power.conditions import ESTIMATE, MEASURED
+from client.power.system import System
+from common.plugins import Registry
 
 MAX_GAP = 30.0
 """Maximum seconds between two readings of watts; the energy of a longer gap is unknown."""
@@ -46,6 +48,50 @@ class EnergySource:
     counts: bool = False
     """Whether `read` returns joules so far instead of watts."""
     quality: str = MEASURED
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerMeter:
+    """A kind of meter, that a device may have."""
+
+    make: Callable[[System], EnergySource]
+    order: int
+    """Position among the meters that `power.meter=auto` tries: those that cover most of the device come first."""
+    cuda: bool
+    """Whether it counts only if training uses the GPU."""
+    works: Callable[[System], bool] | None
+    """Whether a device has it; None: whether it gives a reading now."""
+    hint: str
+    """How to enable it."""
+
+    def source(self, system: System) -> EnergySource | None:
+        """Return the meter of a device, None if it doesn't have it."""
+        source = self.make(system)
+        works = source.read() is not None if self.works is None else self.works(system)
+        return source if works else None
+
+
+METERS: Registry[PowerMeter] = Registry("power_meter", key="power.meter", modules="client.power", on_device=True)
+
+
+def power_meter(
+    name: str, *, order: int = 100, cuda: bool = False, works: Callable[[System], bool] | None = None, hint: str = ""
+) -> Callable[[Callable[[System], EnergySource]], PowerMeter]:
+    """Return a decorator that registers a function as a meter.
+
+    Args:
+        name: value of `power.meter`.
+        order: see `PowerMeter`.
+        cuda: see `PowerMeter`.
+        works: see `PowerMeter`.
+        hint: see `PowerMeter`.
+    """
+
+    def decorate(make: Callable[[System], EnergySource]) -> PowerMeter:
+        meter = PowerMeter(make=make, order=order, cuda=cuda, works=works, hint=hint)
+        return METERS.register(name)(meter)
+
+    return decorate
 
 
 @dataclass

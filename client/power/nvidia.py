@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from client.power.conditions import Conditions
+from client.power.meter import EnergySource, power_meter
 from client.power.system import System, to_number
 
 COVERS = "all NVIDIA GPUs of this machine (NVML), and no other part"
@@ -24,3 +25,9 @@ def parse(text: str) -> Conditions:
         celsius=max((row[1] for row in rows if row[1] is not None), default=None),
         watts=sum(watts) if len(watts) == len(rows) else None,
     )
+
+
+@power_meter("nvml", order=0, cuda=True, hint=": needs NVIDIA's driver with nvidia-smi")
+def nvml(system: System) -> EnergySource:
+    """Make the meter of the GPUs."""
+    return EnergySource(name="nvml", covers=COVERS, read=lambda: read_gpus(system).watts)

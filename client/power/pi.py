@@ -8,8 +8,10 @@ documentation.
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from client.power.conditions import Conditions
+from client.power.meter import EnergySource, power_meter
 from client.power.system import System, to_number
 
 COVERS = (
@@ -47,3 +49,9 @@ def parse_throttled(text: str) -> bool | None:
     """Parse `throttled=0x50005`; only the current-state bits count. None: other output."""
     match = re.fullmatch(r"\s*throttled=0x([0-9a-fA-F]+)\s*", text)
     return bool(int(match[1], 16) & SLOWER) if match else None
+
+
+@power_meter("pi5", order=1, hint=": needs a Raspberry Pi 5, and `vcgencmd` allowed (group video)")
+def pi5(system: System) -> EnergySource:
+    """Make the meter of a Raspberry Pi 5."""
+    return EnergySource(name="pi5", covers=COVERS, read=partial(watts, system))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from client.power.meter import EnergySource, power_meter
 from client.power.system import System
 
 COVERS = {
@@ -60,3 +61,14 @@ def difference(before: float, now: float, wrap_at: float | None) -> float:
     if now >= before:
         return now - before
     return now + wrap_at - before if wrap_at is not None and wrap_at >= before else 0.0
+
+
+@power_meter(
+    "rapl",
+    order=4,
+    hint=": only root can read its counters; let this user read /sys/class/powercap/intel-rapl:*/energy_uj",
+)
+def rapl(system: System) -> EnergySource:
+    """Make the meter of the processor's counters."""
+    counters = RaplCounters(system)
+    return EnergySource(name="rapl", covers=counters.covers, read=counters, counts=True)

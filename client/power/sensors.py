@@ -9,8 +9,7 @@ from pathlib import Path
 
 from client.power import linux, nvidia, pi, stated, supply, termux
 from client.power.conditions import Conditions, cached_for, combined
-from client.power.meter import EnergySource
-from client.power.rapl import RaplCounters
+from client.power.meter import METERS, EnergySource
 from client.power.system import System
 from common.errors import AntherError
 from conf.schemas.node import PowerConfig
@@ -49,7 +48,9 @@ def choose_sensors(power: PowerConfig, system: System | None = None, *, cuda: bo
         return _of_file(Path(str(power.file)).expanduser(), system)
     source = None if power.meter == NONE else _source(power.meter, system, cuda=cuda)
     if power.meter not in (NONE, "auto") and source is None:
-        raise AntherError(f"power.meter={power.meter}: measures nothing on this device{_hint(power.meter)}")
+        raise AntherError(
+            f"power.meter={power.meter}: measures nothing on this device{METERS.lookup(power.meter).hint}"
+        )
     return PowerSensors(
         name=source.name if source else NONE,
         covers=source.covers if source else "not measured here; estimated as seconds times power.watts",
@@ -96,50 +97,8 @@ def _of_file(file: Path, system: System) -> PowerSensors:
 
 def _source(meter: str, system: System, *, cuda: bool) -> EnergySource | None:
     """Return the meter of this name, if the device has it; for `auto` the first that gives a reading now."""
-    makers: dict[str, Callable[[System], EnergySource]] = {
-        "nvml": _nvml,
-        "pi5": _pi5,
-        "battery": _battery,
-        "termux": _termux,
-        "rapl": _rapl,
-    }
-    if meter == "auto":  # those that cover most of the device come first; a GPU counts only if training uses it
-        sources = (make(system) for name, make in makers.items() if cuda or name != "nvml")
+    if meter == "auto":
+        kinds = sorted(METERS.values(), key=lambda kind: kind.order)
+        sources = (kind.make(system) for kind in kinds if cuda or not kind.cuda)
         return next((source for source in sources if source.read() is not None), None)
-    source = makers[meter](system)
-    gauges = {"battery": supply.read_supply, "termux": termux.read_battery}
-    if meter in gauges:  # reports no watts while charging
-        return source if gauges[meter](system).battery is not None else None
-    return source if source.read() is not None else None
-
-
-def _nvml(system: System) -> EnergySource:
-    return EnergySource(name="nvml", covers=nvidia.COVERS, read=lambda: nvidia.read_gpus(system).watts)
-
-
-def _pi5(system: System) -> EnergySource:
-    return EnergySource(name="pi5", covers=pi.COVERS, read=partial(pi.watts, system))
-
-
-def _battery(system: System) -> EnergySource:
-    return EnergySource(name="battery", covers=supply.COVERS, read=lambda: supply.read_supply(system).watts)
-
-
-def _termux(system: System) -> EnergySource:
-    return EnergySource(name="termux", covers=termux.COVERS, read=lambda: termux.read_battery(system).watts)
-
-
-def _rapl(system: System) -> EnergySource:
-    counters = RaplCounters(system)
-    return EnergySource(name="rapl", covers=counters.covers, read=counters, counts=True)
-
-
-def _hint(meter: str) -> str:
-    """Return how to enable a meter, if known."""
-    return {
-        "pi5": ": needs a Raspberry Pi 5, and `vcgencmd` allowed (group video)",
-        "battery": ": needs a battery that the kernel lists in /sys/class/power_supply",
-        "rapl": ": only root can read its counters; let this user read /sys/class/powercap/intel-rapl:*/energy_uj",
-        "nvml": ": needs NVIDIA's driver with nvidia-smi",
-        "termux": ": needs the app Termux:API, and `pkg install termux-api`",
-    }.get(meter, "")
+    return METERS.lookup(meter).source(system)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from client.power.conditions import Conditions
+from client.power.meter import EnergySource, power_meter
 from client.power.system import System
 
 COVERS = "the whole device, measured by its battery while it isn't plugged in"
@@ -82,3 +83,19 @@ def _watts(system: System, batteries: list[Path]) -> float | None:
             return None
         total += abs(microwatts) / 1e6  # the sign depends on the driver
     return total or None
+
+
+def _has_battery(system: System) -> bool:
+    """Return whether there is a battery: it reports no watts while charging."""
+    return read_supply(system).battery is not None
+
+
+@power_meter(
+    "battery",
+    order=2,
+    works=_has_battery,
+    hint=": needs a battery that the kernel lists in /sys/class/power_supply",
+)
+def battery(system: System) -> EnergySource:
+    """Make the meter of a battery."""
+    return EnergySource(name="battery", covers=COVERS, read=lambda: read_supply(system).watts)

@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from client.power.conditions import Conditions
+from client.power.meter import EnergySource, power_meter
 from client.power.system import System
 
 COVERS = "the whole phone, measured by its battery while it isn't plugged in"
@@ -65,3 +66,19 @@ def _number(value: object) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def _has_battery(system: System) -> bool:
+    """Return whether there is a battery: it reports no watts while charging."""
+    return read_battery(system).battery is not None
+
+
+@power_meter(
+    "termux",
+    order=3,
+    works=_has_battery,
+    hint=": needs the app Termux:API, and `pkg install termux-api`",
+)
+def termux(system: System) -> EnergySource:
+    """Make the meter of a phone's battery."""
+    return EnergySource(name="termux", covers=COVERS, read=lambda: read_battery(system).watts)

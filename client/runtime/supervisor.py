@@ -22,6 +22,7 @@ from client.runtime.server_connection import ServerConnection, ServerUnavailable
 from common import processes
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.file_lock import exclusive
+from common.plugins import allow_plugins
 from common.processes import end_with_parent
 from common.service import SignalReceived, raise_on_sigterm, say
 from conf.schemas.node import NodeConfig, compose
@@ -62,6 +63,7 @@ def run(node: NodeConfig) -> None:
     files = paths.enrolled_files(name, node.store)
     node, owner_policy = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
     check_pictures(node)
+    check_meter(node)
     connection = ServerConnection(str(node.connection.address), insecure=node.connection.insecure)
     with exclusive(paths.keys_folder(), what="this device's part in its federation"), worker_socket() as listener:
         paths.remember(files)
@@ -78,6 +80,20 @@ def run(node: NodeConfig) -> None:
         finally:
             supernode.stop()
             worker.stop()
+
+
+def check_meter(node: NodeConfig) -> None:
+    """Raise AntherError if `power.meter` names no meter that the owner allows."""
+    if node.power.meter in ("auto", "none", "file"):
+        return
+    from client.power.meter import METERS  # rarely needed
+
+    allow_plugins(node.allowed_plugins)
+    if node.power.meter not in (known := METERS.names()):
+        raise AntherError(
+            f"power.meter={node.power.meter}: must be one of: auto, none, file, {', '.join(known)}; `plugins` lists "
+            "the installed plug-ins that this device may load"
+        )
 
 
 def check_pictures(node: NodeConfig) -> None:

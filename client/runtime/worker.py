@@ -25,6 +25,7 @@ from client.runtime.throttle import Throttle
 from client.store.open import open_store
 from common import strict_json
 from common.errors import AntherError
+from common.plugins import allow_plugins
 from common.service import SignalReceived
 from conf.schemas.node import NodeConfig
 from models.base.base import resolve_device
@@ -44,6 +45,7 @@ def main() -> int:
     """Answer requests on the inherited socket until none arrives for `worker.idle_seconds`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     node = strict_json.from_plain(NodeConfig, strict_json.loads(os.environ[NODE]))
+    allow_plugins(node.allowed_plugins)
     try:
         with (
             open_store(

@@ -21,8 +21,6 @@ from conf.key_value import parse_override
 from conf.renames import NODE, present_words, refuse_renamed
 from conf.schemas.checks import require, require_choice, require_color
 
-METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
-
 
 @dataclass
 class ConnectionConfig:
@@ -88,7 +86,6 @@ class PowerConfig:
     """Power while training in watts, if nothing measures it; null: the device profile's, or a small board's."""
 
     def __post_init__(self) -> None:
-        require_choice("power.meter", self.meter, METERS)
         require((self.meter == "file") == (self.file is not None), "power.file: requires power.meter=file")
         require(self.watts is None or self.watts > 0, f"power.watts={self.watts}: must be over 0, or null")
 
@@ -185,12 +182,19 @@ class NodeConfig:
     """Reproducible noise for tests: no update counts as a release, and only a test server accepts it."""
     seed: int = 0
     """Seed of a test."""
+    plugins: str | None = None
+    """Names of installed plug-ins that the device may load, separated by commas; null: none."""
     connection: ConnectionConfig = field(default_factory=ConnectionConfig)
     throttle: ThrottleConfig = field(default_factory=ThrottleConfig)
     power: PowerConfig = field(default_factory=PowerConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+
+    @property
+    def allowed_plugins(self) -> list[str]:
+        """Names of `plugins`."""
+        return [name.strip() for name in (self.plugins or "").split(",") if name.strip()]
 
     def __post_init__(self) -> None:
         require_color("background", self.background)
