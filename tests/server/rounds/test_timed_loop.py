@@ -10,8 +10,10 @@ import torch
 from common.errors import AntherError
 from conf.compose import compose
 from models.lora.adapter import adapter_shapes, to_tensors
+from privacy.storage import FileStorage
 from protocol import messages, quantization
 from protocol.tensor_codec import encode
+from server.ledger import ServerLedger
 from server.rounds import checkpoint
 from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.loop import run_rounds
@@ -501,10 +503,10 @@ def test_private_round_ends_without_devices(tmp_path, monkeypatch):
         ("aggregation=fedit privacy=device round_loop.quorum=2", "round_loop.quorum=2: with device-level privacy"),
     ],
 )
-def test_incompatible_settings_are_refused(overrides, message):
-    config = compose(overrides)
+def test_incompatible_settings_are_refused(tmp_path, overrides, message):
+    config, ledger = compose(overrides), ServerLedger(FileStorage(tmp_path))
     with pytest.raises(AntherError, match=message):
-        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True, ledger=ledger)
 
 
 def test_overselection():
