@@ -50,14 +50,14 @@ def test_pass_size_gives_every_core_its_share() -> None:
 
 
 @pytest.mark.parametrize("entries", [4, None])
-def test_cores_do_not_change_the_result(base: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
+def test_cores_do_not_change_the_result(fine: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
     """Also with one draw of a picture per pass."""
-    jobs = lambda: [job(base, "a", batch_size=5), private(base, "b", draws=3), job(base, "c", rank=3)]  # noqa: E731
-    single = train(base, jobs(), memory=PLENTY, timesteps=2)
+    jobs = lambda: [job(fine, "a", batch_size=5), private(fine, "b", draws=3), job(fine, "c", rank=3)]  # noqa: E731
+    single = train(fine, jobs(), memory=PLENTY, timesteps=2)
     request.getfixturevalue("three_cores")
-    memory = memory_for(base, jobs(), entries) if entries else PLENTY
-    for result, expected, plan in zip(train(base, jobs(), memory=memory, timesteps=2), single, jobs(), strict=True):
-        assert_close(result, trained_adapter(expected), plan.start)
+    memory = memory_for(fine, jobs(), entries) if entries else PLENTY
+    for result, expected, plan in zip(train(fine, jobs(), memory=memory, timesteps=2), single, jobs(), strict=True):
+        assert_close(result, trained_adapter(expected), plan.start, 1e-10)
 
 
 @pytest.mark.parametrize("entries", [1, 3, 40])
