@@ -56,8 +56,11 @@ class EvaluationPhase:
         Returns:
             The requests; None if this round is not due, or the budget of device-level privacy does not cover it.
         """
-        number, download = start.number, self.format.encode(start.adapter)
-        if not (self.policy.is_due(number) and self._charge(number, download.data)):
+        number = start.number
+        if not self.policy.is_due(number):
+            return None
+        download = self.format.encode(start.adapter)
+        if not self._charge(number, download.data):
             return None
         reports = self.cohort.query(grid)
         asked = self._select(reports, number)
