@@ -21,7 +21,6 @@ from strategies.round.messages import received_replies, to_messages
 from strategies.round.validation import validate_replies
 from strategies.selection import DeviceCandidate, DeviceCandidates, Selection, uses_transient_state
 from strategies.selection.eligible import ALL_DEVICES, Eligibility
-from strategies.selection.poisson import Poisson
 
 _QUERY_TIMEOUT = 120.0  # seconds; a device starts a process to reply
 _QUERY_WAIT = 5.0  # seconds to wait for the reports of new devices, which may also arrive later
@@ -39,11 +38,6 @@ class CohortRule:
     contacted and not replaced: replacing them would leak their state into the selection of this and later rounds."""
     max_state_age: float = math.inf
     """Seconds after which a report is requested again, if anything uses transient device state."""
-
-    @property
-    def amplifies(self) -> bool:
-        """Whether the sample is secret, so that a round must not be drawn again."""
-        return isinstance(self.selection, Poisson)
 
 
 class Cohort:

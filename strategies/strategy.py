@@ -30,6 +30,7 @@ from strategies.reply_checks import ReplyChecks
 from strategies.round.ledger_coverage import ExplainedEpsilon
 from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.round.validation import ReplyValidator
+from strategies.selection import amplifies
 from strategies.server_update import ServerUpdate
 from strategies.validation import check_combination
 
@@ -72,7 +73,7 @@ class FederatedStrategy:
         clock: Clock | None = None,
     ) -> None:
         self.plan, self.format, self.update = plan, format, update
-        self.can_redraw = update.central_dp is None and not cohort.amplifies
+        self.can_redraw = update.central_dp is None and not amplifies(cohort.selection)
         """Whether a round without an available device may be drawn again; not if a sample is charged for."""
         policy = evaluation.policy or EvaluationPolicy(interval=0 if self.private else 1)
         check_combination(plan, format, update, cohort, planning, policy, checks)

@@ -114,6 +114,12 @@ def uses_transient_state(selection: Selection) -> bool:
     return declared is None or declared.uses_transient_state
 
 
+def amplifies(selection: Selection) -> bool:
+    """Return whether a selection declares that it amplifies privacy; False if it declares nothing."""
+    declared: Sampling | None = getattr(selection, "sensitivity", None)
+    return declared is not None and declared.amplifies
+
+
 def check_size(size: int) -> None:
     """Raise ValueError for a number of devices below 1."""
     if size < 1:

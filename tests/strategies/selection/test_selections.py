@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.selection import DeviceCandidate, DeviceCandidates, uses_transient_state
+from strategies.selection import DeviceCandidate, DeviceCandidates, amplifies, uses_transient_state
 from strategies.selection.deadline import Deadline
 from strategies.selection.eafl import EAFL, remaining_charge
 from strategies.selection.eligible import ALL_DEVICES, Eligibility
@@ -19,6 +19,7 @@ from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from tests.helpers.candidates import asked_in, candidate, candidates
+from tests.helpers.central import poisson
 from tests.helpers.fleet import REPORT
 
 SIZE = 3
@@ -236,3 +237,5 @@ def test_undeclared_selection_is_assumed_to_use_device_state() -> None:
 
     assert uses_transient_state(UndeclaredSelection())  # type: ignore[arg-type]
     assert not uses_transient_state(RoundRobin(size=1))
+    assert not amplifies(UndeclaredSelection())  # type: ignore[arg-type]
+    assert [amplifies(rule) for rule in (RoundRobin(size=1), poisson(0.5))] == [False, True]
