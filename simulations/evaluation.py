@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from common.seeding import derive_seed
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.simulation import EvaluationConfig
+from conf.schemas.training import AdapterConfig
 from models.base.base import Base
 from models.lora.adapter import Adapter, concatenate, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
@@ -70,36 +71,45 @@ def encode_pools(people: Sequence[Participant], perform: Perform) -> Pools:
 
 
 def train_local(
-    config: SimulationConfig, base: Base, people: Sequence[Participant], pools: Pools, perform: Perform
+    settings: AdapterConfig,
+    base: Base,
+    people: Sequence[Participant],
+    pools: Pools,
+    perform: Perform,
+    *,
+    rounds: int,
+    seed: int,
 ) -> dict[str, Adapter]:
-    """Train the local arm of each person, starting from the base.
+    """Train the local arm of each person, starting from the base, for as many steps as the other arms together.
 
     Args:
-        config: configuration of the run.
+        settings: training of the shared, the personal and the local adapters.
         base: base of the run.
         people: people to train for.
         pools: their encoded pictures.
         perform: runs jobs.
+        rounds: rounds of the federation.
+        seed: seed of the run.
 
     Returns:
         The trained adapters by person.
     """
-    shared, personal, local = config.adapter.shared, config.adapter.personal, config.adapter.baseline_local
+    shared, personal, local = settings.shared, settings.personal, settings.baseline_local
     jobs: list[Job] = [
         TrainJob(
             client=person.name,
             round=0,
             purpose="local",
-            seed=config.seed,
+            seed=seed,
             examples=pools.train[person.name],
-            start=init_adapter(base.sites, shared.rank + personal.rank, derive_seed(config.seed, person.name, "local")),
-            steps=config.rounds * shared.steps + personal.steps,
+            start=init_adapter(base.sites, shared.rank + personal.rank, derive_seed(seed, person.name, "local")),
+            steps=rounds * shared.steps + personal.steps,
             batch_size=personal.batch_size,
             learning_rate=local.lr,
             early_stopping=EarlyStopping(
                 validation=pools.validation[person.name],
-                every=config.adapter.eval_interval,
-                patience=config.adapter.patience,
+                every=settings.eval_interval,
+                patience=settings.patience,
             ),
         )
         for person in people
@@ -154,7 +164,13 @@ def losses(
 
 
 def gallery(
-    config: SimulationConfig, base: Base, people: Sequence[Participant], adapters: Adapters, memory: int
+    settings: EvaluationConfig,
+    base: Base,
+    people: Sequence[Participant],
+    adapters: Adapters,
+    *,
+    memory: int,
+    seed: int,
 ) -> dict[str, Gallery]:
     """Generate images for the captions of each person's first test pictures under every arm.
 
@@ -163,16 +179,17 @@ def gallery(
     Base and shared generate the same picture of a caption for all people, so it is generated once.
 
     Args:
-        config: configuration of the run.
+        settings: number of images, and the sampler.
         base: base of the run.
         people: the people to evaluate.
         adapters: result of `arms`.
         memory: bytes that jobs may take.
+        seed: seed of the run.
 
     Returns:
         Galleries by person.
     """
-    shown = {person.name: person.pictures.test[: config.evaluation.gallery_size] for person in people}
+    shown = {person.name: person.pictures.test[: settings.gallery_size] for person in people}
     requests: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
     for person in people:
         for picture in shown[person.name]:
@@ -185,12 +202,12 @@ def gallery(
     latents = generate(
         base,
         captions=[caption for _, _, caption in requests],
-        seeds=[derive_seed(config.seed, caption, "gallery") for _, _, caption in requests],
+        seeds=[derive_seed(seed, caption, "gallery") for _, _, caption in requests],
         adapters=[stacks],
         slots=[slot[id(adapter)] for adapter in requests.values()],
-        sampler=config.evaluation.sampler,
-        steps=config.evaluation.sampling_steps,
-        guidance=config.evaluation.guidance_scale,
+        sampler=settings.sampler,
+        steps=settings.sampling_steps,
+        guidance=settings.guidance_scale,
         memory=inference_share(memory),
     )
     pictures = dict(zip(requests, base.decode(latents), strict=True))

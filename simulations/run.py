@@ -135,7 +135,9 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     base, people, database = simulation = setup.build(config, folder)
     evaluated = participants.select_evaluated(people, config.evaluation.devices)
     plan = training_plan(config, run=run_dir.config_hash(config)[:16], base=base.hash)
-    fleet = build_virtual_fleet(config, people, folder / "fleet") if config.fleet.timed else None
+    fleet = (
+        build_virtual_fleet(config.fleet, people, folder / "fleet", seed=config.seed) if config.fleet.timed else None
+    )
     strategy = build(
         config,
         plan,

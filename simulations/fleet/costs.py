@@ -11,7 +11,7 @@ from client.planning.plan_search import pass_seconds
 from common.units import GIB, MIB
 from conf.schemas.fleet import WorkloadConfig
 from conf.schemas.planning import DeviceProfileConfig
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.training import BaseConfig
 from models.base.base import Base
 from models.families.known import find_base
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
@@ -74,12 +74,19 @@ def scale_footprint(footprint: Footprint, workload: WorkloadConfig) -> Footprint
     )
 
 
-def build_costs(config: SimulationConfig, base: Base) -> Costs:
-    """Build the costs of a run's base on its fleet."""
+def build_costs(base: Base, settings: BaseConfig, workload: WorkloadConfig, *, rank: int) -> Costs:
+    """Build the costs of a run's base on its fleet.
+
+    Args:
+        base: the loaded base.
+        settings: how it was loaded.
+        workload: factors by which memory and arithmetic are multiplied.
+        rank: rank of the shared adapter.
+    """
     sites = "|".join(re.escape(site) for site in base.sites)
-    key = (str(base.folder), sites, config.base.weights, config.base.gradient_checkpointing, base.resolution)
-    pass_costs = partial(base_pass_costs, base, config.adapter.shared.rank)
-    return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, config.fleet.workload)
+    key = (str(base.folder), sites, settings.weights, settings.gradient_checkpointing, base.resolution)
+    pass_costs = partial(base_pass_costs, base, rank)
+    return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, workload)
 
 
 @lru_cache(maxsize=64)

@@ -94,9 +94,11 @@ def participants(
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
     policy = owners_policy(config)
-    kinds = build_hardware(config.fleet, build_costs(config, base), config.adapter.shared.rank, base)
+    rank = config.adapter.shared.rank
+    costs = build_costs(base, config.base, config.fleet.workload, rank=rank)
+    kinds = build_hardware(config.fleet, costs, rank, base)
     return [
-        _participant(config, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
+        _participant(config.seed, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
         for i, (name, writer, copy) in enumerate(assigned)
     ]
 
@@ -198,7 +200,7 @@ def slug(name: str) -> str:
 
 
 def _participant(
-    config: SimulationConfig,
+    seed: int,
     base: Base,
     storage: Storage,
     policy: Policy,
@@ -228,8 +230,8 @@ def _participant(
         pictures=partial(writer.pictures_for, name) if copy else partial(_own_pictures_of, writer),
         sites=base.sites,
         policy=policy,
-        noise=partial(noise_source, client=name, seed=config.seed),
-        seed=config.seed,
+        noise=partial(noise_source, client=name, seed=seed),
+        seed=seed,
         resolution=base.resolution,
     )
     return Participant(name, writer.kind, copy, kind, device)

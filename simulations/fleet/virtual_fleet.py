@@ -10,7 +10,7 @@ from common import atomic_files, strict_json
 from common.errors import AntherError
 from common.seeding import derive_seed
 from common.units import HOUR
-from conf.schemas.simulation import SimulationConfig
+from conf.schemas.fleet import FleetConfig
 from simulations.fleet.availability import Availability, DailySchedule, RecordedSchedule, load_traces, uniform
 from simulations.fleet.device_model import DeviceState, PowerModel
 from simulations.fleet.heat import Heat
@@ -88,39 +88,44 @@ class VirtualFleet:
         return self._folder / f"round-{number:06d}.json"
 
 
-def build_virtual_fleet(config: SimulationConfig, people: Sequence[Participant], folder: Path) -> VirtualFleet:
+def build_virtual_fleet(
+    settings: FleetConfig, people: Sequence[Participant], folder: Path, *, seed: int
+) -> VirtualFleet:
     """Build the fleet in its initial state.
 
     Args:
-        config: configuration of the run; its seed determines schedules and initial charge.
+        settings: schedules of the fleet.
         people: the participants.
         folder: folder of the saved states.
+        seed: determines schedules and initial charge.
 
     Raises:
         AntherError: `fleet.trace` can't be read.
     """
-    trace = config.fleet.trace
+    trace = settings.trace
     recorded = list(load_traces(Path(trace)).values()) if trace else []
     return VirtualFleet(
         folder,
         {
-            person.name: _build_device(config, person, recorded[index % len(recorded)] if recorded else None)
+            person.name: _build_device(settings, person, recorded[index % len(recorded)] if recorded else None, seed)
             for index, person in enumerate(people)
         },
     )
 
 
-def _build_device(config: SimulationConfig, person: Participant, recorded: RecordedSchedule | None) -> VirtualDevice:
-    fleet, profile, name = config.fleet, person.hardware.profile, person.name
+def _build_device(
+    settings: FleetConfig, person: Participant, recorded: RecordedSchedule | None, seed: int
+) -> VirtualDevice:
+    profile, name = person.hardware.profile, person.name
     power_model = PowerModel.of(profile, person.hardware.known_device)
     availability: Availability = recorded or DailySchedule(
         profile.plugged_hours,
         profile.idle_hours,
-        phase=uniform(config.seed, name, "zone", low=-0.5, high=0.5) * fleet.timezone_spread * HOUR,
-        jitter=fleet.schedule_jitter * HOUR,
-        seed=derive_seed(config.seed, name, "habits"),
+        phase=uniform(seed, name, "zone", low=-0.5, high=0.5) * settings.timezone_spread * HOUR,
+        jitter=settings.schedule_jitter * HOUR,
+        seed=derive_seed(seed, name, "habits"),
     )
-    charge = uniform(config.seed, name, "charge", low=_MIN_INITIAL_CHARGE) * (power_model.capacity or 0.0)
+    charge = uniform(seed, name, "charge", low=_MIN_INITIAL_CHARGE) * (power_model.capacity or 0.0)
     state = DeviceState(0.0, charge)
     return VirtualDevice(
         name=name, hardware=person.hardware, power_model=power_model, availability=availability, state=state

@@ -45,7 +45,7 @@ def open_grid(
                 devices,
                 perform,
                 fleet=fleet,
-                costs=build_costs(config, simulation.base),
+                costs=build_costs(simulation.base, config.base, config.fleet.workload, rank=config.adapter.shared.rank),
                 seed=config.seed,
                 batched=batched,
                 group_commit=group_commit,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from common.errors import shorten
-from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
 from server.report import totals
 from server.report.page import DeviceRow, GalleryRow, Report
@@ -29,7 +26,7 @@ MAX_TRAINING_PICTURES = 40
 
 
 def build_report(
-    config: SimulationConfig,
+    settings: str,
     base: Base,
     adapters: Path,
     people: Sequence[Participant],
@@ -44,7 +41,7 @@ def build_report(
     """Build the contents of the report page.
 
     Args:
-        config: configuration of the run.
+        settings: configuration of the run as YAML.
         base: base of the run.
         adapters: folder of the written adapters.
         people: all participants.
@@ -62,16 +59,16 @@ def build_report(
     return Report(
         title=title(people),
         command=command,
-        config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
+        config_yaml=settings,
         summary=summary,
         rounds=rounds,
         devices=[device_row(person, state, scores[person.name]) for person in evaluated],
         gallery=gallery([person for person in evaluated if person.name in galleries], galleries),
         use=loading_snippet(base, adapters),
-        strategy=config.aggregation.name,
+        strategy=summary["strategy"],
         rates=rate_source(people, base),
         letters=all(person.kind != "own" for person in people),
-        footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
+        footer=f"Seed {summary['seed']} · configuration {summary['config_hash'][:12]}",
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common import atomic_files
 from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
@@ -69,7 +71,9 @@ def finish(
     pools, local = evaluation.encode_pools(evaluated, perform), None
     if config.evaluation.baseline_local:
         display.phase("training local baselines, to compare")
-        local = evaluation.train_local(config, base, evaluated, pools, perform)
+        local = evaluation.train_local(
+            config.adapter, base, evaluated, pools, perform, rounds=config.rounds, seed=config.seed
+        )
     shared = encode_download(state.best_adapter, config.compression.download).adapter  # as devices have it
     adapters = evaluation.arms(evaluated, local, shared, base)
     export_adapters(folder / "adapters", base, evaluated, shared)
@@ -78,7 +82,7 @@ def finish(
     galleries: dict[str, Gallery] = {}
     if config.evaluation.gallery_size:
         display.phase("drawing the gallery")
-        galleries = evaluation.gallery(config, base, evaluated, adapters, memory)
+        galleries = evaluation.gallery(config.evaluation, base, evaluated, adapters, memory=memory, seed=config.seed)
     scores = score_arms(base, evaluated, losses, galleries)
     write_evaluation(folder / "evaluation.json", evaluated, scores)
     summary = summarize(config, len(people), state, scores, time.perf_counter() - started)
@@ -87,8 +91,9 @@ def finish(
     atomic_files.write(folder / "summary.json", json.dumps(nan_to_none(summary), indent=2, allow_nan=False).encode())
     page = folder / "report.html"
     adapters_folder = folder / "adapters"
+    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     report = build_report(
-        config, base, adapters_folder, people, evaluated, state, scores, galleries, summary, command, fleet
+        settings, base, adapters_folder, people, evaluated, state, scores, galleries, summary, command, fleet
     )
     write(report, page)
     display.finish(summary, {"report": page, "adapters": adapters_folder})

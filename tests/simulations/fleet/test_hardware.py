@@ -46,10 +46,11 @@ def test_initial_state_follows_seed_and_trace(base: Base, tmp_path):
     (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
 
     config = compose("fleet=week data.writers=10")
-    people, costs = participants(config, base, lambda name: FileStorage(tmp_path / name)), build_costs(config, base)
+    people = participants(config, base, lambda name: FileStorage(tmp_path / name))
+    costs = build_costs(base, config.base, config.fleet.workload, rank=config.adapter.shared.rank)
 
-    def devices(**changes):
-        return build_virtual_fleet(replace(config, **changes), people, tmp_path).devices
+    def devices(seed=0, **changes):
+        return build_virtual_fleet(replace(config.fleet, **changes), people, tmp_path, seed=seed).devices
 
     first, again, other = devices(), devices(), devices(seed=1)
     assert all(
@@ -61,7 +62,7 @@ def test_initial_state_follows_seed_and_trace(base: Base, tmp_path):
     for device in first.values():
         rate = 1 / costs.example_seconds(8, device.hardware.known_device)
         assert device.hardware.examples_per_second == pytest.approx(rate)
-    traced = devices(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
+    traced = devices(trace=str(tmp_path / "trace.csv"))
     assert {device.availability.plugged(1800.0) for device in traced.values()} == {True}
     assert {device.availability.plugged(7200.0) for device in traced.values()} == {False}
 
