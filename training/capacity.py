@@ -22,6 +22,7 @@ from training.batches import Microbatch
 from training.buffers import BufferSpec, CohortBuffers, row_bytes, shared_bytes
 from training.jobs import TrainJob
 from training.passes import gradients, on_device, reduce, single_threaded_layers, workers
+from training.public_schedule import fixed_pass_size
 
 DEFAULT_SHARE = {"cpu": 0.25, "cuda": 0.6}  # default fraction of the total
 WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # factor for kernels and allocators, on top of the counted tensors
@@ -101,6 +102,38 @@ class Capacity(NamedTuple):
     entries: int  # in all concurrent passes
     pass_bytes: int  # memory of those passes
     expected: int  # expected entries of one step of these jobs
+
+
+class PassPlan(NamedTuple):
+    """How the jobs of a cohort share the device."""
+
+    jobs: int  # that are trained at the same time
+    parallel: int  # concurrent passes
+    size: int  # entries per pass, at most; exactly, if the jobs are private
+    inference_bytes: int  # for evaluations between passes
+
+
+def plan_passes(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> PassPlan:
+    """Plan the passes of jobs of one group in `limit` bytes.
+
+    For private jobs, the plan is a function of public numbers (`training.public_schedule`).
+
+    Args:
+        base: the base.
+        jobs: jobs of one group, which are all private or all not.
+        limit: bytes.
+
+    Raises:
+        InsufficientMemoryError: one job and one entry don't fit.
+    """
+    fit, device, private = capacity(base, jobs, limit), base.device, jobs[0].privacy is not None
+    size, inference_bytes = max_pass_size(device, fit.entries), fit.pass_bytes
+    if device.type == "cuda":  # graphs keep their memory; their size holds a step of all jobs
+        limit, inference_bytes = max(1, training_share(size)), inference_share(fit.pass_bytes)
+        size = -(-fit.expected // -(-fit.expected // limit)) if not private else limit
+    if private:
+        size = fixed_pass_size(device, jobs[: fit.jobs], size, entry_bytes(base, BufferSpec.of(jobs)))
+    return PassPlan(fit.jobs, min(workers(device), fit.entries), size, inference_bytes)
 
 
 def capacity(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> Capacity:

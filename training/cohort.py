@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -29,14 +28,7 @@ from models.diffusion.denoiser import Denoiser
 from privacy.dp_sgd import normalize
 from training.batches import BatchSampler, EntryQueue, Microbatch
 from training.buffers import BufferSpec, check_job
-from training.capacity import (
-    InsufficientMemoryError,
-    capacity,
-    entry_bytes,
-    inference_share,
-    max_pass_size,
-    training_share,
-)
+from training.capacity import InsufficientMemoryError, plan_passes
 from training.inference import held_out_losses
 from training.jobs import Cancelled, TrainedAdapter, TrainJob
 from training.passes import (
@@ -50,15 +42,12 @@ from training.passes import (
     run_passes,
     take_buffers,
     without_denormals,
-    workers,
 )
-from training.public_schedule import Stopwatch, TurnBudget, TurnCount, fixed_pass_size
+from training.public_schedule import Stopwatch, TurnBudget, TurnCount
 
 log = logging.getLogger(__name__)
 
 Outcome = TrainedAdapter | Exception
-
-MIN_TIMED_TURNS = 5
 
 
 def train(
@@ -132,23 +121,13 @@ class _Cohort:
 
     def __init__(self, base: Denoiser, jobs: list[TrainJob], memory: int, timesteps: int, compiled: bool) -> None:
         self.base, self.jobs, self.timesteps = base, jobs, timesteps
-        fit, spec = capacity(base, jobs, memory), BufferSpec.of(jobs)
-        self.private = jobs[0].privacy is not None
-        self.parallel_passes = min(workers(base.device), fit.entries)
-        self.pass_size = max_pass_size(base.device, fit.entries)
-        self.inference_bytes = fit.pass_bytes  # for evaluations between passes
-        if base.device.type == "cuda":  # graphs keep their memory; their size holds a step of all jobs
-            limit, self.inference_bytes = max(1, training_share(self.pass_size)), inference_share(fit.pass_bytes)
-            self.pass_size = -(-fit.expected // -(-fit.expected // limit)) if not self.private else limit
-        if self.private:
-            entry = entry_bytes(base, spec)
-            self.pass_size = fixed_pass_size(base.device, jobs[: fit.jobs], self.pass_size, entry)
-        self.key = BuffersKey(spec, fit.jobs, self.pass_size, compiled, self.private)
+        self.plan, self.private = plan_passes(base, jobs, memory), jobs[0].privacy is not None
+        self.key = BuffersKey(BufferSpec.of(jobs), self.plan.jobs, self.plan.size, compiled, self.private)
         self.buffers, self.graphed = take_buffers(base, self.key)
         self.residents: dict[int, _Resident] = {}  # by row
         self.queue = EntryQueue()
         self.pieces: dict[int, Tensor] = {}  # by row: sum of the finished pieces of a unit
-        self.free_rows = list(reversed(range(fit.jobs)))
+        self.free_rows = list(reversed(range(self.plan.jobs)))
         self.outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
         self.waiting = deque(range(len(jobs)))
         # The public duration matters on a real device, which trains one job at a time.
@@ -178,7 +157,7 @@ class _Cohort:
                 check_job(job, self.base.sites)
                 batches, turns = BatchSampler(job), None
                 if self.private:
-                    turns = TurnBudget(job, TurnCount.of(job, self.pass_size, self.parallel_passes))
+                    turns = TurnBudget(job, TurnCount.of(job, self.plan.size, self.plan.parallel))
             except Exception as error:
                 self.outcomes[job_index] = error
                 self.free_rows.append(row)
@@ -204,7 +183,7 @@ class _Cohort:
             self.buffers.frozen(index),
             self.buffers.layout.stacks(self.buffers.adapters[index].to(self.base.dtype)),
         ]
-        losses = held_out_losses(self.base, pools, adapters, timesteps=self.timesteps, memory=self.inference_bytes)
+        losses = held_out_losses(self.base, pools, adapters, timesteps=self.timesteps, memory=self.plan.inference_bytes)
         for row, loss in zip(evaluated, losses, strict=True):
             resident = self.residents[row]
             resident.since_best += 1
@@ -272,13 +251,13 @@ class _Cohort:
 
     def _next_microbatches(self) -> list[Microbatch]:
         """Return the next concurrent passes: one per core, with its share of the queue; if private, all of one size."""
-        share = -(-len(self.queue) // self.parallel_passes)
+        share, size = -(-len(self.queue) // self.plan.parallel), self.plan.size
         microbatches: list[Microbatch] = []
-        while len(self.queue) and len(microbatches) < self.parallel_passes:
+        while len(self.queue) and len(microbatches) < self.plan.parallel:
             if self.private:
-                microbatches.append(self.queue.pop(self.pass_size).padded(self.pass_size))
+                microbatches.append(self.queue.pop(size).padded(size))
             else:
-                microbatches.append(self.queue.pop(min(max(share, self.queue.unit), self.pass_size)))
+                microbatches.append(self.queue.pop(min(max(share, self.queue.unit), size)))
         return microbatches
 
     def _run_pass(self, microbatch: Microbatch) -> PassResult:
@@ -328,19 +307,14 @@ class _Cohort:
         return finished
 
     def _idle_seconds(self, row: int, resident: _Resident) -> float:
-        """Compute the remaining seconds of a private job's turns from the median duration of the measured turns.
-
-        If too few turns were measured, further turns run without data: the first turns take longer than later ones.
-        """
+        """Return the remaining seconds of a private job's public duration."""
         if self.stopwatch is None or resident.turns is None:
             return 0.0
-        planned = resident.turns.planned
-        padding = Microbatch.zero_weight(row, self.buffers.first_example(row), self.pass_size, resident.job.unit)
-        for _ in range(len(self.stopwatch), min(MIN_TIMED_TURNS, planned)):
-            with self.stopwatch:
-                list(run_passes(self.base.device, self._run_pass, [padding] * self.parallel_passes))
-        seconds = self.stopwatch.seconds()
-        return max(0.0, planned * median(seconds) - sum(seconds)) if seconds else 0.0
+        first, size, unit = self.buffers.first_example(row), self.plan.size, resident.job.unit
+        padding = [Microbatch.zero_weight(row, first, size, unit)] * self.plan.parallel
+        return resident.turns.remaining_seconds(
+            self.stopwatch, lambda: list(run_passes(self.base.device, self._run_pass, padding))
+        )
 
     def _drop_cancelled(self, rows: list[int]) -> list[int]:
         """Remove cancelled jobs; return the other rows."""

@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,8 @@ PASS_OVERHEAD_BYTES = {"cpu": 16e6, "cuda": 100e6}
 """Fixed cost of a pass (launches, Python), expressed as the bytes that take as long; from
 `bench.throughput.private_cost`.
 """
+MIN_TIMED_TURNS = 5
+"""Turns from whose median the duration of a job is computed."""
 _RATES = np.geomspace(1e-4, 30, 400)  # λ of the exponential moments: each gives a bound, and the best is used
 
 
@@ -190,6 +193,21 @@ class TurnBudget:
         units = min(batch.size // batch.per_unit, self._turns.max_pictures(self._left))
         self._left -= self._turns(units)
         return batch.part(slice(units * batch.per_unit))
+
+    def remaining_seconds(self, stopwatch: Stopwatch, run_turn: Callable[[], object]) -> float:
+        """Compute the remaining seconds of all planned turns from the median duration of the measured ones.
+
+        If too few turns were measured, further turns run: the first turns take longer than later ones.
+
+        Args:
+            stopwatch: measured the job's turns.
+            run_turn: runs a turn without data.
+        """
+        for _ in range(len(stopwatch), min(MIN_TIMED_TURNS, self.planned)):
+            with stopwatch:
+                run_turn()
+        seconds = stopwatch.seconds()
+        return max(0.0, self.planned * median(seconds) - sum(seconds)) if seconds else 0.0
 
 
 def scheduled_examples(plan: TrainingPlan) -> int:

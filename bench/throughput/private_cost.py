@@ -37,11 +37,11 @@ from models.lora.adapter import init_adapter
 from privacy.noise import SimulatedNoise
 from training.batches import Microbatch
 from training.buffers import BufferSpec, CohortBuffers
-from training.capacity import budget, capacity, entry_bytes, max_pass_size, training_share
+from training.capacity import budget, capacity, entry_bytes, max_pass_size, plan_passes, training_share
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
-from training.passes import gradients, on_device, single_threaded_layers, workers
-from training.public_schedule import PASS_OVERHEAD_BYTES, TurnCount, fixed_pass_size, scheduled_turns
+from training.passes import gradients, on_device, single_threaded_layers
+from training.public_schedule import PASS_OVERHEAD_BYTES, TurnCount, scheduled_turns
 from typefaces import dataset
 
 RANK, MAX_RATIO = 8, 1.15
@@ -165,15 +165,11 @@ def measure(base: Base, examples: Examples, case: tuple[int, int, int], steps: i
     )
     batch, draws, assumed = case
     plan = make_job(base, examples, case, steps, 0, private=True)
-    available = capacity(base, [plan], memory)
-    max_entries = max_pass_size(base.device, available.entries)
-    entry = entry_bytes(base, BufferSpec.of([plan]))
-    size = fixed_pass_size(
-        base.device, [plan], max_entries if base.device.type == "cpu" else max(1, training_share(max_entries)), entry
-    )
-    turns = TurnCount.of(plan, size, min(workers(base.device), available.entries))
+    max_entries = max_pass_size(base.device, capacity(base, [plan], memory).entries)
+    passes = plan_passes(base, [plan], memory)
+    size, turns = passes.size, TurnCount.of(plan, passes.size, passes.parallel)
     beside, planned = (
-        PASS_OVERHEAD_BYTES[base.device.type] / entry,
+        PASS_OVERHEAD_BYTES[base.device.type] / entry_bytes(base, BufferSpec.of([plan])),
         scheduled_turns(assumed, batch / assumed, steps, turns),
     )
     open_passes = -(-batch * draws // max_entries)  # passes of the open step

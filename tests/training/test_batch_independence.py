@@ -21,7 +21,7 @@ from models.lora.adapter import Adapter, Factors, init_adapter
 from models.lora.norm_bound import norm_violation
 from privacy.bounded_sum import RESOLUTION
 from privacy.noise import CPU
-from training import cohort, passes
+from training import capacity, passes
 from training.batches import EntryQueue, StepBatch
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
@@ -162,7 +162,7 @@ def test_added_picture_changes_sum_by_its_own_gradient(
     """With fifteen and sixteen pictures, where kernels change: if the pass size followed the batch, the change was 4.6
     clips.
     """
-    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 16)
+    monkeypatch.setattr(capacity, "fixed_pass_size", lambda *_: 16)
     start = chaotic_adapter(glyphs, *FOUND)
     few, many, single = (hidden_sums(glyphs, [plan(start, letters, p)])[0] for p in (range(15), range(16), [15]))
     assert torch.equal(many - few, single)
@@ -175,7 +175,7 @@ def test_gradient_is_independent_of_threads_and_clients(
 ) -> None:
     """For any clients in the same passes, in any order, concurrent or not."""
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0, draws=draws)
-    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: size)
+    monkeypatch.setattr(capacity, "fixed_pass_size", lambda *_: size)
 
     def jobs() -> list[TrainJob]:
         pictures = {"a": range(4), "b": [9, 8, 7], "c": range(4, 9), "nobody": []}

@@ -20,11 +20,17 @@ from models.base.base import Base
 from privacy.accounting import TRUNCATION_DELTA
 from privacy.noise import CPU
 from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, memory_for, private
-from training import cohort, passes
+from training import capacity, cohort, passes
 from training.batches import BatchSampler, StepBatch
 from training.cohort import train
 from training.jobs import TrainedAdapter, TrainJob
-from training.public_schedule import TurnCount, batch_size_distribution, fixed_pass_size, scheduled_turns
+from training.public_schedule import (
+    MIN_TIMED_TURNS,
+    TurnCount,
+    batch_size_distribution,
+    fixed_pass_size,
+    scheduled_turns,
+)
 
 CUDA = torch.device("cuda")
 ENTRY = 6_440_459  # bytes, of the glyph base
@@ -157,7 +163,7 @@ def crowded_job(base: Base, batches: int, **changes: object) -> TrainJob:
 
 def test_excess_units_are_dropped(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order of the pictures, once the turns are used up."""
-    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
+    monkeypatch.setattr(capacity, "fixed_pass_size", lambda *_: 1)
     monkeypatch.setattr(passes, "_cores", lambda: 1)
     turns = scheduled_turns(10, 0.1, 16)
     assert 10 < turns < 160
@@ -187,7 +193,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
     monkeypatch.setattr(cohort, "run_passes", turn)
-    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
+    monkeypatch.setattr(capacity, "fixed_pass_size", lambda *_: 1)
     monkeypatch.setattr(passes, "_cores", lambda: 1)
     return turns
 
@@ -198,7 +204,7 @@ def test_duration_is_independent_of_the_batches(base: Base, turns: list[int]) ->
         turns.clear()
         (result,) = train(base, [crowded_job(base, batches)], memory=PLENTY, timesteps=2)
         assert len(turns) + idle_seconds(result) == planned
-        assert len(turns) == min(max(10 * batches, cohort.MIN_TIMED_TURNS), planned)
+        assert len(turns) == min(max(10 * batches, MIN_TIMED_TURNS), planned)
     several = train(base, [crowded_job(base, 1), crowded_job(base, 2)], memory=PLENTY, timesteps=2)
     assert [idle_seconds(result) for result in several] == [0, 0]
 
