@@ -50,9 +50,9 @@ def test_known_noise_multipliers(rate: float, steps: int, delta: float, sigmas: 
     """σ for ε = 1, 4, 8, computed independently of this code."""
     for target, sigma in sigmas.items():
         assert epsilon(events(sigma, rate, steps), delta).value == pytest.approx(target, rel=0.05)
-        assert noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps) == pytest.approx(
-            sigma, rel=0.05
-        )
+    target, sigma = list(sigmas.items())[-1]  # `test_solved_noise_meets_target_tightly` solves others
+    found = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
+    assert found == pytest.approx(sigma, rel=0.05)
 
 
 def test_full_sampling_is_the_gaussian_mechanism() -> None:
@@ -84,31 +84,25 @@ def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float)
     [
         (8, 1.0, 10, 1e-3),
         (1, 0.1, 50, 1e-5),
-        pytest.param(8, 0.25, 100, 1e-3, marks=pytest.mark.slow),  # pytest -m slow tests/privacy/test_accounting.py
-        pytest.param(2, 0.25, 100, 1e-3, marks=pytest.mark.slow),
+        (8, 0.25, 100, 1e-3),
+        (2, 0.25, 100, 1e-3),
     ],
 )
 def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, delta: float) -> None:
-    """Compares with dp-accounting's own search, over its own PLD on a grid of 1e-4."""
+    """dp-accounting charges ε for our σ, and more for 0.5 % less noise, over its own PLD on a grid of 1e-4."""
 
-    def event(sigma: float) -> dp_event.DpEvent:
+    def expected(sigma: float) -> float:
+        accountant = PLDAccountant(
+            dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-4
+        )
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
-        return dp_event.SelfComposedDpEvent(step, steps)
+        return float(accountant.compose(step, steps).get_epsilon(delta))
 
-    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    expected = dp_accounting.calibrate_dp_mechanism(
-        lambda: PLDAccountant(relation, value_discretization_interval=1e-4),
-        event,
-        target,
-        delta,
-        dp_accounting.ExplicitBracketInterval(0.3, 30.0),
-        tol=1e-4,
-    )
     result = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
-    assert result == pytest.approx(expected, rel=0.005)
+    assert expected(1.005 * result) < target < expected(0.995 * result)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.floats(0.7, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from([1e-3, 1e-6]))
 def test_renyi_accounting_is_an_upper_bound(sigma: float, rate: float, steps: int, delta: float) -> None:
     from opacus.accountants import RDPAccountant
@@ -129,7 +123,7 @@ def test_composition_is_independent_of_order() -> None:
     assert epsilon(mixed, 1e-3).value == epsilon(mixed[::-1], 1e-3).value > epsilon(mixed[:1], 1e-3).value
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.floats(0.5, 20), st.floats(0.01, 0.9), st.integers(1, 200), st.floats(1.05, 2), st.sampled_from([1e-3, 1e-6]))
 def test_epsilon_is_monotonic(sigma: float, rate: float, steps: int, factor: float, delta: float) -> None:
     cost = epsilon(events(sigma, rate, steps), delta).value

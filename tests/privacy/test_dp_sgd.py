@@ -82,7 +82,7 @@ def norm(row: Tensor) -> float:
 
 
 @given(batches())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_sums_match_loop_over_rows(batch: tuple) -> None:
     rows, counts, bounds, segments = batch
     values, dropped = clip(*batch)
@@ -106,11 +106,11 @@ def private(batch: tuple) -> tuple:
 
 def exact_square(steps: Tensor, bounds: Sequence[float]) -> Fraction:
     """Compute ‖steps‖² of a part in units of the value, exactly."""
-    return sum((Fraction(count) ** 2 for count in steps.tolist()), Fraction(0)) * Fraction(step_of(bounds)) ** 2
+    return sum(count * count for count in steps.tolist()) * Fraction(step_of(bounds)) ** 2
 
 
 @given(batches(least=1), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_removing_row_changes_owner_sum_within_bound(batch: tuple, data: st.DataObject) -> None:
     """Exact arithmetic, without rounding."""
     rows, counts, bounds, segments = private(batch)
@@ -204,10 +204,11 @@ def assert_clipped(rows: Tensor) -> None:
     lengths = torch.linalg.vector_norm(rows.double(), dim=1)
     for bound in (1e-12, 0.3, 1.0):
         values, dropped = clip_to_steps(rows, [1] * len(rows), [[bound]] * len(rows), [rows.shape[1]])
-        squares = [sum(count * count for count in row.tolist()) for row in values]
-        assert max(squares) <= RESOLUTION**2
+        assert values.abs().max() <= RESOLUTION
+        squares = (values * values).sum(1)  # exact in int64, since each is at most 2⁴⁰
+        assert squares.max() <= RESOLUTION**2
         long = (lengths > bound) & (dropped == 0)
-        norms = torch.tensor(squares, dtype=torch.float64).sqrt() / RESOLUTION
+        norms = squares.double().sqrt() / RESOLUTION
         assert (norms[long] >= 1 - CUT - rows.shape[1] ** 0.5 / RESOLUTION).all()
 
 
@@ -221,7 +222,7 @@ def test_long_rows_are_within_the_bound(kind: str, size: int) -> None:
 @pytest.mark.parametrize("size", [4095, 4097, 200_000])
 def test_constant_rows_are_within_the_bound(size: int) -> None:
     """Adding the same square repeatedly to a growing sum rounds it down each time."""
-    values = torch.linspace(0.5, 2.0, 2000 if size < 5000 else 20)
+    values = torch.linspace(0.5, 2.0, 400 if size < 5000 else 20)
     assert_clipped(values[:, None].expand(-1, size).contiguous())
 
 

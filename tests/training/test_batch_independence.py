@@ -126,8 +126,8 @@ def batch_of(places: Sequence[int]) -> StepBatch:
 def test_gradient_is_independent_of_position_and_neighbors(glyphs: Base, letters: Examples, size: int) -> None:
     """For a picture by itself in its pass, among others at any position, and among copies of itself."""
     job = plan(chaotic_adapter(glyphs, *FOUND), letters, range(20))
-    single = {index: entry_gradients(glyphs, job, batch_of([index]), size)[0] for index in range(6)}
-    for order in ([*range(6), 7, 8], [9, 5, 4, 3, 2, 11, 12, 1, 0], [0] * size, [13] * (size - 1) + [2]):
+    single = {index: entry_gradients(glyphs, job, batch_of([index]), size)[0] for index in range(3)}
+    for order in ([*range(3), 7, 8], [9, 5, 4, 3, 2, 11, 12, 1, 0], [0] * size, [13] * (size - 1) + [2]):
         for index, gradient in zip(order, entry_gradients(glyphs, job, batch_of(order), size), strict=True):
             assert index not in single or torch.equal(gradient, single[index])
 
@@ -178,7 +178,7 @@ def test_gradient_is_independent_of_threads_and_clients(
     monkeypatch.setattr(capacity, "fixed_pass_size", lambda *_: size)
 
     def jobs() -> list[TrainJob]:
-        pictures = {"a": range(4), "b": [9, 8, 7], "c": range(4, 9), "nobody": []}
+        pictures = {"a": range(2), "b": [9], "c": range(2, 5), "nobody": []}
         start = chaotic_adapter(glyphs, *FOUND)
         return [plan(start, letters, places, client, privacy=privacy) for client, places in pictures.items()]
 

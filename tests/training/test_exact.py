@@ -41,8 +41,8 @@ def cohort(base: Base) -> list[TrainJob]:
     """Create new jobs in each call, since noise sources are used up."""
     frozen, prior = nonzero_adapter(base, 2, 9), Prior(examples=examples(base, 3, 5), weight=0.5)
     return [
-        job(base, "plain", steps=10),
-        job(base, "higher rank, more in a batch than there are", rank=4, steps=10, count=3, batch_size=4),
+        job(base, "plain", steps=4),
+        job(base, "higher rank, more in a batch than there are", rank=4, steps=4, count=3, batch_size=4),
         job(
             base,
             "some sites, frozen underneath",
@@ -61,7 +61,7 @@ def cohort(base: Base) -> list[TrainJob]:
         ),
         job(base, "nothing to train", start={}, frozen=nonzero_adapter(base, 1, 8), steps=2, batch_size=1),
         job(base, "no steps", steps=0),
-        private(base, "one draw", draws=1, clip=0.035, steps=10, rank=3, frozen=frozen, batch_size=7),
+        private(base, "one draw", draws=1, clip=0.035, steps=4, rank=3, frozen=frozen, batch_size=7),
         private(
             base,
             "prior",
@@ -72,8 +72,8 @@ def cohort(base: Base) -> list[TrainJob]:
             count=3,
             learning_rate=1e-3,
         ),
-        private(base, "views", count=3, views=2, steps=10, frozen=at_some_sites(frozen, 3)),
-        private(base, "nobody", rate=0.0, rank=1, steps=10),
+        private(base, "views", count=3, views=2, steps=4, frozen=at_some_sites(frozen, 3)),
+        private(base, "nobody", rate=0.0, rank=1, steps=4),
         private(base, "nothing clipped", clip=100.0, noise_multiplier=0.0, draws=1, steps=3),
         private(base, "nothing through", clip=0.0, noise_multiplier=0.0, steps=3),
     ]
@@ -104,7 +104,7 @@ def test_one_job_at_a_time(fine: Base, reference_results: list[Adapter]) -> None
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 def test_any_jobs_in_any_memory(fine: Base, reference_results: list[Adapter], data: st.DataObject) -> None:
     """From memory for one job and one entry to more than enough."""
     places = data.draw(st.lists(st.integers(0, len(reference_results) - 1), min_size=1, max_size=5, unique=True))
