@@ -1,10 +1,11 @@
 """Import one class of diffusers without the dozens of networks beside it.
 
 `diffusers.UNet2DConditionModel` is lazy, but the packages around its module aren't: `diffusers.models.transformers`
-imports every network that it has, and diffusers' schedulers import `scipy.stats` for one noise schedule. These packages
-run here when they are first used. Until then they stand in `sys.modules` as modules with their own name and path, so
-that their submodules can be imported; the first access to anything else runs their `__init__.py` in place. Every later
-import of them therefore works as usual.
+imports every network that it has, `transformers.models` reads the source of all of its models to list their names, and
+diffusers' schedulers import `scipy.stats` for one noise schedule. These packages run here when they are first used.
+Until then they stand in `sys.modules` as modules with their own name and path, so that their submodules can be
+imported; the first access to anything else runs their `__init__.py` in place. Every later import of them therefore
+works as usual.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import threading
 from types import ModuleType
 from typing import Any
 
-SUBMODULES_ONLY = ("diffusers.models.transformers", "diffusers.models.unets", "diffusers.models.autoencoders")
+SUBMODULES_ONLY = (
+    "diffusers.hooks",
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+    "diffusers.models.autoencoders",
+    "transformers.models",
+)
 """Packages whose submodules don't need them: they import each other, and nothing from the package."""
 
 WHOLE = ("scipy.stats",)
@@ -38,7 +45,12 @@ class _Deferred(ModuleType):
                 except BaseException:
                     state["_deferred_run"] = False  # the next access raises the same error, not an AttributeError
                     raise
-                self.__class__ = ModuleType  # type: ignore[assignment]
+                if sys.modules[self.__name__] is self:
+                    self.__class__ = ModuleType  # type: ignore[assignment]
+                else:
+                    _link(sys.modules[self.__name__])
+        if (module := sys.modules[self.__name__]) is not self:  # replaced itself, as transformers' packages do
+            return getattr(module, name)
         try:
             return state[name]
         except KeyError:
@@ -71,6 +83,11 @@ def _defer(name: str, *, submodules: bool) -> None:
     vars(module).update(_deferred_lock=threading.RLock(), _deferred_run=False)
     if not submodules:
         del module.__path__  # importing a submodule asks for it, and so runs the package first
-    parent, _, child = name.rpartition(".")
     sys.modules[name] = module
+    _link(module)
+
+
+def _link(module: ModuleType) -> None:
+    """Make a module an attribute of its parent, as an import does."""
+    parent, _, child = module.__name__.rpartition(".")
     setattr(sys.modules[parent], child, module)

@@ -25,7 +25,9 @@ _EAGER = """
     vae = diffusers_class("AutoencoderKL", "diffusers.models")
     for name in ("models.transformers.transformer_flux", "models.unets.unet_1d", "models.autoencoders.vq_model"):
         assert f"diffusers.{name}" not in sys.modules, name
+    assert "diffusers.hooks.faster_cache" not in sys.modules
     assert "scipy.stats._stats_py" not in sys.modules
+    assert vars(sys.modules["transformers.models"])["_deferred_run"] is False
 
     from diffusers.models.transformers import FluxTransformer2DModel
     assert diffusers_class("FluxTransformer2DModel") is FluxTransformer2DModel
@@ -35,7 +37,15 @@ _EAGER = """
     from scipy.stats import norm, qmc
     import scipy.stats.distributions
     assert scipy.stats.distributions.norm is norm and norm.cdf(0) == 0.5
-    for name in ("diffusers.models.transformers", "diffusers.models.unets", "scipy.stats"):
+    from diffusers.hooks import FasterCacheConfig
+    assert FasterCacheConfig.__module__ == "diffusers.hooks.faster_cache"
+    import transformers
+    encoder = transformers.CLIPTextModel
+    import transformers.models
+    assert transformers.models.clip.CLIPTextModel is encoder
+    assert transformers.models.BertModel is transformers.BertModel
+    assert sys.modules["transformers.models"] is transformers.models and "BertModel" in dir(transformers.models)
+    for name in ("diffusers.models.transformers", "diffusers.models.unets", "diffusers.hooks", "scipy.stats"):
         assert type(sys.modules[name]) is ModuleType, name
     try:
         diffusers_class("NoSuchNetwork")
@@ -99,6 +109,25 @@ def test_submodule_runs_package_first(package: str) -> None:
     assert _runs() == 0
     assert importlib.import_module(f"{package}.part").VALUE == 3
     assert _runs() == 1
+
+
+def test_package_may_replace_itself(package: str, tmp_path: Path) -> None:
+    with (tmp_path / "outer" / "late" / "__init__.py").open("a") as code:
+        code.write(
+            "import sys, types\n"
+            "lazy = types.ModuleType(__name__)\n"
+            "lazy.__path__, lazy.OTHER = __path__, 5\n"
+            "sys.modules[__name__] = lazy\n"
+        )
+    _defer(package, submodules=True)
+    stand_in = sys.modules[package]
+    assert [stand_in.OTHER, stand_in.OTHER] == [5, 5]
+    assert _runs() == 1
+    outer, late = importlib.import_module("outer"), importlib.import_module(package)
+    assert late is outer.late is sys.modules[package]
+    assert late is not stand_in
+    with pytest.raises(AttributeError, match="absent"):
+        _ = stand_in.absent
 
 
 def test_threads_see_complete_package(package: str) -> None:
