@@ -7,10 +7,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check  # print only errors
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
-MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal  # all tests but the slow ones
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate audit gate gateway faults soak locks smoke-aarch64 test coverage test-slow format clean
+.PHONY: help simulate audit gate gateway faults soak locks smoke-aarch64 test test-fast test-stress coverage format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,17 +37,20 @@ faults: $(INSTALLED)  ## inject real faults into a federation of processes (root
 soak: $(INSTALLED)  ## run 500 rounds in which devices join, leave and die
 	@$(BIN)/python -m anther bench soak $(ARGS)
 
-test: $(INSTALLED_DEV)  ## check lint, format and types, and run all tests but the slow ones
+test-fast: $(INSTALLED_DEV)  ## run the unit tests
+	$(BIN)/python -m pytest -m unit $(WORKERS)
+
+test: $(INSTALLED_DEV)  ## check lint, format and types, and run the unit and integration tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(MOST)
+	$(BIN)/python -m pytest -m "not stress" $(WORKERS)
 
 coverage: $(INSTALLED_DEV)  ## measure the coverage of those tests, in half as much time again
-	$(BIN)/python -m pytest $(MOST) --cov
+	$(BIN)/python -m pytest -m "not stress" $(WORKERS) --cov
 
-test-slow: $(INSTALLED_DEV)  ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+test-stress: $(INSTALLED_DEV)  ## run the stress tests, and the property tests with ten times as many examples
+	$(BIN)/python -m pytest -m "stress or hypothesis" --hypothesis-profile stress $(WORKERS)
 
 locks: $(INSTALLED_DEV)  ## lock the versions that servers and devices install, as in .venv
 	@deploy/locks/lock.sh

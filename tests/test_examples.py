@@ -27,12 +27,12 @@ def test_example_compiles_and_is_documented(path: Path) -> None:
     assert code.co_consts[0].strip().startswith(("Simulate", "Load", "Run"))
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_own_strategy() -> None:
     assert "round 3:" in run("own_strategy.py")
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_simulated_adapter_loads_in_diffusers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert "below the base" in run("simulate_and_plot.py", str(tmp_path / "run"))

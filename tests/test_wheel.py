@@ -43,12 +43,14 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@pytest.mark.integration
 def test_wheel_holds_the_packages_only(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
     assert sum(name.endswith(".dist-info/licenses/LICENSE") for name in wheel) == 1
 
 
+@pytest.mark.integration
 def test_wheel_holds_all_data_files(wheel: list[str]) -> None:
     expected = [
         path.relative_to(ROOT).as_posix()
@@ -79,6 +81,7 @@ def test_image_context_has_all_sources_of_the_wheel() -> None:
     assert all((ROOT / name).exists() for name in docker_context())
 
 
+@pytest.mark.integration
 def test_wheel_shares_no_path_with_a_dependency(wheel: list[str]) -> None:
     ours = {name for name in wheel if ".dist-info/" not in name}
     installed = {distribution.metadata["Name"]: distribution for distribution in distributions()}

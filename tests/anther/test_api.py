@@ -13,6 +13,7 @@ import anther
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.integration
 def test_import_is_lazy() -> None:
     code = "import sys, anther; print(sorted({'torch', 'hydra', 'flwr', 'diffusers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -45,6 +45,7 @@ def run(program: Path, folder: Path, *words: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("words", [("keys", "--help"), ("device", "ledger", "--help"), ("client.cli.forget", "--help")])
 def test_modules_of_the_folder_are_not_imported(program: Path, tutorial: Path, words: tuple[str, ...]) -> None:
     done = run(program, tutorial, *words)
@@ -53,6 +54,7 @@ def test_modules_of_the_folder_are_not_imported(program: Path, tutorial: Path, w
     assert "wrong module" not in done.stdout + done.stderr
 
 
+@pytest.mark.integration
 def test_child_processes_import_our_modules(tutorial: Path) -> None:
     done = subprocess.run(
         processes.python("server.report.results", "--help"),
@@ -126,11 +128,13 @@ def test_unknown_command_gets_a_hint(words: list[str], said: str, capsys: pytest
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_arguments_reach_the_command(program: Path, tmp_path: Path) -> None:
     done = run(program, tmp_path, "simulate", "rounds=0")
     assert (done.returncode, done.stderr) == (2, "error: rounds=0: must be 1 or more\n")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("words", [["--help"], ["device", "ledger"], ["simulate", "--help"]])
 def test_closed_pipe_is_no_error(words: list[str], tmp_path: Path) -> None:
     """`anther device ledger | head` ends without a message."""

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -54,7 +54,6 @@ def splits(folder: Path) -> dict[str, str]:
     return {p.caption: name for name, split in zip(Pictures._fields, pictures, strict=True) for p in split}
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.lists(st.from_regex(r"[a-zé]{1,3}(/[a-z])?[0-9]{0,3}", fullmatch=True), min_size=1, max_size=5, unique=True))
 def test_added_picture_moves_no_other(names: list[str]) -> None:
     """Adding one picture to any folder leaves every other picture in its split."""

@@ -143,6 +143,7 @@ def test_errors_name_their_key(config: dict[str, object], named: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.integration
 def test_device_imports_neither_server_nor_flower() -> None:
     script = (
         "import sys, client.rounds.handler, client.device, client.rounds.scheduler\n"

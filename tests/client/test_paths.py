@@ -105,6 +105,7 @@ def node(data: Path) -> NodeConfig:
     return result
 
 
+@pytest.mark.integration
 def test_errors_come_before_any_request(anther: Path, tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="no such folder"):
         supervisor.run(node(tmp_path / "nowhere"))
@@ -114,6 +115,7 @@ def test_errors_come_before_any_request(anther: Path, tmp_path: Path) -> None:
         supervisor.run(node(tmp_path))
 
 
+@pytest.mark.integration
 def test_picture_check_ends_with_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "client.cli.check", str(tmp_path)], capture_output=True, text=True, check=False

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -39,7 +39,6 @@ def test_published_values() -> None:
 
 @given(keys=st.lists(KEYS, max_size=4), number=st.integers(0, 2**62))
 @example(keys=[-1, 2**63 - 1, -(2**63)], number=0)
-@settings(deadline=None)
 def test_child_is_splitmix64(keys: list[int], number: int) -> None:
     expected = [splitmix64(key, number) for key in keys]
     assert unsigned(counter_rng.child(np.array(keys, np.int64), number)) == expected
@@ -50,7 +49,6 @@ def test_child_is_splitmix64(keys: list[int], number: int) -> None:
 
 
 @given(keys=st.lists(KEYS, max_size=4), count=st.integers(0, 9))
-@settings(deadline=None)
 def test_uniforms_and_normals_use_the_stream(keys: list[int], count: int) -> None:
     """u is made of the first 53 bits; Box-Muller pairs of the upper and lower 32 bits of each number."""
     given_keys = np.array(keys, np.int64)
@@ -68,7 +66,6 @@ def test_uniforms_and_normals_use_the_stream(keys: list[int], count: int) -> Non
 
 
 @given(keys=st.lists(KEYS, max_size=3), count=st.integers(0, 9), fewer=st.integers(0, 9))
-@settings(deadline=None)
 def test_shorter_streams_are_prefixes(keys: list[int], count: int, fewer: int) -> None:
     tensor = torch.tensor(keys, dtype=torch.long)
     fewer = min(fewer, count)
@@ -76,7 +73,6 @@ def test_shorter_streams_are_prefixes(keys: list[int], count: int, fewer: int) -
 
 
 @given(keys=st.lists(KEYS, min_size=1, max_size=5), data=st.data())
-@settings(deadline=None)
 def test_streams_are_independent_of_the_batch(keys: list[int], data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(keys) - 1))
     alone = counter_rng.normals(torch.tensor(keys[index : index + 1]), 7)

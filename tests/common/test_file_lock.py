@@ -32,6 +32,7 @@ def open_store_in_child(files: FileStorage) -> tuple[int, int]:
     return child, go
 
 
+@pytest.mark.integration
 def test_second_process_is_refused(tmp_path: Path) -> None:
     files = FileStorage(tmp_path / "store")
     child, go = open_store_in_child(files)
@@ -48,6 +49,7 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.integration
 def test_killed_process_releases_the_lock(tmp_path: Path) -> None:
     files = FileStorage(tmp_path / "store")
     child, _ = open_store_in_child(files)
@@ -68,6 +70,7 @@ def test_lock_is_exclusive_within_a_process(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.integration
 def test_owner_command_fails_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

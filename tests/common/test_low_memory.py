@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from common import low_memory
 
 SCRIPT = """
@@ -22,6 +24,7 @@ print(transformers.__version__ > "")
 """
 
 
+@pytest.mark.integration
 def test_networks_import_no_unneeded_libraries() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -32,6 +32,7 @@ def test_present_command_exists(command: str) -> None:
         assert find(command.split()[1:]) is not None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("module", ["client.enroll", "simulations.audit", "bench.gate", "bench.quality"])
 def test_python_refuses_it(module: str) -> None:
     """Also where a package has the former name."""

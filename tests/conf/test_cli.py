@@ -156,6 +156,7 @@ def test_wrong_key_in_own_yaml_is_named(
     assert capsys.readouterr().err == "error: privacy.epsilonn: no such key; did you mean privacy.epsilon?\n"
 
 
+@pytest.mark.integration
 def test_program(tmp_path: Path) -> None:
     """In a new interpreter, in another folder: --cfg job, a one-line error, and --help."""
     (tmp_path / "app.py").write_text(APP)
@@ -187,6 +188,7 @@ def test_program(tmp_path: Path) -> None:
     assert helped.stdout.count("  anther simulate ") == 10  # the usage line and nine examples
 
 
+@pytest.mark.integration
 def test_server_help_lists_its_keys():
     found = subprocess.run(
         [sys.executable, "-m", "server.supervisor.run", "--help"],

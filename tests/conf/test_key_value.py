@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -51,7 +51,6 @@ def test_texts_are_verbatim(key, value):
     assert getattr(read(f"{key}={value}"), key) == value
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=30))
 def test_any_text_is_verbatim(value):
     word = f"fetch.folder={value}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -83,7 +83,6 @@ def test_folder_survives_shell_and_hydra(folder: str) -> None:
     assert compose(shlex.split(typed)).base.path == folder
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12))
 def test_quote_round_trip(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser

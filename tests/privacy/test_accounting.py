@@ -102,7 +102,7 @@ def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, del
     assert expected(1.005 * result) < target < expected(0.995 * result)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)  # an example composes two accountants
 @given(st.floats(0.7, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from([1e-3, 1e-6]))
 def test_renyi_accounting_is_an_upper_bound(sigma: float, rate: float, steps: int, delta: float) -> None:
     from opacus.accountants import RDPAccountant
@@ -123,7 +123,7 @@ def test_composition_is_independent_of_order() -> None:
     assert epsilon(mixed, 1e-3).value == epsilon(mixed[::-1], 1e-3).value > epsilon(mixed[:1], 1e-3).value
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)  # an example accounts for three mechanisms
 @given(st.floats(0.5, 20), st.floats(0.01, 0.9), st.integers(1, 200), st.floats(1.05, 2), st.sampled_from([1e-3, 1e-6]))
 def test_epsilon_is_monotonic(sigma: float, rate: float, steps: int, factor: float, delta: float) -> None:
     cost = epsilon(events(sigma, rate, steps), delta).value

@@ -110,7 +110,7 @@ QUICK |= {"quantized with error feedback", "personal B, some sites"}
 
 def mark_slow(names: Iterable[str]) -> list[ParameterSet]:
     """Mark all but a sample of the modes as slow."""
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.stress) for name in names]
 
 
 def run_neighbors(base: Base, folder: Path, mode: TrainingMode, *, removed: int) -> tuple[DeviceOutputs, DeviceOutputs]:
@@ -142,7 +142,7 @@ def check_sensitivity(having: DeviceOutputs, without: DeviceOutputs, clip: float
 
 @pytest.mark.parametrize("name", mark_slow(MODES))
 def test_removing_picture_changes_sums_by_clip_at_most(fine: Base, tmp_path: Path, name: str) -> None:
-    """All modes: python -m pytest -m "slow or not slow" tests/privacy/test_neighbors.py"""
+    """All modes: python -m pytest tests/privacy/test_neighbors.py"""
     removed = list(MODES).index(name) % len(ALL_PICTURES)
     check_sensitivity(*run_neighbors(fine, tmp_path, MODES[name], removed=removed), MODES[name].clip, EXACT)
 
@@ -275,7 +275,7 @@ def gain_in_steps(base: Base, folder: Path, members: Sequence[int], clip: float,
     ("clip", "memory"),
     [
         pytest.param(3e-4, PLENTY, id="some clipped"),
-        pytest.param(0.01, 2**24, id="little memory", marks=pytest.mark.slow),
+        pytest.param(0.01, 2**24, id="little memory", marks=pytest.mark.stress),
     ],
 )
 def test_removing_picture_changes_gain_by_its_own(base: Base, tmp_path: Path, clip: float, memory: int) -> None:

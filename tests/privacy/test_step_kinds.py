@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from privacy import accounting, step_kinds
@@ -56,7 +56,7 @@ def test_work_is_bounded(asked: list[StepKind], work: list[tuple[int, int]]) -> 
     assert max((count for count, _ in work), default=0) <= MAX_KINDS
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_work_is_bounded_for_any_events(work: list[tuple[int, int]]) -> None:
     generator = random.Random(1)
     for _ in range(150):
@@ -102,7 +102,6 @@ def test_few_kinds_are_unchanged() -> None:
 KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_000))
 
 
-@settings(max_examples=20)
 @given(st.lists(KIND, max_size=60))
 def test_merged_kinds_dominate(asked: list[StepKind]) -> None:
     """Each kind is counted as one with no more noise and no less sampling: some assignment covers all steps."""

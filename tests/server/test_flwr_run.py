@@ -50,7 +50,7 @@ def environment(tmp_path, pipeline_folder):
             continue
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(sys.platform != "linux", reason="finds Flower's processes in /proc")
 def test_flower_runs_the_bundle(tmp_path, environment, pipeline_folder):
     pytest.importorskip("ray", reason="pip install anther[ray]")

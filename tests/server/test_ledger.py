@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
@@ -127,7 +127,6 @@ def test_release_is_recorded_once(ledger, tmp_path):
 HISTORIES = st.lists(st.sets(st.sampled_from("abcd")), max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
 @given(HISTORIES, st.integers(0, 3))
 def test_spent_guarantee_matches_reference(asked, measured):
     charges = [charge(number, tuple(sorted(names))) for number, names in enumerate(asked)]

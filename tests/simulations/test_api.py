@@ -52,6 +52,7 @@ def test_resume_command_is_quoted_for_shell_and_hydra(folder: str, monkeypatch: 
     assert values == {"data.pictures": ["a b"], "hydra.run.dir": f"/tmp/{folder}", "resume": True}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_old_terminals_work(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, encoding: str) -> None:
     variables = {**environment, "PYTHONIOENCODING": encoding}

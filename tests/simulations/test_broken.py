@@ -207,7 +207,7 @@ def test_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 # Independence of the batch.
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_batch_dependent_arithmetic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load("glyphs", device="cpu")
     adapter, examples = batch_independence.chaotic_adapter(base), batch_independence.random_examples(base)
@@ -226,7 +226,7 @@ def test_batch_dependent_arithmetic_fails(monkeypatch: pytest.MonkeyPatch) -> No
 # Repetition.
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_honest_runs_pass_repeatedly() -> None:
     """200 small runs: about one test in a thousand has a p-value under 0.001, and none under 10⁻⁶."""
     small = [replace(PLAIN, side=16, rounds=2), replace(STEPS, side=8, optimizer="adamw"), replace(FEW, rounds=10)]

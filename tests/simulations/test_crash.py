@@ -121,6 +121,7 @@ def _epsilon_is_known() -> None:
     cache_epsilon(ROUNDS)
 
 
+@pytest.mark.integration
 def test_a_kill_at_every_statement(tmp_path: Path) -> None:
     states_by_step, seen = [], set()
     for step in itertools.count():
@@ -143,6 +144,7 @@ def test_a_kill_at_every_statement(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.integration
 def test_a_kill_within_a_commit(tmp_path: Path) -> None:
     """Kill at the byte that exceeds a limit on file sizes, in the database or in its rollback journal.
 
@@ -167,6 +169,7 @@ def test_a_kill_within_a_commit(tmp_path: Path) -> None:
     assert killed > 30
 
 
+@pytest.mark.integration
 def test_kills_at_random_times(tmp_path: Path) -> None:
     generator = random.Random(0)
 
@@ -181,6 +184,7 @@ def test_kills_at_random_times(tmp_path: Path) -> None:
     finish(tmp_path)
 
 
+@pytest.mark.integration
 def test_without_the_commits_the_checks_fail(tmp_path: Path) -> None:
     """A fleet that performs jobs before it commits is detected."""
 

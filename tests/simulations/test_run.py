@@ -104,7 +104,7 @@ def test_personal_adapter_loads_in_diffusers(
     assert pipe.get_active_adapters()
 
 
-@pytest.mark.slow  # the test of a killed run covers it too
+@pytest.mark.stress  # the test of a killed run covers it too
 def test_same_seed_gives_same_results(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     pipeline_folder: Path,
@@ -117,7 +117,7 @@ def test_same_seed_gives_same_results(
 
 @pytest.mark.parametrize(
     "phase",
-    ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("personalizing", "local baselines"))],
+    ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.stress) for one in ("personalizing", "local baselines"))],
 )
 def test_killed_and_resumed_run_gives_same_results(
     finished: tuple[Path, subprocess.CompletedProcess[str]],

@@ -44,7 +44,7 @@ def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
     return rounds
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_memory_depends_on_the_cohort_only(pipeline_folder: Path, tmp_path: Path) -> None:
     count = 300
     rounds = simulate(
@@ -63,7 +63,7 @@ def test_memory_depends_on_the_cohort_only(pipeline_folder: Path, tmp_path: Path
     assert last < 1.05 * first, f"{last - first} bytes more after round 6 than after round 3"
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_ten_thousand_devices(pipeline_folder: Path, tmp_path: Path) -> None:
     rounds = simulate(
         pipeline_folder, tmp_path, "data.devices=10000 cohort.size=500 rounds=20 privacy=example data.train=8"

@@ -23,7 +23,7 @@ WEEK = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_killed_and_resumed_timed_run_gives_same_results(pipeline_folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     done = run(pipeline_folder, tmp_path / "whole", environment, *WEEK)

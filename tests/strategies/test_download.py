@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import adapter_shapes, from_tensors, init_adapter, to_tensors
@@ -33,7 +33,6 @@ def _fake_logic(monkeypatch):
 
 @precisions
 @given(size=st.integers(1, 5), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
 def test_server_knows_the_decoded_adapter(precision, size, seed):
     current = random_adapter(size, seed)
     sent = encode_download(current, precision)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from client.rounds.handler import handle
@@ -35,7 +35,6 @@ def dense(result: Adapter, site: str, rank: int | None = None) -> torch.Tensor:
 RANKS = st.integers(1, 4)
 
 
-@settings(max_examples=25, deadline=None)
 @given(RANKS, RANKS, RANKS, st.lists(st.integers(0, 9), min_size=1, max_size=3))
 def test_rebase_product_adds_scaled_changes(rank_now, before, rank, ages):
     """Δ = Σ s(τ) (B_k A_k − B_v A_v) / K over the directions that a device trained."""
@@ -55,7 +54,6 @@ def test_rebase_product_adds_scaled_changes(rank_now, before, rank, ages):
         assert dense(after, site) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
 @given(RANKS, st.lists(st.integers(0, 9), min_size=1, max_size=3))
 def test_rebase_factors_adds_scaled_changes(rank, ages):
     current, started = adapter(rank, 1), adapter(rank, 2)

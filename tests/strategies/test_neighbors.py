@@ -217,12 +217,12 @@ def source(members: Sequence[int]) -> Callable[[int, str], NoiseSource]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODES]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.stress) for name in MODES]
 )
 def test_one_device_moves_the_sum_by_at_most_the_clip(
     base: Base, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All modes: python -m pytest -m "slow or not slow" tests/strategies/test_neighbors.py"""
+    """All modes: python -m pytest tests/strategies/test_neighbors.py"""
     mode = MODES[name]
     runs = []
     for present in ("abc", "bc"):
@@ -246,14 +246,14 @@ def test_one_device_moves_the_sum_by_at_most_the_clip(
         assert all(0 < moved <= GAIN * (1 + 1e-9) for moved in result)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.parametrize("rule", [FedIT(), FedSB()], ids=["factors", "cores"])
 def test_both_levels_hide_a_picture_on_its_device(
     base: Base, tmp_path: Path, rule: Aggregation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's view is bitwise equal if every noised iterate is.
 
-    Takes ten seconds: python -m pytest -m slow tests/strategies/test_neighbors.py
+    Takes ten seconds: python -m pytest -m stress tests/strategies/test_neighbors.py
     """
     runs = []
     for members in (PLACES, PLACES[1:]):

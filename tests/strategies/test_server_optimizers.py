@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.compose import compose
@@ -51,14 +51,12 @@ def run_steps(rule, x, changes):
 
 @pytest.mark.parametrize("rule", RULES)
 @given(changes=st.lists(st.floats(0.01, 1.0) | st.floats(-1.0, -0.01), min_size=1, max_size=6), x=st.floats(-1, 1))
-@settings(max_examples=40)
 def test_steps_match_the_papers(rule, changes, x):
     result, expected = run_steps(rule, x, changes)
     assert result == pytest.approx(expected, rel=1e-3, abs=1e-4)  # each change is a float32 difference
 
 
 @given(sent=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=2))
-@settings(max_examples=100)
 def test_full_step_without_momentum_is_the_mean(sent):
     current, mean = ({"x.lora_A": torch.tensor([[number]])} for number in sent)
     result, memory = FedAvgM(lr=1.0, momentum=0.0).step(current, mean, {"mean": {"x.lora_A": torch.ones(1, 1)}})
@@ -110,7 +108,6 @@ def test_values_out_of_range(options):
 
 
 @given(round_=rounds(ranks=(1, 4)))
-@settings(max_examples=20)
 def test_full_step_has_the_mean_product(round_):
     """For exact, the change is that of aligned factors, and a full step has the mean product."""
     current, updates = round_

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -71,7 +71,6 @@ def draws_of_entries(batch: StepBatch) -> list[tuple[float, ...]]:
 
 
 @given(pictures=st.integers(1, 6), size=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_each_epoch_has_every_picture_once(pictures: int, size: int, seed: int) -> None:
     result = steps(job(pictures, batch_size=size, seed=seed), 2 * pictures)
     assert all(batch.size == size for batch in result)
@@ -87,7 +86,6 @@ def test_shuffles_are_uniform() -> None:
 
 
 @given(size=st.integers(1, 9), prior=st.booleans())
-@settings(deadline=None)
 def test_weights_average_over_the_batch(size: int, prior: bool) -> None:
     plan = job(4, batch_size=size, prior=Prior(examples=examples(3), weight=0.25) if prior else None)
     batch = BatchSampler(plan).next()
@@ -99,7 +97,6 @@ def test_weights_average_over_the_batch(size: int, prior: bool) -> None:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_removing_pictures_keeps_the_draws_of_others(data: st.DataObject) -> None:
     """Needed for add/remove-one: otherwise the difference of the clipped sums is more than one picture's gradient."""
     names = data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True))
@@ -168,7 +165,6 @@ def test_private_job_without_pictures() -> None:
 
 
 @given(views=st.integers(1, 4), draws=st.integers(1, 5), pictures=st.integers(1, 4))
-@settings(deadline=None)
 def test_draws_cycle_through_views(views: int, draws: int, pictures: int) -> None:
     """Over all steps, no view is used twice before each was used once, and all views are of the same picture."""
     result = steps(private("abcdefgh"[:pictures], draws=draws, views=views), 4)
@@ -180,7 +176,6 @@ def test_draws_cycle_through_views(views: int, draws: int, pictures: int) -> Non
 
 
 @given(views=st.integers(1, 3), pictures=st.integers(1, 4), size=st.integers(1, 5))
-@settings(deadline=None)
 def test_non_private_batch_uses_one_view_per_picture(views: int, pictures: int, size: int) -> None:
     result = steps(job(pictures, views=views, batch_size=size), 3 * views)
     for step, batch in enumerate(result):

@@ -86,7 +86,7 @@ def test_peak_memory_is_within_the_budget(base: Base) -> None:
         check_peak(base, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.usefixtures("single_threaded")
 def test_peak_memory_is_within_the_budget_for_200_lists(base: Base) -> None:
     for seed in range(1000, 1200):

@@ -104,7 +104,7 @@ def test_one_job_at_a_time(fine: Base, reference_results: list[Adapter]) -> None
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)  # an example trains up to five clients
 def test_any_jobs_in_any_memory(fine: Base, reference_results: list[Adapter], data: st.DataObject) -> None:
     """From memory for one job and one entry to more than enough."""
     places = data.draw(st.lists(st.integers(0, len(reference_results) - 1), min_size=1, max_size=5, unique=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training.optimizer import AdamW
@@ -14,7 +14,6 @@ SUBSETS = st.lists(st.lists(st.integers(0, 4), unique=True), max_size=8)
 
 
 @given(steps=SUBSETS, dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_rows_match_separate_optimizers(steps: list[list[int]], dtype: torch.dtype, seed: int) -> None:
     """Rows at different steps and learning rates, in any order, including none."""
     generator = torch.Generator().manual_seed(seed)

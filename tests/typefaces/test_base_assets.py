@@ -63,7 +63,7 @@ def test_samples_are_reproducible(pipe: StableDiffusionPipeline) -> None:
     assert not np.array_equal(first, different)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_samples_are_legible(pipe: StableDiffusionPipeline) -> None:
     share, pictures = legibility(pipe, load(), count=62, guidance=1.5, steps=10, seed=11)
     assert share >= 0.93

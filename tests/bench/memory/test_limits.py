@@ -29,6 +29,7 @@ def python(text: str, limit: int | None) -> str | None:
     return run_limited([sys.executable, "-c", text], limit, dict(os.environ))
 
 
+@pytest.mark.integration
 @linux
 def test_process_above_the_limit_is_killed() -> None:
     grows = "import time; x = bytearray(200 << 20); time.sleep(0.5); print(len(x))"
@@ -36,6 +37,7 @@ def test_process_above_the_limit_is_killed() -> None:
     assert python(grows, 400 * MIB) == python(grows, None) == f"{200 << 20}\n"
 
 
+@pytest.mark.integration
 @linux
 def test_other_failures_raise() -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -54,7 +56,7 @@ def test_killed_plan_or_needless_refusal_is_unsound(peak: int | None, above: int
     assert row_of_device["above_share"] == above / 1024
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_equal_cases_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the best option fits, there is none above it."""
     ran: list[Any] = []

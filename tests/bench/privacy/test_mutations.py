@@ -63,6 +63,7 @@ def test_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
     assert f"def {name.split('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sorted(SAMPLE))
 def test_sample_mutants_are_caught(copied: Path, name: str) -> None:
     ((level, mutant),) = select_mutants(name)
@@ -70,16 +71,16 @@ def test_sample_mutants_are_caught(copied: Path, name: str) -> None:
     assert verdict.caught, verdict.said
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_all_other_mutants_are_caught(copied: Path) -> None:
-    """Takes minutes: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
+    """Takes minutes: python -m pytest -m stress tests/bench/privacy/test_mutations.py"""
     verdicts = [judge(level, mutant, copied) for level, mutant in EVERY if mutant.name not in SAMPLE]
     assert [verdict.mutant.name for verdict in verdicts if not verdict.caught] == []
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_survivors_and_broken_tests_are_not_caught(copied: Path) -> None:
-    """Takes half a minute: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
+    """Takes half a minute: python -m pytest -m stress tests/bench/privacy/test_mutations.py"""
     _, mutant = select_mutants("noise redrawn on a resend")[0]
     assert run_tests(copied, [mutant.test])[0] == PASSED
     assert not judge("image", mutant._replace(new=f"{mutant.old} "), copied).caught  # changes nothing

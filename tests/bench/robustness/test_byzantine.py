@@ -77,7 +77,7 @@ def test_completed_run_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
     assert "sign flip" in ATTACKS
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_backdoor_runs_through_the_real_loop(tmp_path: Any) -> None:
     overrides = (*SMALL, "data.writers=5", "rounds=1", "adapter.shared.steps=1", "data.test=1")
     case = ByzantineCase(

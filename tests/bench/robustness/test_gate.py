@@ -15,7 +15,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.robustness.attack_corpus import (
@@ -85,17 +85,17 @@ def fuzz(entry_points: dict[str, Ingress], name: str, random: Random) -> str:
     return judge(entry_points[name], attack)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500)  # few mutations of a message get past its first checks
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
 def test_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
     fuzz(entry_points, name, random)
 
 
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+@pytest.mark.stress
+@settings(max_examples=20_000, database=None)  # the number of the claim
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
 def test_many_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
-    """Run with `pytest -m slow`; `anther bench gate` sends as many messages at the real base's sizes."""
+    """`anther bench gate` sends as many messages at the real base's sizes."""
     fuzz(entry_points, name, random)
 
 
@@ -206,9 +206,9 @@ def test_crashes_are_failures() -> None:
     assert table(rows, {}).row_count == 3
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_whole_measurement(tmp_path: Path) -> None:
-    """Run with `pytest -m slow`; with small sizes and few messages the bounds hold with a large margin."""
+    """Run with `pytest -m stress`; with small sizes and few messages the bounds hold with a large margin."""
     torch.set_num_threads(1)
     gate, peer = run(SITES, rank=RANK, fuzzed=500, seed=1, folder=tmp_path, empty=10_000)
     assert [line for line in failures(gate) if " at worst" not in line] == []

@@ -41,12 +41,14 @@ time.sleep(600)
 """
 
 
+@pytest.mark.integration
 def test_simulation_is_ended_after_its_round(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SIMULATION, str(tmp_path / "metrics.jsonl")]
     assert 1.2 <= run_until_round(command, tmp_path, 3) < 60
     assert [line["round"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]  # incomplete lines are ignored
 
 
+@pytest.mark.integration
 def test_early_exit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with 3 after no round"):
         run_until_round([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 2)

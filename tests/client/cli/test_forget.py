@@ -136,6 +136,7 @@ def test_forget_needs_no_key(files: FileStorage, tmp_path: Path, monkeypatch: py
     opened.ledger.reserve(replace(FIRST, round=9), free)
 
 
+@pytest.mark.integration
 def test_forget_can_be_repeated_after_kill(files: FileStorage, tmp_path: Path) -> None:
     def forgotten() -> None:
         assert run(["--all", "--yes"]) == 0

@@ -59,6 +59,7 @@ def test_leave_needs_confirmation_and_lock(home: Path, tmp_path: Path, capsys: p
     assert (home / "node.conf").exists()
 
 
+@pytest.mark.integration
 def test_leave_can_be_repeated_after_kill(home: Path, tmp_path: Path) -> None:
     def leave() -> None:
         assert main(["--yes"]) == 0

@@ -158,6 +158,7 @@ def test_reset_needs_confirmation_and_keeps_old_ledger(
     assert len(ledger.entries()) == 1
 
 
+@pytest.mark.integration
 def test_ledger_as_program(home: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "ANTHER_HOME": str(home)}
     command = [sys.executable, "-m", "client.cli.ledger", "--store", str(home / "x")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from client.planning import plan_search as plan_search
@@ -75,7 +75,6 @@ def test_settings_are_sorted_best_first() -> None:
 
 
 @given(memory=st.floats(0.3, 10), pictures=st.integers(1, 9), rungs=st.integers(0, 4))
-@settings(deadline=None)
 def test_best_option_uses_fastest_microbatch(memory: float, pictures: int, rungs: int) -> None:
     options, best = best_of(memory, batch_size=pictures, alternatives=rungs, steps=1, min_steps=1, max_hours=1e9)
     able = [setting for setting in ALL if fits(setting, memory)]

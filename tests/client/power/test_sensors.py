@@ -112,6 +112,7 @@ def test_file_replaces_sensors(tmp_path: Path) -> None:
         choose_sensors(PowerConfig(meter="file", file=str(file)), system(tmp_path))
 
 
+@pytest.mark.integration
 def test_imports_are_light() -> None:
     """A device can be asked whether it may train before anything large is loaded."""
     script = (

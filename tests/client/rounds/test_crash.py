@@ -218,9 +218,14 @@ def _epsilon_is_known() -> None:
     cache_epsilon(ROUNDS)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "every"),
-    [(DeviceProcess, 1), (EncryptedDeviceProcess, 5), pytest.param(EncryptedDeviceProcess, 1, marks=pytest.mark.slow)],
+    [
+        (DeviceProcess, 1),
+        (EncryptedDeviceProcess, 5),
+        pytest.param(EncryptedDeviceProcess, 1, marks=pytest.mark.stress),
+    ],
 )
 def test_kill_at_every_durable_step(kind: type[DeviceProcess], every: int, tmp_path: Path) -> None:
     observed = set()
@@ -243,6 +248,7 @@ def new_process(folder: Path, kind: type[DeviceProcess] = DeviceProcess) -> Devi
     return kind(folder, Performer())
 
 
+@pytest.mark.integration
 def test_restored_backup_is_refused(tmp_path: Path) -> None:
     """Restore a backup from before or after any durable step of a device that then continued."""
     refused = stored = 0
@@ -319,13 +325,14 @@ def process_in(base: Base) -> Callable[[Path], DeviceProcess]:
     return create
 
 
+@pytest.mark.integration
 def test_random_kills_of_real_rounds(process_in: Callable[[Path], DeviceProcess], tmp_path: Path) -> None:
     print(kills(process_in, tmp_path, points=10, seed=0))
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_two_hundred_random_kills(process_in: Callable[[Path], DeviceProcess], tmp_path: Path) -> None:
-    """Print the full table: `python -m pytest -m slow -s tests/client/rounds/test_crash.py`."""
+    """Print the full table: `python -m pytest -m stress -s tests/client/rounds/test_crash.py`."""
     table = kills(process_in, tmp_path, points=200, seed=1)
     print(table)
     assert min(table.values()) > 20

@@ -113,6 +113,7 @@ class Asgi(httpx.BaseTransport):
         return asyncio.run(answered())
 
 
+@pytest.mark.integration
 def test_fetch_continues_after_kill_at_every_step(
     base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def extra_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrate, "STEPS", (*migrate.STEPS, move_file, rewrite_file))
 
 
+@pytest.mark.integration
 def test_kill_at_every_step_of_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extra_steps(monkeypatch)
     seed = (store_without_version(tmp_path / "whole").folder / "seed").read_bytes()

@@ -105,7 +105,8 @@ def test_store_with_key_is_encrypted(when: str, federation: str | None, key: Pat
         inspect_store(files)
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.integration
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.stress)])
 def test_kill_at_every_step_of_encryption(every: int, key: Path, tmp_path: Path) -> None:
     assert key.exists()
     whole = files_in(tmp_path / "whole")

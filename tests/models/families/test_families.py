@@ -187,7 +187,7 @@ def test_adapters_equal_merged_weights(tiny: TinyPipeline, examples: Examples) -
         assert (result[row] - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
     """Nothing leaves the device or depends on values, also at another resolution."""
     if tiny.base.family.forward is call_unet:

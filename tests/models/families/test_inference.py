@@ -21,7 +21,7 @@ from tests.models.conftest import TinyPipeline
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_printed_lines_run(tiny: TinyPipeline, tmp_path: Path) -> None:
     """In a separate process and another folder; the adapter has an effect."""
     name, script = 'it\'s <a> "name".with_shared', "import os\nimport torch\n"

@@ -56,6 +56,7 @@ _EAGER = """
 """
 
 
+@pytest.mark.integration
 def test_class_loads_without_neighbors() -> None:
     """In a fresh process, since this one may have imported all of diffusers."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(_EAGER)], capture_output=True, text=True, check=False)

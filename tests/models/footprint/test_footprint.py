@@ -208,6 +208,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists() or platform.machine() != "x86_64",
     reason="peaks are read as Linux tells them, of the kernels that the model was fitted on",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,7 +78,6 @@ def check(slotted: SlotLayer, x: Tensor, stacks: Sequence[BatchedFactors]) -> No
     rank=st.integers(0, 3),
     bias=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
 def test_slot_linear_equals_merged_weights(
     slots: list[int], per_slot: int, between: list[int], rank: int, bias: bool
 ) -> None:
@@ -97,7 +96,6 @@ def test_slot_linear_equals_merged_weights(
     rank=st.integers(1, 3),
     channels_last=st.booleans(),
 )
-@settings(deadline=None, max_examples=80)
 def test_slot_conv2d_equals_merged_weights(
     kernel: tuple[int, int],
     stride: int,
@@ -193,7 +191,6 @@ def expected_row(sites: Sites, rank: int, adapter: Adapter, fill: float | None =
 
 
 @given(ranks=RANKS, rank=st.integers(4, 5), start=st.booleans())
-@settings(deadline=None)
 def test_pack_unpack_and_mask(ranks: dict[str, int], rank: int, start: bool) -> None:
     adapter = random_adapter(SITES, ranks)
     if start:  # B = 0: its zeros are not padding
@@ -255,7 +252,6 @@ def test_from_parts_equals_stacks() -> None:
 
 
 @given(ranks=st.lists(st.none() | RANKS, min_size=1, max_size=4))
-@settings(deadline=None)
 def test_stacking_preserves_products(ranks: list[dict[str, int] | None]) -> None:
     adapters = [None if each is None else random_adapter(SITES, each, seed) for seed, each in enumerate(ranks)]
     stacks = stack_adapters(SITES, adapters)

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Adapter, Factors, adapter_shapes, select_sites, split_rank
@@ -49,7 +49,6 @@ def random_case(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Ad
 
 
 @kinds
-@settings(max_examples=20, deadline=None)
 @given(rank=st.integers(0, RANK), seed=st.integers(0, 100), sites=SOME)
 def test_trained_tensors_round_trip(trains: str, rank: int, seed: int, sites: set[str]) -> None:
     sent, trained, bases = random_case(trains, rank, seed)
@@ -63,7 +62,6 @@ def test_trained_tensors_round_trip(trains: str, rank: int, seed: int, sites: se
 
 
 @kinds
-@settings(max_examples=20, deadline=None)
 @given(rank=st.integers(0, RANK), seed=st.integers(0, 100), sites=SOME)
 def test_partial_row_round_trip(trains: str, rank: int, seed: int, sites: set[str]) -> None:
     """Also for smaller ranks and some sites; the rest of the row is zero and masked."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
@@ -64,7 +64,6 @@ def test_p_value_of_randomized_response_is_exact() -> None:
 
 
 @given(m=st.integers(5, 400), mu=st.floats(0.1, 3), significance=st.sampled_from([0.05, 0.001]))
-@settings(max_examples=60, deadline=None)
 def test_f_dp_does_not_refute_a_true_gaussian(m: int, mu: float, significance: float) -> None:
     """m independent bits, each seen through N(±μ/2, 1): the best guesses are correct with probability Φ(μ/2)."""
     right = int(binom.isf(significance, m, norm.cdf(mu / 2)))  # P[V ≥ right] > significance
@@ -81,7 +80,6 @@ def test_f_dp_refutes_a_false_gaussian() -> None:
 
 
 @given(correct=st.integers(0, 99), significance=st.floats(0.001, 0.2))
-@settings(max_examples=30, deadline=None)
 def test_bounds_grow_with_correct_guesses(correct: int, significance: float) -> None:
     fewer, more = Guesses(200, 100, correct), Guesses(200, 100, correct + 1)
     assert empirical.one_run_epsilon(fewer, DELTA, significance) <= empirical.one_run_epsilon(more, DELTA, significance)

@@ -235,7 +235,7 @@ def complete_ledger(tmp_path: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in (tmp_path / "device" / JOURNAL, tmp_path / "device.heads" / JOURNAL)}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_flipped_bit_is_detected(complete_ledger: dict[Path, bytes], at: int, bit: int) -> None:
     """In the journal it breaks a link or contradicts the head; in the head it contradicts the journal."""
@@ -250,6 +250,7 @@ def test_flipped_bit_is_detected(complete_ledger: dict[Path, bytes], at: int, bi
         every.write_bytes(data)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("form", STORED_DEVICES)
 def test_concurrent_processes_keep_one_chain(form: type[FileDevice], tmp_path: Path) -> None:
     """The processes also enroll concurrently."""

@@ -184,6 +184,7 @@ except MemoryError:
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA")
 def test_memory_limit_applies_only_inside() -> None:
     root = Path(__file__).parents[3]

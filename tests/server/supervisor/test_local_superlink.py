@@ -68,10 +68,12 @@ def connect(port, python=sys.executable, **options):
     return subprocess.run(words, capture_output=True, text=True, check=False, **options).stdout
 
 
+@pytest.mark.integration
 def test_own_user_connects(port):
     assert connect(port) == "welcome"
 
 
+@pytest.mark.integration
 @needs_another_user
 def test_other_user_is_disconnected(port, capfd):
     for _ in range(3):
@@ -86,6 +88,7 @@ print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=1
 """
 
 
+@pytest.mark.integration
 @needs_another_user
 def test_superlink_answers_only_its_user(tmp_path):
     port = free_port()
@@ -115,6 +118,7 @@ def test_superlink_answers_only_its_user(tmp_path):
         running.wait()
 
 
+@pytest.mark.integration
 def test_port_in_use_is_reported(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -47,6 +47,7 @@ DEVICE = ("test=true", "seed=7", "device=cpu")  # comparable with the simulation
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
+@pytest.mark.integration
 def test_federation_of_processes(tmp_path, monkeypatch):
     """All checks are in one test, since another pytest worker would run the federation again."""
     folder = tmp_path / "federation"

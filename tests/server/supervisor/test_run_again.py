@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[3]
 WORDS = ["rounds=1", "cohort.size=1"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("words", "refused"), [([], True), (["server.allow_rerun=true"], False)])
 def test_finished_run_is_not_restarted(tmp_path: Path, words: list[str], refused: bool) -> None:
     folder = run_dirs.run_folder(" ".join(run_overrides(WORDS, 100)), tmp_path / "runs")
@@ -44,6 +45,7 @@ def test_finished_run_is_not_restarted(tmp_path: Path, words: list[str], refused
     assert (f"{folder}: the run of this configuration is over" in done.stderr) == refused, done.stderr
 
 
+@pytest.mark.integration
 def test_second_server_is_refused(tmp_path: Path) -> None:
     """A second server would register the same devices with another SuperLink."""
     command = [sys.executable, "-m", "server.supervisor.run", *WORDS, "server.hostnames=[127.0.0.1]"]

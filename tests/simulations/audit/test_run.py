@@ -142,7 +142,7 @@ def test_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path: 
         membership.attack([membership.load(folder)], AuditConfig().membership, confidence=0.95, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_run_on_shipped_base_is_attacked(tmp_path: Path) -> None:
     """Run a real federation, then the audit of its results."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -281,7 +281,7 @@ def test_loop_is_sound_and_missing_noise_detected(monkeypatch: pytest.MonkeyPatc
     assert not run.audit(config, lines.append).sound
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.parametrize("scale", [1.0, 0.7, 0.5])
 def test_too_little_noise_fails_the_audit(
     scale: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
@@ -21,7 +21,6 @@ def test_daily_span_over_midnight():
     assert DailySchedule([0.0, 24.0], [0.0, 24.0]).next_change(0.0) == float("inf")
 
 
-@settings(max_examples=50)
 @given(st.floats(0, 20 * DAY), st.integers(0, 9), st.floats(0, 7200))
 def test_next_change_is_the_first(time, seed, jitter):
     recorded = RecordedSchedule([(0.0, HOUR), (5 * HOUR, 30 * HOUR)])

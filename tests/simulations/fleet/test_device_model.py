@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.units import HOUR
@@ -69,7 +69,6 @@ HABITS = st.builds(
 )
 
 
-@settings(max_examples=60)
 @given(BODIES, HABITS, st.floats(0, 1), st.floats(10, 20_000), st.booleans())
 def test_work_and_energy_add_up(power_model, availability, charged, work, interruptible):
     start = DeviceState(time=3 * DAY, charge=charged * power_model.capacity)
@@ -93,7 +92,6 @@ def test_work_and_energy_add_up(power_model, availability, charged, work, interr
     assert interruptible or done.abort_reason != LEFT
 
 
-@settings(max_examples=20, deadline=None)
 @given(BODIES, HABITS, st.floats(0, 1), st.floats(100, 3 * DAY))
 def test_state_does_not_depend_on_sampling(power_model, availability, charged, seconds):
     assume(abs(seconds - power_model.cooldown) > 1e-3)  # at the exact end rounding decides whether it is cool

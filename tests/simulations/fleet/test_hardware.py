@@ -91,7 +91,7 @@ def test_stated_rate_without_base_always_holds(base: Base):
         compose(f"'fleet.profiles=[{own[:-1]}, measured_on: glyphs}}]'")
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_stable_diffusion_on_pi_takes_planned_time():
     """About 106 s a step at 512 pixels."""
     (pi,) = [p for p in compose("fleet=pis").fleet.profiles if p.name == "pi4_4gb"]

@@ -173,6 +173,7 @@ def test_lock_of_another_process_is_reported(database: Database, monkeypatch: py
     assert read_from_other_process(database) == b"0"
 
 
+@pytest.mark.integration
 def test_concurrent_creation_is_safe(tmp_path: Path) -> None:
     """The processes of `grid=ray` create it concurrently."""
     for attempt in range(5):

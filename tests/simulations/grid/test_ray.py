@@ -104,7 +104,7 @@ def command(base: Path, folder: Path, *overrides: str) -> list[str]:
     return [*run, f"hydra.run.dir={folder}"]
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_interrupted_and_resumed_run_equals_serial(pipeline_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="pip install anther[ray]")
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path / "home")}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
@@ -16,7 +16,6 @@ def aggregate(current, updates, **settings):
     return Exact(**{"rank": 4, "max_rank": None, "seed": 0} | settings).aggregate(current, updates, round=1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(rounds())
 def test_mean_of_products_with_mixed_ranks_weights_and_sites(round):
     current, updates = round
@@ -31,7 +30,6 @@ def test_mean_of_products_with_mixed_ranks_weights_and_sites(round):
     assert result.diagnostics["residual"] < 1e-6
 
 
-@settings(max_examples=30, deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
 def test_order_of_devices_does_not_matter(round, shuffled):
     current, updates = round
@@ -42,7 +40,6 @@ def test_order_of_devices_does_not_matter(round, shuffled):
         assert all(close(dense(first, site), dense(second, site)) for site in SITES)
 
 
-@settings(max_examples=30, deadline=None)
 @given(rounds(ranks=(1, 4)), st.integers(0, 2**31))
 def test_factorization_does_not_matter(round, seed):
     """Replace factors by B M and M⁻¹ A, for random M `[r, r]` with singular values between 1/4 and 4."""
@@ -63,7 +60,6 @@ def test_factorization_does_not_matter(round, seed):
         assert close(dense(second.adapter, site), true_mean(current, updates, site))
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 2**31))
 def test_max_rank_keeps_the_best_approximation(ranks, seed):
     current = random_adapter(4, seed)
@@ -81,7 +77,6 @@ def test_max_rank_keeps_the_best_approximation(ranks, seed):
     assert result.diagnostics["residual"] == pytest.approx(np.mean(residuals), abs=1e-7)
 
 
-@settings(max_examples=20, deadline=None)
 @given(rounds(ranks=(1, 4)), st.floats(0.05, 0.99))
 def test_energy_determines_the_live_directions(round, energy):
     current, updates = round

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
@@ -31,7 +31,6 @@ def accumulate(result, *, max_rank, seed=0):
 shapes = st.tuples(st.integers(0, 6), st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(max_examples=40, deadline=None)
 @given(shapes, st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 99))
 def test_compress_gives_the_best_low_rank_product(shape, max_rank, seed):
     size, inputs, outputs = shape
@@ -44,7 +43,6 @@ def test_compress_gives_the_best_low_rank_product(shape, max_rank, seed):
     assert result.energy == pytest.approx((expected**2).sum() / (full**2).sum() if full.any() else 1.0)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=6), st.floats(0.05, 1.0))
 def test_energy_limits_the_directions(sigma, energy):
     a, b = torch.eye(8, dtype=torch.float64)[: len(sigma)], torch.eye(7, dtype=torch.float64)[:, : len(sigma)]
@@ -127,7 +125,6 @@ def test_residual_of_products():
     assert relative_residual(a, b, c, d) == pytest.approx(float(expected))
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(0, 99))
 def test_residual_is_equal_for_matrix_and_stack(ranks, seed):
     """Six devices of rank 3 have more directions than a 7 × 5 site."""

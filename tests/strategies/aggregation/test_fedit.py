@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from common.errors import AntherError
 from strategies.aggregation.fedit import FedIT
 from tests.helpers.means import SITES, dense, distance, random_adapter, rounds, true_mean
 
 
-@settings(max_examples=40, deadline=None)
 @given(rounds(ranks=(4, 4)))
 def test_factors_are_averaged_over_the_devices_of_a_site(round):
     current, updates = round

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
@@ -20,7 +20,6 @@ EXACT = {"ffa": FFA(), "rolora": RoLoRA(), "fedsvd": FedSVD(seed=0), "fedsb": Fe
 
 
 @pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-@settings(max_examples=30, deadline=None)
 @given(data=st.data(), number=st.integers(1, 2))
 def test_product_is_the_mean_of_products(rule, data, number):
     current, updates = data.draw(rounds() if rule.mixed_ranks else rounds(ranks=(4, 4)))
@@ -33,7 +32,6 @@ def test_product_is_the_mean_of_products(rule, data, number):
 
 
 @pytest.mark.parametrize("rule", [FFA(), RoLoRA(), FedSA(), FedSB()])
-@settings(max_examples=20, deadline=None)
 @given(round_=rounds(ranks=(4, 4)), number=st.integers(1, 2))
 def test_other_factor_is_bitwise_unchanged(rule, round_, number):
     current, updates = round_
@@ -48,7 +46,6 @@ def test_rolora_alternates_starting_with_b():
     assert [RoLoRA().trains(number) for number in range(1, 5)] == ["b", "a", "b", "a"]
 
 
-@settings(max_examples=20, deadline=None)
 @given(rounds(ranks=(4, 4)))
 def test_fedsa_averages_a_over_its_devices(round_):
     current, updates = round_
@@ -60,7 +57,6 @@ def test_fedsa_averages_a_over_its_devices(round_):
             assert close(result[site].a.double().numpy(), expected)
 
 
-@settings(max_examples=30, deadline=None)
 @given(rounds(ranks=(0, 4)))
 def test_fedsvd_decomposes_the_mean(round_):
     """Rows of A are right singular vectors, columns of B left ones times σ, in descending order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import split_rank
@@ -59,7 +59,6 @@ def test_empty_rounds_and_invalid_weights_are_refused(rule):
 
 
 @rules
-@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_untrained_sites_stay_and_order_does_not_matter(rule, data):
     current, updates = data.draw(rounds() if rule.mixed_ranks else rounds(ranks=(4, 4)))
@@ -117,7 +116,6 @@ def test_next_round_can_train_the_result(rule):
         assert not b.any()
 
 
-@settings(max_examples=40, deadline=None)
 @given(rounds())
 def test_flora_stacks_the_mean_after_fresh_directions(round):
     current, updates = round
@@ -129,7 +127,6 @@ def test_flora_stacks_the_mean_after_fresh_directions(round):
         assert (result[site].a[:4].norm(dim=1) > 0.1).all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(rounds())
 def test_flexlora_truncates_the_mean_of_sent_products(round):
     current, updates = round
@@ -143,7 +140,6 @@ def test_flexlora_truncates_the_mean_of_sent_products(round):
             assert len(result.adapter[site].a) == 4
 
 
-@settings(max_examples=40, deadline=None)
 @given(rounds())
 def test_raflora_averages_directions_over_their_devices(round):
     current, updates = round
@@ -175,7 +171,6 @@ def test_raflora_prevents_rank_collapse():
     assert strength["flexlora"] < 1e-3 * full
 
 
-@settings(max_examples=40, deadline=None)
 @given(rounds())
 def test_hetlora_weights_factors_by_product_norm(round):
     current, updates = round

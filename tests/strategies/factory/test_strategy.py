@@ -203,10 +203,10 @@ def private(overrides, folder, *, accept_simulated=True):
 
 @pytest.mark.parametrize(
     ("target", "sigma"),
-    [pytest.param(1, 2.06, marks=pytest.mark.slow), pytest.param(4, 0.91, marks=pytest.mark.slow), (8, 0.66)],
+    [pytest.param(1, 2.06, marks=pytest.mark.stress), pytest.param(4, 0.91, marks=pytest.mark.stress), (8, 0.66)],
 )
 def test_noise_of_a_secret_sample(tmp_path, target, sigma):
-    """100 devices, 10 per round, 50 rounds, δ = 1e-3. For the slow cases: pytest -m slow tests/strategies."""
+    """100 devices, 10 per round, 50 rounds, δ = 1e-3. More cases: pytest -m stress tests/strategies."""
     selected = (
         f"aggregation=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 cohort.sampling_rate=0.1"
     )

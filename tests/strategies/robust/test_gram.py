@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
@@ -32,7 +32,6 @@ def refactored(adapter, seed):
     return result
 
 
-@settings(max_examples=30, deadline=None)
 @given(rounds())
 def test_inner_products_match_dense_matrices(round):
     current, updates = round
@@ -48,7 +47,6 @@ def test_inner_products_match_dense_matrices(round):
     assert result.weights.tolist() == [weight for _, weight in updates]
 
 
-@settings(max_examples=30, deadline=None)
 @given(rounds())
 def test_factorization_does_not_matter(round):
     current, updates = round
@@ -63,7 +61,6 @@ def test_blocks_of_rows_give_the_same_result(monkeypatch):
     assert torch.allclose(changes(current, updates).gram, expected, rtol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 5))
 def test_norms_and_distances_match_dense_vectors(seed, devices):
     current = random_adapter(4, seed)
@@ -123,7 +120,6 @@ def site_by_site(current, updates):
     }
 
 
-@settings(max_examples=40, deadline=None)
 @given(rounds())
 def test_groups_match_single_sites(round):
     """Includes subsets of devices and scaled changes."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
@@ -88,7 +88,6 @@ def server():
 START, SENT, LATER = adapter(0), moved(adapter(0), 1), moved(adapter(0), 2)
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.sets(st.sampled_from(sorted(SHAPES)), min_size=1), st.floats(0.05, 3.0))
 def test_distances_approximate_dense_products(seed, at, by):
     start, before, probes = adapter(seed), adapter(seed + 1, size=3, at=at), draw_probes(SITES, 2000, seed)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.robust import UpdateGeometry
@@ -58,7 +58,6 @@ def attacked(draw, fraction=0.2):
 
 
 @rules
-@settings(max_examples=30, deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
 def test_order_does_not_matter_and_a_device_remains(rule, round, shuffled):
     current, updates = round
@@ -104,7 +103,6 @@ def test_untrained_device_does_not_affect_others(rule):
         assert torch.allclose(shares, before, rtol=1e-3)
 
 
-@settings(max_examples=30, deadline=None)
 @given(attacked())
 def test_norm_bound_is_at_most_an_honest_norm(result):
     vectors, honest = result
@@ -123,7 +121,6 @@ def test_norm_bound_fixed_and_by_factor():
     assert NormBound(factor=1.5).reweight(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.75])
 
 
-@settings(max_examples=30, deadline=None)
 @given(attacked())
 def test_krum_matches_the_paper(result):
     vectors, honest = result
@@ -142,7 +139,6 @@ def test_krum_matches_the_paper(result):
     assert nearest <= spread * max(1.0, ((n - f - 2) / 2) ** 0.5) + 1e-9
 
 
-@settings(max_examples=30, deadline=None)
 @given(attacked(), st.booleans())
 def test_geometric_median_minimizes_the_distances(result, weighted):
     vectors, _ = result
@@ -159,7 +155,6 @@ def test_geometric_median_minimizes_the_distances(result, weighted):
         assert total(z) <= total(z + random.normal(size=6) * 10.0 ** random.uniform(-4, 1)) + slack
 
 
-@settings(max_examples=30, deadline=None)
 @given(attacked())
 def test_geometric_median_stays_within_its_bound(result):
     vectors, honest = result
@@ -185,7 +180,6 @@ def foolsgold_weights(cosines):
     return np.clip(np.log(alpha / (1 - alpha)) + 0.5, 0, 1)
 
 
-@settings(max_examples=25, deadline=None)
 @given(attacked())
 def test_foolsgold_matches_the_paper(result):
     vectors, _ = result
@@ -230,7 +224,6 @@ def afa_remaining(cosines, weights, xi=2.0, step=0.5):
     return remaining
 
 
-@settings(max_examples=25, deadline=None)
 @given(attacked(), st.integers(0, 2**31))
 def test_afa_matches_the_paper(result, seed):
     vectors, _ = result

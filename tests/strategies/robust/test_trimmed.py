@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.robust import trimmed
@@ -23,7 +23,6 @@ def unscaled(updates):
     return [(adapter, 1.0) for adapter, _ in updates]
 
 
-@settings(max_examples=25, deadline=None)
 @given(rounds(), st.booleans())
 def test_results_match_numpy(round, is_median):
     current, updates = round
@@ -43,7 +42,6 @@ def test_results_match_numpy(round, is_median):
         assert close(dense(result, "x"), dense(current, "x") + values)
 
 
-@settings(max_examples=20, deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
 def test_order_and_factorization_do_not_matter(round, shuffled):
     current, updates = round

@@ -18,7 +18,7 @@ PRIVATE = replace(PLAN, privacy=ExamplePrivacy(noise_multiplier=2.0, clip=1.0, s
 GAIN = EvaluationPrivacy(noise_multiplier=9.0, clip=0.1, pictures=5, delta=1e-3)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)  # there are 20 cases, and each composes a ledger
 @given(st.integers(0, 4), st.integers(0, 3))
 def test_explained_epsilon_matches_a_full_ledger(rounds, evaluations):
     trained = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=PLAN.steps)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
@@ -27,7 +27,6 @@ from tests.strategies.test_strategy import train
 
 
 @given(ranks=st.lists(st.integers(0, 3), max_size=5), shuffled=st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
 def test_updates_are_read_as_written_and_sorted(ranks, shuffled):
     """Updates of any rank, including 0, at all sites or fewer."""
     expected = {}
