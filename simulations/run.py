@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from rich.console import Console
 
 from common.errors import AntherError
+from common.imports import collection_paused
 from conf.cli import drop_empty, hydra_application, output_dir, program
 from conf.compose import compose
 from conf.overrides import quote
@@ -120,16 +121,17 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         from simulations.grid import ray  # before other imports of Flower, for which it sets environment variables
 
         ray.require()
-    from models.files import assets
-    from privacy.storage import FileStorage
-    from server.ledger import ServerLedger
-    from simulations import setup
-    from simulations.fleet import participants
-    from simulations.fleet.virtual_fleet import build_virtual_fleet
-    from simulations.grid.build import open_grid
-    from strategies.factory.full_plan import training_plan
-    from strategies.factory.strategy import build
-    from strategies.validation import check_components
+    with collection_paused():
+        from models.files import assets
+        from privacy.storage import FileStorage
+        from server.ledger import ServerLedger
+        from simulations import setup
+        from simulations.fleet import participants
+        from simulations.fleet.virtual_fleet import build_virtual_fleet
+        from simulations.grid.build import open_grid
+        from strategies.factory.full_plan import training_plan
+        from strategies.factory.strategy import build
+        from strategies.validation import check_components
 
     check_components(config)  # before the base is loaded
     base, people, database = simulation = setup.build(config, folder)

@@ -17,6 +17,8 @@ import threading
 from types import ModuleType
 from typing import Any
 
+from common.imports import collection_paused
+
 SUBMODULES_ONLY = (
     "diffusers.hooks",
     "diffusers.models.transformers",
@@ -59,13 +61,14 @@ class _Deferred(ModuleType):
 
 def diffusers_class(name: str, package: str = "diffusers") -> Any:
     """Return the class of this name in diffusers, or in one package of it; AttributeError if it has none."""
-    import diffusers.models  # noqa: F401  # slow import, so only here
+    with collection_paused():
+        import diffusers.models  # noqa: F401  # slow import, so only here
 
-    for eager in SUBMODULES_ONLY:
-        _defer(eager, submodules=True)
-    for eager in WHOLE:
-        _defer(eager, submodules=False)
-    return getattr(importlib.import_module(package), name)
+        for eager in SUBMODULES_ONLY:
+            _defer(eager, submodules=True)
+        for eager in WHOLE:
+            _defer(eager, submodules=False)
+        return getattr(importlib.import_module(package), name)
 
 
 def _defer(name: str, *, submodules: bool) -> None:
