@@ -30,9 +30,9 @@ from server.supervisor.run_dirs import mark_finished, run_folder, save_refusal
 from server.supervisor.run_log import log_through_flower
 from server.supervisor.superlink import save_largest_adapter
 from strategies.clock import WallClock
+from strategies.factory.combination import check_configuration
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
-from strategies.validation import check_components
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
 def _federate(grid: Grid, context: Context, runs: Path) -> None:
     overrides = str(context.run_config.get("overrides", ""))
     config = compose_federation(overrides)
-    check_components(config)  # before the base is loaded
+    check_configuration(config)  # before the base is loaded
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
     folder = run_folder(overrides, runs)
     plan = training_plan(config, run=folder.name, base=base.hash)

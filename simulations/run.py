@@ -129,11 +129,11 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         from simulations.fleet import participants
         from simulations.fleet.virtual_fleet import build_virtual_fleet
         from simulations.grid.build import open_grid
+        from strategies.factory.combination import check_configuration
         from strategies.factory.full_plan import training_plan
         from strategies.factory.strategy import build
-        from strategies.validation import check_components
 
-    check_components(config)  # before the base is loaded
+    check_configuration(config)  # before the base is loaded
     base, people, database = simulation = setup.build(config, folder)
     evaluated = participants.select_evaluated(people, config.evaluation.devices)
     plan = training_plan(config, run=run_dir.config_hash(config)[:16], base=base.hash)

@@ -38,22 +38,12 @@ class Conflict(NamedTuple):
     """The other axis, as in `strategies.registry.AXES`."""
     reason: str
     """Reason and remedy; `{name}` is the other component."""
-    names: tuple[str, ...] | None = None
-    """Names of the other components; None: see `trait`."""
     trait: str | None = None
     """Attribute of the other components that is true; None: every component of the axis."""
 
-    def applies(self, axis: str, name: str, component: object) -> bool:
-        """Return whether a component of another axis is meant.
-
-        Args:
-            axis: its axis.
-            name: its name.
-            component: the component.
-        """
-        if axis != self.axis or (self.names is not None and name not in self.names):
-            return False
-        return self.trait is None or bool(getattr(component, self.trait, False))
+    def applies(self, axis: str, component: object) -> bool:
+        """Return whether a component of another axis is meant."""
+        return axis == self.axis and (self.trait is None or bool(getattr(component, self.trait, False)))
 
 
 def read_from(**keys: str | Option) -> Mapping[str, Option]:

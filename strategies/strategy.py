@@ -32,7 +32,8 @@ from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.round.validation import ReplyValidator
 from strategies.selection import amplifies
 from strategies.server_update import ServerUpdate
-from strategies.validation import check_combination
+from strategies.validation import check
+from strategies.validation.combination import of_parts
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,12 @@ class FederatedStrategy:
         clock: clock that determines the age of reports; None: wall time.
 
     Attributes:
+        combination: components and settings that the constructor has checked.
         cohort: devices of the run.
         training, evaluation, personalization: phases.
 
     Raises:
-        ValueError: arguments contradict each other.
+        CombinationError: arguments contradict each other.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class FederatedStrategy:
         self.can_redraw = update.central_dp is None and not amplifies(cohort.selection)
         """Whether a round without an available device may be drawn again; not if a sample is charged for."""
         policy = evaluation.policy or EvaluationPolicy(interval=0 if self.private else 1)
-        check_combination(plan, format, update, cohort, planning, policy, checks)
+        self.combination = of_parts(plan, format, update, cohort, planning, policy, checks)
+        check(self.combination)
         costs = ReportedCosts(sites=format.sites, clock=clock or WallClock())
         planner = Planner(
             sites=format.sites,

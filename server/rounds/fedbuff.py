@@ -19,9 +19,12 @@ from server.rounds.collect import FINAL_POLL, StragglerTracker, pull, push
 from server.rounds.sync import RoundLimits
 from strategies.clock import WallClock
 from strategies.fedbuff import PLANS_PER_ROUND, Rebase, plan_number, staleness_weight
+from strategies.registry import ASYNC, TIMINGS
 from strategies.round.messages import to_messages
 from strategies.round.request import RoundRequest, RoundResult, RoundStart
 from strategies.strategy import FederatedStrategy
+from strategies.validation import check
+from strategies.validation.combination import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +52,11 @@ class FedBuffRunner:
     Their budget covers one plan per round, and a device that is asked again after a kill answers for the same plan.
 
     Args:
-        shift: rebases an update of an older adapter onto the current one.
         size: K, number of updates per round.
         concurrency: number of devices that train at any time.
+
+    Raises:
+        CombinationError: the strategy requires rounds that don't overlap.
     """
 
     def __init__(
@@ -60,13 +65,15 @@ class FedBuffRunner:
         strategy: FederatedStrategy,
         limits: RoundLimits,
         *,
-        shift: Rebase,
         size: int,
         concurrency: int,
     ) -> None:
         self._grid, self._strategy, self._limits = grid, strategy, limits
         self._clock = limits.clock or WallClock()
-        self._rebase, self._size, self._concurrency = shift, size, concurrency
+        chosen = replace(strategy.combination, timing=named(TIMINGS, ASYNC), buffer_size=size)
+        check(chosen)
+        self._rebase: Rebase = chosen.aggregation.declared.rebase
+        self._size, self._concurrency = size, concurrency
         self._in_flight: dict[str, _InFlight] = {}  # by message id
         self._done: set[int] = set()  # nodes that are not asked again in this round
         self._counts: Counter[int] = Counter()  # number of updates of each node in this round

@@ -18,7 +18,6 @@ from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.loop import personalize, run_rounds
 from server.rounds.state import Round, RunState
 from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
-from strategies.aggregation import AGGREGATIONS
 from strategies.clock import Clock
 from strategies.fedbuff import BUFFER_SIZE, CONCURRENCY
 from strategies.strategy import FederatedStrategy
@@ -110,5 +109,4 @@ def round_runner(config: FederationConfig, grid: Grid, strategy: FederatedStrate
     if loop.mode == "sync":
         return SyncRunner(grid, strategy, limits)
     size, concurrency = loop.buffer_size or BUFFER_SIZE, loop.concurrency or CONCURRENCY
-    rebase = AGGREGATIONS.lookup(config.aggregation.name).rebase
-    return FedBuffRunner(grid, strategy, limits, shift=rebase, size=size, concurrency=concurrency)
+    return FedBuffRunner(grid, strategy, limits, size=size, concurrency=concurrency)

@@ -53,7 +53,7 @@ class Aggregation(Protocol):
     """Pure aggregation rule: the same updates in the same order give the same adapter.
 
     A class may also declare `options` and `conflicts` (`strategies.declarations`), `rebase` if it can use updates of an
-    older adapter (`strategies.fedbuff`), and `own_rank`.
+    older adapter (`strategies.fedbuff`), `own_rank`, and `by_slice` if it weights slices of rank separately.
     """
 
     sensitivity: Linearity

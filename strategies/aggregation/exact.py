@@ -112,7 +112,7 @@ class Exact:
         if max_rank is not None and max_rank < rank:
             raise AntherError(f"aggregation.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
         self._rank, self._max_rank, self._energy, self._seed = rank, max_rank, energy, seed
-        self._by_slice = by_slice
+        self.by_slice = by_slice
         self._ranks: Collection[int] = ()
 
     def with_ranks(self, ranks: Collection[int]) -> Exact:
@@ -161,7 +161,7 @@ class Exact:
         """Aggregate all updates of a round: `start`, then `add` for each device, then `finish`."""
         check_updates(updates)
         mean: ProductMean | SliceMean = self.start(current)
-        if self._by_slice:
+        if self.by_slice:
             seed = derive_seed(self._seed, "compression")
             mean = SliceMean(current, rank_weights(updates), max_rank=self._max_rank, seed=seed)
         for adapter, weight in updates:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, aggregation, in_every_round
 from strategies.aggregation.one_factor import factor_mean
-from strategies.declarations import Conflict
 
 
 @aggregation("fedsa")
@@ -22,13 +21,6 @@ class FedSA:
     stable_factors = True
     sensitivity = Linearity(linear=True, reason="a mean of A; B never leaves its device")
     trains = staticmethod(in_every_round("split"))
-    conflicts = (
-        Conflict(
-            "robust",
-            "{name} compares products, and with aggregation=fedsa every device keeps its own B, so there is none; "
-            "remove it, or use aggregation=fedit",
-        ),
-    )
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
         return Aggregated(factor_mean("a", current, updates), {"rank": float(rank(current))})

@@ -13,17 +13,11 @@ from strategies.robust import ROBUST_RULES
 from strategies.robust.replay import ReplayFilter
 from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.server_optimizers import OPTIMIZERS, ServerOptimizer
-from strategies.validation import check_optimizer, check_robust
 
 
 def build_aggregation(config: FederationConfig) -> Aggregation:
-    """Build the rule of `aggregation.name`, with the rules of `robust.rules` that compare all updates of a round.
-
-    Raises:
-        AntherError: settings contradict each other.
-    """
-    rule, settings, names = _build_rule(config), config.aggregation, config.robust.rules
-    check_robust(config, rule)
+    """Build the rule of `aggregation.name`, with the rules of `robust.rules` that compare all updates of a round."""
+    rule, settings, names = build_rule(config), config.aggregation, config.robust.rules
     on_all = [name for name in names if not hasattr(ROBUST_RULES.lookup(name), "check")]
     if not on_all:
         return rule
@@ -50,7 +44,7 @@ def build_replay_filter(config: FederationConfig, sites: Sites, *, seed: int | N
     return cast(ReplayFilter, ROBUST_RULES.create(names[0], {"sites": sites, "seed": seed})) if names else None
 
 
-def _build_rule(config: FederationConfig) -> Aggregation:
+def build_rule(config: FederationConfig) -> Aggregation:
     """Build the rule of `aggregation.name`, without robust rules."""
     name = config.aggregation.name
     rule = AGGREGATIONS.lookup(name)
@@ -59,16 +53,11 @@ def _build_rule(config: FederationConfig) -> Aggregation:
     return cast(Aggregation, AGGREGATIONS.create(name, {**known, **option_values(rule, config), **own}))
 
 
-def build_server_optimizer(config: FederationConfig, rule: Aggregation) -> ServerOptimizer | None:
-    """Build the optimizer of `server_optimizer.name`; None if the rule's mean is the next adapter.
-
-    Raises:
-        AntherError: a rule whose factors change their meaning between rounds.
-    """
+def build_server_optimizer(config: FederationConfig) -> ServerOptimizer | None:
+    """Build the optimizer of `server_optimizer.name`; None if the mean of a round is the next adapter."""
     settings = config.server_optimizer
     if settings.name == "none":
         return None
-    check_optimizer(config, rule)
     optimizer = OPTIMIZERS.lookup(settings.name)
     own = own_options(optimizer, settings.options, key="server_optimizer.options", known=["yogi"])
     return cast(ServerOptimizer, OPTIMIZERS.create(settings.name, {**option_values(optimizer, config), **own}))

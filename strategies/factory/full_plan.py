@@ -5,9 +5,8 @@ from __future__ import annotations
 from conf.schemas.federation import FederationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
-from strategies.factory.aggregation import build_aggregation
+from strategies.factory.combination import combination
 from strategies.round.private_evaluation import evaluation_mechanisms
-from strategies.validation import check_plan
 
 
 def training_plan(config: FederationConfig, *, run: str, base: str) -> TrainingPlan:
@@ -20,9 +19,6 @@ def training_plan(config: FederationConfig, *, run: str, base: str) -> TrainingP
         config: configuration of the run.
         run: name of the run.
         base: hash of its base.
-
-    Raises:
-        AntherError: settings contradict each other.
     """
     shared, privacy = config.adapter.shared, None
     if config.privacy.of_examples:
@@ -41,8 +37,7 @@ def training_plan(config: FederationConfig, *, run: str, base: str) -> TrainingP
             draws=config.privacy.noise_multiplicity,
             delta=config.privacy.delta,
         )
-    compression, rule = config.compression, build_aggregation(config)
-    check_plan(config, rule)
+    compression = config.compression
     return TrainingPlan(
         run=run,
         round=0,
@@ -57,5 +52,5 @@ def training_plan(config: FederationConfig, *, run: str, base: str) -> TrainingP
         privacy=privacy,
         update=compression.upload,
         keep=compression.keep_fraction,
-        feedback=rule.stable_factors and compression.upload != "fp32",
+        feedback=combination(config).feedback,
     )

@@ -10,7 +10,7 @@ from common.errors import AntherError
 from conf.schemas.federation import FederationConfig
 from privacy.noise import noise_source
 from strategies.declarations import missing_option, option_values, own_options
-from strategies.registry import NONE, SELECTIONS
+from strategies.registry import SELECTIONS
 from strategies.selection import NameSelection, Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.fixed_panel import FixedPanel
@@ -59,6 +59,6 @@ def build_evaluation_selection(config: FederationConfig) -> NameSelection:
     The devices are the same in every round. Under privacy they change, since each evaluation is charged to its device.
     """
     size = config.cohort.size if config.cohort.eval_size is None else config.cohort.eval_size
-    if size is None or config.privacy.level != NONE:
+    if size is None or config.privacy.of_examples or config.privacy.of_devices:
         return Everyone() if size is None else Sample(size=size, seed=config.seed, purpose="evaluation")
     return FixedPanel(size=size, seed=config.seed)

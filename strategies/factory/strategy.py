@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
-from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.schemas.cohort import EligibilityConfig
 from conf.schemas.federation import FederationConfig
@@ -23,18 +21,17 @@ from strategies.clock import Clock
 from strategies.cohort import CohortRule
 from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
-from strategies.factory.selection import build_evaluation_selection, build_selection, selection_name
+from strategies.factory.combination import check_configuration
+from strategies.factory.planning import build_site_selector, plan_limits
+from strategies.factory.selection import build_evaluation_selection, build_selection
 from strategies.phases.evaluation import EvaluationRule
-from strategies.planning.plan import CosineDecay, PlanLimits
+from strategies.planning.plan import CosineDecay
 from strategies.planning.planner import Planning
-from strategies.planning.site_selection import SiteSelector, base_pass_costs
-from strategies.registry import AGGREGATIONS, Combination, incompatibility, refusal_reason
 from strategies.reply_checks import ReplyChecks
 from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
 from strategies.selection.eligible import Eligibility
 from strategies.server_update import ServerUpdate
 from strategies.strategy import FederatedStrategy
-from strategies.validation import check_components, check_round_loop
 
 
 def build(
@@ -62,31 +59,12 @@ def build(
         memory_factor: factor on the predicted memory of a pass, in a simulation of a larger base.
 
     Raises:
-        AntherError: a combination that can't be private (`strategies.registry`), or settings that contradict each
-            other.
+        AntherError: settings contradict each other (`strategies.validation`).
     """
-    check_components(config)
-    chosen = combination(config)
-    if reason := incompatibility(chosen):
-        raise AntherError(reason)
-    if reason := refusal_reason(chosen):
-        names = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
-        advice = f"use aggregation={names}" if names else "use privacy=none"
-        raise AntherError(f"privacy={chosen.level}: {reason}; {advice} (docs/privacy.md)")
-    check_round_loop(config)
+    check_configuration(config)
     rule = build_aggregation(config)
     lora_xs_bases = _load_lora_xs_bases(config, sites)
     seed = config.seed if accept_simulated else None
-    # A control variate covers every direction, and device-level privacy protects the link of a device.
-    reducible = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
-    limits = PlanLimits(
-        metered_rank=config.planning.metered_rank if reducible else None,
-        metered_update=config.compression.metered_upload,
-        feedback=rule.stable_factors,
-        deadline=config.planning.deadline,
-        joules=config.planning.max_joules,
-        battery_share=config.planning.max_battery_fraction,
-    )
     central_dp = (
         _central_dp(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
     )
@@ -101,7 +79,7 @@ def build(
         ),
         update=ServerUpdate(
             aggregation=rule,
-            server_optimizer=build_server_optimizer(config, rule),
+            server_optimizer=build_server_optimizer(config),
             central_dp=central_dp,
             quorum=config.round_loop.quorum,
         ),
@@ -111,8 +89,8 @@ def build(
             max_state_age=config.cohort.max_state_age,
         ),
         planning=Planning(
-            limits=limits,
-            site_selector=_build_site_selector(config, base, memory_factor),
+            limits=plan_limits(config, rule),
+            site_selector=build_site_selector(config, base, memory_factor),
             lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
         ),
         evaluation=EvaluationRule(
@@ -138,33 +116,12 @@ def _eligibility(settings: EligibilityConfig) -> Eligibility:
     )
 
 
-def _build_site_selector(config: FederationConfig, base: Base | None, memory_factor: float) -> SiteSelector | None:
-    """Build the site selector of planning.name=device; None if devices train all sites."""
-    if config.planning.name == "full":
-        return None
-    if base is None:
-        raise ValueError("base: required by planning.name=device")
-    return SiteSelector(costs=base_pass_costs(base, config.adapter.shared.rank), memory_factor=memory_factor)
-
-
 def _load_lora_xs_bases(config: FederationConfig, sites: Sites) -> Adapter | None:
     """Load the fixed factors, if only cores are trained."""
     if config.adapter.lora_xs_bases is None:
         return None
     file = assets.locate(config.adapter.lora_xs_bases)
     return load_bases(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
-
-
-def combination(config: FederationConfig) -> Combination:
-    """Return the names of the components that a configuration selects."""
-    return Combination(
-        aggregation=config.aggregation.name,
-        robust=tuple(config.robust.rules),
-        selection=selection_name(config),
-        timing=config.round_loop.mode,
-        optimizer=config.server_optimizer.name,
-        level=config.privacy.level,
-    )
 
 
 def _central_dp(
@@ -191,17 +148,7 @@ def _central_dp(
     participations = (
         None if cohort.sampling_rate is not None else min(settings.max_participations or config.rounds, config.rounds)
     )
-    if participations is None and settings.max_participations is not None:
-        raise AntherError(
-            f"privacy.device.max_participations={settings.max_participations}: with cohort.sampling_rate every device "
-            "is charged for every round; set it to null"
-        )
     size = devices if cohort.size is None else cohort.size
-    if participations is not None and devices * participations < size * config.rounds:
-        raise AntherError(
-            f"privacy.device.max_participations={participations}: {devices} devices are too few for {config.rounds} "
-            f"rounds of {size}; lower cohort.size or rounds, or raise it"
-        )
     other_releases = evaluation_mechanisms(config)
     budget = DeviceBudget(
         epsilon=settings.epsilon or config.privacy.epsilon,

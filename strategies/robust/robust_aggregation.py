@@ -37,9 +37,6 @@ class RobustAggregation:
             each update is aggregated.
         rank: largest rank of the combined update; None: no limit.
         seed: seed of the random vectors that compress the combined update.
-
-    Raises:
-        ValueError: an aggregation whose devices keep their B.
     """
 
     def __init__(
@@ -51,20 +48,18 @@ class RobustAggregation:
         rank: int | None,
         seed: int,
     ) -> None:
-        if aggregation.trains(1) == "split":
-            raise ValueError("robust rules compare products, and with this aggregation no device sends one")
         self.mixed_ranks = aggregation.mixed_ranks
-        self.sensitivity = declared_linearity(aggregation) if entrywise is None else _ROTATED
+        self.sensitivity = declared_linearity(aggregation) if entrywise is None else ROTATED
         self.stable_factors = aggregation.stable_factors and entrywise is None
         self.trains = aggregation.trains
-        self._aggregation, self._rules, self._entrywise = aggregation, rules, entrywise
+        self.aggregation, self.rules, self.entrywise = aggregation, rules, entrywise
         self._rank, self._seed = rank, seed
 
     def with_ranks(self, ranks: Collection[int]) -> RobustAggregation:
         """See `strategies.aggregation.RankAware.with_ranks`; has no effect unless the aggregation is rank-aware."""
         robust = copy(self)
-        if isinstance(self._aggregation, RankAware):
-            robust._aggregation = self._aggregation.with_ranks(ranks)
+        if isinstance(self.aggregation, RankAware):
+            robust.aggregation = self.aggregation.with_ranks(ranks)
         return robust
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
@@ -74,27 +69,28 @@ class RobustAggregation:
         """
         check_updates(updates)
         judged = changes(current, updates)
-        for rule in self._rules:
+        for rule in self.rules:
             judged = rule.reweight(judged)
         active = judged.active.tolist()
-        if self._entrywise is None:
+        if self.entrywise is None:
             remaining = scaled_updates(current, updates, judged)
         else:
             scaled = [(updates[index][0], float(judged.scales[index])) for index in active]
             seed = derive_seed(self._seed, round, "robust")
-            remaining = [(combine_updates(self._entrywise, current, scaled, rank=self._rank, seed=seed), 1.0)]
-        aggregated = self._aggregation.aggregate(current, remaining, round=round)
+            remaining = [(combine_updates(self.entrywise, current, scaled, rank=self._rank, seed=seed), 1.0)]
+        aggregated = self.aggregation.aggregate(current, remaining, round=round)
         held = int((judged.scales[active] < 1).sum())
         return aggregated._replace(
             diagnostics=aggregated.diagnostics | {"left_out": float(len(updates) - len(active)), "held": float(held)}
         )
 
 
-_ROTATED = Linearity(
+ROTATED = Linearity(
     linear=False,
     reason="a robust rule on entries of the product rotates the factors",
     rotation_reason="a robust rule on entries of the product rotates them",
 )
+"""Declaration of any aggregation after a rule that combines entries."""
 
 
 def scaled_updates(current: Adapter, updates: Updates, judged: UpdateGeometry) -> Updates:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from common.errors import AntherError
 from conf.schemas.federation import FederationConfig
 from privacy.accounting import PoissonGaussian
 from privacy.noise import NoiseSource, noise_source
@@ -111,21 +110,12 @@ def evaluation_policy(config: FederationConfig, *, simulated: bool) -> Evaluatio
     Args:
         config: configuration of the run.
         simulated: use reproducible server noise; for tests and simulations only.
-
-    Raises:
-        AntherError: evaluations with privacy=both: a gain that the device has noised is useless once it is clipped
-            again.
     """
     settings, level = config.private_eval, config.privacy
     if not (level.of_examples or level.of_devices):
         return EvaluationPolicy()
     if not settings.interval:
         return EvaluationPolicy(interval=0)
-    if level.of_examples and level.of_devices:
-        raise AntherError(
-            f"private_eval.interval={settings.interval}: with privacy=both a gain is noised on the device, and "
-            "clipping it again on the server leaves only noise; set it to 0"
-        )
     if level.of_examples:
         return EvaluationPolicy(
             interval=settings.interval,

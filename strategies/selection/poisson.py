@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from privacy.noise import NoiseSource
-from strategies.declarations import Conflict, read_from
+from strategies.declarations import read_from
 from strategies.selection import Sampling, selection
 
 
@@ -28,13 +28,6 @@ class Poisson:
 
     chosen_by = "cohort.sampling_rate"
     options = read_from(rate="cohort.sampling_rate")
-    conflicts = (
-        Conflict(
-            "timing",
-            "Poisson sampling requires rounds that don't overlap; set cohort.sampling_rate to null",
-            names=("async",),
-        ),
-    )
 
     def __init__(self, *, rate: float, rng: Callable[[int], NoiseSource]) -> None:
         if not 0 < rate <= 1:

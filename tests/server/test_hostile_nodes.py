@@ -24,7 +24,6 @@ from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.sync import RoundLimits
 from strategies.aggregation.fedit import FedIT
 from strategies.clock import WallClock
-from strategies.fedbuff import rebase_factors
 from strategies.round.request import RoundStart
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, _reply, strategy
 from tests.helpers.superlink import FakeNode, SuperLinkHarness
@@ -366,7 +365,7 @@ def test_fedbuff_round_ends_in_time(link, passing):
     reports = federated.cohort.devices.reports
     federated.cohort.query = lambda _: {n: report for n, report in reports.items() if n in gate.get_node_ids()}
     limits = RoundLimits(clock=WallClock(), timeout=LIMIT)
-    round_runner = FedBuffRunner(gate, federated, limits, shift=rebase_factors, size=3, concurrency=3)
+    round_runner = FedBuffRunner(gate, federated, limits, size=3, concurrency=3)
     pushed, adapter = gate.push, init_adapter(SITES, PLAN.rank, seed=0)
 
     def push(messages, left):

@@ -197,5 +197,5 @@ def test_rotation_is_declared(name):
 
 
 def test_server_optimizer_requires_persistent_directions():
-    with pytest.raises(ValueError, match="directions that persist: every round begins with fresh ones"):
+    with pytest.raises(ValueError, match="directions persist, and with flora every round begins with fresh ones"):
         strategy(aggregation=FLoRA(rank=3, seed=0), server_optimizer=RULES["fedadam"])

@@ -7,6 +7,7 @@ import pytest
 from common.errors import AntherError
 from conf.compose import compose
 from strategies.factory.aggregation import build_aggregation
+from strategies.factory.combination import check_configuration
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
 from strategies.unused_settings import refuse_unused
@@ -55,7 +56,7 @@ def test_null_acts_like_the_documented_default():
     assert (optimizer.momentum, optimizer.beta2, optimizer.tau) == (None,) * 3
     rule = build_aggregation(compose("aggregation=fedit 'robust.rules=[krum]'"))
     explicit = build_aggregation(compose("aggregation=fedit 'robust.rules=[krum]' robust.outlier_fraction=0.2"))
-    assert [vars(one) for one in rule._rules] == [vars(one) for one in explicit._rules]
+    assert [vars(one) for one in rule.rules] == [vars(one) for one in explicit.rules]
 
 
 @pytest.mark.parametrize("entrywise", ["median", "trimmed_mean"])
@@ -63,4 +64,4 @@ def test_entrywise_rules_exclude_rank_slices(entrywise):
     with pytest.raises(
         AntherError, match=rf"aggregation\.weighting=rank_slice: {entrywise} combines all updates into one"
     ):
-        build_aggregation(compose(f"aggregation=exact aggregation.weighting=rank_slice 'robust.rules=[{entrywise}]'"))
+        check_configuration(compose(f"aggregation=exact aggregation.weighting=rank_slice 'robust.rules=[{entrywise}]'"))

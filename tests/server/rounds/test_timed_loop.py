@@ -23,7 +23,7 @@ from strategies.aggregation import exact
 from strategies.aggregation.fedit import FedIT
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
-from strategies.fedbuff import PLANS_PER_ROUND, rebase_factors, rebase_product
+from strategies.fedbuff import PLANS_PER_ROUND
 from strategies.phases.training import TrainingPhase
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
@@ -54,7 +54,6 @@ def run(
     timeout=100.0,
     size=None,
     concurrency=3,
-    shift=rebase_product,
     order_seed=0,
     **more,
 ):
@@ -64,7 +63,7 @@ def run(
         virtual_fleet.resume(state.round)
     federated = federated or strategy()
     limits = RoundLimits(clock=virtual_fleet.clock, timeout=timeout, target_replies=target_replies, seed=order_seed)
-    round_runner = size and FedBuffRunner(grid, federated, limits, shift=shift, size=size, concurrency=concurrency)
+    round_runner = size and FedBuffRunner(grid, federated, limits, size=size, concurrency=concurrency)
     final = run_rounds(
         grid=grid,
         strategy=federated,
@@ -229,7 +228,7 @@ def test_plan_numbers_are_unique(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingPhase, "accept", record)
     grid, virtual_fleet = timed_grid(tmp_path, *speeds(1.0, 0.3))
     limits = RoundLimits(clock=virtual_fleet.clock, timeout=1000.0)
-    round_runner = FedBuffRunner(grid, federated, limits, shift=rebase_factors, size=4, concurrency=2)
+    round_runner = FedBuffRunner(grid, federated, limits, size=4, concurrency=2)
     run_rounds(
         grid=grid,
         strategy=federated,
@@ -363,9 +362,7 @@ def test_fedbuff_quantization_loses_nothing(tmp_path, monkeypatch, optimiser):
 
     monkeypatch.setattr("simulations.grid.cohort.handle", moved)
     federated = strategy(aggregation=FedIT(), download="int4", server_optimizer=optimiser)
-    final, _ = run(
-        tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, federated=federated, size=3, timeout=1000.0, shift=rebase_factors
-    )
+    final, _ = run(tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, federated=federated, size=3, timeout=1000.0)
     assert [done.train.replied for done in final.history[1:]] == [3] * 5
     before = to_tensors(fresh_state().adapter)
     changes = torch.cat([(tensor - before[name]).ravel() for name, tensor in to_tensors(final.adapter).items()])

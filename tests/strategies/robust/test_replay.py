@@ -28,12 +28,11 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.factory.aggregation import build_aggregation, build_replay_filter
+from strategies.factory.combination import check_configuration
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
-from strategies.fedbuff import rebase_product
 from strategies.robust.replay import ReplayFilter, draw_probes, relative_distances, sketch
 from strategies.round.validation import ReplyRejectedError
-from strategies.validation import check_components
 from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter
@@ -349,7 +348,7 @@ def test_asynchronous_rounds(tmp_path):
         checkpoints=tmp_path,
         on_round=lambda _: None,
         limits=limits,
-        round_runner=FedBuffRunner(grid, federated, limits, shift=rebase_product, size=4, concurrency=3),
+        round_runner=FedBuffRunner(grid, federated, limits, size=4, concurrency=3),
         min_devices=0,
     )
     assert dropped(result) == [{"replayed": 1}] * 4  # not asked again in the round
@@ -360,11 +359,11 @@ def test_asynchronous_rounds(tmp_path):
 
 def test_incompatible_settings_are_refused():
     with pytest.raises(AntherError, match=r"^robust\.rules: replay .* put it first"):
-        check_components(compose("robust.rules=[norm_bound,replay]"))
+        check_configuration(compose("robust.rules=[norm_bound,replay]"))
     config = compose("aggregation=fedsa 'robust.rules=[replay]'")
     with pytest.raises(AntherError, match=r"robust\.rules: .* aggregation=fedsa every device keeps its own B"):
-        build_aggregation(config)
-    with pytest.raises(ValueError, match="no device sends one"):
+        check_configuration(config)
+    with pytest.raises(ValueError, match="every device keeps its own B"):
         strategy(aggregation=FedSA(), replay_filter=ReplayFilter(FLEET_SITES))
     config = compose("aggregation=fedit privacy=device 'robust.rules=[replay]'")
     with pytest.raises(

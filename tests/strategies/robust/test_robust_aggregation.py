@@ -19,6 +19,7 @@ from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.factory.aggregation import build_aggregation
+from strategies.factory.combination import check_configuration
 from strategies.registry import ROBUST_RULES
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
@@ -28,7 +29,6 @@ from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
 from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.robust.trimmed import Median, TrimmedMean
-from strategies.validation import check_components
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.fleet import FakeDevice, fresh_state, handle, perform, strategy
 from tests.helpers.means import SITES, close, dense, distance, random_adapter, rounds
@@ -147,9 +147,9 @@ def test_configurations_are_built_or_refused():
             RobustConfig(**arguments)
     for rules, message in (("mean", "nothing is registered"), ("median,krum", "put it last")):
         with pytest.raises(AntherError, match=rf"^robust\.rules.*{message}"):
-            check_components(compose(f"robust.rules=[{rules}]"))
+            check_configuration(compose(f"robust.rules=[{rules}]"))
     with pytest.raises(AntherError, match="median rotates the factors, and aggregation=fedsb"):
-        build_aggregation(compose("aggregation=fedsb robust.rules=[median] adapter.lora_xs_bases=glyphs-frame"))
+        check_configuration(compose("aggregation=fedsb robust.rules=[median] adapter.lora_xs_bases=glyphs-frame"))
 
 
 def test_initial_adapter():

@@ -14,6 +14,7 @@ from privacy.noise import SecureNoise, SimulatedNoise
 from privacy.noised_gain import STEPS_PER_CLIP
 from protocol.messages import Evaluation, EvaluationPrivacy
 from server.rounds.state import Round
+from strategies.factory.combination import check_configuration
 from strategies.factory.full_plan import training_plan
 from strategies.round.private_evaluation import (
     CentralDPEvaluation,
@@ -85,7 +86,7 @@ def test_policy_of_a_configuration() -> None:
         interval=2, local_noise=EvaluationPrivacy(noise_multiplier=10.0, clip=0.2, pictures=7, delta=1e-3)
     )
     with pytest.raises(AntherError, match="privacy=both"):
-        evaluation_policy(compose("privacy=both private_eval.interval=2"), simulated=True)
+        check_configuration(compose("aggregation=fedit privacy=both private_eval.interval=2"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import AntherError
 from conf.compose import compose
-from strategies.validation import check_components
+from strategies.factory.combination import check_configuration
 
 KNOWN = {
     "aggregation.name": "exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
@@ -18,7 +18,7 @@ KNOWN = {
 def test_unknown_name_lists_the_known_ones(key):
     value = "[lion]" if key == "robust.rules" else "lion"
     with pytest.raises(AntherError) as caught:
-        check_components(compose(f"{key}={value}"))
+        check_configuration(compose(f"{key}={value}"))
     shown = key.removesuffix(".name") if key.startswith("selection") else key
     assert str(caught.value) == f"{shown}=lion: nothing is registered under this name; known are {KNOWN[key]}"
 
@@ -26,4 +26,4 @@ def test_unknown_name_lists_the_known_ones(key):
 @pytest.mark.parametrize(("name", "key"), [("everyone", "cohort.size=null"), ("poisson", "cohort.sampling_rate")])
 def test_selections_of_another_key(name, key):
     with pytest.raises(AntherError, match=f"^selection={name}: set {key} instead"):
-        check_components(compose(f"selection.name={name} cohort.size=2"))
+        check_configuration(compose(f"selection.name={name} cohort.size=2"))

@@ -1,0 +1,69 @@
+"""Combination that a configuration selects, and its check before a base is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common.errors import AntherError
+from conf.schemas.federation import FederationConfig
+from strategies.download import FP32
+from strategies.factory.aggregation import build_rule
+from strategies.factory.planning import plan_limits
+from strategies.factory.selection import build_selection, selection_name
+from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, SELECTIONS, TIMINGS
+from strategies.unused_settings import refuse_unused
+from strategies.validation import check
+from strategies.validation.combination import Combination, Component, named, trained_parts
+
+
+def check_configuration(config: FederationConfig) -> None:
+    """Check the names, the options and the combination of a configuration's components, without a base.
+
+    Raises:
+        AntherError: a name is not registered, an option has no effect or is missing, or settings contradict each other.
+    """
+    for registry, names in (
+        (AGGREGATIONS, [config.aggregation.name]),
+        (OPTIMIZERS, [config.server_optimizer.name]),
+        (SELECTIONS, [config.selection.name]),
+        (ROBUST_RULES, config.robust.rules),
+    ):
+        for name in names:
+            registry.lookup(name)
+    if key := getattr(SELECTIONS.lookup(config.selection.name), "chosen_by", None):
+        raise AntherError(f"selection={config.selection.name}: set {key} instead")
+    refuse_unused(config)
+    check(combination(config))
+
+
+def combination(config: FederationConfig) -> Combination:
+    """Return the components and settings of a configuration that can contradict each other."""
+    cohort, loop, compression, privacy = config.cohort, config.round_loop, config.compression, config.privacy
+    rule, scaffold = build_rule(config), config.drift_correction == "scaffold"
+    chosen = Combination(
+        aggregation=Component(config.aggregation.name, rule),
+        trained_parts=trained_parts(rule),
+        robust=tuple(named(ROBUST_RULES, name) for name in config.robust.rules),
+        selection=Component(selection_name(config), build_selection(config, seed=config.seed)),
+        timing=named(TIMINGS, loop.mode),
+        optimizer=named(OPTIMIZERS, config.server_optimizer.name),
+        level=privacy.level,
+        local_optimizer=config.adapter.shared.optimizer,
+        scaffold=scaffold,
+        keep=compression.keep_fraction,
+        download=compression.download,
+        lora_xs_bases=config.adapter.lora_xs_bases is not None,
+        every_site=config.planning.name == "full",
+        limits=plan_limits(config, rule),
+        quorum=loop.quorum,
+        overselection=cohort.overselection,
+        cohort_size=cohort.size,
+        buffer_size=loop.buffer_size,
+        devices=config.data.count(),
+        rounds=config.rounds,
+        participations=privacy.device.max_participations,
+        evaluation_interval=config.private_eval.interval,
+        local_noise=privacy.of_examples,
+        central_noise=privacy.of_devices,
+    )
+    return replace(chosen, feedback=chosen.stable_factors and compression.upload != FP32)

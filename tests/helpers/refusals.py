@@ -1,0 +1,288 @@
+"""Refused combinations: the reason, and a configuration and parts that reach it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from models.lora.adapter import Factors
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy
+from strategies.aggregation.exact import Exact
+from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.ffa import FFA
+from strategies.aggregation.flora import FLoRA
+from strategies.aggregation.hetlora import HetLoRA
+from strategies.planning.plan import PlanLimits
+from strategies.robust.krum import MultiKrum
+from strategies.robust.norm import NormBound
+from strategies.robust.replay import ReplayFilter
+from strategies.robust.robust_aggregation import RobustAggregation
+from strategies.robust.trimmed import Median
+from strategies.round.private_evaluation import CentralDPEvaluation, EvaluationPolicy
+from strategies.selection.eafl import EAFL
+from strategies.selection.oort import OortSettings
+from strategies.selection.power_of_choice import PowerOfChoice
+from strategies.server_optimizers import FedAvgM
+from tests.helpers.central import BUDGET, poisson, simulated
+from tests.helpers.fleet import PLAN, SITES
+
+PRIVATE = replace(PLAN, privacy=ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3))
+SGD = replace(PLAN, optimiser="sgd", scaffold=True)
+QUANTIZED = replace(PLAN, update="int4", keep=0.5, feedback=True)
+EXACT, SLICES = Exact(rank=3, max_rank=None, seed=0), Exact(rank=3, by_slice=True, seed=0)
+LOCAL = EvaluationPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
+CENTRAL = CentralDPEvaluation(noise_multiplier=4.0, clip=0.1, devices=4, noise=functools.partial(simulated, "measure"))
+BASES = {"x": Factors(torch.zeros(3, 6), torch.zeros(5, 3))}
+
+
+class Undeclared(FedIT):
+    """Rule without a declaration, which a test registers as `undeclared`."""
+
+    sensitivity = None  # type: ignore[assignment]
+
+
+class Case(NamedTuple):
+    reason: str
+    config: dict[str, Any] | None = None
+    """Values by key; the aggregation is FedIT by default. None: no configuration reaches the reason."""
+    parts: dict[str, Any] | None = None
+    """Settings of `tests.helpers.fleet.strategy`; the aggregation is FedIT by default. None: no parts reach it."""
+    buffer_size: int | None = None
+    """With parts: updates of an asynchronous round."""
+
+
+def robust(*reweight: Any, rule: Any = None, entrywise: Any = None) -> RobustAggregation:
+    return RobustAggregation(rule or FedIT(), rules=reweight, entrywise=entrywise, rank=None, seed=0)
+
+
+def krum() -> MultiKrum:
+    return MultiKrum(outliers=0.2)
+
+
+ASYNC = {"round_loop.mode": "async"}
+DEVICE = {"privacy.level": "device"}
+SCAFFOLD = {"drift_correction": "scaffold", "adapter.shared.optimizer": "sgd"}
+INT4 = {"compression.upload": "int4", "compression.keep_fraction": 0.5}
+SERVER: dict[str, Any] = {"central_dp": {}}
+
+CASES = [
+    Case("robust.rules: replay checks each reply on arrival", {"robust.rules": ["norm_bound", "replay"]}),
+    Case("robust.rules: median merges all updates into one", {"robust.rules": ["median", "krum"]}),
+    Case(
+        "robust.rules: norm_bound reduces large products",
+        {"aggregation.name": "hetlora", "robust.rules": ["norm_bound"]},
+        {"aggregation": robust(NormBound(), rule=HetLoRA())},
+    ),
+    Case(
+        "robust.rules: krum compares products",
+        {"aggregation.name": "fedsa", "robust.rules": ["krum"]},
+        {"aggregation": robust(krum(), rule=FedSA())},
+    ),
+    Case(
+        "robust.rules: replay compares products",
+        {"aggregation.name": "fedsa", "robust.rules": ["replay"]},
+        {"aggregation": FedSA(), "replay_filter": ReplayFilter(SITES, seed=0)},
+    ),
+    Case(
+        "round_loop.mode=async: a sample that amplifies privacy requires",
+        {"cohort.sampling_rate": 0.5, **ASYNC},
+        {"selection": poisson(0.5)},
+        buffer_size=10,
+    ),
+    Case(
+        "round_loop.mode=async: ffa can't use an update of an older adapter; use aggregation=exact or fedit",
+        {"aggregation.name": "ffa", **ASYNC},
+        {"aggregation": FFA()},
+        buffer_size=10,
+    ),
+    Case(
+        "privacy=example: aggregation undeclared declares no sensitivity",
+        {"aggregation.name": "undeclared", "privacy.level": "example"},
+        {"aggregation": Undeclared(), "plan": PRIVATE},
+    ),
+    Case(
+        "privacy=example: selection power_of_choice depends on private data",
+        {"privacy.level": "example", "selection.name": "power_of_choice", "cohort.size": 2},
+        {"plan": PRIVATE, "selection": PowerOfChoice(size=2, seed=0)},
+    ),
+    Case(
+        "privacy=device: selection eafl depends on the state of a device",
+        {**DEVICE, "selection.name": "eafl", "cohort.size": 2},
+        {**SERVER, "selection": EAFL(size=2, seed=0, settings=OortSettings())},
+    ),
+    Case(
+        "privacy=device: aggregation exact is not linear in the updates",
+        {**DEVICE, "aggregation.name": "exact"},
+        {**SERVER, "aggregation": EXACT},
+    ),
+    Case(
+        "privacy=device: robust rule krum breaks the sensitivity bound",
+        {**DEVICE, "robust.rules": ["krum"]},
+        {**SERVER, "aggregation": robust(krum())},
+    ),
+    Case("privacy=device: timing async can't be charged in advance", {**DEVICE, **ASYNC}, SERVER, buffer_size=10),
+    Case(
+        "aggregation.weighting=rank_slice: an update of an older adapter",
+        {"aggregation.name": "exact", "aggregation.weighting": "rank_slice", **ASYNC},
+        {"aggregation": SLICES},
+        buffer_size=10,
+    ),
+    Case(
+        "cohort.overselection=2: with round_loop.mode=async", {"cohort.size": 2, "cohort.overselection": 2.0, **ASYNC}
+    ),
+    Case("round_loop.quorum=3: no round has more replies than cohort", {"cohort.size": 2, "round_loop.quorum": 3}),
+    Case(
+        "round_loop.quorum=3: no round has more replies than round_loop.buffer_size=2",
+        {"round_loop.quorum": 3, "round_loop.buffer_size": 2, **ASYNC},
+        {"quorum": 3},
+        buffer_size=2,
+    ),
+    Case(
+        "round_loop.quorum=2: with device-level privacy",
+        {**DEVICE, "round_loop.quorum": 2},
+        {**SERVER, "quorum": 2},
+    ),
+    Case(
+        "robust.rules: median rotates the factors, and aggregation=ffa",
+        {"aggregation.name": "ffa", "robust.rules": ["median"]},
+        {"aggregation": robust(rule=FFA(), entrywise=Median())},
+    ),
+    Case(
+        "robust.rules: median rotates the factors, and compression.keep_fraction",
+        {"robust.rules": ["median"], **INT4},
+        {"aggregation": robust(entrywise=Median()), "plan": QUANTIZED},
+    ),
+    Case(
+        "aggregation.weighting=rank_slice: median combines all updates into one",
+        {"aggregation.name": "exact", "aggregation.weighting": "rank_slice", "robust.rules": ["median"]},
+        {"aggregation": robust(rule=SLICES, entrywise=Median())},
+    ),
+    Case(
+        "server_optimizer.name: changes of factors can be summed over rounds only if directions persist, and with flo",
+        {"aggregation.name": "flora", "server_optimizer.name": "fedavgm"},
+        {"aggregation": FLoRA(rank=3, seed=0), "server_optimizer": FedAvgM()},
+    ),
+    Case(
+        "server_optimizer.name: changes of factors can be summed over rounds only if directions persist, and with fed",
+        {"robust.rules": ["median"], "server_optimizer.name": "fedavgm"},
+        {"aggregation": robust(entrywise=Median()), "server_optimizer": FedAvgM()},
+    ),
+    Case("compression.keep_fraction=0: must be over 0", parts={"plan": replace(QUANTIZED, keep=0.0)}),
+    Case(
+        "compression.keep_fraction=0.5: the residual can't be used in a later round, since exact",
+        {"aggregation.name": "exact", **INT4},
+        {"aggregation": EXACT, "plan": QUANTIZED},
+    ),
+    Case(
+        "compression.keep_fraction=0.5: the blocks that are not sent would be lost",
+        parts={"plan": replace(QUANTIZED, feedback=False)},
+    ),
+    Case(
+        "compression.upload with feedback: the residual can't be used",
+        parts={"aggregation": EXACT, "plan": replace(QUANTIZED, keep=1.0)},
+    ),
+    Case(
+        "compression.metered_upload=int4 with feedback: the residual can't be used",
+        parts={"aggregation": EXACT, "limits": PlanLimits(metered_update="int4", feedback=True)},
+    ),
+    Case(
+        "drift_correction=scaffold: a control variate can't be used in a later round, since exact",
+        {"aggregation.name": "exact", **SCAFFOLD},
+        {"aggregation": EXACT, "plan": SGD},
+    ),
+    Case(
+        "drift_correction=scaffold: the server's control variate is a plain mean, and hetlora is not",
+        {"aggregation.name": "hetlora", **SCAFFOLD},
+        {"aggregation": HetLoRA(), "plan": SGD},
+    ),
+    Case(
+        "drift_correction=scaffold: only with plain SGD",
+        {"drift_correction": "scaffold"},
+        {"plan": replace(SGD, optimiser="adamw")},
+    ),
+    Case(
+        "drift_correction=scaffold: with privacy=device the server's control variate",
+        {**SCAFFOLD, **DEVICE},
+        {"plan": SGD, **SERVER},
+    ),
+    Case(
+        "drift_correction=scaffold: every update enters the server's control variate",
+        {**SCAFFOLD, "robust.rules": ["krum"]},
+        {"plan": SGD, "aggregation": robust(krum())},
+    ),
+    Case(
+        "drift_correction=scaffold: a control variate covers every site",
+        {**SCAFFOLD, "planning.name": "device"},
+        {"plan": replace(SGD, sites=("x",))},
+    ),
+    Case(
+        "drift_correction=scaffold: a control variate covers every direction",
+        parts={"plan": SGD, "aggregation": FFA(), "limits": PlanLimits(metered_rank=1)},
+    ),
+    Case(
+        "drift_correction=scaffold: a control variate belongs to the adapter of one round",
+        {**SCAFFOLD, **ASYNC},
+        {"plan": SGD},
+        buffer_size=10,
+    ),
+    Case(
+        "adapter.lora_xs_bases: fedit trains no cores",
+        {"adapter.lora_xs_bases": "glyphs-frame"},
+        {"lora_xs_bases": BASES},
+    ),
+    Case(
+        "adapter.lora_xs_bases: aggregation=fedsb requires one", {"aggregation.name": "fedsb"}, {"aggregation": FedSB()}
+    ),
+    Case(
+        "compression.download=int8: adapter.lora_xs_bases and SCAFFOLD's",
+        {**SCAFFOLD, "compression.download": "int8"},
+        {"plan": SGD, "download": "int8"},
+    ),
+    Case("planning.metered_rank=1: fedit requires equal ranks", parts={"limits": PlanLimits(metered_rank=1)}),
+    Case(
+        "planning.max_battery_fraction=0.5: the battery charge of a device is private",
+        {**DEVICE, "planning.max_battery_fraction": 0.5},
+        {**SERVER, "limits": PlanLimits(battery_share=0.5)},
+    ),
+    Case(
+        "compression.metered_upload=int4: the link of a device is private",
+        {**DEVICE, "compression.metered_upload": "int4"},
+        {**SERVER, "limits": PlanLimits(metered_update="int4")},
+    ),
+    Case(
+        "planning.metered_rank=1: the link of a device is private",
+        parts={**SERVER, "aggregation": FFA(), "limits": PlanLimits(metered_rank=1)},
+    ),
+    Case("cohort.overselection=2: the time of a reply", {**DEVICE, "cohort.size": 2, "cohort.overselection": 2.0}),
+    Case("cohort.sampling_rate=0.5: accounted with a sampling rate of 1", parts={**SERVER, "selection": poisson(0.5)}),
+    Case(
+        "privacy.device.max_participations=3: with cohort.sampling_rate",
+        {**DEVICE, "cohort.sampling_rate": 0.5, "privacy.device.max_participations": 3},
+        {"central_dp": {"sampling_rate": 0.5, "budget": BUDGET}, "selection": poisson(0.5)},
+    ),
+    Case(
+        "privacy.device.max_participations=2: 20 devices are too few for 4 rounds of 20",
+        {**DEVICE, "privacy.device.max_participations": 2},
+    ),
+    Case(
+        "private_eval.interval=2: with privacy=both",
+        {"privacy.level": "both", "private_eval.interval": 2},
+        {
+            "plan": PRIVATE,
+            **SERVER,
+            "evaluation_policy": EvaluationPolicy(interval=2, local_noise=LOCAL, central_noise=CENTRAL),
+        },
+    ),
+    Case(
+        "private_eval.interval=1: with example-level privacy",
+        parts={"plan": PRIVATE, "evaluation_policy": EvaluationPolicy()},
+    ),
+    Case(
+        "private_eval.interval=1: with device-level privacy", parts={**SERVER, "evaluation_policy": EvaluationPolicy()}
+    ),
+]
