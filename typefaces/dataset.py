@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,12 @@ class Typeface:
     licence: str
     design: str  # shared by families of one design, which never have two roles
     order: tuple[int, ...]  # permutation of range(62) that determines the split within the writer
-    images: NDArray[np.uint8]  # [62, 64, 64] in the order of GLYPHS, 0 = ink, 255 = paper
+    glyphs: tuple[bytes, ...]  # 4-bit PNG in the order of GLYPHS
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8]:
+        """Images [62, 64, 64] in the order of GLYPHS, 0 = ink, 255 = paper; decoded when they are first used."""
+        return np.stack([decode(glyph) for glyph in self.glyphs])
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def skew_order(order: Sequence[int], kind: str) -> tuple[int, ...]:
 
 
 def load(role: str | None = None, path: Path | None = None) -> list[Typeface]:
-    """Load the families of a role (default: all roles), sorted by name; only their images are decoded."""
+    """Load the families of a role (default: all roles), sorted by name."""
     if role is not None and role not in ROLES:
         raise ValueError(f"role={role}: must be one of: {', '.join(ROLES)}")
     with pq.ParquetFile(path or FILE) as file:  # read_table imports pyarrow.compute, which takes half a second
@@ -91,7 +97,7 @@ def load(role: str | None = None, path: Path | None = None) -> list[Typeface]:
         Typeface(
             **{key: row[key] for key in ("name", "role", "kind", "designer", "package", "licence", "design")},
             order=tuple(row["order"]),
-            images=np.stack([decode(glyph) for glyph in row["glyphs"]]),
+            glyphs=tuple(row["glyphs"]),
         )
         for row in rows
     ]

@@ -134,7 +134,7 @@ def select_evaluated(people: Sequence[Participant], devices: int | None) -> list
 
 
 def writers(data: DataConfig) -> list[Writer]:
-    """Load every writer of the role, in an order in which kinds are mixed; AntherError if there are too few."""
+    """Load the writers of the role, in an order in which kinds are mixed; AntherError if there are too few."""
     families = sorted(
         dataset.load(data.role, assets.locate("typefaces")), key=lambda family: derive_seed("writers", family.name)
     )
@@ -143,15 +143,15 @@ def writers(data: DataConfig) -> list[Writer]:
             f"data.writers={data.writers}: there are only {len(families)} {data.role} writers; "
             "for more devices than writers, set data.devices"
         )
-    all_writers = []
-    for index, family in enumerate(families):
+    loaded = []
+    for index, family in enumerate(families[: data.writers]):
         kind = dataset.GLYPH_KINDS[index % len(dataset.GLYPH_KINDS)]
         split = dataset.split(dataset.skew_order(family.order, kind) if data.label_skew else family.order, data.train)
 
         def pictures(glyphs: Sequence[int], family: dataset.Typeface = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
 
-        all_writers.append(
+        loaded.append(
             Writer(
                 slug(family.name),
                 family.kind,
@@ -163,7 +163,7 @@ def writers(data: DataConfig) -> list[Writer]:
                 pool=pictures(dataset.split(family.order, dataset.POOL).train),
             )
         )
-    return all_writers
+    return loaded
 
 
 def own_pictures(data: DataConfig) -> list[tuple[str, Pictures]]:
