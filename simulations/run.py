@@ -181,8 +181,15 @@ def check_time(config: SimulationConfig) -> None:
         raise AntherError(f"round_loop.mode=async {hint}: training takes no time in this fleet")
     for key in () if fleet.timed else _timed_settings(config):
         raise AntherError(f"{key} {hint}: devices of this fleet have no battery, owner, heat or schedule")
-    if fleet.workload != WorkloadConfig() and not fleet.timed and config.planning.name != "device":
-        raise AntherError("fleet.workload: only used by a fleet with timed=true, and planning.name=device; remove it")
+    if fleet.workload != WorkloadConfig() and not fleet.timed:
+        from strategies.planning import PLANNINGS  # rarely needed
+
+        if PLANNINGS.lookup(config.planning.name).every_site:
+            names = [name for name, method in PLANNINGS.items() if not method.every_site]
+            raise AntherError(
+                "fleet.workload: only used by a fleet with timed=true, and by "
+                f"{' and '.join(f'planning.name={name}' for name in names)}; remove it"
+            )
     if loop.mode == "sync" and loop.quorum > (devices := config.data.count()):
         raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add devices")
 

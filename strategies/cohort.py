@@ -136,7 +136,7 @@ class Cohort:
         for node, report in reports.items():
             feasible = planned = plans.get(report.device)
             if self._device_level and not feasible:
-                planned = self.planner.at_every_site(report, full, download=download)
+                planned = self.planner.at_every_site(report, full, adapter=adapter, download=download)
             if planned:
                 ready = node not in self.devices.stale and self.rule.eligibility(report)
                 candidates[report.device] = DeviceCandidate(

@@ -85,7 +85,7 @@ class FederatedStrategy:
             sites=format.sites,
             limits=planning.limits,
             mixed_ranks=update.aggregation.mixed_ranks,
-            site_selector=planning.site_selector,
+            method=planning.method,
         )
         self.cohort = Cohort(
             cohort,

@@ -130,7 +130,7 @@ def main() -> None:
         choice = next((one for one in site_sets if set(one.sites) == set(trained or ())), None)
         exact = footprint(base(), *sizes, rank=args.rank, sites=trained) if trained else None
         rows.append(result_row(budget, choice, costs, exact))
-    planner = Planner(sites=sites, limits=PlanLimits(deadline=150.0), site_selector=selector)
+    planner = Planner(sites=sites, limits=PlanLimits(deadline=150.0), method=selector)
     _, plans_seconds = time_cpu(lambda: planner.plans(make_fleet(args.devices), plan, adapter=adapter, download=10**6))
     seconds = {"costs, once a run": costs_seconds, "sets, once a round": choices_seconds, "a round": plans_seconds}
     title = f"{args.base} in {args.weights}, {args.resolution}², rank {args.rank}, checkpoints {args.checkpointing}"

@@ -52,7 +52,6 @@ class PlanningConfig:
     """Rank asked of a device on a metered link (rules that mix ranks; not with privacy per device)."""
 
     def __post_init__(self) -> None:
-        require_choice("planning.name", self.name, ("full", "device"))
         require(none_or_positive(self.deadline), f"planning.deadline={self.deadline}: must be over 0, or null")
         require(none_or_positive(self.max_joules), f"planning.max_joules={self.max_joules}: must be over 0, or null")
         part = self.max_battery_fraction

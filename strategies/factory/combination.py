@@ -10,6 +10,7 @@ from strategies.download import FP32
 from strategies.factory.aggregation import build_rule
 from strategies.factory.planning import plan_limits
 from strategies.factory.selection import build_selection, selection_name
+from strategies.planning import PLANNINGS
 from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, SELECTIONS, TIMINGS
 from strategies.unused_settings import refuse_unused
 from strategies.validation import check
@@ -26,6 +27,7 @@ def check_configuration(config: FederationConfig) -> None:
         (AGGREGATIONS, [config.aggregation.name]),
         (OPTIMIZERS, [config.server_optimizer.name]),
         (SELECTIONS, [config.selection.name]),
+        (PLANNINGS, [config.planning.name]),
         (ROBUST_RULES, config.robust.rules),
     ):
         for name in names:
@@ -53,7 +55,7 @@ def combination(config: FederationConfig) -> Combination:
         keep=compression.keep_fraction,
         download=compression.download,
         lora_xs_bases=config.adapter.lora_xs_bases is not None,
-        every_site=config.planning.name == "full",
+        every_site=PLANNINGS.lookup(config.planning.name).every_site,
         limits=plan_limits(config, rule),
         quorum=loop.quorum,
         overselection=cohort.overselection,

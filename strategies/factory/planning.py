@@ -1,12 +1,14 @@
-"""Limits and site selector of a configuration's plans."""
+"""Limits and method of a configuration's plans."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from conf.schemas.federation import FederationConfig
 from models.base.base import Base
 from strategies.aggregation import Aggregation
+from strategies.planning import PLANNINGS, PlanningMethod
 from strategies.planning.plan import PlanLimits
-from strategies.planning.site_selection import SiteSelector, base_pass_costs
 
 
 def plan_limits(config: FederationConfig, rule: Aggregation) -> PlanLimits:
@@ -28,16 +30,13 @@ def plan_limits(config: FederationConfig, rule: Aggregation) -> PlanLimits:
     )
 
 
-def build_site_selector(config: FederationConfig, base: Base | None, memory_factor: float) -> SiteSelector | None:
-    """Build the site selector of planning.name=device; None if devices train all sites.
+def build_planning(config: FederationConfig, base: Base | None, memory_factor: float) -> PlanningMethod:
+    """Build the method of `planning.name`.
 
     Args:
         config: configuration of the run.
         base: its base.
         memory_factor: factor on the predicted memory of a pass.
     """
-    if config.planning.name == "full":
-        return None
-    if base is None:
-        raise ValueError("base: required by planning.name=device")
-    return SiteSelector(costs=base_pass_costs(base, config.adapter.shared.rank), memory_factor=memory_factor)
+    known = {"base": base, "rank": config.adapter.shared.rank, "memory_factor": memory_factor}
+    return cast(PlanningMethod, PLANNINGS.create(config.planning.name, known))

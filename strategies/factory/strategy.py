@@ -22,7 +22,7 @@ from strategies.cohort import CohortRule
 from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
 from strategies.factory.combination import check_configuration
-from strategies.factory.planning import build_site_selector, plan_limits
+from strategies.factory.planning import build_planning, plan_limits
 from strategies.factory.selection import build_evaluation_selection, build_selection
 from strategies.phases.evaluation import EvaluationRule
 from strategies.planning.plan import CosineDecay
@@ -90,7 +90,7 @@ def build(
         ),
         planning=Planning(
             limits=plan_limits(config, rule),
-            site_selector=build_site_selector(config, base, memory_factor),
+            method=build_planning(config, base, memory_factor),
             lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
         ),
         evaluation=EvaluationRule(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from typing import ClassVar
 
 from common.units import GIB
 from models.base.base import Base
@@ -14,6 +15,7 @@ from models.footprint.footprint import MARGIN, example_shapes
 from models.footprint.site_costs import PassCosts, pass_costs
 from models.lora.adapter import Adapter, Factors, Sites
 from protocol.messages import DeviceReport, TrainingPlan
+from strategies.planning import DevicePlanner, SentAdapter, SitesAndSteps, planning
 from strategies.planning.knapsack import SiteSet, site_sets
 from strategies.planning.plan import PlanLimits, affordable_steps, seconds_per_step, transfer_seconds
 
@@ -36,6 +38,18 @@ class SiteSelector:
     costs: PassCosts
     memory_factor: float = 1.0
     runtime_bytes: int = RUNTIME
+    every_site: ClassVar = False
+
+    def in_round(self, sent: SentAdapter) -> DevicePlanner:
+        """Return the planner of a round, which lists the sets of sites once for each set of trainable sites."""
+        candidates = cache(partial(self.site_sets, sent.adapter))
+
+        def plan(report: DeviceReport, full: TrainingPlan) -> SitesAndSteps | None:
+            return best_plan(
+                report, full, sent.limits, self, candidates(full.sites), sites=sent.sites, download=sent.download
+            )
+
+        return plan
 
     def site_sets(self, adapter: Adapter, trainable: Collection[str] | None = None) -> list[SiteSet]:
         """List the sets of sites for the plans of a round, by the gains of this adapter.
@@ -50,6 +64,25 @@ class SiteSelector:
     def fits(self, candidate: SiteSet, report: DeviceReport) -> bool:
         """Whether training at these sites fits the memory of a device."""
         return MARGIN * (self.runtime_bytes + self.memory_factor * candidate.bytes) <= report.memory_gib * GIB
+
+
+@planning("device")
+class DevicePlanning(SiteSelector):
+    """Train the most valuable sites that fit the memory, the time and the power of a device.
+
+    Args:
+        base: base of the run, whose costs are predicted.
+        rank: rank that no plan exceeds.
+        memory_factor: see `SiteSelector`.
+
+    Raises:
+        ValueError: there is no base.
+    """
+
+    def __init__(self, *, base: Base | None, rank: int, memory_factor: float = 1.0) -> None:
+        if base is None:
+            raise ValueError("base: required by planning.name=device")
+        super().__init__(costs=base_pass_costs(base, rank), memory_factor=memory_factor)
 
 
 def site_gains(adapter: Adapter) -> dict[str, float]:
@@ -84,7 +117,7 @@ def best_plan(
     *,
     sites: Sites,
     download: int,
-) -> tuple[TrainingPlan, float] | None:
+) -> SitesAndSteps | None:
     """Find the feasible plan with the largest total gain of its steps.
 
     Ties are broken by gain per step, then by less work, then by less memory.
@@ -99,8 +132,7 @@ def best_plan(
         download: bytes of the adapter.
 
     Returns:
-        The plan, and the time of its steps as a fraction of steps that train every site. None if not even one step is
-        feasible.
+        The plan; None if not even one step is feasible.
     """
     step = seconds_per_step(report, full)
     transfers = partial(transfer_seconds, report, sites=sites)
@@ -122,4 +154,4 @@ def best_plan(
         return None
     _, selected, steps = best
     names = selected.sites if len(selected.sites) < len(sites) else None
-    return replace(full, sites=names, steps=steps), selected.work
+    return SitesAndSteps(replace(full, sites=names, steps=steps), selected.work)

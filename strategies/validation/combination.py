@@ -165,7 +165,7 @@ def of_parts(
         feedback=plan.feedback,
         download=format.precision,
         lora_xs_bases=format.lora_xs_bases is not None,
-        every_site=plan.sites is None and planning.site_selector is None,
+        every_site=plan.sites is None and planning.method.every_site,
         limits=planning.limits,
         quorum=update.quorum,
         participations=central_dp.budget.participations if central_dp else None,

@@ -12,6 +12,7 @@ from typing import Any
 from strategies.aggregation import declared_linearity
 from strategies.download import FP32
 from strategies.fedbuff import BUFFER_SIZE
+from strategies.planning import PLANNINGS
 from strategies.registry import AGGREGATIONS, ROBUST_RULES
 from strategies.validation.combination import Combination
 from strategies.validation.privacy import refusal
@@ -150,7 +151,8 @@ def _scaffold_conflict(chosen: Combination) -> str | None:
             "robust.rules removes; use only one of both"
         )
     if not chosen.every_site:
-        return "a control variate covers every site that was sent; use planning.name=full"
+        names = [known for known, one in PLANNINGS.items() if one.every_site]
+        return f"a control variate covers every site that was sent; use planning.name={_listed(names)}"
     if limits.metered_rank is not None:
         return "a control variate covers every direction that was sent; set limits.metered_rank to None"
     if chosen.overlapping:

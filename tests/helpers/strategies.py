@@ -29,7 +29,7 @@ _PARTS: dict[str, tuple[Any, dict[str, str]]] = {  # class of each part, and the
         {name: name for name in ("aggregation", "server_optimizer", "central_dp", "quorum")},
     ),
     "cohort": (CohortRule, {name: name for name in ("selection", "eligibility", "max_state_age")}),
-    "planning": (Planning, {name: name for name in ("limits", "site_selector", "lr_schedule")}),
+    "planning": (Planning, {name: name for name in ("limits", "method", "lr_schedule")}),
     "evaluation": (
         EvaluationRule,
         {"evaluation_policy": "policy", "evaluation_selection": "selection", "timesteps": "timesteps"},

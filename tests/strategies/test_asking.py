@@ -389,7 +389,7 @@ def test_resumed_run_selects_the_same_devices(tmp_path: Path) -> None:
 
 def test_sites_fit_the_memory_of_each_device() -> None:
     selector = SiteSelector(costs=table({"x": (100, 10), "y": (60, 10)}), runtime_bytes=0, memory_factor=2**20)
-    federated = strategy(selection=Sample(size=3, seed=0), site_selector=selector)
+    federated = strategy(selection=Sample(size=3, seed=0), method=selector)
     large, medium, small = (device(name, memory_gib=gib) for name, gib in (("a", 1.0), ("b", 0.08), ("c", 0.05)))
     start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     messages = federated.configure_train(1, start, ConfigRecord(), CohortGrid([large, medium, small], perform))

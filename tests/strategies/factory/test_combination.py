@@ -11,6 +11,7 @@ KNOWN = {
     "robust.rules": "afa, foolsgold, geometric_median, krum, median, norm_bound, replay, trimmed_mean",
     "selection.name": "deadline, eafl, energy_delay, everyone, oort, poisson, power_of_choice, random, round_robin",
     "server_optimizer.name": "fedadam, fedavgm, fedyogi, none",
+    "planning.name": "device, full",
 }
 
 

@@ -18,6 +18,7 @@ from strategies.factory.combination import check_configuration
 from strategies.factory.full_plan import training_plan
 from strategies.factory.selection import build_selection
 from strategies.factory.strategy import build
+from strategies.planning.full import FullPlanning
 from strategies.registry import AGGREGATIONS, ROBUST_RULES
 from strategies.robust.krum import MultiKrum
 from strategies.robust.robust_aggregation import RobustAggregation
@@ -382,7 +383,7 @@ def test_limits_and_eligibility():
     assert federated.cohort.rule.max_state_age == 30
     limits = federated.cohort.planner.limits
     assert (limits.joules, limits.battery_share, limits.deadline) == (7, 0.1, 9)
-    assert federated.cohort.planner.site_selector is None
+    assert isinstance(federated.cohort.planner.method, FullPlanning)
 
 
 def test_site_selector_uses_costs_of_the_base(tmp_path):
@@ -391,7 +392,7 @@ def test_site_selector_uses_costs_of_the_base(tmp_path):
     with pytest.raises(ValueError, match=r"planning\.name=device"):
         build(config, plan, SITES, accept_simulated=False)
     base = load(str(save_pipeline(tmp_path)), sites=ATTENTION)
-    costs = build(config, plan, base.sites, accept_simulated=False, base=base).cohort.planner.site_selector.costs
+    costs = build(config, plan, base.sites, accept_simulated=False, base=base).cohort.planner.method.costs
     assert {site.name for site in costs.sites} == set(base.sites)
     assert costs.work(list(base.sites)) == pytest.approx(1.0)
 

@@ -178,9 +178,9 @@ def test_gains_are_half_uniform_and_half_product_norm() -> None:
 
 def test_equal_reports_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
-    monkeypatch.setattr("strategies.planning.planner.best_plan", lambda report, *_, **__: planned.append(report))
+    monkeypatch.setattr("strategies.planning.site_selection.best_plan", lambda report, *_, **__: planned.append(report))
     costs = table({"s0": (MIB, MIB), "s1": (MIB, MIB)})
-    planner = Planner(sites=SITES, limits=PlanLimits(), site_selector=SiteSelector(costs=costs))
+    planner = Planner(sites=SITES, limits=PlanLimits(), method=SiteSelector(costs=costs))
     adapter = {name: Factors(torch.zeros(4, 64), torch.zeros(64, 4)) for name in ("s0", "s1")}
     reports = [replace(REPORT, device=f"d{i}", memory_gib=1.0 + i % 3) for i in range(300)]
     assert planner.plans(reports, FULL, adapter=adapter, download=1000) == {}
