@@ -24,7 +24,7 @@ from common.errors import AntherError, shorten, summary
 T = TypeVar("T")
 Component = TypeVar("Component")
 
-_allowed: set[str] = set()
+_allowed: set[str] | None = set()
 
 
 def allow_plugins(names: Iterable[str]) -> None:
@@ -33,8 +33,14 @@ def allow_plugins(names: Iterable[str]) -> None:
     Args:
         names: their names, from the configuration of the device's owner.
     """
-    _allowed.clear()
-    _allowed.update(names)
+    global _allowed
+    _allowed = set(names)
+
+
+def allow_installed_plugins() -> None:
+    """Allow all entry points on axes of devices, in a process that is no device: a server, a simulation, a command."""
+    global _allowed
+    _allowed = None
 
 
 class Registry(MutableMapping[str, T], Generic[T]):
@@ -142,7 +148,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
         """Return the entry points of installed packages that may be used, by name; built-in names are not replaced."""
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"anther.{self.axis}"):
-            if self._on_device and point.name not in _allowed:
+            if self._on_device and _allowed is not None and point.name not in _allowed:
                 continue
             if point.value != found.setdefault(point.name, point).value:
                 raise AntherError(

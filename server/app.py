@@ -14,6 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import AntherError
+from common.plugins import allow_installed_plugins
 from conf.compose import compose_federation
 from models.base.base import load
 from models.files import assets
@@ -47,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     reproducible noise are accepted, and no part of the run is a private release.
     """
     log_through_flower("server", "strategies")
+    allow_installed_plugins()
     runs = assets.home() / "runs"
     try:
         _federate(grid, context, runs)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from common.plugins import allow_installed_plugins
 from conf.schemas.simulation import SimulationConfig
 from models.base import base
 from models.base.base import Base
@@ -28,6 +29,7 @@ class SimulationSetup(NamedTuple):
 
 def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
     """Build the setup of the run in `folder`; errors in pictures are reported before the base is loaded."""
+    allow_installed_plugins()
     folders = own_pictures(config.data)
     loaded = base.load(
         config.base.path,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from client import paths
 from common.errors import REPORTED_ERRORS, describe_error
+from common.plugins import allow_plugins
 from common.terminal import discard_output, use_plain_output
 from privacy.storage import FileStorage
 
@@ -27,6 +28,17 @@ def owner_parser(command: str, description: str) -> argparse.ArgumentParser:
         "--name", help="the device's name (default: as enrolled, else the store's or the machine's name)"
     )
     return parser
+
+
+def allow_owned_plugins() -> None:
+    """Allow the plug-ins that the owner lists in the device's configuration, for a base of an installed family.
+
+    Raises:
+        AntherError: the enrollment's file can't be read.
+    """
+    from conf.schemas.node import compose  # slow import that most commands don't need
+
+    allow_plugins(compose([], paths.config_file()).allowed_plugins)
 
 
 def run(

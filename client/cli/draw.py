@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.cli.common import owner_parser, run
+from client.cli.common import allow_owned_plugins, owner_parser, run
 from client.store.open import inspect_store
 from common.errors import AntherError
 from models.diffusion.decoding import TILE
@@ -69,6 +69,7 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
     from training.inference import generate_with
 
     _check(options)
+    allow_owned_plugins()
     store = inspect_store(files).store
     sites = store.personal_sites()
     base = load(

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from client.cli.common import allow_owned_plugins
 from client.planning.plan_search import (
     FootprintPredictor,
     TrainingOption,
@@ -29,9 +30,7 @@ from common.units import HOUR, MIB
 from conf.key_help import key_help
 from conf.schemas.planning import PlanConfig, compose_plan, devices
 from models.families.family import ATTENTION
-from models.families.flux import FLUX
 from models.families.known import BaseSpec, find_base
-from models.families.sd3 import SD3
 from models.files import assets
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser, resident_bytes
 from models.quantization.modes import WEIGHT_MODES
@@ -40,7 +39,6 @@ DONE, USAGE = 0, 2
 PROFILE = "device.yaml"  # profile of this device, in ANTHER_HOME
 WIDTH = 100
 SITES = {"attention": ATTENTION, "cross": r".*\.attn2\.to_(q|k|v|out\.0)"}
-JOINT = (SD3, FLUX)  # text and picture form one sequence: no layer attends only to the text
 MIN_SIDE = 256  # smallest side in pixels that is considered for a base made for larger pictures
 SHARES = (1.0, 0.75, 0.5, 0.25)  # fractions of the side that a base was made for
 
@@ -58,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the options as JSON")
     options = parser.parse_args(arguments)
     try:
+        allow_owned_plugins()
         plan = compose_plan(options.overrides, assets.home() / PROFILE)
         base = find_base(plan.base)
         ranked, best = search_plans(training_settings(base), plan, predictor(base, plan))
@@ -76,7 +75,7 @@ def training_settings(base: BaseSpec) -> list[TrainingSetting]:
     step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
     sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= MIN_SIDE and side % step == 0]
-    sites = ["attention"] if base.family in JOINT else SITES
+    sites = ["attention"] if base.family.joint_attention else SITES
     return settings([sides[0], *smaller], list(sites), list(WEIGHT_MODES))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.moved_commands import refuse_key_value
+from common.plugins import allow_installed_plugins
 from models.families.checkpoint import recognize
 from models.files import assets, loading
 from models.quantization.blockwise import empty_quantized, quantize
@@ -183,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_key_value(words, ("base", "weights", "out"), USAGE)
         options = parser.parse_args(words)
         out = options.out.expanduser()
+        allow_installed_plugins()
         digest = pack(options.base, out, options.weights)
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)

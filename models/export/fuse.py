@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.moved_commands import refuse_key_value
+from common.plugins import allow_installed_plugins
 from models.families.checkpoint import recognize
 from models.files import assets
 from models.quantization.packed import is_packed
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_key_value(words, ("base", "adapter", "out"), "anther fuse BASE FILE --out DIR")
         options = parser.parse_args(words)
         out, adapter = options.out.expanduser(), options.adapter.expanduser()
+        allow_installed_plugins()
         digest = write_fused(options.base, adapter, out)
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)

@@ -13,20 +13,12 @@ from common.errors import AntherError, shorten
 from models.diffusion.objective import Schedule
 from models.families import encoders
 from models.families.checks import check
-from models.families.family import Family
-from models.families.flux import FLUX
+from models.families.family import FAMILIES, Family
 from models.families.lcm import with_guidance_embedding
-from models.families.pixart import PIXART
-from models.families.sana import SANA
 from models.families.schedules import parse_schedule
-from models.families.sd3 import SD3
-from models.families.sdxl import SDXL
-from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.files import loading
 from models.files.diffusers_classes import diffusers_class
 from models.quantization import packed
-
-FAMILIES = {family.pipeline: family for family in (STABLE_DIFFUSION, SDXL, PIXART, SD3, FLUX, SANA)}
 
 _VAES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 
@@ -102,9 +94,9 @@ def recognize(folder: Path) -> Checkpoint:
         raise AntherError(f"base {folder}: no model_index.json in it: give the folder of a diffusers pipeline")
     index = _json(folder, folder / "model_index.json")
     name = str(index.get("_class_name"))
-    if name not in FAMILIES:
-        raise AntherError(f"base {folder}: holds a {shorten(name)}: only {', '.join(FAMILIES)} are supported")
-    family = FAMILIES[name]
+    if name not in (known := FAMILIES.names()):
+        raise AntherError(f"base {folder}: holds a {shorten(name)}: only {', '.join(known)} are supported")
+    family = FAMILIES.lookup(name)
     parts = _parts(folder, index)
     for part in (family.network, "vae", "scheduler", *family.encoders):
         if index.get(part) == [None, None]:

@@ -1,5 +1,8 @@
 """Interface of a family of bases: caption encoding, network call, and default sites.
 
+A module registers its family by `register`; an installed package declares one as an entry point in the group
+`anther.family`, named like the class of its pipelines.
+
 A family packs everything that represents one caption into one tensor [rows, d], and unpacks it in its forward: tokens
 first, then vectors (a pooled embedding, a mask) cut into rows. Therefore trainer and sampler handle a single tensor.
 """
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.plugins import Registry
 from models.diffusion.denoiser import Forward
 from models.families.kohya import KohyaFormat
 
@@ -49,6 +53,16 @@ class Family:
     logit_normal: bool = False  # whether a flow's training favors the middle of the schedule
     latent_statistics: bool = False  # whether the pipeline uses a VAE's latents_mean and latents_std
     sites: str = ATTENTION  # default sites
+    joint_attention: bool = False  # whether text and picture form one sequence: no layer attends only to the text
+
+
+FAMILIES: Registry[Family] = Registry("family", key="base.path", modules="models.families", on_device=True)
+"""Families by the class of their pipelines in model_index.json."""
+
+
+def register(family: Family) -> Family:
+    """Register a family under its pipeline's class, in the module that defines it."""
+    return FAMILIES.register(family.pipeline)(family)
 
 
 def configured_latents(config: Mapping[str, Any]) -> Latents:

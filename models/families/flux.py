@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.families.family import Family, Latents, pack, packed_caption_shape, unpack
+from models.families.family import Family, Latents, pack, packed_caption_shape, register, unpack
 from models.families.kohya import FusedPart, KohyaFormat, map_names, map_qkv
 
 _SIDE = 128  # latents of 1024 pixels: the pipeline's default, because the network's configuration has none
@@ -128,16 +128,19 @@ _KOHYA = KohyaFormat(
     ),
 )
 
-FLUX = Family(
-    name="flux",
-    pipeline="FluxPipeline",
-    network="transformer",
-    kind="FluxTransformer2DModel",
-    encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-    encode=_encode,
-    forward=_forward,
-    latents=_latents,
-    context=_context,
-    kohya=_KOHYA,
-    guide=_guide,
+FLUX = register(
+    Family(
+        name="flux",
+        pipeline="FluxPipeline",
+        network="transformer",
+        kind="FluxTransformer2DModel",
+        encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+        encode=_encode,
+        forward=_forward,
+        latents=_latents,
+        context=_context,
+        kohya=_KOHYA,
+        guide=_guide,
+        joint_attention=True,
+    )
 )

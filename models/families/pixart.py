@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, configured_latents, masked_caption_shape, pack, unpack_mask
+from models.families.family import Family, configured_latents, masked_caption_shape, pack, register, unpack_mask
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -33,15 +33,17 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     return output[:, : x.shape[1]]
 
 
-PIXART = Family(
-    name="pixart-sigma",
-    pipeline="PixArtSigmaPipeline",
-    network="transformer",
-    kind="PixArtTransformer2DModel",
-    encoders=("tokenizer", "text_encoder"),
-    encode=_encode,
-    forward=_forward,
-    latents=configured_latents,
-    context=masked_caption_shape,
-    kohya=None,
+PIXART = register(
+    Family(
+        name="pixart-sigma",
+        pipeline="PixArtSigmaPipeline",
+        network="transformer",
+        kind="PixArtTransformer2DModel",
+        encoders=("tokenizer", "text_encoder"),
+        encode=_encode,
+        forward=_forward,
+        latents=configured_latents,
+        context=masked_caption_shape,
+        kohya=None,
+    )
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, configured_latents, masked_caption_shape, pack, unpack_mask
+from models.families.family import Family, configured_latents, masked_caption_shape, pack, register, unpack_mask
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -38,15 +38,17 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     return output
 
 
-SANA = Family(
-    name="sana",
-    pipeline="SanaPipeline",
-    network="transformer",
-    kind="SanaTransformer2DModel",
-    encoders=("tokenizer", "text_encoder"),
-    encode=_encode,
-    forward=_forward,
-    latents=configured_latents,
-    context=masked_caption_shape,
-    kohya=None,
+SANA = register(
+    Family(
+        name="sana",
+        pipeline="SanaPipeline",
+        network="transformer",
+        kind="SanaTransformer2DModel",
+        encoders=("tokenizer", "text_encoder"),
+        encode=_encode,
+        forward=_forward,
+        latents=configured_latents,
+        context=masked_caption_shape,
+        kohya=None,
+    )
 )

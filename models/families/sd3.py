@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
+from models.families.family import Family, configured_latents, pack, packed_caption_shape, register, unpack
 from models.families.kohya import KohyaFormat, map_names, map_qkv
 
 
@@ -62,16 +62,19 @@ _KOHYA = KohyaFormat(
     ),
 )
 
-SD3 = Family(
-    name="sd3",
-    pipeline="StableDiffusion3Pipeline",
-    network="transformer",
-    kind="SD3Transformer2DModel",
-    encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"),
-    encode=_encode,
-    forward=_forward,
-    latents=configured_latents,
-    context=_context,
-    kohya=_KOHYA,
-    logit_normal=True,
+SD3 = register(
+    Family(
+        name="sd3",
+        pipeline="StableDiffusion3Pipeline",
+        network="transformer",
+        kind="SD3Transformer2DModel",
+        encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"),
+        encode=_encode,
+        forward=_forward,
+        latents=configured_latents,
+        context=_context,
+        kohya=_KOHYA,
+        logit_normal=True,
+        joint_attention=True,
+    )
 )

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
+from models.families.family import Family, configured_latents, pack, packed_caption_shape, register, unpack
 from models.families.kohya import UNET_KOHYA
 
 _SCALE = 8  # pixels per latent, of every SDXL VAE
@@ -49,16 +49,18 @@ def _context(config: Mapping[str, Any]) -> tuple[int, int]:
     return packed_caption_shape(77, config["cross_attention_dim"], _pooled(config))
 
 
-SDXL = Family(
-    name="sdxl",
-    pipeline="StableDiffusionXLPipeline",
-    network="unet",
-    kind="UNet2DConditionModel",
-    encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-    encode=_encode,
-    forward=_forward,
-    latents=configured_latents,
-    context=_context,
-    kohya=UNET_KOHYA,
-    latent_statistics=True,
+SDXL = register(
+    Family(
+        name="sdxl",
+        pipeline="StableDiffusionXLPipeline",
+        network="unet",
+        kind="UNet2DConditionModel",
+        encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+        encode=_encode,
+        forward=_forward,
+        latents=configured_latents,
+        context=_context,
+        kohya=UNET_KOHYA,
+        latent_statistics=True,
+    )
 )

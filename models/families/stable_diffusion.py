@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from models.diffusion.denoiser import call_unet
-from models.families.family import Family, configured_latents
+from models.families.family import Family, configured_latents, register
 from models.families.kohya import UNET_KOHYA
 
 
@@ -25,15 +25,17 @@ def _context(config: Mapping[str, Any]) -> tuple[int, int]:
     return 77, config["cross_attention_dim"]
 
 
-STABLE_DIFFUSION = Family(
-    name="stable-diffusion",
-    pipeline="StableDiffusionPipeline",
-    network="unet",
-    kind="UNet2DConditionModel",
-    encoders=("tokenizer", "text_encoder"),
-    encode=_encode,
-    forward=call_unet,
-    latents=configured_latents,
-    context=_context,
-    kohya=UNET_KOHYA,
+STABLE_DIFFUSION = register(
+    Family(
+        name="stable-diffusion",
+        pipeline="StableDiffusionPipeline",
+        network="unet",
+        kind="UNet2DConditionModel",
+        encoders=("tokenizer", "text_encoder"),
+        encode=_encode,
+        forward=call_unet,
+        latents=configured_latents,
+        context=_context,
+        kohya=UNET_KOHYA,
+    )
 )

@@ -20,6 +20,7 @@ import yaml
 
 from common import atomic_files
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
+from common.plugins import allow_installed_plugins
 from conf.compose import compose_stored_federation
 from conf.schemas.federation import FederationConfig
 from models.base.base import Base, load
@@ -64,6 +65,7 @@ def write_run_results(folder: Path) -> Path:
     """
     arguments = run_dirs.read_overrides(folder)
     config = compose_stored_federation(arguments)
+    allow_installed_plugins()
     base = load(config.base.path, sites=config.adapter.sites)
     state = checkpoint.load(folder / "checkpoints", sites=base.sites)
     if state is None:

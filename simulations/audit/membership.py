@@ -19,6 +19,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from common.errors import AntherError
+from common.plugins import allow_installed_plugins
 from conf.cli import to_object
 from conf.renames import SIMULATE, present_settings
 from conf.schemas.audit import MembershipConfig
@@ -153,6 +154,7 @@ def attack(runs: Sequence[FinishedRun], config: MembershipConfig, *, confidence:
 def _score_run(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate], dict[str, np.ndarray]]:
     """Return the candidates of a run and their scores [candidates] by attack."""
     settings = run.config
+    allow_installed_plugins()
     frozen = base.load(
         settings.base.path,
         sites=settings.adapter.sites,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
+from common.plugins import allow_installed_plugins
 from conf.cli import hydra_application, output_dir, program
 from conf.schemas.audit import AuditConfig
 
@@ -240,6 +241,7 @@ def batch_independence_test(config: AuditConfig) -> Iterator[NoiseTestResult]:
 
     if config.noise_tests.base is None:
         return
+    allow_installed_plugins()
     base = load(config.noise_tests.base, device="cpu")
     shift = batch_independence.max_shift(
         base,

@@ -23,6 +23,7 @@ class Installed:
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
+    allow_plugins(())
     yield
     allow_plugins(())
     sys.modules.pop(MODULE, None)

@@ -32,6 +32,7 @@ lab = PowerMeter(make=make, order=9, cuda=False, works=None, hint="")
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
+    allow_plugins(())
     yield
     allow_plugins(())
     sys.modules.pop(MODULE, None)

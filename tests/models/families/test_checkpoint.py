@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import AntherError
+from common.plugins import allow_installed_plugins, allow_plugins
 from models.base.base import Base
-from models.families.checkpoint import FAMILIES, recognize
+from models.families.checkpoint import recognize
+from models.families.family import FAMILIES
+from tests.helpers.packages import install
 from tests.models.conftest import TinyPipeline
 
 
@@ -75,6 +80,41 @@ def use(folder: Path, resolution: int) -> None:
     base = Base(folder, resolution=resolution)
     base.decode(torch.zeros(1, *base.shape))
     base.encode_captions(["fox"])
+
+
+FAMILY = """
+from dataclasses import replace
+from models.families.stable_diffusion import STABLE_DIFFUSION
+
+LAB = replace(STABLE_DIFFUSION, name="lab")
+"""
+
+
+def test_family_of_an_installed_package(
+    pipeline_folder: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A device needs its owner's permission; a server, a simulation or a command doesn't."""
+    entry = {"anther.family LabPipeline": "anther_test_family:LAB"}
+    install(monkeypatch, tmp_path / "site", module="anther_test_family", source=FAMILY, entry_points=entry)
+    change(folder / "model_index.json", _class_name="LabPipeline")
+    request.addfinalizer(partial(allow_plugins, ()))
+    request.addfinalizer(partial(sys.modules.pop, "anther_test_family", None))
+    for names in ((), ("other",)):
+        allow_plugins(names)
+        with pytest.raises(AntherError, match=r"holds a LabPipeline: only FluxPipeline, .* are supported"):
+            recognize(folder)
+    assert "anther_test_family" not in sys.modules
+    allow_plugins(["LabPipeline"])
+    assert Base(folder).provenance["family"] == "lab"
+    allow_plugins(())
+    allow_installed_plugins()
+    base = Base(folder)
+    assert base.provenance["family"] == "lab"
+    assert torch.equal(base.encode_captions(["a"]), Base(pipeline_folder).encode_captions(["a"]))
 
 
 class TestCheckpointErrors:
