@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads slow down tiny layers on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,9 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bench.lib.tiny import ATTENTION, save_pipeline
-from models.base.base import Base
+from tests.helpers.shared import shared_folder
 from tests.helpers.tiers import Tiers
+
+if TYPE_CHECKING:
+    from models.base.base import Base
 
 # No limits on time, which fail on a busy machine.
 # --hypothesis-profile=stress, or HYPOTHESIS_PROFILE=stress, tries more.
@@ -28,9 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("base"))
+    from bench.lib.tiny import save_pipeline  # imports PyTorch and, when called, a pipeline of diffusers
+
+    return shared_folder(tmp_path_factory, "base", save_pipeline) / "pipeline"
 
 
 @pytest.fixture(scope="session")
 def base(pipeline_folder: Path) -> Base:
+    from bench.lib.tiny import ATTENTION
+    from models.base.base import Base
+
     return Base(pipeline_folder, sites=ATTENTION)

@@ -13,11 +13,10 @@ from conf.compose import compose
 from simulations import simulate
 from simulations.report.time_left import work_after_rounds
 from simulations.run import resume_command
-from tests.simulations.test_run import BARE, TINY, environment, run
-
-__all__ = ["environment"]  # a fixture
+from tests.helpers.simulations import BARE, TINY, run
 
 
+@pytest.mark.integration
 def test_simulate_returns_its_results(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,11 +51,9 @@ def test_resume_command_is_quoted_for_shell_and_hydra(folder: str, monkeypatch: 
     assert values == {"data.pictures": ["a b"], "hydra.run.dir": f"/tmp/{folder}", "resume": True}
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_old_terminals_work(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, encoding: str) -> None:
-    variables = {**environment, "PYTHONIOENCODING": encoding}
-    done = run(pipeline_folder, tmp_path / "run", variables, "data.pictures=[/nowhere]")
+def test_old_terminals_work(pipeline_folder: Path, tmp_path: Path, encoding: str) -> None:
+    done = run(pipeline_folder, tmp_path / "run", "data.pictures=[/nowhere]", encoding=encoding)
     assert done.returncode == 2
     assert "loading the base ..." in done.stdout
     assert done.stderr.startswith("error: /nowhere: no such folder")

@@ -13,7 +13,7 @@ from conf.compose import compose
 from simulations import simulate
 from strategies.factory.aggregation import build_aggregation
 from tests.helpers.packages import install
-from tests.simulations.test_run import BARE, TINY
+from tests.helpers.simulations import BARE, TINY
 from tests.test_extending import example
 
 MODULE = "anther_test_rules"

@@ -1,80 +1,34 @@
-"""Whole runs on a tiny base from the command line: exit codes and files."""
+"""Whole runs on a tiny base from the command line: exit codes and files.
+
+Only runs that are killed or interrupted, and the command that continues one, get a process of their own: its imports
+take longer than the run.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from common.errors import AntherError
 from conf.compose import compose
 from simulations.run import check_time
-
-TINY = [
-    "data.writers=3",
-    "data.test=3",
-    "data.validation=2",
-    "rounds=3",
-    "adapter.shared.steps=2",
-    "adapter.shared.rank=4",
-    "adapter.personal.steps=4",
-    "adapter.personal.rank=2",
-    "adapter.eval_interval=2",
-    "evaluation.timesteps=2",
-    "evaluation.gallery_size=2",
-    "evaluation.sampling_steps=2",
-    "base.device=cpu",
-]
-BARE = ["evaluation.gallery_size=0", "evaluation.baseline_local=false"]
-"""Overrides for runs whose generated pictures are not tested."""
-ROOT = Path(__file__).parents[2]
+from tests.helpers.simulations import BARE, command, own_pictures, results, run, send_signal_at, start
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {**os.environ, "ANTHER_HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
 
 
-def command(base: Path, folder: Path, *overrides: str) -> list[str]:
-    run = [sys.executable, "-m", "simulations.run", f"base.path={base}", *TINY, *overrides]
-    return [*run, f"hydra.run.dir={folder}"]
-
-
-def run(base: Path, folder: Path, environment: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(base, folder, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def numbers(folder: Path) -> tuple[dict[str, object], list[dict[str, object]], object]:
-    """Return all results of a run except durations and memory."""
-    summary = json.loads((folder / "summary.json").read_text())
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in [summary, *metrics]:
-        for key in ("seconds", "peak_rss_mib"):
-            line.pop(key, None)
-    return summary, metrics, json.loads((folder / "evaluation.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def finished(
-    pipeline_folder: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, run(pipeline_folder, folder, environment)
-
-
-def test_run_writes_all_results(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = finished
-    assert done.returncode == 0, done.stderr
+@pytest.mark.integration
+def test_run_writes_all_results(finished: Path) -> None:
+    folder = finished / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["rounds"], summary["clients"], summary["seed"], summary["epsilon"]) == (3, 3, 0, None)
     for key in ("loss", "legibility", "style"):
@@ -90,77 +44,48 @@ def test_run_writes_all_results(finished: tuple[Path, subprocess.CompletedProces
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "https://" not in page
-    assert "round 3 of 3" in done.stdout
+    assert "round 3 of 3" in (finished / "stdout").read_text()
 
 
-def test_personal_adapter_loads_in_diffusers(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], pipeline_folder: Path
-) -> None:
+@pytest.mark.integration
+def test_personal_adapter_loads_in_diffusers(finished: Path, pipeline_folder: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
-    file = next((finished[0] / "adapters" / "personal").glob("*.with_shared.safetensors"))
+    file = next((finished / "run" / "adapters" / "personal").glob("*.with_shared.safetensors"))
     pipe.load_lora_weights(file)
     assert pipe.get_active_adapters()
 
 
-@pytest.mark.stress  # the test of a killed run covers it too
-def test_same_seed_gives_same_results(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    pipeline_folder: Path,
-    environment: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    assert run(pipeline_folder, tmp_path / "again", environment).returncode == 0
-    assert numbers(tmp_path / "again") == numbers(finished[0])
-
-
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "phase",
     ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.stress) for one in ("personalizing", "local baselines"))],
 )
 def test_killed_and_resumed_run_gives_same_results(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    pipeline_folder: Path,
-    environment: dict[str, str],
-    tmp_path: Path,
-    phase: str,
+    finished: Path, pipeline_folder: Path, tmp_path: Path, phase: str
 ) -> None:
     folder = tmp_path / "killed"
-    with subprocess.Popen(
-        command(pipeline_folder, folder), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if phase in line:
-                process.send_signal(signal.SIGKILL)
-                break
+    send_signal_at(command(pipeline_folder, folder), phase, signal.SIGKILL)
     assert not (folder / "summary.json").exists()
-    assert run(pipeline_folder, folder, environment, "resume=true").returncode == 0
-    assert numbers(folder) == numbers(finished[0])
+    assert run(pipeline_folder, folder, "resume=true").returncode == 0
+    assert results(folder) == results(finished / "run")
 
 
-def test_interrupted_run_prints_resume_command(
-    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    with subprocess.Popen(
-        command(pipeline_folder, tmp_path / "run", "rounds=9"),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if "round 1 of 9" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        rest, errors = process.communicate()
-    assert process.returncode == 130
-    assert "resume=true" in rest
+@pytest.mark.integration
+def test_interrupted_run_prints_resume_command(finished: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """The printed command gives the results of a run that was not interrupted."""
+    folder = tmp_path / "my run"
+    code, rest, errors = send_signal_at(command(pipeline_folder, folder), "round 1 of 3", signal.SIGINT)
+    assert code == 130
     assert "Traceback" not in errors
+    (printed,) = (line for line in rest.splitlines() if "resume=true" in line)
+    python, *words = shlex.split(printed[printed.index("python") :])
+    with start(words) as again:
+        output, errors = again.communicate()
+    assert (python, again.returncode) == ("python", 0), errors
+    assert "round 3 of 3" in output
+    assert results(folder) == results(finished / "run")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +136,7 @@ def test_timed_fleet_accepts_timed_settings(timed: str) -> None:
     check_time(compose(f"fleet=week {timed} data.writers=3"))
 
 
+@pytest.mark.integration
 class TestRefusedRuns:
     """Refused runs print one line, exit with 2 and overwrite nothing."""
 
@@ -220,41 +146,29 @@ class TestRefusedRuns:
         assert len(lines) == 1, done.stderr
         assert all(word in lines[0] for word in words), lines[0]
 
-    def test_folder_with_other_files(self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
-        (tmp_path / "thesis.tex").write_text("mine")
-        self.refuse(run(pipeline_folder, tmp_path, environment), "already holds files", "hydra.run.dir")
-        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    def test_folder_with_other_files(self, pipeline_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "work"
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("mine")
+        self.refuse(run(pipeline_folder, folder), "already holds files", "hydra.run.dir")
+        assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
-    def test_folder_of_another_run(
-        self,
-        finished: tuple[Path, subprocess.CompletedProcess[str]],
-        pipeline_folder: Path,
-        environment: dict[str, str],
-        tmp_path: Path,
-    ) -> None:
-        folder = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    def test_folder_of_another_run(self, finished: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(finished / "run", tmp_path / "copy"))
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        self.refuse(
-            run(pipeline_folder, folder, environment, "seed=1", "resume=true"), "different run", "seed was 0, now 1"
-        )
-        self.refuse(run(pipeline_folder, folder, environment), "already holds a run", "resume=true")
+        self.refuse(run(pipeline_folder, folder, "seed=1", "resume=true"), "different run", "seed was 0, now 1")
+        self.refuse(run(pipeline_folder, folder), "already holds a run", "resume=true")
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def test_no_run_to_resume(self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
-        self.refuse(run(pipeline_folder, tmp_path / "new", environment, "resume=true"), "no run to resume")
+    def test_no_run_to_resume(self, pipeline_folder: Path, tmp_path: Path) -> None:
+        self.refuse(run(pipeline_folder, tmp_path / "new", "resume=true"), "no run to resume")
 
-    def test_truncated_checkpoint(
-        self,
-        finished: tuple[Path, subprocess.CompletedProcess[str]],
-        pipeline_folder: Path,
-        environment: dict[str, str],
-        tmp_path: Path,
-    ) -> None:
-        folder = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    def test_truncated_checkpoint(self, finished: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(finished / "run", tmp_path / "copy"))
         (folder / "summary.json").unlink()
         adapter = folder / "checkpoints" / "round-000003" / "adapter.safetensors"
         adapter.write_bytes(adapter.read_bytes()[:-1])
-        self.refuse(run(pipeline_folder, folder, environment, "resume=true"), "round-000003", "delete")
+        self.refuse(run(pipeline_folder, folder, "resume=true"), "round-000003", "delete")
 
     @pytest.mark.parametrize(
         ("override", "words"),
@@ -267,27 +181,16 @@ class TestRefusedRuns:
         ],
     )
     def test_invalid_settings(
-        self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, override: str, words: tuple[str, ...]
+        self, pipeline_folder: Path, tmp_path: Path, override: str, words: tuple[str, ...]
     ) -> None:
-        self.refuse(run(pipeline_folder, tmp_path / "new", environment, override), *words)
+        self.refuse(run(pipeline_folder, tmp_path / "new", override), *words)
         assert not (tmp_path / "new" / "run.json").exists()
 
 
-def own_pictures(folder: Path, count: int = 6) -> Path:
-    """Write a folder in the imagefolder convention."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    lines = []
-    for number in range(count):
-        Image.fromarray(generator.integers(0, 255, (30, 40, 3), np.uint8)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"my picture {number}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def test_own_folder_replaces_a_writer(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_own_folder_replaces_a_writer(pipeline_folder: Path, tmp_path: Path) -> None:
     mine = own_pictures(tmp_path / "My cat!")
-    done = run(pipeline_folder, tmp_path / "run", environment, f"data.pictures=['{mine}']")
+    done = run(pipeline_folder, tmp_path / "run", f"data.pictures=['{mine}']")
     assert done.returncode == 0, done.stderr
     people = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert len(people) == 3
@@ -297,11 +200,10 @@ def test_own_folder_replaces_a_writer(pipeline_folder: Path, environment: dict[s
     assert (tmp_path / "run" / "adapters" / "personal" / "my-cat.with_shared.safetensors").exists()
 
 
-def test_private_run_reports_its_guarantee(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_private_run_reports_its_guarantee(pipeline_folder: Path, tmp_path: Path) -> None:
     measuring = ["private_eval.interval=3", "private_eval.noise_multiplier=5"]
-    done = run(
-        pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring, *BARE
-    )
+    done = run(pipeline_folder, tmp_path / "run", "privacy=example", "privacy.epsilon=4", *measuring, *BARE)
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all((row["base"], row["shared"]) == (None, None) for row in rounds)  # as on real devices, no loss is sent
@@ -316,7 +218,8 @@ def test_private_run_reports_its_guarantee(pipeline_folder: Path, environment: d
     assert summary["best_round"] == 3  # fixed in advance: selecting it would use the pictures
 
 
-def test_run_with_both_guarantees(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_run_with_both_guarantees(pipeline_folder: Path, tmp_path: Path) -> None:
     chosen = [
         "privacy=both",
         "privacy.epsilon=4",
@@ -324,7 +227,7 @@ def test_run_with_both_guarantees(pipeline_folder: Path, environment: dict[str, 
         "aggregation=fedit",
         "cohort.sampling_rate=0.7",
     ]
-    done = run(pipeline_folder, tmp_path / "run", environment, *chosen, *BARE)
+    done = run(pipeline_folder, tmp_path / "run", *chosen, *BARE)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 3.9 < summary["epsilon"].pop("value") <= 4 < summary["epsilon"].pop("strict")
@@ -337,13 +240,9 @@ def test_run_with_both_guarantees(pipeline_folder: Path, environment: dict[str, 
     assert [event["release"] for event in events[::2]] == [False] * 3
 
 
-def test_serial_and_cohort_give_same_results(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-    pipeline_folder: Path,
-    environment: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    assert run(pipeline_folder, tmp_path / "run", environment, "grid=serial").returncode == 0
-    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished[0], tmp_path / "run"))
-    for arm, loss in one["loss"].items():
-        assert two["loss"][arm] == pytest.approx(loss, rel=1e-4)
+@pytest.mark.integration
+def test_serial_and_cohort_give_same_results(finished: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    assert run(pipeline_folder, tmp_path / "run", "grid=serial").returncode == 0
+    one, two = (results(folder)[0]["loss"] for folder in (finished / "run", tmp_path / "run"))
+    for arm, loss in one.items():
+        assert two[arm] == pytest.approx(loss, rel=1e-4)

@@ -15,7 +15,7 @@ from models.base.base import Base
 from privacy.storage import FileStorage
 from simulations import run_dir
 from simulations.fleet.participants import own_pictures_hash, participants
-from tests.simulations.test_run import own_pictures
+from tests.helpers.simulations import own_pictures
 
 FRESH, RESUMED = compose("data.writers=0 data.pictures=[x]"), compose("data.writers=0 data.pictures=[x] resume=true")
 ASSETS = {"base": "b", "data": "d"}

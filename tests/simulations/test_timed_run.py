@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.simulations.test_run import ROOT, command, numbers, run
+from tests.helpers.simulations import command, results, run, send_signal_at
 
 WEEK = [
     "fleet=week",
@@ -23,23 +21,26 @@ WEEK = [
 ]
 
 
-@pytest.mark.stress
-def test_killed_and_resumed_timed_run_gives_same_results(pipeline_folder: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "ANTHER_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = run(pipeline_folder, tmp_path / "whole", environment, *WEEK)
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.integration
+def test_timed_run_reports_its_fleet(pipeline_folder: Path, tmp_path: Path) -> None:
+    done = run(pipeline_folder, tmp_path / "run", *WEEK)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 < summary["fleet"]["hours"] <= 3
     assert sum(summary["fleet"]["rounds"].values()) > 0
-    assert "simulated" in (tmp_path / "whole" / "report.html").read_text()
-    killed = tmp_path / "killed"
-    with subprocess.Popen(
-        command(pipeline_folder, killed, *WEEK), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if "round 1 of 3" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-    assert run(pipeline_folder, killed, environment, *WEEK, "resume=true").returncode == 0
-    assert numbers(killed) == numbers(tmp_path / "whole")
+    assert "simulated" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("phase", ["round 1 of 3", "round 2 of 3", "personalizing"])
+def test_killed_and_resumed_timed_run_gives_same_results(pipeline_folder: Path, tmp_path: Path, phase: str) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(pipeline_folder, whole, *WEEK).returncode == 0
+    send_signal_at(command(pipeline_folder, killed, *WEEK), phase, signal.SIGKILL)
+    assert run(pipeline_folder, killed, *WEEK, "resume=true").returncode == 0
+    assert results(killed) == results(whole)

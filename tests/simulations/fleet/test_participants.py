@@ -16,7 +16,7 @@ from privacy.storage import FileStorage
 from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated, slug, writers
 from strategies.factory.full_plan import training_plan
 from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
-from tests.simulations.test_run import own_pictures
+from tests.helpers.simulations import own_pictures
 
 
 def fleet(base: Base, folder: Path, overrides: str) -> list[Participant]:
