@@ -8,9 +8,9 @@ from common.errors import AntherError
 from conf.schemas.federation import FederationConfig
 from strategies.download import FP32
 from strategies.factory.aggregation import build_rule
-from strategies.factory.planning import plan_limits
 from strategies.factory.selection import build_selection, selection_name
 from strategies.planning import PLANNINGS
+from strategies.planning.plan import PlanLimits
 from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, SELECTIONS, TIMINGS
 from strategies.unused_settings import refuse_unused
 from strategies.validation import check
@@ -56,7 +56,6 @@ def combination(config: FederationConfig) -> Combination:
         download=compression.download,
         lora_xs_bases=config.adapter.lora_xs_bases is not None,
         every_site=PLANNINGS.lookup(config.planning.name).every_site,
-        limits=plan_limits(config, rule),
         quorum=loop.quorum,
         overselection=cohort.overselection,
         cohort_size=cohort.size,
@@ -68,4 +67,28 @@ def combination(config: FederationConfig) -> Combination:
         local_noise=privacy.of_examples,
         central_noise=privacy.of_devices,
     )
-    return replace(chosen, feedback=chosen.stable_factors and compression.upload != FP32)
+    return replace(
+        chosen,
+        feedback=chosen.stable_factors and compression.upload != FP32,
+        limits=_limits(config, mixed_ranks=rule.mixed_ranks, feedback=chosen.stable_factors),
+    )
+
+
+def _limits(config: FederationConfig, *, mixed_ranks: bool, feedback: bool) -> PlanLimits:
+    """Return the limits of `planning` and of `compression`.
+
+    Args:
+        config: configuration of the run.
+        mixed_ranks: whether the aggregation supports mixed ranks.
+        feedback: whether devices may use a quantization residual in a later round.
+    """
+    # A control variate covers every direction, and device-level privacy protects the link of a device.
+    reducible = mixed_ranks and config.drift_correction == "none" and not config.privacy.of_devices
+    return PlanLimits(
+        metered_rank=config.planning.metered_rank if reducible else None,
+        metered_update=config.compression.metered_upload,
+        feedback=feedback,
+        deadline=config.planning.deadline,
+        joules=config.planning.max_joules,
+        battery_share=config.planning.max_battery_fraction,
+    )

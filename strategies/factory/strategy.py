@@ -21,8 +21,8 @@ from strategies.clock import Clock
 from strategies.cohort import CohortRule
 from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
-from strategies.factory.combination import check_configuration
-from strategies.factory.planning import build_planning, plan_limits
+from strategies.factory.combination import check_configuration, combination
+from strategies.factory.planning import build_planning
 from strategies.factory.selection import build_evaluation_selection, build_selection
 from strategies.phases.evaluation import EvaluationRule
 from strategies.planning.plan import CosineDecay
@@ -89,7 +89,7 @@ def build(
             max_state_age=config.cohort.max_state_age,
         ),
         planning=Planning(
-            limits=plan_limits(config, rule),
+            limits=combination(config).limits,
             method=build_planning(config, base, memory_factor),
             lr_schedule=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
         ),
