@@ -12,10 +12,10 @@ from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from bench.memory import lean, published_bases, weights_memory
-from models.families.checkpoint import STABLE_DIFFUSION
 from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.pixart import PIXART
 from models.families.sdxl import SDXL
+from models.families.stable_diffusion import STABLE_DIFFUSION
 
 SMALL = {
     "sample_size": 8,
