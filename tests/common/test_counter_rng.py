@@ -72,6 +72,7 @@ def test_shorter_streams_are_prefixes(keys: list[int], count: int, fewer: int) -
     assert torch.equal(counter_rng.normals(tensor, fewer), counter_rng.normals(tensor, count)[:, :fewer])
 
 
+@pytest.mark.integration
 @given(keys=st.lists(KEYS, min_size=1, max_size=5), data=st.data())
 def test_streams_are_independent_of_the_batch(keys: list[int], data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(keys) - 1))

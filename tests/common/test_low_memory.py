@@ -11,6 +11,8 @@ import pytest
 
 from common import low_memory
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = """
 import sys
 from common import low_memory
@@ -24,7 +26,6 @@ print(transformers.__version__ > "")
 """
 
 
-@pytest.mark.integration
 def test_networks_import_no_unneeded_libraries() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

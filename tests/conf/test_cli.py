@@ -97,6 +97,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_mistake_is_one_line(
     argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -108,6 +109,7 @@ def test_mistake_is_one_line(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.integration
 def test_refused_run_keeps_existing_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
@@ -117,6 +119,7 @@ def test_refused_run_keeps_existing_files(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.integration
 def test_bad_job_stops_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--multirun", "rounds=1,0,2") == 2
     printed = capsys.readouterr()
@@ -124,11 +127,13 @@ def test_bad_job_stops_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert printed.err == "error: rounds=0: must be 1 or more\n"
 
 
+@pytest.mark.integration
 def test_multirun_runs_every_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--multirun", "rounds=1,2", "privacy=none,example") == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+@pytest.mark.integration
 def test_command_line_overrides_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "preset=private", "data.writers=3") == 0
     assert run(monkeypatch, "preset=private", "privacy=none") == 0

@@ -4,8 +4,10 @@ import pytest
 
 from common.errors import AntherError
 from conf.compose import compose
+from tests.helpers import configs
 
 
+@pytest.mark.integration
 def test_overrides_are_parsed_as_by_a_shell():
     config = compose("rounds=3 privacy=example 'data.pictures=[my photos,other]'")
     assert (config.rounds, config.privacy.level, config.data.pictures) == (3, "example", ["my photos", "other"])
@@ -26,3 +28,19 @@ def test_mistakes_are_one_line(overrides, message):
     with pytest.raises(AntherError, match=message) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "aggregation=fedit privacy=device privacy.epsilon=4 data.writers=100 cohort.sampling_rate=0.1",
+        "cohort.size=3 selection.oort.alpha=1 selection=oort",
+        "preset=private 'robust.rules=[krum,median]' resume=true base.path=2024_01x",
+        "fleet=pis planning.deadline=9 planning.max_joules=null adapter.shared.lr=1e-3",
+    ],
+)
+def test_helper_of_other_tests_composes_equally(overrides):
+    assert configs.compose(overrides) == compose(overrides)
+    assert configs.compose(overrides) == compose(overrides)  # also from what it kept

@@ -57,6 +57,7 @@ def test_docstrings_of_bases_are_inherited() -> None:
     assert field_docs(SharedTrainingConfig).keys() >= {"rank", "lr", "optimizer"}
 
 
+@pytest.mark.integration
 def test_values_are_those_of_the_configuration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_texts_are_verbatim(key, value):
     assert getattr(read(f"{key}={value}"), key) == value
 
 
+@pytest.mark.integration
 @given(st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=30))
 def test_any_text_is_verbatim(value):
     word = f"fetch.folder={value}"

@@ -86,6 +86,7 @@ def test_values_of_lists_and_sweeps_are_renamed() -> None:
         refuse_renamed(["selection=thrifty,oort"], renames.SIMULATE)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("words", "message"),
     [

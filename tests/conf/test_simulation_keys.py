@@ -58,6 +58,7 @@ def test_every_key_of_a_federation_is_one_of_simulations() -> None:
     assert set(known_keys(FederationConfig)) == server - own <= simulation
 
 
+@pytest.mark.integration
 def test_federation_has_defaults_of_simulations() -> None:
     """Apart from the number of devices, which a simulation derives from its writers: 20 too."""
     simulation, federation = (dataclasses.asdict(config) for config in (compose(""), compose_federation("")))
@@ -96,6 +97,7 @@ def test_wrong_stored_words_are_refused() -> None:
         compose_stored_federation("zzz=1")
 
 
+@pytest.mark.integration
 def test_devices_are_limited_by_their_number() -> None:
     with pytest.raises(AntherError, match=r"^cohort\.size=8: there are only 7 devices"):
         compose_federation("data.devices=7 cohort.size=8")

@@ -37,6 +37,7 @@ def events(sigma: float, rate: float, steps: int) -> list[PoissonGaussian]:
     return [PoissonGaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps)]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("rate", "steps", "delta", "sigmas"),
     [
@@ -79,6 +80,7 @@ def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float)
     assert result <= rdp.get_epsilon(delta)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("target", "rate", "steps", "delta"),
     [
@@ -102,6 +104,7 @@ def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, del
     assert expected(1.005 * result) < target < expected(0.995 * result)
 
 
+@pytest.mark.integration
 @settings(max_examples=10)  # an example composes two accountants
 @given(st.floats(0.7, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from([1e-3, 1e-6]))
 def test_renyi_accounting_is_an_upper_bound(sigma: float, rate: float, steps: int, delta: float) -> None:
@@ -123,6 +126,7 @@ def test_composition_is_independent_of_order() -> None:
     assert epsilon(mixed, 1e-3).value == epsilon(mixed[::-1], 1e-3).value > epsilon(mixed[:1], 1e-3).value
 
 
+@pytest.mark.integration
 @settings(max_examples=6)  # an example accounts for three mechanisms
 @given(st.floats(0.5, 20), st.floats(0.01, 0.9), st.integers(1, 200), st.floats(1.05, 2), st.sampled_from([1e-3, 1e-6]))
 def test_epsilon_is_monotonic(sigma: float, rate: float, steps: int, factor: float, delta: float) -> None:
@@ -145,6 +149,7 @@ def test_minimum_noise_is_accounted_fast() -> None:
     assert time.process_time() - start < 10
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps"),
     [
@@ -161,6 +166,7 @@ def test_solved_noise_meets_target_tightly(target: float, delta: float, rate: fl
     assert 0.995 * target <= epsilon(events(sigma, rate, steps), delta).value <= target
 
 
+@pytest.mark.integration
 def test_unsolvable_targets_raise() -> None:
     with pytest.raises(AntherError, match="no meaningful guarantee"):
         noise_multiplier_for(epsilon=1e6, delta=1e-3, sampling_rate=0.5, steps=10)

@@ -42,6 +42,7 @@ def value(bounded):
     return bounded.steps.double() * bounded.step
 
 
+@pytest.mark.integration
 @settings(max_examples=300)  # a guarantee of privacy, in cheap arithmetic
 @given(UPDATES, st.lists(ANYTHING, min_size=SIZE, max_size=SIZE), CLIPS, st.integers(0, 6))
 def test_removing_device_changes_sum_by_clip_at_most(others, one, clip, place):

@@ -95,6 +95,7 @@ def device_release(base: Base, folder: Path, count: int, noise: NoiseSource) -> 
     return -BATCH * torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.endswith("lora_B")])
 
 
+@pytest.mark.integration
 def test_device_release_is_consistent_with_any_pictures(base: Base, tmp_path: Path) -> None:
     known = device_release(base, tmp_path / "known", 4, NoNoise(range(4)))
     assert known.norm() > CLIP  # the attack has a target

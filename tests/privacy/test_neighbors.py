@@ -7,12 +7,11 @@ Planted mistakes exceed the bound.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
 
 from bench.lib.tiny import ATTENTION
 from client.data import Pictures
@@ -41,9 +40,12 @@ from tests.helpers.neighbors import (
     two_rounds,
 )
 from tests.helpers.reference_trainer import examples, memory_for, private
+from tests.helpers.samples import sampled
 from training.batches import BatchSampler, EntryQueue, Microbatch, StepBatch
 from training.engine import perform
 from training.jobs import Examples, Prior, TrainJob
+
+pytestmark = pytest.mark.integration
 
 PICTURES = [random_picture(seed) for seed in range(4)]
 ALL_PICTURES = list(range(len(PICTURES)))
@@ -108,11 +110,6 @@ QUICK = {"clipped", "all options, some clipped", "a piece of a picture", "cores,
 QUICK |= {"quantized with error feedback", "personal B, some sites"}
 
 
-def mark_slow(names: Iterable[str]) -> list[ParameterSet]:
-    """Mark all but a sample of the modes as slow."""
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.stress) for name in names]
-
-
 def run_neighbors(base: Base, folder: Path, mode: TrainingMode, *, removed: int) -> tuple[DeviceOutputs, DeviceOutputs]:
     """Run the same two rounds with and without one of the pictures."""
     rest = [member for member in ALL_PICTURES if member != removed]
@@ -140,14 +137,13 @@ def check_sensitivity(having: DeviceOutputs, without: DeviceOutputs, clip: float
     assert having.replies == without.replies  # the device reports nothing else
 
 
-@pytest.mark.parametrize("name", mark_slow(MODES))
+@pytest.mark.parametrize("name", sampled(MODES, QUICK))
 def test_removing_picture_changes_sums_by_clip_at_most(fine: Base, tmp_path: Path, name: str) -> None:
-    """All modes: python -m pytest tests/privacy/test_neighbors.py"""
     removed = list(MODES).index(name) % len(ALL_PICTURES)
     check_sensitivity(*run_neighbors(fine, tmp_path, MODES[name], removed=removed), MODES[name].clip, EXACT)
 
 
-@pytest.mark.parametrize("name", mark_slow(PASSES))
+@pytest.mark.parametrize("name", sampled(PASSES, QUICK))
 def test_sensitivity_with_small_passes(fine: Base, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass size follows from the memory, which is the same with and without the picture."""
     entries, mode = PASSES[name]
@@ -165,7 +161,7 @@ def test_sensitivity_with_small_passes(fine: Base, tmp_path: Path, name: str, mo
     assert any(microbatch.piece for microbatch in microbatches) == (name != "two pictures")
 
 
-@pytest.mark.parametrize("name", mark_slow(ON_DEVICES))
+@pytest.mark.parametrize("name", sampled(ON_DEVICES, QUICK))
 def test_sensitivity_in_device_precision(base: Base, tmp_path: Path, name: str) -> None:
     check_sensitivity(*run_neighbors(base, tmp_path, ON_DEVICES[name], removed=2), ON_DEVICES[name].clip, ROUNDED)
 

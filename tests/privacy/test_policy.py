@@ -163,6 +163,7 @@ def test_default_cap() -> None:
     Policy(max_epsilon=2000.0).check_spending([round_] * 1000, round_)
 
 
+@pytest.mark.integration
 def test_default_cap_allows_one_default_run() -> None:
     sigma = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=0.8, steps=16)  # `privacy=example`
     run = PoissonGaussian(noise_multiplier=sigma, sampling_rate=0.8, steps=16)

@@ -48,6 +48,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("asked", HOSTILE, ids=map(str, range(len(HOSTILE))))
 def test_work_is_bounded(asked: list[StepKind], work: list[tuple[int, int]]) -> None:
     assert epsilon(random_events(*asked), 1e-5).value >= 0
@@ -123,6 +124,7 @@ def test_rounding_grids_are_nested(value: float, width: float) -> None:
     )
 
 
+@pytest.mark.integration
 def test_merged_kinds_never_understate_epsilon() -> None:
     generator = random.Random(2)
     asked = [(generator.uniform(0.8, 3), generator.uniform(0.05, 0.3), generator.randint(5, 30)) for _ in range(40)]

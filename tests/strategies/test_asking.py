@@ -13,7 +13,6 @@ import torch
 from flwr.app import ConfigRecord
 
 from common.errors import AntherError
-from conf.compose import compose
 from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Update
@@ -39,6 +38,7 @@ from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from tests.helpers.central import BUDGET, central_dp, poisson, private
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.strategies.planning.test_knapsack import table
 
@@ -169,6 +169,7 @@ def test_central_dp_refuses_transient_state(tmp_path: Path, changes: dict[str, A
         private(tmp_path, **changes)
 
 
+@pytest.mark.integration
 def test_central_dp_refuses_link_limits(tmp_path: Path) -> None:
     """A lower rank is uploaded faster, and would change the selection."""
     with pytest.raises(ValueError, match="the link of a device is private with privacy=device"):

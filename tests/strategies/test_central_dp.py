@@ -221,6 +221,7 @@ def test_devices_at_their_limit_are_not_asked(tmp_path):
     assert len(federated.central_dp.ledger.charges()) == 4
 
 
+@pytest.mark.integration
 def test_secret_sample_charges_every_device(tmp_path):
     budget = replace(BUDGET, participations=None)
     federated = private(tmp_path, level={"budget": budget, "sampling_rate": 0.5}, selection=poisson(0.5))

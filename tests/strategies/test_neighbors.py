@@ -48,6 +48,7 @@ from tests.helpers.neighbors import (
     plan,
     random_picture,
 )
+from tests.helpers.samples import sampled
 from tests.helpers.strategies import make_strategy
 from training.engine import perform
 from training.jobs import Job, Result, TrainJob
@@ -216,13 +217,11 @@ def source(members: Sequence[int]) -> Callable[[int, str], NoiseSource]:
     return lambda _round, _purpose: NoNoise(members, [[0], [], PLACES, PLACES[1:]])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.stress) for name in MODES]
-)
+@pytest.mark.integration
+@pytest.mark.parametrize("name", sampled(MODES, QUICK))
 def test_one_device_moves_the_sum_by_at_most_the_clip(
     base: Base, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All modes: python -m pytest tests/strategies/test_neighbors.py"""
     mode = MODES[name]
     runs = []
     for present in ("abc", "bc"):
@@ -251,10 +250,7 @@ def test_one_device_moves_the_sum_by_at_most_the_clip(
 def test_both_levels_hide_a_picture_on_its_device(
     base: Base, tmp_path: Path, rule: Aggregation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server's view is bitwise equal if every noised iterate is.
-
-    Takes ten seconds: python -m pytest -m stress tests/strategies/test_neighbors.py
-    """
+    """The server's view is bitwise equal if every noised iterate is."""
     runs = []
     for members in (PLACES, PLACES[1:]):
         with monkeypatch.context() as patch:

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.compose import compose
 from models.lora.adapter import Factors, to_tensors
 from protocol.tensor_codec import encode
 from server.rounds import checkpoint
@@ -21,6 +20,7 @@ from strategies.factory.aggregation import build_aggregation
 from strategies.registry import AGGREGATIONS
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.helpers.means import close, rounds, true_mean
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from strategies.factory.aggregation import build_aggregation
 from strategies.factory.combination import check_configuration
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
 from strategies.unused_settings import refuse_unused
+from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -31,6 +31,7 @@ UNUSED = {
 """Unused settings, and the settings with which they are used."""
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("given", UNUSED)
 def test_unused_settings_are_refused_in_one_line(given):
     key = next(word for word in given.split() if not word.startswith(("cohort.size", "'"))).partition("=")[0]
@@ -41,6 +42,7 @@ def test_unused_settings_are_refused_in_one_line(given):
     refuse_unused(compose(f"aggregation=fedit {given} {UNUSED[given]}"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("group", ["aggregation", "fleet", "selection", "privacy", "preset"])
 def test_shipped_options_use_their_settings(group):
     for file in sorted((CONF / group).glob("*.yaml")):

@@ -122,6 +122,7 @@ def batch_of(places: Sequence[int]) -> StepBatch:
     return StepBatch(index, phases[index], keys[index], np.ones(len(index)), 1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("size", [5, 16])
 def test_gradient_is_independent_of_position_and_neighbors(glyphs: Base, letters: Examples, size: int) -> None:
     """For a picture by itself in its pass, among others at any position, and among copies of itself."""
@@ -169,6 +170,7 @@ def test_added_picture_changes_sum_by_its_own_gradient(
     assert 0.999 * RESOLUTION < single.norm() <= RESOLUTION  # truncation removes the rest
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("size", "draws"), [(6, 1), (2, 3)], ids=["whole", "in pieces"])
 def test_gradient_is_independent_of_threads_and_clients(
     glyphs: Base, letters: Examples, size: int, draws: int, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def check_peak(base: Base, seed: int) -> None:
     assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("single_threaded")
 def test_peak_memory_is_within_the_budget(base: Base) -> None:
     for seed in range(4):
@@ -93,6 +94,7 @@ def test_peak_memory_is_within_the_budget_for_200_lists(base: Base) -> None:
         check_peak(base, seed)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("single_threaded")
 @pytest.mark.parametrize(
     "kind",
@@ -129,6 +131,7 @@ def test_rare_buffers_are_counted(base: Base, kind: str) -> None:
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("single_threaded")
 def test_early_stopping_is_within_the_budget(base: Base) -> None:
     """In addition to the validation examples themselves."""
@@ -182,6 +185,7 @@ def test_insufficient_memory_names_the_key(base: Base) -> None:
         train(base, jobs, memory=minimum_memory(base, jobs) - 1, timesteps=2)
 
 
+@pytest.mark.integration
 def test_oversized_job_does_not_affect_others(base: Base) -> None:
     """A job whose pictures are too large, among others."""
     small, large = job(base, "small"), job(base, "large", examples=examples(base, 2, 1, side=32))
@@ -233,6 +237,7 @@ def test_spec_covers_all_jobs(base: Base) -> None:
     assert not BufferSpec.of([*jobs, job(base, "e")]).common  # one job without a frozen adapter
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("single_threaded")
 @pytest.mark.parametrize("rank", [0, 1, 32])
 def test_held_out_losses_are_within_the_budget(base: Base, rank: int) -> None:

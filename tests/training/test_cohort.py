@@ -27,6 +27,7 @@ from training.inference import held_out_losses
 from training.jobs import EarlyStopping, Prior, TrainedAdapter, TrainJob
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [2, 64])
 def test_mixed_cohort_matches_reference(base: Base, entries: int) -> None:
     frozen = nonzero_adapter(base, 3, 9)
@@ -40,6 +41,7 @@ def test_mixed_cohort_matches_reference(base: Base, entries: int) -> None:
         assert_close(result, Reference(base, plan).train(), plan.start)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [2, 64])
 def test_private_cohort_matches_reference(base: Base, entries: int) -> None:
     def jobs() -> list[TrainJob]:  # noise sources are used up, so each side gets new ones
@@ -66,12 +68,14 @@ def test_client_is_independent_of_others(base: Base) -> None:
     assert_close(together, trained_adapter(single), job(base, "a").start)
 
 
+@pytest.mark.integration
 def test_training_is_deterministic(base: Base) -> None:
     one, two = (train(base, [job(base, "a"), private(base, "b")], memory=PLENTY, timesteps=2) for _ in range(2))
     for first, second in zip(one, two, strict=True):
         assert_same_bits(first, second)
 
 
+@pytest.mark.integration
 def test_early_stopping_keeps_the_best_adapter(base: Base) -> None:
     """Compared with runs of each length that was evaluated."""
     validation, every = examples(base, 4, 77), 2
@@ -95,6 +99,7 @@ def test_early_stopping_keeps_the_best_adapter(base: Base) -> None:
     assert_same_bits(found, lengths[best])
 
 
+@pytest.mark.integration
 def test_early_stopping_with_other_jobs(base: Base) -> None:
     """Each job is evaluated on its own examples at its own steps."""
     looks = [
@@ -111,6 +116,7 @@ def test_early_stopping_with_other_jobs(base: Base) -> None:
         assert_close(result, single.adapter, plan.start)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [2, 40])
 def test_losses_and_steps_are_returned(fine: Base, entries: int) -> None:
     """The loss is the mean over all entries of all steps, each at its current adapter."""

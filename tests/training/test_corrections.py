@@ -67,6 +67,7 @@ def cohort(base: Base) -> list[TrainJob]:
     ]
 
 
+@pytest.mark.integration
 def test_mixed_cohort_matches_reference(fine: Base) -> None:
     truth = [Reference(fine, plan).train() for plan in cohort(fine)]
     jobs = cohort(fine)
@@ -74,6 +75,7 @@ def test_mixed_cohort_matches_reference(fine: Base) -> None:
         assert_close(result, expected, plan.start, DIGITS)
 
 
+@pytest.mark.integration
 def test_zero_corrections_change_nothing(base: Base) -> None:
     """Exactly, next to a client with both; Adam would turn a rounding error into a whole step."""
     alone = train(base, [job(base, "a")], memory=PLENTY, timesteps=2)[0]
@@ -87,6 +89,7 @@ def test_zero_corrections_change_nothing(base: Base) -> None:
     assert_same_bits(plain, prox)  # the term is zero at the start
 
 
+@pytest.mark.integration
 def test_strong_proximal_term_limits_the_change(base: Base) -> None:
     def moved(mu: float) -> float:
         plan = job(base, "a", proximal=mu, optimizer="sgd", learning_rate=0.2, steps=8)

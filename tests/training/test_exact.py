@@ -26,6 +26,8 @@ from tests.helpers.reference_trainer import (
 from training.cohort import train
 from training.jobs import Examples, Prior, TrainJob
 
+pytestmark = pytest.mark.integration
+
 DIGITS = 1e-10
 
 

@@ -183,6 +183,7 @@ def reference_results(fine: Base) -> list[TrainedAdapter | Exception]:
     return train(fine, valid_jobs(fine), memory=PLENTY, timesteps=2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("first", range(0, len(FAULTS), 4))
 def test_faults_do_not_affect_others(
     fine: Base, reference_results: list[TrainedAdapter | Exception], first: int
@@ -216,6 +217,7 @@ def test_incompatible_examples_fail_their_own_job(
         assert_close(got, trained_adapter(expected), plan.start, 1e-10)
 
 
+@pytest.mark.integration
 def test_rows_are_reused_after_faults(fine: Base) -> None:
     """Nine jobs in memory for two: failing ones leave at any time, and the others finish."""
     kinds: list[Make] = [
@@ -240,6 +242,7 @@ def test_rows_are_reused_after_faults(fine: Base) -> None:
         assert_close(result[index], Reference(fine, plan).train(), plan.start, 1e-10)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("passes", [1, 2, 5, 7])
 def test_job_may_fail_within_a_unit(fine: Base, passes: int) -> None:
     """Its row goes to the next job, which gets none of its queued entries and pieces."""
@@ -271,6 +274,7 @@ def test_cancellation_is_checked_between_passes(base: Base) -> None:
     assert "step 3" in str(result)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [2, 40])
 def test_non_finite_private_picture_counts_as_zero(fine: Base, entries: int) -> None:
     """The job doesn't fail: an error would reveal the picture."""
@@ -287,6 +291,7 @@ def test_non_finite_private_picture_counts_as_zero(fine: Base, entries: int) -> 
     assert_close(result, trained_adapter(noise_alone), plan().start, 1e-10)
 
 
+@pytest.mark.integration
 def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
     """Buffers are kept between calls, also after faults: results equal those on a new base."""
     unseen = Base(pipeline_folder, sites=ATTENTION)
@@ -304,6 +309,7 @@ def test_faults_leave_no_state(base: Base, pipeline_folder: Path) -> None:
             assert_same_bits(got, want)
 
 
+@pytest.mark.integration
 def test_buffers_are_reused_for_similar_jobs(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not allocated in every round; jobs of another shape in between change no bit."""
     from training import buffers, passes

@@ -69,6 +69,7 @@ class _SingleExampleScores:
         return [-float(np.mean(losses)), -float(pia), -float(self.noise(x0, t, context).pow(4).sum())]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("adapted", [True, False])
 def test_scores_match_the_papers(model: Base, adapted: bool) -> None:
     pool = examples(model, 5, 1)
@@ -90,6 +91,7 @@ def test_scores_are_independent_of_the_batch(base: Base) -> None:
     assert np.stack(whole.minus(whole)) == pytest.approx(0.0)
 
 
+@pytest.mark.integration
 def test_memorizing_adapter_is_detected(base: Base) -> None:
     """The positive control. Pictures are noise, so that members differ from others in nothing else."""
     pool = examples(base, 24, 3)

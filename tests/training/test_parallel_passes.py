@@ -49,6 +49,7 @@ def test_pass_size_gives_every_core_its_share() -> None:
     assert passes.pass_size(torch.device("cuda"), 90, 64) == 64
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [4, None])
 def test_cores_do_not_change_the_result(fine: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
     """Also with one draw of a picture per pass."""
@@ -60,6 +61,7 @@ def test_cores_do_not_change_the_result(fine: Base, entries: int | None, request
         assert_close(result, trained_adapter(expected), plan.start, 1e-10)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [1, 3, 40])
 def test_passes_may_overwrite_earlier_results(fine: Base, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As CUDA graphs do: results must not be kept by reference."""

@@ -105,6 +105,7 @@ def cohort(base: Base) -> list[TrainJob]:
     ]
 
 
+@pytest.mark.integration
 def test_partial_training_matches_reference(fine: Base) -> None:
     truth = [Reference(fine, plan).train() for plan in cohort(fine)]
     jobs = cohort(fine)

@@ -104,6 +104,7 @@ def loop_gradients(reference: Reference, batch: StepBatch) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.integration
 @quiet
 @pytest.mark.parametrize("sites", [ATTENTION, EVERY_KIND], ids=["attention", "every kind"])
 def test_gradients_match_opacus_and_a_loop(pipeline_folder: Path, sites: str) -> None:
@@ -127,6 +128,7 @@ def test_weights_scale_gradients(base: Base) -> None:
         assert max_relative_error(result, loop_gradients(Reference(base, plan), batch)) < 2e-5
 
 
+@pytest.mark.integration
 @quiet
 def test_ten_steps_match_opacus(base: Base) -> None:
     """Poisson batches, clipping, noise and AdamW of Opacus, with our random numbers."""
@@ -141,6 +143,7 @@ def test_ten_steps_match_opacus(base: Base) -> None:
     assert_close(train(base, jobs, memory=memory_for(base, jobs, 5), timesteps=2)[1], expected, plan().start)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("entries", [3, 40])
 def test_all_kinds_of_layers_train_privately(pipeline_folder: Path, entries: int) -> None:
     """Attention, feed-forward, time embedding and convolutions with stride 1 and 2, and kernel size 3 and 1."""
@@ -165,6 +168,7 @@ def test_all_kinds_of_layers_train_privately(pipeline_folder: Path, entries: int
     assert any(reference.scales and reference.share_clipped < 1 for reference in references)
 
 
+@pytest.mark.integration
 def test_checkpointing_keeps_the_result(pipeline_folder: Path) -> None:
     """Blocks do run twice."""
 
@@ -189,6 +193,7 @@ def test_checkpointing_keeps_the_result(pipeline_folder: Path) -> None:
         assert_close(after, Reference(base, plan).train(), plan.start, 1e-10)
 
 
+@pytest.mark.integration
 def test_half_precision_network_trains_float32_adapters(base: Base, pipeline_folder: Path) -> None:
     """The network runs in bf16; adapters stay in float32 and agree with float32 training."""
     half = Base(pipeline_folder, sites=ATTENTION, compute="bf16")

@@ -161,6 +161,7 @@ def crowded_job(base: Base, batches: int, **changes: object) -> TrainJob:
     return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=_CrowdedBatches(batches), **changes)
 
 
+@pytest.mark.integration
 def test_excess_units_are_dropped(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order of the pictures, once the turns are used up."""
     monkeypatch.setattr(capacity, "fixed_pass_size", lambda *_: 1)
@@ -198,6 +199,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return turns
 
 
+@pytest.mark.integration
 def test_duration_is_independent_of_the_batches(base: Base, turns: list[int]) -> None:
     planned = scheduled_turns(10, 0.1, 16)
     for batches in (0, 1, 2, 16):

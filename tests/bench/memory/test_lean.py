@@ -16,6 +16,7 @@ from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.pixart import PIXART
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
+from tests.helpers.samples import sampled
 
 SMALL = {
     "sample_size": 8,
@@ -69,7 +70,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         lean.main()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.integration
+@pytest.mark.parametrize("name", sampled(TINY, ["sd15"]))
 def test_every_rung_is_compared_with_the_truth(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "lean.json"
     command = ["--base", name, "--side", "8", "--folder", str(tmp_path), "--output", str(output)]
@@ -84,6 +86,7 @@ def test_every_rung_is_compared_with_the_truth(name: str, tmp_path: Path, monkey
     assert all(results["peak"] > results["imports"] for results in rungs.values())
 
 
+@pytest.mark.integration
 def test_run_replaces_only_its_own_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "lean.json"
     output.write_text(json.dumps({"sdxl": {"8": 1}, "sd15": {"8": 2, "64": 3}}))
@@ -112,6 +115,7 @@ def test_random_weights_match_diffusers_initialization(
         assert tensor.float().std(correction=0) == pytest.approx(reference.std(correction=0).item(), rel=0.6, abs=1e-6)
 
 
+@pytest.mark.integration
 def test_packed_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     published_bases.write_base(TINY["sd15"], tmp_path / "source")
     sizes = {form: weights_memory.measure(TINY["sd15"], tmp_path, form) for form in weights_memory.OURS}

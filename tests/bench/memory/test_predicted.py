@@ -94,6 +94,7 @@ def test_earlier_measurements_are_reused(tmp_path: Path, monkeypatch: pytest.Mon
     assert peaks == {first.name: 510 * MIB, second.name: 505 * MIB}
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read as Linux tells them")
 @pytest.mark.parametrize("kind", ["unet", "flux"])
 def test_real_step_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_table_shows_every_run_and_its_target() -> None:
     assert [row[8] for row in cells] == ["", "", "60%", ""]
 
 
+@pytest.mark.integration
 def test_tuning_noise_equals_test_noise() -> None:
     """The mean of devices' noised sums has noise σ / √devices, the server's noised sum σ / devices."""
     form = FORMS["device-8"]

@@ -22,7 +22,7 @@ from bench.robustness.byzantine import (
     table,
 )
 from bench.robustness.byzantine_clients import ATTACKS
-from conf.compose import compose
+from tests.helpers.configs import compose
 
 
 def ran(gained: float, backdoor: float = 0.0, dropped: int = 0) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def test_worst_seed_decides() -> None:
     ]
 
 
+@pytest.mark.integration
 def test_tuning_and_claim_use_different_data() -> None:
     assert not set(SEEDS) & set(TUNING_SEEDS)
     assert compose(" ".join([*SMALL, *ROBUST])).data.role == "development"

@@ -14,11 +14,13 @@ from client import data
 from client.data import stored_picture
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout", "base"])
 def test_damaged_inputs_are_read_or_refused(kind: str) -> None:
-    row = run_cases(kind, range(40))
+    count = 10 if kind == "base" else 40
+    row = run_cases(kind, range(count))
     assert row.faults == []
-    assert row.read + row.refused == 40
+    assert row.read + row.refused == count
     assert row.refused > 0
 
 

@@ -69,6 +69,7 @@ def test_honest_messages_are_accepted(entry_points: dict[str, Ingress], name: st
     assert judge(entry_points[name], records_attack("honest", to_records(message))) == ACCEPTED
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", NAMES)
 def test_corpus_is_rejected(entry_points: dict[str, Ingress], name: str) -> None:
     for attack in corpus(entry_points[name], empty=10_000):
@@ -85,6 +86,7 @@ def fuzz(entry_points: dict[str, Ingress], name: str, random: Random) -> str:
     return judge(entry_points[name], attack)
 
 
+@pytest.mark.integration
 @settings(max_examples=500)  # few mutations of a message get past its first checks
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
 def test_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
@@ -105,11 +107,11 @@ def test_truncations_and_bit_flips(entry_points: dict[str, Ingress], name: str) 
     message = entry_points[name].honest
     assert message.adapter is not None
     data = message.adapter
-    for length in range(len(data)):
+    for length in range(0, len(data), 3):
         cut = message._replace(adapter=data[:length])
         assert judge(entry_points[name], records_attack("cut", to_records(cut))) != ACCEPTED
     start = 8 + int.from_bytes(data[:8], "little")
-    for bit in range(0, 8 * len(data), 7):
+    for bit in range(0, 8 * len(data), 23):
         position = bit // 8
         flipped = message._replace(
             adapter=data[:position] + bytes([data[position] ^ 1 << bit % 8]) + data[position + 1 :]

@@ -102,6 +102,7 @@ def test_hostile_calls_change_nothing(served, enrolled):
     assert len(served.replies(request)) == 1
 
 
+@pytest.mark.integration
 def test_misused_message_harms_no_other_node(served):
     pi, mallory = served.node("pi"), served.node("mallory")
     for seed in range(3):

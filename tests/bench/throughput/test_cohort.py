@@ -48,6 +48,7 @@ def test_fastest_variant_of_each_peer_counts() -> None:
     assert fastest == {"peft fp32", "opacus compute"}
 
 
+@pytest.mark.integration
 def test_every_variant_trains_its_examples() -> None:
     names = []
     for group in step_variants(WORKLOADS["tiny"], SETTING, PEERS):
@@ -66,6 +67,7 @@ def test_every_variant_trains_its_examples() -> None:
     assert names == ["peft fp32", "opacus fp32", "hooks", "cohort", "cohort DP", "one"]
 
 
+@pytest.mark.integration
 def test_record_holds_all_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +92,7 @@ def test_record_holds_all_repeats(
     assert table(record).row_count == len(results["forms"]) + 3
 
 
+@pytest.mark.integration
 def test_failed_variant_affects_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("none left")

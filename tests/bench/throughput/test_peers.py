@@ -173,6 +173,7 @@ def test_operation_count_matches_a_manual_count() -> None:
     assert count_operations(lambda: block(x).sum().backward()) == forward + backward
 
 
+@pytest.mark.integration
 def test_matrix_rate_is_plausible() -> None:
     assert 1e8 < matrix_rate(CPU, torch.float32, repeats=1) < 1e14
 

@@ -67,6 +67,7 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.integration
 def test_profile_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_profile_is_read_again(
     assert "pixel8" in header[1]
 
 
+@pytest.mark.integration
 def test_slowdown_is_measured_over_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "training_step", lambda _: (0.05, 300 * 2**20))
     monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 20e9)
@@ -96,6 +98,7 @@ def test_slowdown_is_measured_over_predicted(monkeypatch: pytest.MonkeyPatch) ->
     assert profile.runtime_mib == 300
 
 
+@pytest.mark.integration
 def test_busy_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "training_step", lambda _: (9e9, 300 * 2**20))
     with pytest.raises(AntherError, match=r"device\.slowdown=.*the device was probably busy"):

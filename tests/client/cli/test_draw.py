@@ -51,6 +51,7 @@ def merged(folder: Path, *adapters: Adapter) -> list[np.ndarray]:
     return list(base.decode(latents))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("under", "parts"), [("personal", 2), ("shared", 1), ("base", 0)])
 def test_drawing_equals_merged_weights(
     under: str, parts: int, fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -47,6 +47,7 @@ def rungs(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
     return values
 
 
+@pytest.mark.integration
 def test_plan_of_small_base(pipeline_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"base={pipeline_folder}", "device=pi4_2gb", "alternatives=0", "rank=2"]
     assert plan.main(words) == 0
@@ -73,6 +74,7 @@ def test_plan_of_small_base(pipeline_folder: Path, capsys: pytest.CaptureFixture
     assert parts["runtime_bytes"] == RUNTIME * 2**20
 
 
+@pytest.mark.integration
 def test_less_memory_gives_leaner_plan(
     pipeline_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +91,7 @@ def test_less_memory_gives_leaner_plan(
     assert shown.count("of 154") == 2
 
 
+@pytest.mark.integration
 def test_no_pass_of_too_large_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL in float32 takes 10 GB."""
     monkeypatch.setattr(plan, "footprint", None)

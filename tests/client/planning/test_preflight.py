@@ -34,6 +34,7 @@ def predicted(base: Base, rank: int) -> int:
     return prediction.peak_bytes - prediction.base_bytes
 
 
+@pytest.mark.integration
 def test_plan_that_fits_is_accepted(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prediction equals that of the same base without weights."""
     store, needed = Store(FileStorage(tmp_path)), MARGIN * predicted(base, 4)
@@ -46,6 +47,7 @@ def test_plan_that_fits_is_accepted(base: Base, tmp_path: Path, monkeypatch: pyt
         check_memory(base, store, 4, base.sites)
 
 
+@pytest.mark.integration
 def test_prediction_keeps_weights(base: Base, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
     check_memory(base, Store(FileStorage(tmp_path)), 2, base.sites)
@@ -66,6 +68,7 @@ def test_other_sites_are_predicted_again(base: Base, pipeline_folder: Path) -> N
     assert len({preflight._key(one, 2, one.sites) for one in (base, *others)}) == 3
 
 
+@pytest.mark.integration
 def test_cached_buffers_are_released_before_refusal(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +81,7 @@ def test_cached_buffers_are_released_before_refusal(
     assert passes._BUFFERS not in base.cache
 
 
+@pytest.mark.integration
 def test_fewer_sites_need_less_memory(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan at all sites is refused, and one at fewer sites is accepted."""
     few = [name for name in base.sites if name.startswith("up_blocks.0") and name.endswith("to_q")]
@@ -92,6 +96,7 @@ def test_fewer_sites_need_less_memory(base: Base, tmp_path: Path, monkeypatch: p
         check_memory(base, store, 4, base.sites)
 
 
+@pytest.mark.integration
 def test_each_rank_is_predicted_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later processes also use the cached prediction."""
     requested: list[tuple[int, int]] = []

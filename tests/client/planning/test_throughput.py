@@ -44,6 +44,7 @@ def test_device_without_benchmark(base: Base) -> None:
     assert throughput.PROFILE == plan.PROFILE
 
 
+@pytest.mark.integration
 def test_rates_equal_the_plan(base: Base, home: Path) -> None:
     result = benchmark(home)
     predicted = footprint(
@@ -54,12 +55,14 @@ def test_rates_equal_the_plan(base: Base, home: Path) -> None:
     assert (report.watts, report.battery_wh) == (result.watts_busy, result.battery_wh)
 
 
+@pytest.mark.integration
 def test_configuration_overrides_benchmark(base: Base, home: Path) -> None:
     benchmark(home)
     report = build_report("d", base, {"examples-per-second": "3", "watts": "4"})
     assert (report.examples_per_second, report.watts) == (3.0, 4.0)
 
 
+@pytest.mark.integration
 def test_prediction_is_cached_per_profile(base: Base, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(home)
     store = Store(FileStorage(home / "store"))

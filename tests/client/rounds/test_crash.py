@@ -37,8 +37,11 @@ from privacy.storage import FileStorage, Storage
 from protocol.messages import Train, Update
 from tests.helpers.devices import Performer, cache_epsilon, make_device, to_bytes, train_request
 from tests.helpers.kills import in_child
+from tests.helpers.samples import sampled
 from training import jobs
 from training.engine import perform as really_perform
+
+pytestmark = pytest.mark.integration
 
 ROUNDS = 2
 COUNTED = ("write", "fsync", "replace", "unlink", "mkdir", "ftruncate")
@@ -213,19 +216,17 @@ def finish(process: DeviceProcess) -> None:
     assert len(states(process)) == ROUNDS
 
 
+SAMPLES = [(DeviceProcess, 4), (EncryptedDeviceProcess, 4)]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _epsilon_is_known() -> None:
     cache_epsilon(ROUNDS)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "every"),
-    [
-        (DeviceProcess, 1),
-        (EncryptedDeviceProcess, 5),
-        pytest.param(EncryptedDeviceProcess, 1, marks=pytest.mark.stress),
-    ],
+    sampled([(kind, every) for kind in (DeviceProcess, EncryptedDeviceProcess) for every in (4, 1)], SAMPLES),
 )
 def test_kill_at_every_durable_step(kind: type[DeviceProcess], every: int, tmp_path: Path) -> None:
     observed = set()
@@ -248,12 +249,11 @@ def new_process(folder: Path, kind: type[DeviceProcess] = DeviceProcess) -> Devi
     return kind(folder, Performer())
 
 
-@pytest.mark.integration
 def test_restored_backup_is_refused(tmp_path: Path) -> None:
     """Restore a backup from before or after any durable step of a device that then continued."""
     refused = stored = 0
     calls = durable_calls(new_process(tmp_path / "whole"))
-    for call in range(0, len(calls), 3):
+    for call in range(0, len(calls), 5):
         process = new_process(tmp_path / str(call))
         in_child(partial(serve_until, call, process))
         if not (process.folder / "store").exists():
@@ -270,7 +270,7 @@ def test_restored_backup_is_refused(tmp_path: Path) -> None:
         with pytest.raises(AntherError, match=r"rolled back|is missing"):
             DeviceLedger(FileStorage(process.folder / "store")).entries()
         refused += 1
-    assert refused > 10
+    assert refused > 5
     assert stored
 
 
@@ -325,9 +325,8 @@ def process_in(base: Base) -> Callable[[Path], DeviceProcess]:
     return create
 
 
-@pytest.mark.integration
 def test_random_kills_of_real_rounds(process_in: Callable[[Path], DeviceProcess], tmp_path: Path) -> None:
-    print(kills(process_in, tmp_path, points=10, seed=0))
+    print(kills(process_in, tmp_path, points=4, seed=0))
 
 
 @pytest.mark.stress

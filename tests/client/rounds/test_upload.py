@@ -344,6 +344,7 @@ def minus(one: Tensors, other: Tensors) -> Tensors:
     return {name: part - other[name] for name, part in one.items()}
 
 
+@pytest.mark.integration
 def test_kill_at_every_step_sends_nothing_twice(tmp_path: Path) -> None:
     """A residual belongs to the bytes that were sent, and enters the next round once or never."""
     replies: dict[int, Update] = {}

@@ -121,6 +121,7 @@ def test_no_request_starts_while_throttled(device):
     assert not device.resources.store.ledger.entries()  # nothing was charged
 
 
+@pytest.mark.integration
 def test_throttle_stops_any_work(device, monkeypatch):
     """Wherever the charger is disconnected, encoding and measuring end there, without a reply."""
     device.ask(Query())

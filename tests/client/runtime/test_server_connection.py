@@ -220,6 +220,7 @@ def test_folders_are_stored_absolute(server, home, pictures, monkeypatch, prefix
     assert (node.data, node.store) == (str(pictures), str(pictures.parent / "kept"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "overrides",
     [

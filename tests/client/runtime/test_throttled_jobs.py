@@ -125,6 +125,7 @@ def test_paused_private_job_is_unchanged(base: Base, tmp_path: Path, rate: float
     assert (charger.throttle.pauses, charger.throttle.stops, charger.throttle.paused_seconds) == (1, 0, 3.0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("purpose", ["shared", "personal"])
 def test_other_jobs_pause_and_stop(base: Base, tmp_path: Path, purpose: str) -> None:
     """For a non-private shared job, and a personal job with validation pictures."""
@@ -264,6 +265,7 @@ def test_stopped_and_repeated_round_is_one_release(base: Base, tmp_path: Path) -
     assert answer_request(base, device, request(base), charger) == reply
 
 
+@pytest.mark.integration
 def test_private_reply_has_no_measured_cost(base: Base, tmp_path: Path) -> None:
     """Time and energy depend on the sizes of Poisson batches, and on the step at which a personal adapter was best."""
     charger = Charger(tmp_path)

@@ -1,5 +1,6 @@
 """The YAML groups match the schemas and each other."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ OPTIONS = sorted(
     if path.parent.name != "device"  # of `anther plan`: test_planning
 )
 
+GROUP_NAMES = sorted({option.partition("=")[0] for option in OPTIONS})
+
 
 def composed(*overrides: str) -> simulation.SimulationConfig:
     with initialize_config_module("conf", version_base="1.3"):
@@ -28,10 +31,20 @@ def composed(*overrides: str) -> simulation.SimulationConfig:
     return config
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes(option: str) -> None:
-    needed = ["data.pictures=[photos]"] if option == "data=folder" else []
-    assert isinstance(composed(option, *needed), simulation.SimulationConfig)
+def together() -> list[tuple[str, ...]]:
+    """Presets, and sets of options with one of each group: fewer than one for each option."""
+    groups = {group: [option for option in OPTIONS if option.startswith(f"{group}=")] for group in GROUP_NAMES}
+    presets = groups.pop("preset")
+    return [(preset,) for preset in presets] + [
+        tuple(option for option in options if option) for options in zip_longest(*groups.values())
+    ]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("options", together(), ids=" ".join)
+def test_every_option_composes(options: tuple[str, ...]) -> None:
+    needed = ["data.pictures=[photos]"] if "data=folder" in options else []
+    assert isinstance(composed(*options, *needed), simulation.SimulationConfig)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -41,6 +54,7 @@ def test_every_option_shows_its_command(option: str) -> None:
     assert f"anther simulate {option}" in header
 
 
+@pytest.mark.integration
 def test_device_is_the_same_in_every_fleet() -> None:
     seen: dict[str, Any] = {}
     for path in sorted((GROUPS / "fleet").glob("*.yaml")):

@@ -63,6 +63,7 @@ def test_encodings_equal_the_pipelines(base: Base, pipeline: StableDiffusionPipe
     torch.testing.assert_close(base.encode_captions(captions), expected)
 
 
+@pytest.mark.integration
 def test_images_are_encoded_independently(base: Base) -> None:
     """Bit-identical by itself, with others, and at any position, in one pass or several."""
     generator = np.random.default_rng(0)
@@ -133,6 +134,7 @@ def adapted(base: Base) -> Adapter:
     return concatenate([first, random_adapter(base.sites, dict.fromkeys(list(base.sites)[::3], 3), 1)])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("sites", [ATTENTION, r".*(conv[12]|conv_shortcut|samplers\.0\.conv|proj_in)", ".*"])
 def test_export_samples_equally_in_diffusers(pipeline_folder: Path, tmp_path: Path, layout: str, sites: str) -> None:

@@ -44,6 +44,7 @@ def output(base: Base) -> Tensor:
         return denoise(x, torch.tensor([10, 700]), context)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("weights", ["fp32", "int8", "mixed", "nf4"])
 def test_packed_equals_quantized_on_load(pipeline_folder: Path, tmp_path: Path, weights: str) -> None:
     pack(str(pipeline_folder), tmp_path / "base", weights)
@@ -58,6 +59,7 @@ def test_packed_equals_quantized_on_load(pipeline_folder: Path, tmp_path: Path, 
     assert not any(value.requires_grad for value in packed_base.network.parameters())
 
 
+@pytest.mark.integration
 def test_packed_base_encodes_and_decodes(packed_folder: Path, base: Base) -> None:
     packed_base = Base(packed_folder, sites=ATTENTION, weights="mixed")
     assert torch.equal(packed_base.encode_captions(["a b"]), base.encode_captions(["a b"]))
@@ -139,6 +141,7 @@ def test_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
             main(wrong)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sharded", [False, True])
 def test_variant_folder(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
     """The packed base loads and encodes as before."""

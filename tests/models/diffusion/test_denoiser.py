@@ -145,8 +145,12 @@ class TestSites:
         assert pattern in str(refusal.value)
 
 
-@pytest.mark.parametrize("sites", [ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS, EVERYTHING])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("sites", "checkpointing"),
+    [(ATTENTION, False), (FEED_FORWARD, True), (TIME, True), (CONVOLUTIONS, False), (EVERYTHING, True)],
+    ids=["attention", "feed-forward", "time", "convolutions", "everything"],
+)
 def test_equals_unet_with_merged_weights(unet: nn.Module, sites: str, checkpointing: bool) -> None:
     model = denoiser(unet, sites)
     if checkpointing:
@@ -194,6 +198,7 @@ def test_copies_recompute_checkpointed_blocks(unet: nn.Module, forward_calls: li
         assert passes() == 2 * len(model.sites)
 
 
+@pytest.mark.integration
 def test_bf16_error_is_rounding_only(unet: nn.Module) -> None:
     model = denoiser(unet, compute="bf16")
     assert model.full_precision == torch.float32
@@ -214,8 +219,10 @@ def test_bf16_error_is_rounding_only(unet: nn.Module) -> None:
     torch.testing.assert_close(losses.double(), (truth - expected).square().flatten(1).mean(1), rtol=16 * 2**-8, atol=0)
 
 
-@pytest.mark.parametrize("weights", ["int8", "mixed", "nf4"])
-@pytest.mark.parametrize(("compute", "error"), [("fp64", 1e-10), ("fp32", 1e-4)])
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("weights", "compute", "error"), [("int8", "fp32", 1e-4), ("mixed", "fp64", 1e-10), ("nf4", "fp32", 1e-4)]
+)
 def test_quantized_equals_unet_with_rounded_weights(unet: nn.Module, weights: str, compute: str, error: float) -> None:
     model, rounded = denoiser(unet, weights=weights, compute=compute), copy.deepcopy(unet).double()
     with torch.no_grad():
@@ -235,6 +242,7 @@ def test_quantized_equals_unet_with_rounded_weights(unet: nn.Module, weights: st
     assert (expected_outputs(unet, [exact], 2) - expected).norm() > 1e-4 * expected.norm()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("weights", ["fp32", "mixed"])
 def test_checkpointing_only_changes_saved_tensors(unet: nn.Module, weights: str) -> None:
     actual, saved = [], []
@@ -338,6 +346,7 @@ class Small(nn.Module):
         return (self.conv(x) + torch.einsum("nlc,n->nc", self.linear(encoder_hidden_states), t.to(x))[..., None, None],)
 
 
+@pytest.mark.integration
 def test_compiles_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = CompileCounterWithBackend("aot_eager")
     real = torch.compile

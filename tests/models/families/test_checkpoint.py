@@ -47,6 +47,7 @@ def test_missing_part_is_named(tiny: TinyPipeline, tmp_path: Path) -> None:
             recognize(copy)
 
 
+@pytest.mark.integration
 def test_pickled_weights_are_refused(tiny: TinyPipeline, tmp_path: Path) -> None:
     for part in (tiny.base.family.network, "vae", "text_encoder"):
         copy = Path(shutil.copytree(tiny.folder, tmp_path / part))

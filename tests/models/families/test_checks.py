@@ -186,6 +186,7 @@ class TestGuidanceEmbedding:
         unet.save_pretrained(folder / "unet")
         return folder
 
+    @pytest.mark.integration
     @pytest.mark.parametrize("guidance", [1.0, 4.5])
     def test_samples_equal_diffusers(self, folder: Path, guidance: float) -> None:
         import diffusers

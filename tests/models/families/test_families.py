@@ -24,6 +24,7 @@ from models.lora.adapter import Adapter, init_adapter
 from models.lora.batched_lora import BatchedFactors, stack_adapters, to_device
 from privacy.noise import SimulatedNoise
 from tests.helpers.adapters import random_adapter
+from tests.helpers.samples import sampled
 from tests.models.conftest import TinyPipeline
 from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
@@ -53,6 +54,7 @@ def job(base: Base, examples: Examples, **changes: Any) -> TrainJob:
     )
 
 
+@pytest.mark.integration
 def test_trains_with_and_without_privacy(tiny: TinyPipeline, examples: Examples) -> None:
     privacy = DPSGD(noise_multiplier=0.5, clip=0.1, sampling_rate=0.7, draws=2)
     noise = SimulatedNoise(seed=3, client="ada", round=1, purpose="shared")
@@ -92,7 +94,8 @@ def load_adapter(pipeline: Any, file: Path) -> None:
     assert not set_peft_model_state_dict(pipeline.transformer, tensors).unexpected_keys
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.integration
+@pytest.mark.parametrize("guidance", sampled([1.0, 2.5], [2.5]))
 def test_export_samples_equally_in_diffusers(
     tiny: TinyPipeline, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +172,7 @@ def test_examples_are_independent(tiny: TinyPipeline, examples: Examples) -> Non
     )  # the last block has no text output
 
 
+@pytest.mark.integration
 def test_adapters_equal_merged_weights(tiny: TinyPipeline, examples: Examples) -> None:
     """All linear and convolution layers at once, each example with its own adapter."""
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
@@ -200,6 +204,7 @@ def test_forward_is_one_graph(tiny: TinyPipeline, examples: Examples) -> None:
         torch.testing.assert_close(whole(base.network, *inputs), base.family.forward(base.network, *inputs))
 
 
+@pytest.mark.integration
 def test_packed_pipeline_matches(tiny: TinyPipeline, examples: Examples, tmp_path: Path) -> None:
     pack(str(tiny.folder), tmp_path / "packed", "mixed")
     outputs = []
@@ -227,6 +232,7 @@ def test_captions_are_encoded_independently(tiny: TinyPipeline) -> None:
     assert torch.equal(tiny.base.encode_captions([None])[0], together[3])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"compute": "bf16"}])
 def test_runs_quantized(tiny: TinyPipeline, examples: Examples, options: dict[str, str]) -> None:
     small = Base(tiny.folder, resolution=tiny.base.resolution, **options)

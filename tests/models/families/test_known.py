@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from common.errors import AntherError
 from models.diffusion.denoiser import find_sites
 from models.families.known import KNOWN_BASES, find_base
+from tests.helpers.samples import sampled
 
 PUBLISHED = {  # published millions of parameters
     "sd15": 859.52,
@@ -46,7 +47,10 @@ ATTENTIONS = {  # each has four projections, and further ones for text in joint 
 }
 
 
-@pytest.mark.parametrize("name", KNOWN_BASES)
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "name", sampled(KNOWN_BASES, ["sd15", "bk-sdm-tiny", "sdxl", "pixart-sigma", "sd35-medium", "sana-600m"])
+)
 def test_published_sizes(name: str) -> None:
     base = KNOWN_BASES[name]
     network = base.network()

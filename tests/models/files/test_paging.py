@@ -68,6 +68,7 @@ def test_unmapped_memory_is_not_released(file: Path) -> None:
         assert torch.equal(x, expected)
 
 
+@pytest.mark.integration
 @linux
 def test_release_includes_readahead(tmp_path: Path) -> None:
     """Reading a page also reads its neighbors; none outside the file are released."""

@@ -74,6 +74,7 @@ def test_only_required_gradients_are_computed(required: str, compiled: bool) -> 
     assert compiled or (x.data_ptr() in saved) == ("a" in required)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("to_x", [False, True])
 def test_custom_operator_passes_opcheck(bias: bool, to_x: bool) -> None:

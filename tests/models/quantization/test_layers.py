@@ -94,6 +94,7 @@ def test_scratch_survives_fake_tensors(kind: str) -> None:
         torch.testing.assert_close(real(torch.ones(2, 96)), expected)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
     reason="compiled only on a GPU; dynamo of 2.9 can't trace it",

@@ -139,6 +139,7 @@ def test_advantage_is_the_total_variation_distance(rate: float, steps: int) -> N
 HALF = {1.0: (0.2, 20), 2.0: (0.2, 20), 4.0: (0.2, 20)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("epsilon", HALF)
 def test_half_noise_is_refuted_and_honest_is_not(epsilon: float) -> None:
     """With the settings of `conf.schemas.audit` and 10,000 canaries, in 40 runs each."""

@@ -35,6 +35,7 @@ def test_battery_accepts_standard_normal_numbers() -> None:
     assert min(check.p_value for check in checks) > 1e-3
 
 
+@pytest.mark.integration
 def test_p_values_are_valid() -> None:
     """Of 400 honest sets each, 1 % may have p < 0.01; 13 is 4.5 standard deviations more."""
     small = dict.fromkeys((check.name for check in fit.battery(list(normal_numbers(2, 200)))), 0)

@@ -92,6 +92,7 @@ def clustered(seed: int, shift: float = 0.0, writers: int = 40) -> AttackTrial:
     return trial(scores, members, owner, np.zeros(20 * writers, int))
 
 
+@pytest.mark.integration
 def test_intervals_over_writers_have_coverage() -> None:
     covered, naive = 0, 0
     for seed in range(60):

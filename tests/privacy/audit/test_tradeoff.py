@@ -37,6 +37,7 @@ def test_sampled_step_is_accurate_and_never_above(sigma: float, q: float) -> Non
         assert exact - 2e-3 <= inverse(y) <= exact + 1e-5
 
 
+@pytest.mark.integration
 def test_full_sampling_steps_are_one_gaussian() -> None:
     inverse = tradeoff.inverse(PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=16))
     almost = tradeoff.inverse(PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.999999, steps=16))

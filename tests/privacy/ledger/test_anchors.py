@@ -235,6 +235,7 @@ def complete_ledger(tmp_path: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in (tmp_path / "device" / JOURNAL, tmp_path / "device.heads" / JOURNAL)}
 
 
+@pytest.mark.integration
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_flipped_bit_is_detected(complete_ledger: dict[Path, bytes], at: int, bit: int) -> None:

@@ -3,12 +3,12 @@
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from privacy.storage import FileStorage
 from server.ledger import ServerLedger
 from strategies.factory.combination import check_configuration, combination
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
+from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES, bases_file
 
 KNOWN = {

@@ -4,7 +4,6 @@ import pytest
 
 from bench.lib.tiny import ATTENTION, save_pipeline
 from common.errors import AntherError
-from conf.compose import compose
 from models.base.base import load
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.noise import SecureNoise, SimulatedNoise
@@ -33,8 +32,10 @@ from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt
+from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES, bases_file
 from tests.helpers.fleet import strategy as strategy_of
+from tests.helpers.samples import sampled
 
 
 def checked(config):
@@ -50,6 +51,7 @@ def test_aggregation_by_name():
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_every_aggregation_builds(strategy, tmp_path):
     option = f"adapter.lora_xs_bases={bases_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
@@ -112,9 +114,14 @@ def test_scaffold_conflicts_are_refused(overrides, message):
         check_configuration(compose(f"drift_correction=scaffold {overrides}"))
 
 
+SCAFFOLD = "aggregation=fedit drift_correction=scaffold adapter.shared.optimizer=sgd"
+
+
 def test_plan_has_the_optimizer_settings():
     plan = training_plan(
-        compose("aggregation=fedit drift_correction=scaffold adapter.shared={optimizer:sgd,proximal_mu:0.5}"),
+        compose(
+            "aggregation=fedit drift_correction=scaffold adapter.shared.optimizer=sgd adapter.shared.proximal_mu=0.5"
+        ),
         run="r",
         base="b",
     )
@@ -122,8 +129,7 @@ def test_plan_has_the_optimizer_settings():
 
 
 def test_scaffold_requires_full_precision_downloads():
-    shared = "aggregation=fedit drift_correction=scaffold adapter.shared.optimizer=sgd"
-    config = compose(f"{shared} compression.download=int8")
+    config = compose(f"{SCAFFOLD} compression.download=int8")
     with pytest.raises(AntherError, match=r"compression\.download=int8: .*use compression\.download=fp32"):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
@@ -180,6 +186,7 @@ def test_plan_without_privacy():
     assert (plan.run, plan.base, plan.steps, plan.privacy) == ("r", "b", 7, None)
 
 
+@pytest.mark.integration
 def test_noise_is_solved_for_all_rounds():
     config = compose("privacy=example privacy.epsilon=4 rounds=5 adapter.shared.steps=3 data.train=16")
     private = training_plan(config, run="r", base="b").privacy
@@ -200,12 +207,13 @@ def private(overrides, folder, *, accept_simulated=True):
     return build(config, plan, SITES, accept_simulated=accept_simulated, ledger=ServerLedger(FileStorage(folder)))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("target", "sigma"),
-    [pytest.param(1, 2.06, marks=pytest.mark.stress), pytest.param(4, 0.91, marks=pytest.mark.stress), (8, 0.66)],
+    sampled([(1, 2.06), (4, 0.91), (8, 0.66)], [(8, 0.66)]),
 )
 def test_noise_of_a_secret_sample(tmp_path, target, sigma):
-    """100 devices, 10 per round, 50 rounds, δ = 1e-3. More cases: pytest -m stress tests/strategies."""
+    """100 devices, 10 per round, 50 rounds, δ = 1e-3."""
     selected = (
         f"aggregation=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 cohort.sampling_rate=0.1"
     )
@@ -242,6 +250,7 @@ def test_central_evaluation_is_part_of_the_budget(tmp_path):
     assert 0.99 * 8 <= epsilon([training, EVALUATIONS], 1e-3, DEVICE).value <= 8
 
 
+@pytest.mark.integration
 def test_local_evaluation_is_part_of_the_budget():
     config = compose(f"privacy=example {EVALUATED}")
     plan, steps = training_plan(config, run="r", base="b").privacy, 4 * config.adapter.shared.steps
@@ -255,6 +264,7 @@ def test_device_level_has_its_own_epsilon_and_delta(tmp_path):
     assert (budget.epsilon, budget.delta) == (6, 1e-4)
 
 
+@pytest.mark.integration
 def test_reproducible_noise_requires_a_test(tmp_path):
     overrides = "aggregation=fedit privacy=device cohort.sampling_rate=0.5"
     for accept_simulated, kind in ((True, SimulatedNoise), (False, SecureNoise)):
@@ -335,6 +345,7 @@ def test_keep_fraction_requires_stable_factors(strategy):
             check_configuration(config)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("overrides", "kind"),
     [
@@ -386,6 +397,7 @@ def test_limits_and_eligibility():
     assert isinstance(federated.cohort.planner.method, FullPlanning)
 
 
+@pytest.mark.integration
 def test_site_selector_uses_costs_of_the_base(tmp_path):
     config = compose("planning.name=device adapter.shared.rank=4")
     plan = training_plan(config, run="r", base="b")

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
-from conf.compose import compose
 from models.lora.adapter import Factors, Site, to_tensors
 from models.lora.lora_xs import load_bases, zero_adapter
 from protocol import quantization
@@ -33,6 +32,7 @@ from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
 from strategies.robust.replay import ReplayFilter, draw_probes, relative_distances, sketch
 from strategies.round.validation import ReplyRejectedError
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter

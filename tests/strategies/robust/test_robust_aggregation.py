@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 
 from common.errors import AntherError
-from conf.compose import compose
 from conf.schemas.rounds import RobustConfig
 from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, to_tensors
 from protocol.tensor_codec import decode, encode
@@ -29,6 +28,7 @@ from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
 from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.robust.trimmed import Median, TrimmedMean
+from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.fleet import FakeDevice, fresh_state, handle, perform, strategy
 from tests.helpers.means import SITES, close, dense, distance, random_adapter, rounds

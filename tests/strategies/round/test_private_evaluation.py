@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.noise import SecureNoise, SimulatedNoise
@@ -22,6 +21,7 @@ from strategies.round.private_evaluation import (
     evaluation_mechanisms,
     evaluation_policy,
 )
+from tests.helpers.configs import compose
 from tests.helpers.fleet import fresh_state
 
 PICTURES = EvaluationPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
@@ -56,6 +56,7 @@ def test_interval_determines_the_rounds(interval: int, due: list[int]) -> None:
     assert sum(event.steps for event in mechanisms) == len(due)
 
 
+@pytest.mark.integration
 def test_training_and_evaluation_share_one_epsilon() -> None:
     overrides = "privacy.epsilon=4 private_eval.interval=2 private_eval.noise_multiplier=6"
     config = private_config(overrides)
@@ -76,6 +77,7 @@ def test_evaluation_that_uses_up_epsilon_is_refused() -> None:
         training_plan(config, run="r", base="b")
 
 
+@pytest.mark.integration
 def test_policy_of_a_configuration() -> None:
     assert evaluation_policy(compose("privacy=none private_eval.interval=3"), simulated=True) == EvaluationPolicy()
     assert evaluation_mechanisms(compose("privacy=none private_eval.interval=3")) == ()

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
@@ -24,6 +23,7 @@ from strategies.factory.combination import check_configuration
 from strategies.registry import AGGREGATIONS
 from strategies.validation import privacy, rules
 from tests.helpers.central import central_dp
+from tests.helpers.configs import compose
 from tests.helpers.fleet import perform, strategy
 from tests.helpers.refusals import CASES, Case, Undeclared
 
