@@ -138,6 +138,7 @@ AUDIT_MUTANTS = (
         "chance = (1 + tradeoff.advantage(event)) / 2",
         "chance = tradeoff.advantage(event)",
         f"{_BOUNDS}::test_half_noise_is_refuted_and_honest_is_not[4.0]",
+        "integration",
     ),
     Mutant(
         "claim refuted at the bounds' confidence",

@@ -6,20 +6,18 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A text that occurs once in a file, its replacement, and the test that then fails."""
+    """A text that occurs once in a file, its replacement, the test that then fails, and the tier of that test."""
 
     name: str
     file: str
     old: str
     new: str
     test: str
+    tier: str = "unit"
 
 
-_NEIGHBOURS = "tests/privacy/test_neighbors.py::test_removing_picture_changes_sums_by_clip_at_most"
 _NOISE = "tests/privacy/test_noise.py"
 _LATTICE = "tests/privacy/test_lattice.py"
-_AUDIT = "tests/simulations/audit/test_canaries.py"
-_CLIENTS = "tests/simulations/audit/test_canary_clients.py"
 
 EXAMPLE_MUTANTS = (
     Mutant(
@@ -27,28 +25,28 @@ EXAMPLE_MUTANTS = (
         "privacy/bounded_sum.py",
         "return (self.steps + noise)",
         "return (self.steps + 0 * noise)",
-        f"{_AUDIT}::test_honest_loop_is_not_refuted",
+        "tests/privacy/test_bounded_sum.py::test_noise_statistics",
     ),
     Mutant(
         "noise × 0.25",
         "privacy/bounded_sum.py",
         "return noise_multiplier * self.resolution",
         "return 0.25 * noise_multiplier * self.resolution",
-        f"{_AUDIT}::test_honest_loop_is_not_refuted",
+        "tests/privacy/test_bounded_sum.py::test_stddev_is_sigma_times_the_norm",
     ),
     Mutant(
         "clip off",
         "privacy/dp_sgd.py",
         ".clamp_max(1.0)\n",
         ".clamp_max(1.0).fill_(1.0)\n",
-        f"{_NEIGHBOURS}[clipped]",
+        "tests/privacy/test_dp_sgd.py::test_sums_of_many_units_are_exact",
     ),
     Mutant(
         "noise multiplicity counted as K examples",
         "training/batches.py",
         "weights=np.full(len(draw_numbers), 1 / draws),\n            per_unit=draws,",
         "weights=np.full(len(draw_numbers), 1 / draws),\n            per_unit=1,",
-        f"{_NEIGHBOURS}[three draws, some clipped]",
+        "tests/training/test_batches.py::test_empty_poisson_batch_is_empty[no prior]",
     ),
     Mutant(
         "realized batch size as divisor",
@@ -56,20 +54,22 @@ EXAMPLE_MUTANTS = (
         "resident.pending = batch.size\n",
         "resident.pending = batch.size\n"
         "            self.buffers.divisors[row] = max(1, batch.size // batch.per_unit)\n",
-        f"{_NEIGHBOURS}[clipped]",
+        "tests/training/test_cohort.py::test_private_cohort_matches_reference[64]",
+        "integration",
     ),
     Mutant(
         "number of pictures as divisor",
         "training/buffers.py",
         "[job.batch_size if job.privacy else 1.0]",
         "[job.pictures if job.privacy else 1.0]",
-        f"{_NEIGHBOURS}[clipped]",
+        "tests/training/test_cohort.py::test_private_cohort_matches_reference[64]",
+        "integration",
     ),
     Mutant(
         "pass size equal to batch size",
         "training/cohort.py",
-        "self.queue.pop(self.pass_size).padded(self.pass_size)",
-        "self.queue.pop(self.pass_size)",
+        "self.queue.pop(size).padded(size)",
+        "self.queue.pop(size)",
         "tests/training/test_batch_independence.py::test_added_picture_changes_sum_by_its_own_gradient[cpu]",
     ),
     Mutant(
@@ -84,7 +84,7 @@ EXAMPLE_MUTANTS = (
         "training/public_schedule.py",
         "units = min(batch.size // batch.per_unit, self._turns.max_pictures(self._left))",
         "units = batch.size // batch.per_unit",
-        "tests/training/test_public_schedule.py::test_excess_units_are_dropped",
+        "tests/training/test_public_schedule.py::test_overflow_keeps_duration_and_initial_adapter[16]",
     ),
     Mutant(
         "schedule too short",
@@ -119,7 +119,7 @@ EXAMPLE_MUTANTS = (
         "training/batches.py",
         "weights=np.full(len(draw_numbers), 1 / draws),\n",
         "weights=np.full(len(draw_numbers), 1 / max(1, len(draw_numbers))),\n",
-        "tests/privacy/test_neighbors.py::test_one_picture_among_copies_of_another",
+        "tests/training/test_batches.py::test_private_draws_are_independent_of_the_batch",
     ),
     Mutant(
         "shuffle accounted as Poisson",
@@ -140,14 +140,14 @@ EXAMPLE_MUTANTS = (
         "client/rounds/train.py",
         "frozen=frozen,",
         "frozen=kept.adapter if (kept := device.store.personal(device.sites)) else None,",
-        f"{_NEIGHBOURS}[clipped]",
+        "tests/client/rounds/test_handler.py::test_personal_adapter_stays_out_of_shared_job",
     ),
     Mutant(
         "random streams keyed by position",
         "training/batches.py",
         "counter_rng.child(self._names[pictures], self._step)",
         "counter_rng.child(counter_rng.child(self._key, pictures), self._step)",
-        f"{_NEIGHBOURS}[clipped]",
+        "tests/training/test_batches.py::test_removing_pictures_keeps_the_draws_of_others",
     ),
     Mutant(
         "noise seed shared between devices",
@@ -197,7 +197,7 @@ EXAMPLE_MUTANTS = (
         "torch.from_numpy(samples[:size])",
         "torch.from_numpy("
         "np.rint((samples[:size] / stddev).astype(np.float16).astype(float) * stddev).astype(np.int64))",
-        f"{_NOISE}::test_numbers_do_not_repeat[secure]",
+        f"{_NOISE}::test_extreme_uniforms_are_resolved",
     ),
     Mutant(
         "float32 noise",
@@ -205,7 +205,7 @@ EXAMPLE_MUTANTS = (
         "torch.from_numpy(samples[:size])",
         "torch.from_numpy("
         "np.rint((samples[:size] / stddev).astype(np.float32).astype(float) * stddev).astype(np.int64))",
-        f"{_NOISE}::test_numbers_do_not_repeat[secure]",
+        f"{_NOISE}::test_extreme_uniforms_are_resolved",
     ),
     Mutant(
         "float32 noise on the gain",
@@ -249,6 +249,7 @@ EXAMPLE_MUTANTS = (
         "        gradients.trunc_()\n",
         "        pass\n",
         f"{_LATTICE}::test_device_release_is_consistent_with_any_pictures",
+        "integration",
     ),
     Mutant(
         "integer sums in float32",
@@ -353,7 +354,7 @@ EXAMPLE_MUTANTS = (
         "client/rounds/upload.py",
         "return stored.left if stored.round == last else {}",
         "return stored.left",
-        "tests/client/rounds/test_upload.py::test_kill_at_every_step_sends_nothing_twice",
+        "tests/client/rounds/test_upload.py::test_rolled_back_server_gets_no_residual_twice",
     ),
     Mutant(
         "training loss reported without noise",
@@ -393,28 +394,28 @@ DEVICE_MUTANTS = (
         "privacy/bounded_sum.py",
         "return (self.steps + noise)",
         "return (self.steps + 0 * noise)",
-        f"{_CLIENTS}::test_estimate_is_near_the_claim",
+        "tests/privacy/test_bounded_sum.py::test_noise_statistics",
     ),
     Mutant(
         "noise × 0.25",
         "privacy/bounded_sum.py",
         "return noise_multiplier * self.resolution",
         "return 0.25 * noise_multiplier * self.resolution",
-        f"{_CLIENTS}::test_estimate_is_near_the_claim",
+        "tests/privacy/test_bounded_sum.py::test_stddev_is_sigma_times_the_norm",
     ),
     Mutant(
         "clip off",
         "privacy/central.py",
         "scale = _SAFETY_FACTOR * min(1.0, clip / norm if norm else 1.0)",
         "scale = _SAFETY_FACTOR",
-        "tests/privacy/test_central.py::test_removing_device_changes_sum_by_clip_at_most",
+        "tests/privacy/test_central.py::test_all_devices_have_equal_weight",
     ),
     Mutant(
         "non-finite update not rejected",
         "privacy/central.py",
         "if not math.isfinite(norm):",
         "if norm == math.inf:",
-        "tests/privacy/test_central.py::test_removing_device_changes_sum_by_clip_at_most",
+        "tests/privacy/test_central.py::test_sum_matches_loop",
     ),
     Mutant(
         "number of replies as divisor",
@@ -517,6 +518,7 @@ DEVICE_MUTANTS = (
         "(values * scale / clip * RESOLUTION).long()",
         "(values * scale / clip * RESOLUTION).round().long()",
         "tests/privacy/test_central.py::test_removing_device_changes_sum_by_clip_at_most",
+        "integration",
     ),
     Mutant(
         "float16 noise",
@@ -532,6 +534,7 @@ DEVICE_MUTANTS = (
         "seed = config.seed if accept_simulated else None",
         "seed = config.seed",
         "tests/strategies/factory/test_strategy.py::test_reproducible_noise_requires_a_test",
+        "integration",
     ),
     Mutant(
         "device gains with another round's noise",

@@ -1,10 +1,10 @@
 """Check that a test fails for each mutant, which breaks a privacy guarantee in the source.
 
-    anther bench mutations [--only WORDS] [--jobs N]
+    anther bench mutations [--only WORDS] [--tier unit|integration|stress] [--jobs N]
 
 Each mutant of `bench.privacy.mutants` and `bench.privacy.audit_mutants` is applied to a copy of the source, in which
-the test that it names must fail; without a mutant all these tests must pass. Each job has its own copy. The exit status
-is 1 if a mutant survives or no longer fits the source.
+the test and tier that it names must fail; without a mutant all these tests must pass. Each job has its own copy. The
+exit status is 1 if a mutant survives or no longer fits the source.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,8 @@ from common.errors import AntherError
 
 ROOT = Path(__file__).parents[2]
 PASSED, FAILED, BROKEN = 0, 1, 3  # pytest exit codes; any other than the first two: the tests could not run
+TIERS = {"unit": "unit", "integration": "integration and not stress", "stress": "stress"}
+"""Marker expressions that select the tests of each tier."""
 _IGNORED = shutil.ignore_patterns(".*", "__pycache__", "outputs", "multirun", "build", "dist")
 
 
@@ -87,8 +90,13 @@ def apply_mutant(mutant: Mutant, root: Path) -> Iterator[None]:
         file.write_text(source, encoding="utf-8")
 
 
-def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
+def run_tests(root: Path, tests: Sequence[str], tier: str | None = None) -> tuple[int, str]:
     """Run tests in a new process on the source below `root`.
+
+    Args:
+        root: copy of the source.
+        tests: names of the tests.
+        tier: run only those of this tier; `None` for all.
 
     Returns:
         The exit code of pytest, and its short summary or last line. An error outside of a test is not a failure of it:
@@ -101,7 +109,8 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "250",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-rf", "-p", "no:cacheprovider"]
+    command += ["-m", TIERS[tier] if tier else "", *tests]
     process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     lines = process.stdout.strip().splitlines() or process.stderr.strip().splitlines() or ["nothing was said"]
     failures = [line for line in lines if line.startswith("FAILED")]
@@ -122,17 +131,18 @@ def judge(level: str, mutant: Mutant, root: Path) -> MutantVerdict:
         AntherError: the mutant does not fit the source.
     """
     with apply_mutant(mutant, root):
-        code, message = run_tests(root, [mutant.test])
+        code, message = run_tests(root, [mutant.test], mutant.tier)
     return MutantVerdict(level, mutant, caught=code == FAILED, message=message)
 
 
 def table(verdicts: Sequence[MutantVerdict]) -> Table:
     """Return a table with a row for each mutant."""
     shown = Table(title="mutants and the tests that catch them")
-    for heading in ("per", "mutation", "in", "test", "caught"):
+    for heading in ("per", "mutation", "in", "test", "tier", "caught"):
         shown.add_column(heading, overflow="fold")
     for level, mutant, caught in ((verdict.level, verdict.mutant, verdict.caught) for verdict in verdicts):
-        shown.add_row(level, mutant.name, mutant.file, mutant.test.removeprefix("tests/"), "yes" if caught else "NO")
+        test = mutant.test.removeprefix("tests/")
+        shown.add_row(level, mutant.name, mutant.file, test, mutant.tier, "yes" if caught else "NO")
     return shown
 
 
@@ -144,21 +154,23 @@ def record(verdicts: Sequence[MutantVerdict]) -> list[dict[str, Any]]:
     ]
 
 
-def select_mutants(only: str) -> list[tuple[str, Mutant]]:
-    """Return mutants with their level: all, those of one level, or those whose name contains `only`."""
+def select_mutants(only: str = "", tier: str | None = None) -> list[tuple[str, Mutant]]:
+    """Return mutants with their level: all, those of one level, or those whose name contains `only`; of one tier."""
     levels = {"image": EXAMPLE_MUTANTS, "device": DEVICE_MUTANTS, "audit": AUDIT_MUTANTS}
     candidates = [(level, mutant) for level, mutants in levels.items() for mutant in mutants]
-    return [(level, mutant) for level, mutant in candidates if only in (level, "") or only in mutant.name]
+    named = [(level, mutant) for level, mutant in candidates if only in (level, "") or only in mutant.name]
+    return [(level, mutant) for level, mutant in named if tier in (mutant.tier, None)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a mutant's name, or image, device or audit")
+    parser.add_argument("--tier", choices=list(TIERS), help="only mutants that tests of this tier catch")
     parser.add_argument("--jobs", type=int, default=1, help="mutants tested in parallel")
     parser.add_argument("--out", type=Path, default=Path("bench/results/mutations.json"))
     arguments = parser.parse_args()
     console = Console(width=200)
-    mutants, copies = select_mutants(arguments.only), SimpleQueue[Path]()
+    mutants, copies = select_mutants(arguments.only, arguments.tier), SimpleQueue[Path]()
 
     def judge_one(one: tuple[str, Mutant]) -> MutantVerdict:
         root = copies.get()
@@ -182,11 +194,14 @@ def main() -> None:
     if code != PASSED:
         sys.exit(f"without a mutant: {message}")
     survivors = [verdict.mutant.name for verdict in verdicts if not verdict.caught]
+    words = ["--jobs", str(arguments.jobs), "--only", arguments.only]
+    words += ["--tier", arguments.tier] if arguments.tier else []
     result = {
-        "command": f"python -m bench.privacy.mutations --jobs {arguments.jobs} --only {shlex.quote(arguments.only)}",
+        "command": f"python -m bench.privacy.mutations {shlex.join(words)}",
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "pytest", "hypothesis", "dp-accounting"),
         "mutants": len(verdicts),
+        "tiers": Counter(verdict.mutant.tier for verdict in verdicts),
         "survivors": survivors,
         "table": record(verdicts),
     }

@@ -43,4 +43,4 @@ def test_mistakes_are_one_line(overrides, message):
 )
 def test_helper_of_other_tests_composes_equally(overrides):
     assert configs.compose(overrides) == compose(overrides)
-    assert configs.compose(overrides) == compose(overrides)  # also from what it kept
+    assert configs.compose(overrides) == compose(overrides)  # also a second time

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +11,10 @@ import pytest
 
 from bench.privacy.audit_mutants import AUDIT_MUTANTS
 from bench.privacy.mutants import DEVICE_MUTANTS, EXAMPLE_MUTANTS, Mutant
-from bench.privacy.mutations import PASSED, ROOT, apply_mutant, copy_source, judge, run_tests, select_mutants
+from bench.privacy.mutations import PASSED, ROOT, TIERS, apply_mutant, copy_source, judge, run_tests, select_mutants
 from common.errors import AntherError
 
-EVERY = select_mutants("")
-SAMPLE = {"batches of fixed size accounted as Poisson", "weights by order of arrival"}
+EVERY = select_mutants()
 REQUIRED = {  # broken guarantee -> mutants that must exist for it
     "noise off": {"noise off"},
     "noise × 0.25": {"noise × 0.25"},
@@ -64,27 +65,44 @@ def test_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", sorted(SAMPLE))
-def test_sample_mutants_are_caught(copied: Path, name: str) -> None:
-    ((level, mutant),) = select_mutants(name)
+def test_named_tests_are_in_their_tiers() -> None:
+    for tier, expression in TIERS.items():
+        tests = sorted({mutant.test for _, mutant in select_mutants(tier=tier)})
+        if not tests:
+            continue
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", expression]
+        done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, check=False)
+        collected = {line for line in done.stdout.splitlines() if "::" in line}
+        whole = collected | {test.partition("[")[0] for test in collected}  # a mutant may name all of a test's cases
+        assert set(tests) <= whole, f"not {tier}: {sorted(set(tests) - whole)}"
+
+
+def test_mutants_are_selected_by_tier() -> None:
+    by_tier = [select_mutants(tier=tier) for tier in TIERS]
+    assert sorted(mutant for mutants in by_tier for mutant in mutants) == sorted(EVERY)
+    assert all(mutant.tier == "unit" for _, mutant in by_tier[0])
+
+
+@pytest.mark.integration
+def test_sample_mutant_is_caught(copied: Path) -> None:
+    ((level, mutant),) = select_mutants("weights by order of arrival")
     verdict = judge(level, mutant, copied)
-    assert verdict.caught, verdict.said
+    assert verdict.caught, verdict.message
 
 
 @pytest.mark.stress
-def test_all_other_mutants_are_caught(copied: Path) -> None:
-    """Takes minutes: python -m pytest -m stress tests/bench/privacy/test_mutations.py"""
-    verdicts = [judge(level, mutant, copied) for level, mutant in EVERY if mutant.name not in SAMPLE]
+def test_all_mutants_are_caught(copied: Path) -> None:
+    verdicts = [judge(level, mutant, copied) for level, mutant in EVERY]
     assert [verdict.mutant.name for verdict in verdicts if not verdict.caught] == []
 
 
 @pytest.mark.stress
 def test_survivors_and_broken_tests_are_not_caught(copied: Path) -> None:
-    """Takes half a minute: python -m pytest -m stress tests/bench/privacy/test_mutations.py"""
     _, mutant = select_mutants("noise redrawn on a resend")[0]
     assert run_tests(copied, [mutant.test])[0] == PASSED
     assert not judge("image", mutant._replace(new=f"{mutant.old} "), copied).caught  # changes nothing
     assert not judge("image", mutant._replace(new="if ("), copied).caught  # no test runs
+    assert not judge("image", mutant._replace(tier="stress"), copied).caught  # the test is in another tier
     assert not judge("image", mutant._replace(test="tests/privacy/ledger/test_ledger.py::test_missing"), copied).caught
 
 
