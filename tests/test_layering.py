@@ -1,7 +1,6 @@
 """Layering: imports run downwards without cycles, Flower stays in listed modules, devices import no server code."""
 
 import ast
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -111,6 +110,7 @@ def violations(path: str, source: str) -> list[str]:
     return messages
 
 
+@pytest.mark.integration
 def test_no_import_violates_the_layers() -> None:
     files = [path for package in LAYERS for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 30, "the packages are elsewhere"
@@ -143,6 +143,7 @@ def dependencies(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
     return graph
 
 
+@pytest.mark.integration
 def test_modules_have_no_import_cycle() -> None:
     TopologicalSorter(dependencies(modules())).prepare()
 
@@ -151,16 +152,6 @@ def test_planted_cycle_is_found() -> None:
     sources = {"a.x": "from a import y", "a.y": "def f():\n    import b.z", "b.z": "from a.x import f"}
     with pytest.raises(CycleError):
         TopologicalSorter(dependencies({name: ast.parse(source) for name, source in sources.items()})).prepare()
-
-
-def test_public_class_names_are_unique() -> None:
-    classes = Counter(
-        node.name
-        for tree in modules().values()
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
-    )
-    assert {name: count for name, count in classes.items() if count > 1} == {}
 
 
 def test_every_package_has_a_layer() -> None:
@@ -240,6 +231,7 @@ def room_imports(sources: Mapping[str, str]) -> dict[str, set[str]]:
     return arrows
 
 
+@pytest.mark.integration
 def test_rooms_of_a_package_have_no_circle() -> None:
     files = [path for package in LAYERS for path in (ROOT / package).rglob("*.py")]
     sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}

@@ -6,17 +6,20 @@ import ast
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = 0.85
 """Share of public functions with three or more arguments that have an `Args:` section."""
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
+@cache
+def trees() -> list[tuple[str, ast.Module]]:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in listed.stdout.split():
-        yield name, ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    return [(name, ast.parse((ROOT / name).read_text(encoding="utf-8"))) for name in listed.stdout.split()]
 
 
 def public_classes(tree: ast.AST) -> Iterator[str]:
@@ -39,6 +42,7 @@ def argument_names(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str
     return [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
 
 
+@pytest.mark.integration
 def test_no_public_class_name_is_used_twice() -> None:
     where = defaultdict(list)
     for file, tree in trees():
@@ -54,6 +58,7 @@ def undocumented(file: str, tree: ast.Module) -> Iterator[tuple[bool, str]]:
             yield "Args:" in text, f"{file}:{function.lineno} {function.name}"
 
 
+@pytest.mark.integration
 def test_public_functions_document_their_arguments() -> None:
     found = [each for file, tree in trees() if not file.startswith("tests/") for each in undocumented(file, tree)]
     missing = [name for documented, name in found if not documented]

@@ -45,6 +45,7 @@ def unpack(name: str, folder: Path) -> Path:
     return folder / name
 
 
+@pytest.mark.integration
 def test_interrupted_simulation_resumes(tmp_path: Path) -> None:
     """It ends as it would have ended without the interruption, in the previous version."""
     folder = unpack("simulation", tmp_path)

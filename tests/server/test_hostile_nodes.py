@@ -130,6 +130,7 @@ def stay_silent(device: FakeNode) -> None:
     device.pull()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("action", "code"),
     [
@@ -149,6 +150,7 @@ def test_one_node_costs_others_nothing(link, passing, action, code):
     assert available(gate, mallory, *honest) == [*([] if code == 4 else ["mallory"]), "ada", "bob"]
 
 
+@pytest.mark.integration
 def test_silent_node_is_excluded(link, passing):
     """Four times as long as the server waited for it, so that others lose at most a fifth of their time."""
     mallory, ada = link.device("mallory"), link.device("ada")
@@ -355,6 +357,7 @@ def test_node_cannot_choose_a_name_by_leaving(link, caplog):
     assert "reports the name 'ada', is rejected: its key was registered as 'mallory'" in caplog.text
 
 
+@pytest.mark.integration
 def test_fedbuff_round_ends_in_time(link, passing):
     """One promises a reply and never sends it, one is silent, one is honest; each round ends with the honest update."""
     mallory, silent, ada = (link.device(name) for name in ("mallory", "silent", "ada"))

@@ -122,9 +122,10 @@ def _epsilon_is_known() -> None:
 
 
 @pytest.mark.integration
-def test_a_kill_at_every_statement(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.stress)])
+def test_a_kill_at_every_statement(every: int, tmp_path: Path) -> None:
     states_by_step, seen = [], set()
-    for step in itertools.count():
+    for step in itertools.count(step=every):
         folder = tmp_path / str(step)
         folder.mkdir()
         status = in_child(lambda folder=folder, step=step: CrashingFleet(folder, kill_at=step).serve())  # type: ignore[misc]
@@ -134,7 +135,7 @@ def test_a_kill_at_every_statement(tmp_path: Path) -> None:
         entries = check(folder)
         states_by_step.append({number: [e.state for (_, n), e in entries.items() if n == number] for number in (1, 2)})
         seen |= {entry.state for entry in entries.values()}
-        if step % 5 == 0:
+        if len(states_by_step) % 5 == 0:
             finish(folder)
     assert step > 60
     assert seen == {RESERVED, SEALED, SENT}
@@ -145,7 +146,8 @@ def test_a_kill_at_every_statement(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_kill_within_a_commit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.stress)])
+def test_a_kill_within_a_commit(every: int, tmp_path: Path) -> None:
     """Kill at the byte that exceeds a limit on file sizes, in the database or in its rollback journal.
 
     The journal starts with a sector of 512 bytes and has a number before and after each page.
@@ -157,7 +159,8 @@ def test_a_kill_within_a_commit(tmp_path: Path) -> None:
         CrashingFleet(folder).serve()
 
     page, killed = 65536, 0
-    for pages, beside in itertools.product(range(6), (0, 1, 28, 512, 516, 524, 5000, page - 1)):
+    places = list(itertools.product(range(6), (0, 1, 28, 512, 516, 524, 5000, page - 1)))
+    for pages, beside in places[::every]:
         folder = tmp_path / f"{pages}-{beside}"
         folder.mkdir()
         status = in_child(partial(serve_up_to, pages * page + beside, folder))
@@ -166,7 +169,7 @@ def test_a_kill_within_a_commit(tmp_path: Path) -> None:
         check(folder)
         if beside in (1, 5000):
             finish(folder)
-    assert killed > 30
+    assert killed > 30 / every
 
 
 @pytest.mark.integration

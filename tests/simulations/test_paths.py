@@ -122,6 +122,7 @@ def near(one, other):
             assert value == expected
 
 
+@pytest.mark.integration
 def test_all_paths_give_equal_replies(base, pictures, pipeline_folder, tmp_path, monkeypatch):
     def new_folder(name):
         """Return a folder for stores and the heads of their ledgers, so that both are removed together."""

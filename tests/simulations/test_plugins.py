@@ -27,6 +27,7 @@ def my_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     sys.modules.pop(MODULE, None)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("my_rule")
 def test_installed_rule_runs_with_its_options(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,8 +56,8 @@ def rename_caption(folder: Path) -> None:
     sheet.write_text(sheet.read_text().replace("my picture 3", "another picture"))
 
 
-@pytest.mark.parametrize("change", [replace_one, rename_caption])
-def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Callable[[Path], None]) -> None:
+@pytest.mark.integration
+def test_replaced_pictures_are_refused(base: Base, tmp_path: Path) -> None:
     mine = own_pictures(tmp_path / "mine")
 
     def current_hash() -> str:
@@ -67,12 +67,14 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Calla
         return digest
 
     before = current_hash()
-    assert current_hash() == before
     run_dir.claim(tmp_path / "run", FRESH, {**ASSETS, run_dir.PICTURES: before}, memory=7)
     assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9) == 7
-    change(mine)
-    with pytest.raises(AntherError, match="was run with another set of pictures"):
-        run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
+    for change in (replace_one, rename_caption):
+        shutil.rmtree(mine)
+        own_pictures(mine)
+        change(mine)
+        with pytest.raises(AntherError, match="was run with another set of pictures"):
+            run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
 
 
 def test_writers_have_no_own_pictures(base: Base, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_stored_strings_and_code_are_not_prose(tmp_path: Path) -> None:
     assert found(page) == set()
 
 
+@pytest.mark.integration
 def test_every_file_keeps_to_the_limits() -> None:
     files = prose.files()
     assert len(files) > 700

@@ -77,6 +77,7 @@ def test_images_are_4_bit_png(rows):
             assert image.min() < 128 < image.max() == 255
 
 
+@pytest.mark.integration
 def test_no_glyph_is_blank(writers):
     for row in writers:
         for glyph, data in zip(dataset.GLYPHS, row["glyphs"], strict=True):

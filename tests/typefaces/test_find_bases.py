@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from conf.compose import compose
@@ -11,6 +12,7 @@ from models.lora.lora_xs import load_bases
 from typefaces.find_bases import RANK, SITES, compute_bases, leading_eigenvectors
 
 
+@pytest.mark.integration
 def test_shipped_bases_fit_the_base() -> None:
     base = load("glyphs", sites=compose("privacy=none").adapter.sites)
     result = load_bases(assets.locate("glyphs-frame") / "frame.safetensors", base.sites, RANK)

@@ -52,6 +52,7 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
     return run_state.after(Round(number=1, train=train, validation=validation, wall_seconds=3), adapter)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("test", [False, True])
 def test_writes_adapter_summary_and_page(base: Base, tmp_path: Path, test: bool) -> None:
     page = write_results(
@@ -71,6 +72,7 @@ def test_writes_adapter_summary_and_page(base: Base, tmp_path: Path, test: bool)
     assert "1 no reply" in text
 
 
+@pytest.mark.integration
 def test_run_without_validation(base: Base, tmp_path: Path) -> None:
     page = write_results(compose(""), tmp_path, base, state(base, shared=None), arguments="", test=False)
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] == {}

@@ -284,6 +284,7 @@ def test_round_ends_if_all_decline(tmp_path):
     assert times(virtual_fleet)[-1] < 10
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
 def test_late_replies_are_counted_for_ten_rounds(tmp_path, monkeypatch, size, rounds):
     grids, make_grid = [], timed_grid

@@ -83,6 +83,7 @@ def test_sampling_and_noise_are_as_claimed() -> None:
     assert abs(correlations).max() < 0.2  # 6 standard errors
 
 
+@pytest.mark.integration
 def test_honest_loop_is_not_refuted() -> None:
     """The audit has power: its bound is well above 0."""
     trial = experiment()
@@ -173,6 +174,7 @@ MUTATIONS: list[Callable[[Experiment], list[TrainJob]]] = [
 ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_mutation_is_caught(mutation: Callable[[Experiment], list[TrainJob]]) -> None:
     trial = experiment()

@@ -84,6 +84,7 @@ def test_repeated_noise_is_detected() -> None:
     assert smallest_p(canary_clients.run_rounds(COHORT, lambda _: simulated(0))) < ALARM
 
 
+@pytest.mark.integration
 def test_guesses_match_total_variation_distance() -> None:
     """The probability of a correct guess is Φ(μ/2) for a Gaussian of μ = √steps / σ."""
     cohort = replace(COHORT, included=draw_included(3600, 1))

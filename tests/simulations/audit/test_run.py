@@ -84,6 +84,7 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> i
     return int(stop.value.code or 0)
 
 
+@pytest.mark.integration
 def test_finished_runs_yield_page_and_numbers(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_finished_runs_yield_page_and_numbers(
     check_page(page)
 
 
+@pytest.mark.integration
 def test_last_adapter_can_be_attacked(base: Base, tmp_path: Path) -> None:
     folder = finish(base, tmp_path / "run", adapter=nonzero_adapter(base, 2, 0))
     state = checkpoint.load(folder / "checkpoints", sites=base.sites)
@@ -182,6 +184,7 @@ def check_page(page: str) -> None:
     assert "nan" not in page.lower().replace("nanum", "")
 
 
+@pytest.mark.integration
 def test_folder_without_finished_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(AntherError, match="no finished run here"):
         membership.load(tmp_path)
@@ -213,6 +216,7 @@ def test_validation_pictures_are_no_candidates() -> None:
         assert not known & {(writer.name, picture.caption) for picture in writer.pictures.validation}
 
 
+@pytest.mark.integration
 def test_matching_hides_letter_frequencies() -> None:
     """The first five glyphs of a writer are mostly lowercase: an attack on the letter only is well above 0.5."""
     data = compose("data.role=test data.writers=200 data.train=5").data
@@ -244,6 +248,7 @@ def claim(bound: float, *, honest: bool = True) -> ClaimResult:
     return ClaimResult("ε = 1" if honest else "ε = 1, noise left out", finding(bound), honest)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("claims", "sound"),
     [
@@ -265,6 +270,7 @@ def test_refuted_claim_or_undetected_missing_noise_fails(
     check_page(page)
 
 
+@pytest.mark.integration
 def test_loop_is_sound_and_missing_noise_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AuditConfig()
     config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000

@@ -27,6 +27,7 @@ def names(base: Base, folder: Path, overrides: str) -> list[str]:
     return [person.name for person in fleet(base, folder, overrides)]
 
 
+@pytest.mark.integration
 def test_owners_allow_exactly_the_runs_guarantee() -> None:
     config = compose("privacy=example privacy.epsilon=4 rounds=3 private_eval.interval=3")
     policy, plan, measured = (
@@ -74,6 +75,7 @@ def test_profiles_are_assigned_cyclically(base: Base, tmp_path: Path) -> None:
     assert not (tmp_path / people[0].name).exists()  # nothing is written before the run is claimed
 
 
+@pytest.mark.integration
 def test_reports_state_rank_and_sites(base: Base, tmp_path: Path) -> None:
     reports = {
         person.profile: person.device.report

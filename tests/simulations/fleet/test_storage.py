@@ -222,6 +222,7 @@ def test_replaced_blobs_are_freed(database: Database) -> None:
     assert database.file.stat().st_size < 5 * 400_000
 
 
+@pytest.mark.integration
 def test_size_is_bounded_over_rounds(database: Database) -> None:
     """A round's sealed reply is replaced by the next; only a few lines of the ledger are added."""
     names, sizes = [f"device {number}" for number in range(20)], []

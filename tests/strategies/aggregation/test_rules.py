@@ -192,12 +192,12 @@ def test_hetlora_weights_factors_by_product_norm(round):
 
 
 def test_undeclared_rule_runs_without_privacy_only():
-    class Undeclared:
+    class UndeclaredMean:
         mixed_ranks, stable_factors = False, True
 
-    declared = declared_linearity(Undeclared())
+    declared = declared_linearity(UndeclaredMean())
     assert not declared.linear
     assert declared.rotation_reason is not None  # so that no server optimizer or residual relies on its directions
-    Undeclared.sensitivity = None
-    assert declared_linearity(Undeclared()) is declared
+    UndeclaredMean.sensitivity = None
+    assert declared_linearity(UndeclaredMean()) is declared
     assert declared_linearity(FedIT()) is FedIT.sensitivity
