@@ -47,7 +47,8 @@ def run_program(name: str) -> Ends:
     """
     with tempfile.TemporaryDirectory(prefix="anther-") as folder:
         command = [sys.executable, "-c", CHILD, name, str(time.monotonic()), f"{folder}/run"]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # compile the files once, as for users
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if process.returncode or not process.stdout:
         raise RuntimeError(f"{name} ended with {process.returncode} before its last phase: {process.stderr[-2000:]}")
     ends: Ends = json.loads(process.stdout.splitlines()[-1])
