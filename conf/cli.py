@@ -115,7 +115,7 @@ def to_object(config: DictConfig, schema: type, renames: Renames = NO_RENAMES) -
     """
     try:
         # Merge plain data into a new schema, because Hydra's `+key=value` unlocks the composed one.
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(config))
+        merged = OmegaConf.merge(_structured(schema), OmegaConf.to_container(config))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise AntherError(f"{missing[0]}: needs a value")
         for key, value in _not_finite(OmegaConf.to_container(merged)):
@@ -125,6 +125,12 @@ def to_object(config: DictConfig, schema: type, renames: Renames = NO_RENAMES) -
         raise AntherError(explain(error, known_keys(schema), renames)) from error
     except ValueError as error:  # raised by a schema's __post_init__
         raise AntherError(str(error)) from error
+
+
+@functools.cache
+def _structured(schema: type) -> DictConfig:
+    """Return the schema with its defaults, to be merged into, which copies it."""
+    return OmegaConf.structured(schema)
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

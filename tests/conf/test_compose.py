@@ -14,6 +14,16 @@ def test_overrides_are_parsed_as_by_a_shell():
     assert compose("").rounds == compose("  ").rounds
 
 
+@pytest.mark.integration
+def test_configurations_share_nothing():
+    first = compose("")
+    first.data.pictures.append("changed")
+    first.fleet.profiles.clear()
+    second = compose("")
+    assert second.data.pictures == []
+    assert second.fleet.profiles
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
