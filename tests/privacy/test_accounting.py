@@ -31,6 +31,7 @@ from privacy.accounting import (
     with_strict,
 )
 from privacy.policy import Policy
+from tests.helpers.samples import sampled
 
 
 def events(sigma: float, rate: float, steps: int) -> list[PoissonGaussian]:
@@ -83,12 +84,10 @@ def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float)
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("target", "rate", "steps", "delta"),
-    [
-        (8, 1.0, 10, 1e-3),
-        (1, 0.1, 50, 1e-5),
-        (8, 0.25, 100, 1e-3),
-        (2, 0.25, 100, 1e-3),
-    ],
+    sampled(
+        [(8, 1.0, 10, 1e-3), (1, 0.1, 50, 1e-5), (8, 0.25, 100, 1e-3), (2, 0.25, 100, 1e-3)],
+        [(1, 0.1, 50, 1e-5), (8, 0.25, 100, 1e-3)],
+    ),
 )
 def test_sigma_matches_dp_accounting(target: float, rate: float, steps: int, delta: float) -> None:
     """dp-accounting charges ε for our σ, and more for 0.5 % less noise, over its own PLD on a grid of 1e-4."""

@@ -188,7 +188,7 @@ def test_gradient_is_independent_of_threads_and_clients(
     single = [hidden_sums(glyphs, [job])[0] for job in jobs()]
     assert [bool(total.any()) for total in single] == [True, True, True, False]
     with ThreadPoolExecutor(2) as pool:
-        for cores, order in ((1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (2, [2, 3, 1, 0])):
+        for cores, order in ((1, [0, 1, 2, 3]), (2, [2, 3, 1, 0])):
             monkeypatch.setattr(passes, "_cores", lambda cores=cores: cores)
             monkeypatch.setattr(passes, "_pool", lambda: pool)
             together = hidden_sums(glyphs, [jobs()[index] for index in order])

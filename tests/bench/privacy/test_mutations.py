@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,20 @@ REQUIRED = {  # broken guarantee -> mutants that must exist for it
 }
 
 
+COLLECT = """
+import json, sys
+import pytest
+
+class Marks:
+    def pytest_collection_finish(self, session):
+        self.of = {item.nodeid: [mark.name for mark in item.iter_markers()] for item in session.items}
+
+marks = Marks()
+pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[marks])
+print(json.dumps(marks.of))
+"""
+
+
 @pytest.fixture(scope="module")
 def copied() -> Iterator[Path]:
     with copy_source() as root:
@@ -66,15 +81,13 @@ def test_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
 
 @pytest.mark.integration
 def test_named_tests_are_in_their_tiers() -> None:
-    for tier, expression in TIERS.items():
-        tests = sorted({mutant.test for _, mutant in select_mutants(tier=tier)})
-        if not tests:
-            continue
-        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", expression]
-        done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, check=False)
-        collected = {line for line in done.stdout.splitlines() if "::" in line}
-        whole = collected | {test.partition("[")[0] for test in collected}  # a mutant may name all of a test's cases
-        assert set(tests) <= whole, f"not {tier}: {sorted(set(tests) - whole)}"
+    command = [sys.executable, "-c", COLLECT, *sorted({mutant.test for _, mutant in EVERY})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    marks = json.loads(done.stdout.splitlines()[-1])
+    tiers = {test: [tier for tier in TIERS if tier in names][-1] for test, names in marks.items()}  # the longest counts
+    for _, mutant in EVERY:
+        cases = {tier for test, tier in tiers.items() if mutant.test in (test, test.partition("[")[0])}
+        assert cases == {mutant.tier}, f"{mutant.name}: {mutant.test}"
 
 
 def test_mutants_are_selected_by_tier() -> None:
