@@ -100,6 +100,10 @@ class Registry(MutableMapping[str, T], Generic[T]):
             f"{self.key}={shorten(name)}: nothing is registered under this name; known are {', '.join(self.names())}"
         )
 
+    def fixed(self, name: str) -> Mapping[str, Any]:
+        """Return the arguments of a component's constructor that its name determines."""
+        return self._fixed.get(name, {})
+
     def create(self, name: str, settings: Mapping[str, Any]) -> Any:
         """Create a component with those settings that it accepts.
 
@@ -111,7 +115,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
             AntherError: it is not registered, or requires a setting that is not available.
         """
         component: Any = self.lookup(name)
-        available = {**settings, **self._fixed.get(name, {})}
+        available = {**settings, **self.fixed(name)}
         parameters = inspect.signature(component).parameters.values()
         if missing := [one.name for one in parameters if one.default is one.empty and one.name not in available]:
             raise AntherError(

@@ -25,7 +25,7 @@ from yaml import YAMLError
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.terminal import discard_output, use_plain_output
 from conf.explain import explain, known_keys
-from conf.key_help import register_resolver
+from conf.key_help import register_resolvers
 from conf.overrides import prepare_overrides
 from conf.plugin_options import offer_plugins
 from conf.renames import BY_APPLICATION, NO_RENAMES, Renames, refuse_renamed
@@ -71,12 +71,13 @@ def hydra_application(
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             use_plain_output()
-            register_resolver()
+            register_resolvers()
             try:
                 refuse_renamed(sys.argv[1:], renames)
                 if check is not None:
                     check(sys.argv[1:])
-                sys.argv[1:] = prepare_overrides(offer_plugins(sys.argv[1:]), schema)
+                offer_plugins(sys.argv[1:])
+                sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
                 job()
                 if after is not None:
                     after()

@@ -82,7 +82,8 @@ def _split(overrides: str | Sequence[str]) -> list[str]:
 def _compose(name: str, schema: type, words: list[str]) -> Any:
     """Compose `conf/<name>.yaml`, with errors in one line."""
     refuse_renamed(words, SIMULATE)
-    words = prepare_overrides(offer_plugins(words), schema)
+    offer_plugins(words)
+    words = prepare_overrides(words, schema)
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra.compose(name, overrides=words)

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import get_type_hints
 
+from omegaconf import DictConfig
+
+from conf.components import GROUPS, ROBUST
+from conf.groups import choices, group_options, option_keys
 from conf.overrides import quote
 from conf.renames import NO_RENAMES, Renames, present_key, present_option
 
@@ -51,10 +55,12 @@ EXPECTED = {
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Return every dotted key of a schema, groups and leaves."""
+    """Return every dotted key of a schema, groups and leaves, and those of the components that groups offer."""
     keys = []
     for name, kind in get_type_hints(schema).items():
         keys.append(prefix + name)
+        if not prefix and name in (*GROUPS, ROBUST):
+            keys += option_keys(name)
         if is_dataclass(kind) and isinstance(kind, type):
             keys += known_keys(kind, f"{prefix}{name}.")
     return keys
@@ -77,6 +83,8 @@ def explain(error: BaseException, known: Sequence[str], renames: Renames = NO_RE
         if present := present_option(group, choice, renames):
             return f"{group}={choice}: renamed to {present}"
         return f"{group}={choice}: no such option{_hint(group, choice, options)}; {group} is one of: {listed}"
+    if rule := re.search(r"Could not load 'robust/([^']+)'", text):
+        return _no_such_rule(f"{ROBUST}=[{rule[1]}]", rule[1])
     if unreadable := getattr(error, "override", None):
         return _unreadable(unreadable)
     if merging := re.search(r"Error merging override (.*)", text):
@@ -88,7 +96,10 @@ def explain(error: BaseException, known: Sequence[str], renames: Renames = NO_RE
                 if present := present_key(key, renames):
                     return f"{key}: renamed to {present}"
             return f"{nested[1]}: '{inner[1]}' is no key of a {inner[2]}"
-        return _no_such_key(nested[1].lstrip("+~"), known, renames)
+        key = nested[1].lstrip("+~")
+        if key.partition(".")[0] in (*GROUPS, ROBUST) and not present_key(key, renames):
+            return _no_such_option(key, getattr(error.__cause__, "parent_node", None))
+        return _no_such_key(key, known, renames)
     interpolated = re.search(r"Interpolation key '([\w.]+)' not found", text)
     if interpolated and (present := present_key(interpolated[1], renames)):
         return f"${{{interpolated[1]}}}: renamed to ${{{present}}}"
@@ -128,6 +139,33 @@ def _expected(cause: str) -> str:
         if re.search(pattern, cause):
             return meaning
     return cause.split(" full_key:")[0].rsplit("raised while composing config: ", 1)[-1]
+
+
+def _no_such_option(key: str, node: object) -> str:
+    """Return which options the selected component has, and which component has the given one.
+
+    Args:
+        key: key of an option.
+        node: composed group in which it was sought.
+    """
+    group, _, option = key.partition(".")
+    values = {str(name): node[name] for name in node} if isinstance(node, DictConfig) else {}
+    if group == ROBUST and "name" not in values:  # it isn't a rule, but the group of the selected ones
+        if (rule := option.partition(".")[0]) in choices(group):
+            return f"{key}: only with {group}=[{rule}]; selected are {', '.join(values) or 'none'}"
+        return _no_such_rule(key, rule)
+    option = option.rpartition(".")[2]
+    own = [name for name in values if name != "name"]
+    others = [] if group == ROBUST else [name for name in choices(group) if option in group_options(group, name)]
+    near = difflib.get_close_matches(option, own, n=1)
+    hint = f"; it belongs to {', '.join(f'{group}={name}' for name in others)}" if others else ""
+    hint = f"; did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else hint
+    return f"{key}: no option of {group}={values.get('name')}, which has {', '.join(own) or 'none'}{hint}"
+
+
+def _no_such_rule(shown: str, rule: str) -> str:
+    known = choices(ROBUST)
+    return f"{shown}: no such rule{_hint(ROBUST, rule, ' '.join(known))}; known are {', '.join(known)}"
 
 
 def _no_such_key(key: str, known: Sequence[str], renames: Renames) -> str:

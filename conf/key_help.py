@@ -1,4 +1,7 @@
-"""List configuration keys with their values and meanings, from the docstrings under the fields of the schemas."""
+"""List configuration keys with their values and meanings.
+
+These are the docstrings under the fields of the schemas, and for components the comments of their YAML files.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,19 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+
+from conf.components import GROUPS, NAMED, ROBUST
+from conf.groups import CONF, PLUG_IN, GroupOption, choices, group_options
+from conf.plugin_options import installed_plugins, plugin_key
 
 WIDTH = 118
 _COLUMN = 44
 """Characters of `key=value` before its meaning starts on the same line."""
-RESOLVER = "anther_keys"
-"""Interpolated by the help templates: `${anther_keys:module:class}`, or followed by the names of the groups to list."""
+KEYS, GROUP_NAMES = "anther_keys", "anther_groups"
+"""Interpolated by the help templates: `${anther_keys:module,class}`, or followed by the names of the groups to list;
+and `${anther_groups:configuration}`."""
 
 
 @cache
@@ -56,25 +65,72 @@ def key_help(schema: type, values: Any = None, only: Collection[str] = ()) -> st
 
 def _group(schema: type, values: Any, prefix: str, only: Collection[str] = ()) -> Iterator[str]:
     """List the keys of a group, then its subgroups."""
-    hints, docs, groups = get_type_hints(schema), field_docs(schema), []
+    hints, docs = get_type_hints(schema), field_docs(schema)
+    groups: list[Iterator[str]] = []
     if prefix:
-        yield ""
-        title = f"{prefix.removesuffix('.')}: {' '.join((inspect.getdoc(schema) or '').split())}"
-        yield from textwrap.wrap(title, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        yield from _title(prefix.removesuffix("."), " ".join((inspect.getdoc(schema) or "").split()))
     for name, hint in hints.items():
         if only and name not in only:
             continue
         value = OmegaConf.select(values, name, throw_on_missing=False) if isinstance(values, DictConfig) else None
         element = next(iter(get_args(hint)), None) if get_origin(hint) is list else None
+        if not prefix and name in (*GROUPS, ROBUST):
+            groups.append(_components(name, docs[name], value if OmegaConf.is_dict(value) else {}))
+            continue
+        if name == "name" and prefix.removesuffix(".") in NAMED:
+            yield from _choices(prefix.removesuffix("."), value)
+            continue
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            groups.append((hint, value, f"{prefix}{name}."))
+            groups.append(_group(hint, value, f"{prefix}{name}."))
             continue
         if dataclasses.is_dataclass(element) and isinstance(element, type):
-            groups.append((element, OmegaConf.structured(element), f"{prefix}{name}[]."))
+            groups.append(_group(element, OmegaConf.structured(element), f"{prefix}{name}[]."))
         missing = isinstance(values, DictConfig) and OmegaConf.is_missing(values, name)
         yield from _line(f"{prefix}{name}={'???' if missing else _shown(value)}", docs.get(name, ""))
-    for group, value, path in groups:
-        yield from _group(group, value, path)
+    for group in groups:
+        yield from group
+
+
+def _title(key: str, meaning: str) -> Iterator[str]:
+    yield ""
+    title = f"{key}: {meaning}"
+    yield from textwrap.wrap(title, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _choices(group: str, selected: str | None) -> Iterator[str]:
+    """List the choices of a group of typed keys: first the selected one."""
+    for name in sorted(choices(group), key=lambda choice: choice != selected):
+        yield from _line(f"{group}={name}", choices(group)[name].meaning)
+
+
+def _components(group: str, meaning: str, values: Any) -> Iterator[str]:
+    """List the components of a group with their options: first the selected ones, with their values.
+
+    Args:
+        group: name of the group.
+        meaning: its meaning.
+        values: its composed values.
+    """
+    yield from _title(group, meaning)
+    selected = {}
+    if group == ROBUST:
+        selected = {rule["name"]: rule for rule in values.values()}
+    elif not OmegaConf.is_missing(values, "name") and "name" in values:
+        selected = {values["name"]: values}
+    for name in [*selected, *(name for name in choices(group) if name not in selected)]:
+        choice, options = choices(group).get(name, PLUG_IN), group_options(group, name)
+        same = f" Also has the options of {choice.base}." if choice.base else ""
+        yield from _line(f"{group}=[{name}]" if group == ROBUST else f"{group}={name}", f"{choice.meaning}{same}")
+        if name in selected:
+            options |= {
+                key: GroupOption(value, options[key].meaning if key in options else "")
+                for key, value in selected[name].items()
+                if key != "name"
+            }
+        prefix = f"{group}.{plugin_key(name)}" if group == ROBUST else group
+        for key, option in options.items():
+            if name in selected or key in choice.own:
+                yield from _line(f"  {prefix}.{key}={_shown(option.value)}", option.meaning)
 
 
 def _line(setting: str, meaning: str) -> Iterator[str]:
@@ -101,6 +157,23 @@ def _resolve(module: str, name: str, *only: str, _root_: DictConfig) -> str:
     return key_help(getattr(importlib.import_module(module), name), _root_, only)
 
 
-def register_resolver() -> None:
-    """Let help templates interpolate the keys of their application."""
-    OmegaConf.register_new_resolver(RESOLVER, _resolve, replace=True)
+def _group_names(name: str) -> str:
+    """List the groups of an application with the names of their options.
+
+    Args:
+        name: name of its YAML file.
+    """
+    defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    groups = [group for entry in defaults if isinstance(entry, dict) for group in entry if " " not in group]
+    lines = []
+    for group in sorted(groups):
+        names = sorted({file.stem for file in (CONF / group).glob("*.yaml")} | installed_plugins(group))
+        text = f"{group}: {', '.join(names)}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def register_resolvers() -> None:
+    """Let help templates interpolate the keys and groups of their application."""
+    OmegaConf.register_new_resolver(KEYS, _resolve, replace=True)
+    OmegaConf.register_new_resolver(GROUP_NAMES, _group_names, replace=True)

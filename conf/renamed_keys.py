@@ -13,7 +13,7 @@ class Renamed(NamedTuple):
     """Renamed key or group of options."""
 
     old: str
-    """`[]` stands for any element of a list."""
+    """`[]` stands for any element of a list; a name that ends with a dot for every key of a group."""
     new: str
     values: Mapping[str, Any] = {}
     """Renamed values, by former value."""
@@ -131,6 +131,26 @@ SIMULATION: tuple[Renamed, ...] = (
         {"norm": "norm_bound", "geometric": "geometric_median", "trimmed": "trimmed_mean"},
     ),
 )
+COMPONENTS: tuple[Renamed, ...] = (
+    Renamed("aggregation.options.", "aggregation."),
+    Renamed("selection.options.", "selection."),
+    Renamed("server_optimizer.options.", "server_optimizer."),
+    Renamed("selection.oort.", "selection."),
+    Renamed("robust.rules", "robust"),
+    Renamed("robust.norm_bound", "robust.norm_bound.bound"),
+    Renamed("robust.norm_factor", "robust.norm_bound.factor"),
+    Renamed("robust.outlier_fraction", "robust.krum.outlier_fraction"),
+    Renamed("robust.outlier_fraction", "robust.trimmed_mean.outlier_fraction"),
+    Renamed("round_loop.mode", "round_loop"),
+)
+"""Keys that became groups with an option per component, or options of one component.
+
+A stored configuration has another form here (`conf.stored_components`): one key became several.
+"""
+SELECTED: tuple[Renamed, ...] = tuple(
+    Renamed(f"{group}.name", group) for group in ("aggregation", "selection", "planning", "server_optimizer")
+)
+"""Names on a command line that became options of groups. A YAML file of a component keeps its `name`."""
 SERVER: tuple[Renamed, ...] = (
     Renamed("server.inner_port", "server.superlink_port"),
     Renamed("server.hosts", "server.hostnames"),

@@ -13,6 +13,7 @@ import yaml
 from common.errors import AntherError
 from conf import renamed_keys
 from conf.renamed_keys import Renamed
+from conf.stored_components import first_components, present_components, used_words
 
 _CONFIG_DIR = ("--config-dir", "-cd")
 
@@ -22,11 +23,16 @@ class Renames(NamedTuple):
 
     keys: Sequence[Renamed] = ()
     groups: Sequence[Renamed] = ()
+    components: Sequence[Renamed] = ()
+    """Keys of components, under their second names if they were renamed before."""
+    selected: Sequence[Renamed] = ()
+    """The same for keys that a YAML file may have."""
 
 
 NO_RENAMES = Renames()
-SIMULATE = Renames(renamed_keys.SIMULATION, renamed_keys.SIMULATION_GROUPS)
-SERVE = Renames((*renamed_keys.SIMULATION, *renamed_keys.SERVER), renamed_keys.SIMULATION_GROUPS)
+_COMPONENTS = (renamed_keys.SIMULATION_GROUPS, renamed_keys.COMPONENTS, renamed_keys.SELECTED)
+SIMULATE = Renames(renamed_keys.SIMULATION, *_COMPONENTS)
+SERVE = Renames((*renamed_keys.SIMULATION, *renamed_keys.SERVER), *_COMPONENTS)
 NODE, PLAN = Renames(renamed_keys.NODE), Renames(renamed_keys.PLAN)
 AUDIT, PRETRAINING = Renames(renamed_keys.AUDIT), Renames(renamed_keys.PRETRAINING)
 BY_APPLICATION = {
@@ -46,32 +52,43 @@ def refuse_renamed(words: Sequence[str], renames: Renames) -> None:
         AntherError: one line that names the present key and value.
     """
     for word in words:
-        if (present := present_word(word, renames)) != word.lstrip("+~"):
-            raise AntherError(f"{word.lstrip('+~')}: renamed to {present}")
+        present = present_spellings(word, renames)
+        if present != [word.lstrip("+~")]:
+            raise AntherError(f"{word.lstrip('+~')}: renamed to {' or '.join(present)}")
     for folder in _config_dirs(words):
         for file in sorted(folder.rglob("*.yaml")):
             for word in settings_of(file, folder):
-                if (present := present_word(word, renames)) != word:
-                    raise AntherError(f"{file}: {word}: renamed to {present}")
+                present = present_spellings(word, renames._replace(selected=()))
+                if present != [word]:
+                    raise AntherError(f"{file}: {word}: renamed to {' or '.join(present)}")
 
 
-def present_word(word: str, renames: Renames) -> str:
-    """Return `key=value` under its present names, without Hydra's prefixes `+` and `~`."""
+def present_spellings(word: str, renames: Renames) -> list[str]:
+    """Return `key=value` under its present names, without Hydra's prefixes `+` and `~`.
+
+    Returns:
+        The word itself if nothing was renamed; several words if a key became an option of several components.
+    """
     key, equals, value = word.lstrip("+~").partition("=")
     for row in (*renames.groups, *renames.keys):
         if row.old == key:
-            return f"{row.new}{equals}{_present_value(value, row)}"
-    return key + equals + value
+            key, value = row.new, _present_value(value, row)
+            break
+    moved = [new for row in (*renames.components, *renames.selected) if (new := _moved(key, row))]
+    return [f"{new}{equals}{value}" for new in moved or [key]]
 
 
 def present_words(words: Sequence[str], renames: Renames) -> list[str]:
     """Translate stored words; those without a former name stay as they are."""
-    return [word if (present := present_word(word, renames)) == word.lstrip("+~") else present for word in words]
+    present = [spelling for word in words for spelling in _stored_spellings(word, renames)]
+    return used_words(present) if renames.components else present
 
 
 def present_key(key: str, renames: Renames) -> str | None:
     """Return the present name of a former key, of a former group of keys their present groups; None for other keys."""
     key = re.sub(r"\[\d+\]", "[]", key)
+    if moved := [new for row in (*renames.components, *renames.selected) if (new := _moved(key, row))]:
+        return " or ".join(moved)
     renamed = [row for row in (*renames.keys, *renames.groups) if row.old != row.new]
     if exact := next((row.new for row in renamed if row.old == key), None):
         return exact
@@ -92,12 +109,26 @@ def present_option(group: str, option: str, renames: Renames) -> str | None:
         `group=option` under its present names; None for an option that was not renamed.
     """
     word = f"{group}={option}"
-    present = present_word(word, renames)
-    return None if present == word else present
+    present = present_spellings(word, renames)
+    return None if present == [word] else " or ".join(present)
 
 
 def present_settings(settings: dict[str, Any], renames: Renames) -> dict[str, Any]:
     """Translate a stored configuration, nested as its schema: every value moves to its present key."""
+    present = _moved_settings(settings, renames)
+    return present_components(present) if renames.components else present
+
+
+def first_settings(settings: dict[str, Any], renames: Renames) -> dict[str, Any]:
+    """Return a configuration under the first name of every key: the inverse of `present_settings`."""
+    rows = {row.new: row for row in reversed(renames.keys)}.values()
+    values = ({new: _YAML_BOOLS.get(old, old) for old, new in row.values.items()} for row in rows)
+    reverse = [Renamed(row.new, row.old, names) for row, names in zip(rows, values, strict=True)]
+    return _moved_settings(first_components(settings) if renames.components else settings, Renames(reverse))
+
+
+def _moved_settings(settings: dict[str, Any], renames: Renames) -> dict[str, Any]:
+    """Move every value to the new name of its key."""
     present = copy.deepcopy(settings)
     moved: list[tuple[str, Any]] = []
     for row in renames.keys:
@@ -115,16 +146,20 @@ def present_settings(settings: dict[str, Any], renames: Renames) -> dict[str, An
     return present
 
 
-def first_settings(settings: dict[str, Any], renames: Renames) -> dict[str, Any]:
-    """Return a configuration under the first name of every key: the inverse of `present_settings`."""
-    rows = {row.new: row for row in reversed(renames.keys)}.values()
-    values = ({new: _YAML_BOOLS.get(old, old) for old, new in row.values.items()} for row in rows)
-    reverse = [Renamed(row.new, row.old, names) for row, names in zip(rows, values, strict=True)]
-    return present_settings(settings, Renames(reverse))
-
-
 _ABSENT = object()
 _YAML_BOOLS = {"true": True, "false": False}
+
+
+def _moved(key: str, row: Renamed) -> str | None:
+    """Return the present name of a key, or of a key of a group; None if it was not renamed by this row."""
+    if row.old.endswith("."):
+        return row.new + key.removeprefix(row.old) if key.startswith(row.old) else None
+    return row.new if row.old == key else None
+
+
+def _stored_spellings(word: str, renames: Renames) -> list[str]:
+    present = present_spellings(word, renames)
+    return [word] if present == [word.lstrip("+~")] else present
 
 
 def _present_value(value: str, row: Renamed) -> str:

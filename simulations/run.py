@@ -115,7 +115,7 @@ def simulate(
 def _simulate(config: SimulationConfig, folder: Path, display: Display, command: str) -> SimulationResult:
     started = time.perf_counter()
     check_time(config)
-    run_dir.check(folder, config)
+    record = run_dir.check(folder, config)
     display.phase("reading pictures and loading the base" if config.data.pictures else "loading the base")
     if config.grid.name == "ray":
         from simulations.grid import ray  # before other imports of Flower, for which it sets environment variables
@@ -136,7 +136,8 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     check_configuration(config)  # before the base is loaded
     base, people, database = simulation = setup.build(config, folder)
     evaluated = participants.select_evaluated(people, config.evaluation.devices)
-    plan = training_plan(config, run=run_dir.config_hash(config)[:16], base=base.hash)
+    run = record.get("config_hash") or run_dir.config_hash(config)
+    plan = training_plan(config, run=run[:16], base=base.hash)
     fleet = (
         build_virtual_fleet(config.fleet, people, folder / "fleet", seed=config.seed) if config.fleet.timed else None
     )
@@ -177,8 +178,8 @@ def check_time(config: SimulationConfig) -> None:
     hint = "requires a fleet with timed=true, such as fleet=week"
     if over > 1 and not fleet.timed:
         raise AntherError(f"cohort.overselection={over:g} {hint}: all replies of this fleet arrive at once")
-    if loop.mode == "async" and not fleet.timed:
-        raise AntherError(f"round_loop.mode=async {hint}: training takes no time in this fleet")
+    if loop.name == "async" and not fleet.timed:
+        raise AntherError(f"round_loop=async {hint}: training takes no time in this fleet")
     for key in () if fleet.timed else _timed_settings(config):
         raise AntherError(f"{key} {hint}: devices of this fleet have no battery, owner, heat or schedule")
     if fleet.workload != WorkloadConfig() and not fleet.timed:
@@ -188,9 +189,9 @@ def check_time(config: SimulationConfig) -> None:
             names = [name for name, method in PLANNINGS.items() if not method.every_site]
             raise AntherError(
                 "fleet.workload: only used by a fleet with timed=true, and by "
-                f"{' and '.join(f'planning.name={name}' for name in names)}; remove it"
+                f"{' and '.join(f'planning={name}' for name in names)}; remove it"
             )
-    if loop.mode == "sync" and loop.quorum > (devices := config.data.count()):
+    if loop.name == "sync" and loop.quorum > (devices := config.data.count()):
         raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add devices")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -12,18 +11,14 @@ from typing import Any
 
 from common import atomic_files
 from common.errors import AntherError
+from conf.components import as_settings
 from conf.renames import SIMULATE, first_settings, present_settings
 from conf.schemas.simulation import SimulationConfig
 
 RUN = "run.json"
 PICTURES = "set of pictures"  # stored; don't change
 """Key of the hash of users' own pictures among the assets of a run."""
-_ADDED_SETTINGS: dict[str, object] = {
-    "data.background": "white",
-    "aggregation.options": {},
-    "selection.options": {},
-    "server_optimizer.options": {},
-}
+_ADDED_SETTINGS: dict[str, object] = {"data.background": "white"}
 """Settings added later, with the values that runs used before: runs with these values keep their hash."""
 
 log = logging.getLogger(__name__)
@@ -62,8 +57,11 @@ def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
             f"{file}: damaged ({error}): this run can't be resumed, start a new one in another folder"
         ) from error
     if record["config_hash"] != config_hash(config):
+        # An option with its default value once had another hash than none.
         differences = _differences(present_settings(record["config"], SIMULATE), _settings(config))
         changed = [f"{key} was {old}, now {new}" for key, old, new in differences]
+        if not changed:
+            return record
         raise AntherError(
             f"{folder}: holds a different run ({'; '.join(changed[:3])}): resume it with its own settings"
         )
@@ -105,7 +103,7 @@ def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, 
 
 def _settings(config: SimulationConfig) -> dict[str, Any]:
     """Return all settings except `resume`, and except added settings with the value that earlier runs used."""
-    settings = dataclasses.asdict(config)
+    settings = as_settings(config)
     del settings["resume"]
     for key, before in _ADDED_SETTINGS.items():
         group, _, name = key.rpartition(".")

@@ -1,34 +1,23 @@
-"""Declarations of a component: the options that it has, and the components that it can't be combined with."""
+"""Declarations of a component: the options that it has, and the components that it can't be combined with.
+
+The options of a component are the parameters of its constructor: their types are checked here, their values by the
+constructor, which raises `ValueError("option=value: must be …")`. A parameter whose type is a dataclass stands for one
+option per field.
+"""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import make_dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, make_dataclass
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import AntherError
-
-
-class Option(NamedTuple):
-    """Configuration key that a parameter of a component's constructor is read from.
-
-    A component declares its keys as `options = read_from(parameter=key, …)`. A key that is null keeps the parameter's
-    default.
-    """
-
-    key: str
-    convert: Callable[[Any], Any] | None = None
-    """Converts the value of the key to the argument."""
-    unless: str | None = None
-    """Key that replaces this one if it is set."""
-    otherwise: str | None = None
-    """Key whose value the other components of the axis use instead; this key may then repeat it."""
+from common.plugins import Registry
 
 
 class Conflict(NamedTuple):
@@ -46,75 +35,114 @@ class Conflict(NamedTuple):
         return axis == self.axis and (self.trait is None or bool(getattr(component, self.trait, False)))
 
 
-def read_from(**keys: str | Option) -> Mapping[str, Option]:
-    """Return the options of a component: the configuration key of each parameter of its constructor."""
-    return MappingProxyType({name: Option(key) if isinstance(key, str) else key for name, key in keys.items()})
-
-
-def options_of(component: object) -> Mapping[str, Option]:
-    """Return the declared options of a component, by parameter name."""
-    declared: Mapping[str, Option] = getattr(component, "options", {})
-    return declared
-
-
 def conflicts_of(component: object) -> tuple[Conflict, ...]:
     """Return the declared conflicts of a component."""
     declared: tuple[Conflict, ...] = getattr(component, "conflicts", ())
     return declared
 
 
-def value_at(config: object, key: str) -> Any:
-    """Return the value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), config)
-
-
-def option_values(component: object, config: object) -> dict[str, Any]:
-    """Return the arguments that the declared options of a component have in a configuration; null ones are left out."""
-    return dict(_values(component, config))
-
-
-def own_options(component: Any, given: Mapping[str, Any], *, key: str, known: Collection[str]) -> dict[str, Any]:
-    """Return the arguments for a component's own options, of the types that its constructor declares.
+def create(
+    registry: Registry[Any], name: str, options: Mapping[str, Any], *, key: str, known: Mapping[str, Any] | None = None
+) -> Any:
+    """Create a component.
 
     Args:
-        component: class of the component.
-        given: values by name of the parameter.
-        key: configuration key of the values.
-        known: parameters with another source.
+        registry: components of its axis.
+        name: its name.
+        options: its configured options.
+        key: configuration key of the options, for messages.
+        known: values from elsewhere in the configuration, by the names that constructors use for them.
 
     Raises:
-        AntherError: it has no such option, or a value has another type.
+        AntherError: it is not registered, has no such option, or refuses a value.
     """
-    if not given:
+    known = known or {}
+    component = registry.lookup(name)
+    parameters = _parameters(component, {*known, *registry.fixed(name)})
+    types = {option: kind for parameter in parameters for option, kind in parameter.options.items()}
+    for option in options:
+        if option not in types:
+            raise AntherError(f"{key}.{option}: no option of {name}, which has {', '.join(types) or 'none'}")
+    values = {option: _typed(f"{key}.{option}", types[option], value) for option, value in options.items()}
+    try:
+        own = dict(_arguments(parameters, values, key=key, name=name))
+        return registry.create(name, {**known, **own})
+    except ValueError as error:  # of its constructor
+        separator = "." if str(error).partition("=")[0] in types else ": "
+        raise AntherError(f"{key}{separator}{error}") from error
+
+
+class _Parameter(NamedTuple):
+    """Parameter of a constructor that is configured."""
+
+    name: str
+    kind: Any
+    options: Mapping[str, Any]
+    """Types of its options by name: itself, or the fields of a dataclass."""
+    required: bool
+
+
+def _parameters(component: Any, taken: Collection[str]) -> list[_Parameter]:
+    """Return the parameters of a component's constructor that are configured.
+
+    Args:
+        component: class of the component, or a function that makes it.
+        taken: parameters with another source.
+    """
+    function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
+    hints = _hints(function)
+    found = []
+    for name, parameter in inspect.signature(component).parameters.items():
+        kind = hints.get(name, Any)
+        if name not in taken and get_origin(kind) is not Callable:
+            options = _hints(kind) if is_dataclass(kind) else {name: kind}
+            found.append(_Parameter(name, kind, options, parameter.default is parameter.empty))
+    return found
+
+
+def _hints(function_or_class: Any) -> dict[str, Any]:
+    """Return its type hints; none if they name something that isn't imported at run time."""
+    try:
+        return get_type_hints(function_or_class)
+    except NameError:
         return {}
-    taken = {*known, *options_of(component)}
-    names = [name for name in inspect.signature(component).parameters if name not in taken]
-    for name in given:
-        if name not in names:
-            raise AntherError(f"{key}.{name}: no such option; known are {', '.join(names) or 'none'}")
-    types = get_type_hints(component.__init__)
-    values = {}
-    for name, value in given.items():
-        schema = make_dataclass("Option", [(name, types.get(name, Any))])
-        try:
-            values[name] = getattr(
-                OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {name: value})), name
-            )
-        except OmegaConfBaseException as error:
-            raise AntherError(f"{key}.{name}={value}: must be {inspect.formatannotation(types[name])}") from error
-    return values
 
 
-def missing_option(component: Any, config: object) -> str | None:
-    """Return the first key that a component needs and that is null; None if it has all."""
-    parameters = inspect.signature(component).parameters
-    for name, option in options_of(component).items():
-        if parameters[name].default is inspect.Parameter.empty and value_at(config, option.key) is None:
-            return option.key
-    return None
+def _arguments(
+    parameters: Sequence[_Parameter], values: Mapping[str, Any], *, key: str, name: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments of a component's constructor.
+
+    Args:
+        parameters: configured parameters.
+        values: configured options.
+        key: configuration key of the options, for messages.
+        name: name of the component, for messages.
+
+    Raises:
+        AntherError: a required option has no value.
+    """
+    for parameter in parameters:
+        if is_dataclass(parameter.kind):
+            own = {option: values[option] for option in parameter.options if option in values}
+            yield parameter.name, parameter.kind(**own)  # type: ignore[operator]  # a class
+        elif parameter.name in values:
+            yield parameter.name, values[parameter.name]
+        elif parameter.required:
+            raise AntherError(f"{key}.{parameter.name}: {name} needs a value")
 
 
-def _values(component: object, config: object) -> Iterator[tuple[str, Any]]:
-    for parameter, option in options_of(component).items():
-        if (value := value_at(config, option.key)) is not None:
-            yield parameter, value if option.convert is None else option.convert(value)
+def _typed(key: str, kind: Any, value: Any) -> Any:
+    """Convert a value to the type of its option; AntherError if it has another one."""
+    schema = make_dataclass("Option", [("value", kind)])
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {"value": value})).value  # type: ignore[union-attr]
+    except OmegaConfBaseException as error:
+        kinds = get_args(kind) or (kind,)
+        names = [_KINDS.get(one, inspect.formatannotation(one)) for one in kinds if one is not NoneType]
+        null = ["null"] if NoneType in kinds else []
+        shown = "null" if value is None else value
+        raise AntherError(f"{key}={shown}: must be {', or '.join([*names, *null])}") from error
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -17,9 +17,6 @@ from models.lora.adapter import Adapter, Factors
 PLANS_PER_ROUND = 10_000
 """Largest number of plans in a round. Each plan has its own number, since a device answers each number only once."""
 
-BUFFER_SIZE, CONCURRENCY = 10, 10
-"""Default number of updates per round, and of devices that train concurrently."""
-
 Rebase = Callable[[Adapter, Adapter, Adapter, float], Adapter]
 """Function of (current, started, trained, scale): the update as if it had started from the current adapter."""
 

@@ -35,7 +35,7 @@ class BuiltIn(NamedTuple):
 
 
 SYNC, ASYNC = "sync", "async"
-TIMINGS: Registry[Any] = Registry("timing", key="round_loop.mode", modules=__name__)
+TIMINGS: Registry[Any] = Registry("timing", key="round_loop", modules=__name__)
 TIMINGS.update(
     {
         SYNC: BuiltIn(TimingDeclaration(prechargeable=True, reason="a round ends before the next begins")),

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from common.plugins import Registry
-from strategies.declarations import read_from
 
-OPTIMIZERS: Registry[Any] = Registry("server_optimizer", key="server_optimizer.name", modules=__name__)
+OPTIMIZERS: Registry[Any] = Registry("server_optimizer", key="server_optimizer", modules=__name__)
 server_optimizer = OPTIMIZERS.register
 
 Tensors = Mapping[str, Tensor]
@@ -86,7 +85,6 @@ class FedAvgM:
     """
 
     sensitivity = _RELEASES_ONLY
-    options = read_from(lr="server_optimizer.lr", momentum="server_optimizer.momentum")
 
     def __init__(self, *, lr: float = 1.0, momentum: float = 0.9) -> None:
         _check(lr, momentum)
@@ -122,12 +120,6 @@ class FedOpt:
     """
 
     sensitivity = _RELEASES_ONLY
-    options = read_from(
-        lr="server_optimizer.lr",
-        momentum="server_optimizer.momentum",
-        beta2="server_optimizer.beta2",
-        tau="server_optimizer.tau",
-    )
 
     def __init__(
         self, *, lr: float = 0.003, momentum: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, yogi: bool

@@ -29,6 +29,8 @@ OTHERS = {
     "cgroup_enable",
     "overrides",  # of Flower's own run
     "preset",
+    "min_majority",  # of the rule in docs/extending.md
+    "aggregation.min_majority",
 }
 
 

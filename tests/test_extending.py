@@ -13,8 +13,10 @@ import yaml
 
 from client.power.meter import METERS
 from client.power.system import System
+from common.errors import AntherError
 from conf.schemas.planning import DeviceProfileConfig
 from models.lora.adapter import Factors
+from strategies.declarations import create
 from strategies.registry import AGGREGATIONS, SELECTIONS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -53,6 +55,13 @@ def test_aggregation_rule() -> None:
     torch.testing.assert_close(tuple(result["site"]), tuple(adapter(2.0, -3.0)["site"]))
     single = rule.aggregate(adapter(0.0, 0.0), updates[:1], round=1).adapter
     torch.testing.assert_close(tuple(single["site"]), tuple(adapter(1.0, -2.0)["site"]))
+    values = yaml.safe_load(example("name: sign_mean", "yaml"))
+    kept = create(AGGREGATIONS, values.pop("name"), {**values, "min_majority": 0.5}, key="aggregation")
+    torch.testing.assert_close(
+        tuple(kept.aggregate(adapter(7.0, 8.0), updates, round=1).adapter["site"]), tuple(adapter(7.0, 8.0)["site"])
+    )
+    with pytest.raises(AntherError, match=r"^aggregation\.min_majority=2\.0: must be 0 to 1$"):
+        create(AGGREGATIONS, "sign_mean", {"min_majority": 2}, key="aggregation")
     assert type(rule) is AGGREGATIONS["sign_mean"]
     assert {name for name in vars(AGGREGATIONS["ffa"]) if not name.startswith("_")} <= set(vars(type(rule)))
 

@@ -25,7 +25,7 @@ from simulations.run import simulate
 FIXTURES = Path(__file__).parent / "fixtures" / "previous_version"
 SIMULATION = (
     "rounds=4 data.writers=2 data.train=2 data.validation=1 data.test=1 aggregation=fedit "
-    "server_optimizer.name=fedavgm robust.rules=[norm_bound] adapter.shared.lr_schedule=cosine cohort.size=1 "
+    "server_optimizer=fedavgm robust=[norm_bound] adapter.shared.lr_schedule=cosine cohort.size=1 "
     "selection=energy_delay trainer.memory_gib=1 adapter.shared.rank=1 adapter.personal.rank=1 "
     "adapter.shared.steps=1 adapter.personal.steps=1 adapter.sites=.*attn2.to_q evaluation.gallery_size=0 "
     "evaluation.timesteps=1 tracker=none seed=3"

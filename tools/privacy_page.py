@@ -62,7 +62,7 @@ removes more if the clip is far above the gradients: choose a clip near their no
 ## Combinations
 
 A combination has one component of each axis. It runs if each of its components runs: no component repairs a property
-that another one breaks. With `round_loop.mode=async` some aggregations and selections are not supported at any level;
+that another one breaks. With `round_loop=async` some aggregations and selections are not supported at any level;
 `strategies.validation` names them.
 """
 

@@ -37,7 +37,7 @@ COMMON = (
     "data.validation=10",
 )
 REFERENCE = ("fleet=laptops", "rounds=30", "adapter.shared.steps=5")
-RANDOM = ("selection=random", "planning.name=full", f"cohort.size={COHORT_SIZE}")
+RANDOM = ("selection=random", "planning=full", f"cohort.size={COHORT_SIZE}")
 
 
 class FleetPlan(NamedTuple):
@@ -72,7 +72,7 @@ above 3.5 also the small phones, above 3.9 all but three device types."""
 
 ASYNC_ROUNDS = "rounds=32"  # for asynchronous runs, whose rounds are short
 AWARE = (
-    "planning.name=device",
+    "planning=device",
     "cohort.eligibility.idle=true",
     "cohort.eligibility.min_battery=0.4",
     "cohort.eligibility.cool=true",
@@ -102,7 +102,7 @@ WEEK: Mapping[str, tuple[str, ...]] = {
         *AWARE,
         "selection=energy_delay",
         "selection.candidate_factor=2",
-        "round_loop.mode=async",
+        "round_loop=async",
         f"round_loop.buffer_size={COHORT_SIZE}",
         "round_loop.concurrency=24",
         "adapter.shared.steps=3",
@@ -116,12 +116,12 @@ WEEK: Mapping[str, tuple[str, ...]] = {
 SPREAD: Mapping[str, tuple[str, ...]] = {
     "wait for all": (f"cohort.size={COHORT_SIZE}", "round_loop.timeout=86400"),
     "deadline, over-selection": (f"cohort.size={COHORT_SIZE}", "cohort.overselection=1.5", "round_loop.timeout=3600"),
-    "asynchronous": ("round_loop.mode=async", "round_loop.buffer_size=8", "round_loop.concurrency=24", ASYNC_ROUNDS),
+    "asynchronous": ("round_loop=async", "round_loop.buffer_size=8", "round_loop.concurrency=24", ASYNC_ROUNDS),
     "thrifty": (
         f"cohort.size={COHORT_SIZE}",
         "selection=energy_delay",
         "selection.candidate_factor=3",
-        "planning.name=device",
+        "planning=device",
         "round_loop.timeout=86400",
     ),
 }

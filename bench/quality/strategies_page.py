@@ -158,7 +158,7 @@ def robustness_section(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
         "A fifth of the devices attack. The table shows the share of the clean gain that honest writers keep, and the "
         "share of the trigger's samples that are read as the attackers' glyph, without rules and with one setting for "
-        "all attacks: `robust.rules=[replay,foolsgold,afa,norm_bound]`. Means over seeds, with the worst seed in "
+        "all attacks: `robust=[replay,foolsgold,afa,norm_bound]`. Means over seeds, with the worst seed in "
         "brackets. Three other settings were measured on these writers, too, and kept less: without `replay`, 83 % "
         "under replays and the same under all other attacks; without it and with `krum` in place of `afa`, 71 % under "
         "flipped signs and 79 % under replays; with updates of opposite direction removed as well, 82 % and 81 %.\n"

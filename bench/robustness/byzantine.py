@@ -56,7 +56,7 @@ from conf.schemas.simulation import SimulationConfig
 
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
-ROBUST = ("robust.rules=[replay,foolsgold,afa,norm_bound]",)  # the same for all attacks
+ROBUST = ("robust=[replay,foolsgold,afa,norm_bound]",)  # the same for all attacks
 MIN_GAIN_KEPT, MAX_BACKDOOR = (
     0.85,
     0.1,

@@ -6,17 +6,11 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
+from conf.components import GROUPS, Component, ComponentConfig, RobustRules, not_composed, robust_rules
 from conf.schemas.checks import require, require_choice
-from conf.schemas.cohort import CohortConfig, SelectionConfig
+from conf.schemas.cohort import CohortConfig
 from conf.schemas.privacy import PrivacyConfig, PrivateEvalConfig
-from conf.schemas.rounds import (
-    AggregationConfig,
-    CompressionConfig,
-    PlanningConfig,
-    RobustConfig,
-    RoundLoopConfig,
-    ServerOptimizerConfig,
-)
+from conf.schemas.rounds import CompressionConfig, PlanningConfig, RoundLoopConfig
 from conf.schemas.training import AdapterConfig, BaseConfig, ExpectedDataConfig
 
 
@@ -52,14 +46,20 @@ class FederationConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     data: ExpectedDataConfig = field(default_factory=ExpectedDataConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    selection: Component = field(default_factory=not_composed)
+    """Selection of the cohort.size devices of a round."""
     planning: PlanningConfig = field(default_factory=PlanningConfig)
-    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
-    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
+    aggregation: Component = field(default_factory=not_composed)
+    """The rule that combines the devices' adapters."""
+    server_optimizer: Component = field(default_factory=not_composed)
+    """The server's step along the mean update of a round (not with rules that rotate their factors)."""
     drift_correction: str = "none"
     """none; scaffold: control variates (requires adapter.shared.optimizer=sgd and a rule that averages comparable
     factors: fedit, ffa, fedsa or fedsb)."""
-    robust: RobustConfig = field(default_factory=RobustConfig)
+    robust: RobustRules = field(default_factory=dict)
+    """Defenses against malicious updates, applied in the given order. replay, which comes first, rejects updates of
+    earlier rounds; norm_bound, krum, foolsgold, afa and geometric_median judge whole updates; median or trimmed_mean,
+    which comes last, works on entries of the product."""
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     round_loop: RoundLoopConfig = field(default_factory=RoundLoopConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
@@ -69,6 +69,9 @@ class FederationConfig:
     evaluation: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        for group in GROUPS:
+            setattr(self, group, ComponentConfig.of(getattr(self, group)))
+        self.robust = robust_rules(self.robust)
         require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
         require_choice("drift_correction", self.drift_correction, ("none", "scaffold"))
         devices = self.data.count()

@@ -9,7 +9,6 @@ bundle that a ServerApp runs from.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import yaml
 from common import atomic_files
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.plugins import allow_installed_plugins
+from conf.components import as_settings
 from conf.compose import compose_stored_federation
 from conf.schemas.federation import FederationConfig
 from models.base.base import Base, load
@@ -115,7 +115,7 @@ def write_results(
         Report(
             title=f"{summary['clients']} {'device' if summary['clients'] == 1 else 'devices'} trained together",
             command=run_dirs.read_command(folder) or f"anther serve {arguments}",
-            config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
+            config_yaml=yaml.safe_dump(as_settings(config), sort_keys=False),
             summary=summary,
             rounds=totals.round_rows(state.history, secret=secret),
             devices=devices,

@@ -19,7 +19,6 @@ from server.rounds.loop import personalize, run_rounds
 from server.rounds.state import Round, RunState
 from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
 from strategies.clock import Clock
-from strategies.fedbuff import BUFFER_SIZE, CONCURRENCY
 from strategies.strategy import FederatedStrategy
 
 
@@ -106,7 +105,6 @@ def round_runner(config: FederationConfig, grid: Grid, strategy: FederatedStrate
         limits: limits on the wait for replies.
     """
     loop = config.round_loop
-    if loop.mode == "sync":
+    if loop.buffer_size is None or loop.concurrency is None:  # round_loop=sync
         return SyncRunner(grid, strategy, limits)
-    size, concurrency = loop.buffer_size or BUFFER_SIZE, loop.concurrency or CONCURRENCY
-    return FedBuffRunner(grid, strategy, limits, size=size, concurrency=concurrency)
+    return FedBuffRunner(grid, strategy, limits, size=loop.buffer_size, concurrency=loop.concurrency)

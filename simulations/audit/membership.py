@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from common.errors import AntherError
 from common.plugins import allow_installed_plugins
 from conf.cli import to_object
+from conf.components import as_settings
 from conf.renames import SIMULATE, present_settings
 from conf.schemas.audit import MembershipConfig
 from conf.schemas.simulation import DataConfig, SimulationConfig
@@ -69,7 +70,7 @@ class FinishedRun:
     @property
     def group_key(self) -> str:
         """Return the configuration without the seed: runs that differ only in their seed form one group."""
-        return json.dumps({**asdict(self.config), "seed": None, "resume": None}, sort_keys=True)
+        return json.dumps({**as_settings(self.config), "seed": None, "resume": None}, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from common import atomic_files
+from conf.components import as_settings
 from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
 from models.export import adapter_files
@@ -91,7 +92,7 @@ def finish(
     atomic_files.write(folder / "summary.json", json.dumps(nan_to_none(summary), indent=2, allow_nan=False).encode())
     page = folder / "report.html"
     adapters_folder = folder / "adapters"
-    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    settings = yaml.safe_dump(as_settings(config), sort_keys=False)
     report = build_report(
         settings, base, adapters_folder, people, evaluated, state, scores, galleries, summary, command, fleet
     )

@@ -1,7 +1,7 @@
 """Aggregation rules: pure functions from the updates of one round to the next shared adapter.
 
 Each module registers its rule as `@aggregation("name")`. The parameters `rank` and `seed` of its constructor are filled
-in from the configuration; others are declared as `options`.
+in from the configuration; others are its options (`strategies.declarations`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from common.plugins import Registry
 from models.lora.adapter import Adapter, Factors
 
-AGGREGATIONS: Registry[Any] = Registry("aggregation", key="aggregation.name", modules=__name__)
+AGGREGATIONS: Registry[Any] = Registry("aggregation", key="aggregation", modules=__name__)
 aggregation = AGGREGATIONS.register
 
 Updates = Sequence[tuple[Adapter, float]]
@@ -52,8 +52,9 @@ UNDECLARED = Linearity(
 class Aggregation(Protocol):
     """Pure aggregation rule: the same updates in the same order give the same adapter.
 
-    A class may also declare `options` and `conflicts` (`strategies.declarations`), `rebase` if it can use updates of an
-    older adapter (`strategies.fedbuff`), `own_rank`, and `by_slice` if it weights slices of rank separately.
+    A class may also declare `conflicts` (`strategies.declarations`), `rebase` if it can use updates of an older adapter
+    (`strategies.fedbuff`), `own_rank` if its result may have another rank, up to its `max_rank`, and `by_slice` if it
+    weights slices of rank separately.
     """
 
     sensitivity: Linearity

@@ -13,13 +13,11 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from common.errors import AntherError
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Aggregated, Linearity, Updates, aggregation, check_updates, in_every_round
 from strategies.aggregation.factored import LowRankProduct, ProductSum, pad
 from strategies.aggregation.slices import SliceMean, rank_weights
-from strategies.declarations import Option, read_from
 from strategies.fedbuff import rebase_product
 
 
@@ -85,8 +83,9 @@ class Exact:
     Args:
         rank: minimum rank of the result, which is padded if its rank is lower.
         max_rank: maximum rank of the result; None: no limit.
-        energy: fraction of Σ σ² to keep; None: all.
-        by_slice: weight each slice of rank separately (`strategies.aggregation.slices`).
+        energy_fraction: fraction of Σ σ² to keep; None: all.
+        weighting: `device`; or `rank_slice`, which weights each slice of rank separately
+            (`strategies.aggregation.slices`).
         seed: seed of the random vectors that compress sums and fill unused directions.
     """
 
@@ -95,11 +94,6 @@ class Exact:
     own_rank = True
     trains = staticmethod(in_every_round("both"))
     rebase = staticmethod(rebase_product)
-    options = read_from(
-        max_rank=Option("aggregation.max_rank", otherwise="adapter.shared.rank"),
-        energy="aggregation.energy_fraction",
-        by_slice=Option("aggregation.weighting", convert="rank_slice".__eq__),
-    )
     sensitivity = Linearity(
         linear=False,
         reason="a product of two factors is not linear in them, and the updates determine which and how many singular "
@@ -107,12 +101,25 @@ class Exact:
     )
 
     def __init__(
-        self, *, rank: int, max_rank: int | None = None, energy: float | None = None, by_slice: bool = False, seed: int
+        self,
+        *,
+        rank: int,
+        max_rank: int | None = None,
+        energy_fraction: float | None = None,
+        weighting: str = "device",
+        seed: int,
     ) -> None:
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"{max_rank=}: must be 1 or more, or null")
         if max_rank is not None and max_rank < rank:
-            raise AntherError(f"aggregation.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
-        self._rank, self._max_rank, self._energy, self._seed = rank, max_rank, energy, seed
-        self.by_slice = by_slice
+            raise ValueError(f"{max_rank=}: must be at least adapter.shared.rank={rank}, or null")
+        if energy_fraction is not None and not 0 < energy_fraction <= 1:
+            raise ValueError(f"{energy_fraction=}: must be over 0 and at most 1, or null")
+        if weighting not in ("device", "rank_slice"):
+            raise ValueError(f"weighting={weighting}: must be one of: device, rank_slice")
+        self.max_rank = max_rank
+        self._rank, self._energy, self._seed = rank, energy_fraction, seed
+        self.by_slice = weighting == "rank_slice"
         self._ranks: Collection[int] = ()
 
     def with_ranks(self, ranks: Collection[int]) -> Exact:
@@ -123,7 +130,7 @@ class Exact:
 
     def start(self, current: Adapter) -> ProductMean:
         """Create the empty mean of a round."""
-        return ProductMean(current, max_rank=self._max_rank, seed=derive_seed(self._seed, "compression"))
+        return ProductMean(current, max_rank=self.max_rank, seed=derive_seed(self._seed, "compression"))
 
     def finish(self, mean: ProductMean | SliceMean, *, round: int) -> Aggregated:
         """Compute the adapter of a mean, with one rank at all sites.
@@ -134,7 +141,7 @@ class Exact:
         factors_of: dict[str, Factors] = {}
         energies, live = [], 0
         for site, current in mean.current.items():
-            best = mean.best(site, max_rank=self._max_rank, energy=self._energy)
+            best = mean.best(site, max_rank=self.max_rank, energy=self._energy)
             if best is None:
                 factors_of[site] = current
                 continue
@@ -163,7 +170,7 @@ class Exact:
         mean: ProductMean | SliceMean = self.start(current)
         if self.by_slice:
             seed = derive_seed(self._seed, "compression")
-            mean = SliceMean(current, rank_weights(updates), max_rank=self._max_rank, seed=seed)
+            mean = SliceMean(current, rank_weights(updates), max_rank=self.max_rank, seed=seed)
         for adapter, weight in updates:
             mean.add(adapter, weight)
         return self.finish(mean, round=round)

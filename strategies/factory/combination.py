@@ -7,12 +7,11 @@ from dataclasses import replace
 from common.errors import AntherError
 from conf.schemas.federation import FederationConfig
 from strategies.download import FP32
-from strategies.factory.aggregation import build_rule
+from strategies.factory.aggregation import build_robust_rule, build_rule, build_server_optimizer
 from strategies.factory.selection import build_selection, selection_name
 from strategies.planning import PLANNINGS
 from strategies.planning.plan import PlanLimits
 from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, SELECTIONS, TIMINGS
-from strategies.unused_settings import refuse_unused
 from strategies.validation import check
 from strategies.validation.combination import Combination, Component, named, trained_parts
 
@@ -21,20 +20,22 @@ def check_configuration(config: FederationConfig) -> None:
     """Check the names, the options and the combination of a configuration's components, without a base.
 
     Raises:
-        AntherError: a name is not registered, an option has no effect or is missing, or settings contradict each other.
+        AntherError: a name is not registered, an option is missing or refused, or settings contradict each other.
     """
     for registry, names in (
         (AGGREGATIONS, [config.aggregation.name]),
         (OPTIMIZERS, [config.server_optimizer.name]),
         (SELECTIONS, [config.selection.name]),
         (PLANNINGS, [config.planning.name]),
-        (ROBUST_RULES, config.robust.rules),
+        (ROBUST_RULES, list(config.robust)),
     ):
         for name in names:
             registry.lookup(name)
     if key := getattr(SELECTIONS.lookup(config.selection.name), "chosen_by", None):
         raise AntherError(f"selection={config.selection.name}: set {key} instead")
-    refuse_unused(config)
+    build_server_optimizer(config)
+    for name in config.robust:
+        build_robust_rule(config, name, {"sites": {}, "seed": 0})
     check(combination(config))
 
 
@@ -45,9 +46,9 @@ def combination(config: FederationConfig) -> Combination:
     chosen = Combination(
         aggregation=Component(config.aggregation.name, rule),
         trained_parts=trained_parts(rule),
-        robust=tuple(named(ROBUST_RULES, name) for name in config.robust.rules),
+        robust=tuple(named(ROBUST_RULES, name) for name in config.robust),
         selection=Component(selection_name(config), build_selection(config, seed=config.seed)),
-        timing=named(TIMINGS, loop.mode),
+        timing=named(TIMINGS, loop.name),
         optimizer=named(OPTIMIZERS, config.server_optimizer.name),
         level=privacy.level,
         local_optimizer=config.adapter.shared.optimizer,

@@ -10,7 +10,7 @@ from strategies.planning import PLANNINGS, PlanningMethod
 
 
 def build_planning(config: FederationConfig, base: Base | None, memory_factor: float) -> PlanningMethod:
-    """Build the method of `planning.name`.
+    """Build the method of `planning`.
 
     Args:
         config: configuration of the run.

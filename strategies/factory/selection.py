@@ -9,7 +9,7 @@ from typing import Any, cast
 from common.errors import AntherError
 from conf.schemas.federation import FederationConfig
 from privacy.noise import noise_source
-from strategies.declarations import missing_option, option_values, own_options
+from strategies.declarations import create
 from strategies.registry import SELECTIONS
 from strategies.selection import NameSelection, Selection
 from strategies.selection.everyone import Everyone
@@ -32,17 +32,16 @@ def build_selection(config: FederationConfig, seed: int | None) -> Selection:
     if config.selection.name != "random" and config.cohort.size is None:
         raise AntherError(f"selection={config.selection.name} requires cohort.size")
     name, size = selection_name(config), config.cohort.size
-    component = SELECTIONS.lookup(name)
     known: dict[str, Any] = {
         "seed": config.seed,
         "rng": partial(noise_source, purpose="selection", client="server", seed=seed),
+        "rate": config.cohort.sampling_rate,
+        "deadline": config.planning.deadline,
     }
     if size is not None:
         known["size"] = math.ceil(size * config.cohort.overselection)
-    if missing := missing_option(component, config):
-        raise AntherError(f"selection={name} requires {missing}")
-    own = own_options(component, config.selection.options, key="selection.options", known=known)
-    return cast(Selection, SELECTIONS.create(name, {**known, **option_values(component, config), **own}))
+    options = config.selection.options if name == config.selection.name else {}
+    return cast(Selection, create(SELECTIONS, name, options, key="selection", known=known))
 
 
 def selection_name(config: FederationConfig) -> str:

@@ -55,7 +55,7 @@ def build(
             reproducible noise on the server. Must be False in a real federation.
         ledger: the server's ledger, required for device-level privacy.
         clock: clock of the run; None: wall time.
-        base: base of the run, required by planning.name=device to predict costs.
+        base: base of the run, required by planning=device to predict costs.
         memory_factor: factor on the predicted memory of a pass, in a simulation of a larger base.
 
     Raises:

@@ -14,7 +14,7 @@ from models.lora.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning.plan import PlanLimits
 
-PLANNINGS: Registry[Any] = Registry("planning", key="planning.name", modules=__name__)
+PLANNINGS: Registry[Any] = Registry("planning", key="planning", modules=__name__)
 planning = PLANNINGS.register
 
 

@@ -81,7 +81,7 @@ class DevicePlanning(SiteSelector):
 
     def __init__(self, *, base: Base | None, rank: int, memory_factor: float = 1.0) -> None:
         if base is None:
-            raise ValueError("base: required by planning.name=device")
+            raise ValueError("base: required by planning=device")
         super().__init__(costs=base_pass_costs(base, rank), memory_factor=memory_factor)
 
 

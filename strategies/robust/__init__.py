@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.plugins import Registry
 
-ROBUST_RULES: Registry[Any] = Registry("robust", key="robust.rules", modules=__name__)
+ROBUST_RULES: Registry[Any] = Registry("robust", key="robust", modules=__name__)
 robust_rule = ROBUST_RULES.register
 
 
@@ -126,7 +126,8 @@ class UpdateGeometry(NamedTuple):
 class RobustRule(Protocol):
     """Rule that assigns a weight and a scale to each update.
 
-    A class may also declare `options` and `conflicts` (`strategies.declarations`), and `reduces_large_products`.
+    A class may also declare `conflicts` (`strategies.declarations`), and `reduces_large_products`. The parameters of
+    its constructor are its options.
     """
 
     sensitivity: Filtering

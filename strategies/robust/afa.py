@@ -34,8 +34,10 @@ class AFA:
     )
 
     def __init__(self, *, xi: float = 2.0, step: float = 0.5) -> None:
-        if not (xi > 0 and step >= 0):
-            raise ValueError(f"{xi=} {step=}: must be over 0, and 0 or more")
+        if not xi > 0:
+            raise ValueError(f"{xi=}: must be over 0")
+        if not step >= 0:
+            raise ValueError(f"{step=}: must be 0 or more")
         self._xi, self._step = xi, step
 
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from strategies.declarations import read_from
 from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 
@@ -15,19 +14,17 @@ class MultiKrum:
     f is the expected number of Byzantine devices, limited by n ≥ 2 f + 3; with fewer than five devices, all are kept.
 
     Args:
-        outliers: expected fraction of Byzantine devices.
+        outlier_fraction: expected fraction of Byzantine devices.
     """
 
     sensitivity = Filtering(
         bounded=False, reason="updates near to others are kept: one device affects whether others are"
     )
 
-    options = read_from(outliers="robust.outlier_fraction")
-
-    def __init__(self, *, outliers: float = 0.2) -> None:
-        if not 0 <= outliers < 0.5:
-            raise ValueError(f"{outliers=}: must be 0 or more and less than half")
-        self._outliers = outliers
+    def __init__(self, *, outlier_fraction: float = 0.2) -> None:
+        if not 0 <= outlier_fraction < 0.5:
+            raise ValueError(f"{outlier_fraction=}: must be 0 or more, and under 0.5")
+        self._outliers = outlier_fraction
 
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         active = changes.active

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from strategies.declarations import Option, read_from
 from strategies.robust import Filtering, UpdateGeometry, robust_rule
 
 
@@ -22,11 +21,14 @@ class NormBound:
     )
 
     reduces_large_products = True
-    options = read_from(bound="robust.norm_bound", factor=Option("robust.norm_factor", unless="robust.norm_bound"))
 
     def __init__(self, *, bound: float | None = None, factor: float = 1.0) -> None:
-        if not (bound is None or bound > 0) or not factor > 0:
-            raise ValueError(f"{bound=} {factor=}: must be over 0")
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{bound=}: must be over 0, or null")
+        if not factor > 0:
+            raise ValueError(f"{factor=}: must be over 0")
+        if bound is not None and factor != 1:
+            raise ValueError(f"{factor=}: only used while bound is null; remove it")
         self._bound, self._factor = bound, factor
 
     def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:

@@ -5,7 +5,7 @@ The results have no factors: they are computed in blocks of rows and compressed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
 from strategies.aggregation.factored import ProductSum, pad
-from strategies.declarations import Option, read_from
 from strategies.robust import EntrywiseRule, Filtering, robust_rule
 from strategies.robust.krum import count
 
@@ -29,7 +28,7 @@ class TrimmedMean:
     within the range of the other devices' values.
 
     Args:
-        outliers: fraction of the devices that is removed at each end; at least one or two values remain.
+        outlier_fraction: fraction of the devices that is removed at each end; at least one or two values remain.
     """
 
     sensitivity = Filtering(
@@ -37,12 +36,10 @@ class TrimmedMean:
         reason="the other values of an entry determine which value counts: clipping one does not bound its effect",
     )
 
-    options: Mapping[str, Option] = read_from(outliers="robust.outlier_fraction")
-
-    def __init__(self, *, outliers: float = 0.2) -> None:
-        if not 0 <= outliers <= 0.5:
-            raise ValueError(f"{outliers=}: must be 0 or more and at most half")
-        self._outliers = outliers
+    def __init__(self, *, outlier_fraction: float = 0.2) -> None:
+        if not 0 <= outlier_fraction < 0.5:
+            raise ValueError(f"{outlier_fraction=}: must be 0 or more, and under 0.5")
+        self._outliers = outlier_fraction
 
     def combine(self, changes: Tensor) -> Tensor:
         n = len(changes)
@@ -54,10 +51,9 @@ class TrimmedMean:
 class Median(TrimmedMean):
     """Median of each entry, or the mean of the two middle values."""
 
-    options: Mapping[str, Option] = read_from()
-
     def __init__(self) -> None:
-        super().__init__(outliers=0.5)
+        super().__init__()
+        self._outliers = 0.5  # one or two values remain
 
 
 def combine_updates(

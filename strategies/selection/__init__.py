@@ -1,7 +1,7 @@
 """Selection of the devices that are asked in a round.
 
-Each module registers its selection as `@selection("name")`. The parameters `size` and `seed` of its constructor are
-filled in from the configuration; others are declared as `options`.
+Each module registers its selection as `@selection("name")`. The parameters `size`, `seed`, `deadline`, `rate` and `rng`
+of its constructor are filled in from the rest of the configuration; others are its options (`strategies.declarations`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ the deadline separately, and ranked by the examples that it trains per second.
 
 from __future__ import annotations
 
-from strategies.declarations import read_from
+from common.errors import AntherError
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
 from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
@@ -20,7 +20,7 @@ class Deadline:
 
     Args:
         size: number of devices.
-        seconds: deadline of a round.
+        deadline: deadline of a round in seconds (`planning.deadline`).
         candidate_factor: drawn devices per selected one.
         seed: seed of the run.
     """
@@ -31,13 +31,13 @@ class Deadline:
         reason="by speed and link, which belong to the device type, within a random sample",
     )
 
-    options = read_from(seconds="planning.deadline", candidate_factor="selection.candidate_factor")
-
-    def __init__(self, *, size: int, seconds: float, candidate_factor: float = 2.0, seed: int) -> None:
+    def __init__(self, *, size: int, deadline: float | None, candidate_factor: float = 2.0, seed: int) -> None:
         check_candidate_factor(candidate_factor, size)
-        if not seconds > 0:
-            raise ValueError(f"{seconds=}: must be over 0")
-        self._size, self._seconds, self._candidate_factor, self._seed = size, seconds, candidate_factor, seed
+        if deadline is None:
+            raise AntherError("selection=deadline requires planning.deadline")
+        if not deadline > 0:
+            raise ValueError(f"{deadline=}: must be over 0")
+        self._size, self._deadline, self._candidate_factor, self._seed = size, deadline, candidate_factor, seed
 
     def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
         return best_of_sample(
@@ -45,6 +45,6 @@ class Deadline:
         )
 
     def _merit(self, candidate: DeviceCandidate) -> tuple[bool, float]:
-        if candidate.seconds > self._seconds:
+        if candidate.seconds > self._deadline:
             return False, -candidate.seconds
         return True, candidate.plan.steps * candidate.plan.batch_size / candidate.seconds

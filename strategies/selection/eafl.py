@@ -9,9 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from common.units import HOUR
-from strategies.declarations import read_from
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
-from strategies.selection.oort import OORT_OPTION, Oort, OortSettings
+from strategies.selection.oort import Oort, OortSettings
 
 
 @selection("eafl")
@@ -21,7 +20,7 @@ class EAFL:
     Args:
         size: number of devices.
         seed: seed of the run.
-        weight: f, the weight of utility; 0.25 in the paper's code.
+        utility_weight: f, the weight of utility; 0.25 in the paper's code.
         settings: settings of Oort.
     """
 
@@ -32,12 +31,10 @@ class EAFL:
         uses_transient_state=True,
     )
 
-    options = read_from(weight="selection.utility_weight", settings=OORT_OPTION)
-
-    def __init__(self, *, size: int, seed: int, weight: float = 0.25, settings: OortSettings) -> None:
-        if not 0 <= weight <= 1:
-            raise ValueError(f"{weight=}: must be 0 to 1")
-        self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(reward, weight=weight))
+    def __init__(self, *, size: int, seed: int, utility_weight: float = 0.25, settings: OortSettings) -> None:
+        if not 0 <= utility_weight <= 1:
+            raise ValueError(f"{utility_weight=}: must be 0 to 1")
+        self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(reward, weight=utility_weight))
 
     def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
         return self._oort.select(devices, draw=draw)

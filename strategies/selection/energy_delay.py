@@ -7,7 +7,6 @@ for circuits (Gonzalez & Horowitz, 1996). The square in the numerator makes plan
 
 from __future__ import annotations
 
-from strategies.declarations import read_from
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
 from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
@@ -27,8 +26,6 @@ class EnergyDelay:
         amplifies=False,
         reason="by speed, power and link, which belong to the device type, within a random sample",
     )
-
-    options = read_from(candidate_factor="selection.candidate_factor")
 
     def __init__(self, *, size: int, candidate_factor: float = 2.0, seed: int) -> None:
         check_candidate_factor(candidate_factor, size)

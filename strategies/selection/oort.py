@@ -12,9 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.seeding import derive_seed
-from strategies.declarations import Option, read_from
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, check_size, selection
 from strategies.selection.utility import quantile, staleness_bonus, statistical_utility, system_utility, unit_range
+
+_FRACTIONS = (
+    "exploration",
+    "exploration_decay",
+    "min_exploration",
+    "cutoff",
+    "clip_quantile",
+    "duration_quantile",
+    "pacer_step",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +51,16 @@ class OortSettings:
     max_selections: int | None = None
     """Rounds after which a device is asked only if too few others are available; None: no limit."""
 
-
-def _from_config(settings: object) -> OortSettings:
-    """Convert the group `selection.oort`, whose keys are the fields of `OortSettings`."""
-    return OortSettings(**vars(settings))
-
-
-OORT_OPTION = Option("selection.oort", convert=_from_config)
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha}: must be 0 or more")
+        for name in _FRACTIONS:
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}={value}: must be over 0 and at most 1")
+        if self.pacer_window < 1:
+            raise ValueError(f"pacer_window={self.pacer_window}: must be 1 or more")
+        if self.max_selections is not None and self.max_selections < 1:
+            raise ValueError(f"max_selections={self.max_selections}: must be 1 or more, or null")
 
 
 def utility_only(utility: float, candidate: DeviceCandidate) -> float:  # noqa: ARG001
@@ -72,8 +84,6 @@ class Oort:
         amplifies=False,
         reason="by speed, and by when each was asked; under privacy no loss is reported",
     )
-
-    options = read_from(settings=OORT_OPTION)
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from privacy.noise import NoiseSource
-from strategies.declarations import read_from
 from strategies.selection import Sampling, selection
 
 
@@ -27,7 +26,6 @@ class Poisson:
     sensitivity = Sampling(data_independent=True, amplifies=True, reason="a secret coin flip for each device")
 
     chosen_by = "cohort.sampling_rate"
-    options = read_from(rate="cohort.sampling_rate")
 
     def __init__(self, *, rate: float, rng: Callable[[int], NoiseSource]) -> None:
         if not 0 < rate <= 1:

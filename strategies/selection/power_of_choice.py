@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-from strategies.declarations import read_from
 from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, selection
 from strategies.selection.candidate_sample import best_of_sample, check_candidate_factor
 
@@ -25,8 +24,6 @@ class PowerOfChoice:
     """
 
     sensitivity = Sampling(data_independent=False, amplifies=False, reason="by reported losses only")
-
-    options = read_from(candidate_factor="selection.candidate_factor")
 
     def __init__(self, *, size: int, candidate_factor: float = 2.0, seed: int) -> None:
         check_candidate_factor(candidate_factor, size)

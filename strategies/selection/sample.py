@@ -13,7 +13,7 @@ from common.seeding import derive_seed
 from strategies.selection import Sampling, selection
 
 
-@selection("random")
+@selection("random", purpose="selection")
 class Sample:
     """Select `size` devices without replacement, or all if there are fewer; a function of seed, draw and names.
 

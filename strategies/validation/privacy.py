@@ -26,22 +26,22 @@ def incompatibility(combination: Combination) -> str | None:
         for conflict in conflicts_of(component.declared):
             for axis, other in chosen:
                 if conflict.applies(axis, other.declared):
-                    key = "robust.rules" if axis == "robust" else f"{AXES[axis].key}={other.name}"
+                    key = "robust" if axis == "robust" else f"{AXES[axis].key}={other.name}"
                     return f"{key}: {conflict.reason.format(name=other.name)}"
     if combination.robust and "split" in combination.trained_parts:
         return (
-            f"robust.rules: {combination.robust[0].name} compares products, and with aggregation={aggregation.name} "
+            f"robust: {combination.robust[0].name} compares products, and with aggregation={aggregation.name} "
             "every device keeps its own B, so there is none; remove it, or use an aggregation of both factors"
         )
     if combination.overlapping and combination.amplifies:
         return (
-            f"round_loop.mode={timing.name}: a sample that amplifies privacy requires rounds that don't overlap; set "
+            f"round_loop={timing.name}: a sample that amplifies privacy requires rounds that don't overlap; set "
             "cohort.sampling_rate to null"
         )
     if combination.overlapping and not _rebases(aggregation.declared):
         names = [name for name, rule in AGGREGATIONS.items() if _rebases(rule)]
         return (
-            f"round_loop.mode={timing.name}: {aggregation.name} can't use an update of an older adapter; use "
+            f"round_loop={timing.name}: {aggregation.name} can't use an update of an older adapter; use "
             f"aggregation={' or '.join(names)}"
         )
     return None

@@ -11,7 +11,6 @@ from typing import Any
 
 from strategies.aggregation import declared_linearity
 from strategies.download import FP32
-from strategies.fedbuff import BUFFER_SIZE
 from strategies.planning import PLANNINGS
 from strategies.registry import AGGREGATIONS, ROBUST_RULES
 from strategies.validation.combination import Combination
@@ -25,9 +24,9 @@ def order_of_robust_rules(chosen: Combination) -> str | None:
     last = len(chosen.robust) - 1
     for position, (name, rule) in enumerate(chosen.robust):
         if hasattr(rule, "check") and position > 0:
-            return f"robust.rules: {name} checks each reply on arrival, before any other rule: put it first"
+            return f"robust: {name} checks each reply on arrival, before any other rule: put it first"
         if hasattr(rule, "combine") and position < last:
-            return f"robust.rules: {name} merges all updates into one: put it last"
+            return f"robust: {name} merges all updates into one: put it last"
     return None
 
 
@@ -40,8 +39,7 @@ def entrywise_rule(chosen: Combination) -> str | None:
         setting = "compression.keep_fraction" if chosen.keep < 1 else f"aggregation={rule}"
         whole = [known for known, one in ROBUST_RULES.items() if hasattr(one, "reweight")]
         return (
-            f"robust.rules: {name} rotates the factors, and {setting} requires stable factors; use {_listed(whole)} "
-            "instead"
+            f"robust: {name} rotates the factors, and {setting} requires stable factors; use {_listed(whole)} instead"
         )
     if getattr(chosen.aggregation.declared, "by_slice", False):
         return (
@@ -53,13 +51,13 @@ def entrywise_rule(chosen: Combination) -> str | None:
 
 def overlapping_rounds(chosen: Combination) -> str | None:
     """Refuse settings that require rounds that don't overlap."""
-    mode = f"round_loop.mode={chosen.timing.name}"
+    mode = f"round_loop={chosen.timing.name}"
     if not chosen.overlapping:
         return None
     if getattr(chosen.aggregation.declared, "by_slice", False):
         return (
             "aggregation.weighting=rank_slice: an update of an older adapter has other directions, which are not "
-            "slices of it; set it to device, or use round_loop.mode=sync"
+            "slices of it; set it to device, or use round_loop=sync"
         )
     if chosen.overselection > 1:
         return f"cohort.overselection={chosen.overselection:g}: with {mode} no reply is too late; set it to 1"
@@ -70,7 +68,7 @@ def quorum(chosen: Combination) -> str | None:
     """Refuse a quorum that no round reaches, or that would reveal the number of replies."""
     key, limit = "cohort.size", chosen.cohort_size
     if chosen.overlapping:
-        key, limit = "round_loop.buffer_size", chosen.buffer_size or BUFFER_SIZE
+        key, limit = "round_loop.buffer_size", chosen.buffer_size
     if limit is not None and chosen.quorum > limit:
         return (
             f"round_loop.quorum={chosen.quorum}: no round has more replies than {key}={limit}; lower the quorum or "
@@ -92,8 +90,8 @@ def server_optimizer(chosen: Combination) -> str | None:
     entrywise = [name for name, rule in ROBUST_RULES.items() if hasattr(rule, "combine")]
     use = _aggregations(lambda rule: declared_linearity(rule).rotation_reason is None)
     return (
-        "server_optimizer.name: changes of factors can be summed over rounds only if directions persist, and with "
-        f"{chosen.aggregation.name} {reason}; use {use}, without {_listed(entrywise)}, or server_optimizer.name=none"
+        "server_optimizer: changes of factors can be summed over rounds only if directions persist, and with "
+        f"{chosen.aggregation.name} {reason}; use {use}, without {_listed(entrywise)}, or server_optimizer=none"
     )
 
 
@@ -148,16 +146,16 @@ def _scaffold_conflict(chosen: Combination) -> str | None:
     if chosen.robust:
         return (
             "every update enters the server's control variate, and through it all devices, even an update that "
-            "robust.rules removes; use only one of both"
+            "a robust rule removes; use only one of both"
         )
     if not chosen.every_site:
         names = [known for known, one in PLANNINGS.items() if one.every_site]
-        return f"a control variate covers every site that was sent; use planning.name={_listed(names)}"
+        return f"a control variate covers every site that was sent; use planning={_listed(names)}"
     if limits.metered_rank is not None:
         return "a control variate covers every direction that was sent; set limits.metered_rank to None"
     if chosen.overlapping:
         return (
-            f"a control variate belongs to the adapter of one round, and with round_loop.mode={chosen.timing.name} "
+            f"a control variate belongs to the adapter of one round, and with round_loop={chosen.timing.name} "
             "rounds overlap; use sync"
         )
     return None

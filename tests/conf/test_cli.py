@@ -85,9 +85,10 @@ MISTAKES = {
     "adapter.shared.rank=0": "adapter.shared.rank=0: must be 1 or more",
     "adapter.shared.proximal_mu=-1": "adapter.shared.proximal_mu=-1.0: must be 0 or more",
     "adapter.shared.optimizer=lion": "adapter.shared.optimizer=lion: must be one of: adamw, sgd",
-    "server_optimizer.momentum=1": "server_optimizer.momentum=1.0: must be 0 or more, and under 1",
-    "aggregation.weighting=all": "aggregation.weighting=all: must be one of: device, rank_slice",
-    "server_optimizer.tau=0": "server_optimizer.tau=0.0: must be over 0",
+    "server_optimizer.tau=0": "server_optimizer.tau: no option of server_optimizer=none, which has none; it belongs "
+    "to server_optimizer=fedadam, server_optimizer=fedyogi",
+    "robust=[krun]": "robust=[krun]: no such rule; did you mean krum?; known are afa, foolsgold, geometric_median, "
+    "krum, median, norm_bound, replay, trimmed_mean",
     "adapter.personal.steps=0": "adapter.personal.steps=0: must be 1 or more",
     "cohort.size=21": "cohort.size=21: there are only 20 devices",
     "data=folder": "data.pictures[0]: needs a value",

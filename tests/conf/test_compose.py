@@ -46,8 +46,8 @@ def test_mistakes_are_one_line(overrides, message):
     [
         "",
         "aggregation=fedit privacy=device privacy.epsilon=4 data.writers=100 cohort.sampling_rate=0.1",
-        "cohort.size=3 selection.oort.alpha=1 selection=oort",
-        "preset=private 'robust.rules=[krum,median]' resume=true base.path=2024_01x",
+        "cohort.size=3 selection.alpha=1 selection=oort robust=[afa,krum] robust.krum.outlier_fraction=1e-1",
+        "preset=private 'robust=[krum,median]' resume=true base.path=2024_01x",
         "fleet=pis planning.deadline=9 planning.max_joules=null adapter.shared.lr=1e-3",
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.errors import AntherError
+from conf.components import as_settings
 from conf.compose import compose, compose_federation, compose_stored_federation
 from conf.explain import known_keys
 from conf.schemas.federation import FederationConfig
@@ -61,7 +61,7 @@ def test_every_key_of_a_federation_is_one_of_simulations() -> None:
 @pytest.mark.integration
 def test_federation_has_defaults_of_simulations() -> None:
     """Apart from the number of devices, which a simulation derives from its writers: 20 too."""
-    simulation, federation = (dataclasses.asdict(config) for config in (compose(""), compose_federation("")))
+    simulation, federation = (as_settings(config) for config in (compose(""), compose_federation("")))
     assert compose("").data.count() == federation["data"].pop("devices") == 20
     for key, value in federation.items():
         if isinstance(value, dict):
@@ -121,6 +121,6 @@ def test_command_prints_configuration(monkeypatch: pytest.MonkeyPatch, capsys: p
     serve()
     composed: Any = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
     assert composed.pop("server")["max_devices"] == composed["data"]["devices"] == 9
-    assert composed == dataclasses.asdict(compose_federation("preset=private data.devices=9"))
+    assert composed == as_settings(compose_federation("preset=private data.devices=9"))
     assert run_overrides(["preset=private"], 9) == ["preset=private", "data.devices=9"]
     assert run_overrides(["data.devices=3"], 9) == ["data.devices=3"]

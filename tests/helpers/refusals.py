@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from conf.components import ComponentConfig
 from models.lora.adapter import Factors
 from protocol.messages import EvaluationPrivacy, ExamplePrivacy
 from strategies.aggregation.exact import Exact
@@ -34,7 +35,7 @@ from tests.helpers.fleet import PLAN, SITES
 PRIVATE = replace(PLAN, privacy=ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3))
 SGD = replace(PLAN, optimiser="sgd", scaffold=True)
 QUANTIZED = replace(PLAN, update="int4", keep=0.5, feedback=True)
-EXACT, SLICES = Exact(rank=3, max_rank=None, seed=0), Exact(rank=3, by_slice=True, seed=0)
+EXACT, SLICES = Exact(rank=3, max_rank=None, seed=0), Exact(rank=3, weighting="rank_slice", seed=0)
 LOCAL = EvaluationPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
 CENTRAL = CentralDPEvaluation(noise_multiplier=4.0, clip=0.1, devices=4, noise=functools.partial(simulated, "measure"))
 BASES = {"x": Factors(torch.zeros(3, 6), torch.zeros(5, 3))}
@@ -49,7 +50,8 @@ class Undeclared(FedIT):
 class Case(NamedTuple):
     reason: str
     config: dict[str, Any] | None = None
-    """Values by key; the aggregation is FedIT by default. None: no configuration reaches the reason."""
+    """Values by key, of a group the name of its component; the aggregation is FedIT by default. None: no configuration
+    reaches the reason."""
     parts: dict[str, Any] | None = None
     """Settings of `tests.helpers.fleet.strategy`; the aggregation is FedIT by default. None: no parts reach it."""
     buffer_size: int | None = None
@@ -61,84 +63,83 @@ def robust(*reweight: Any, rule: Any = None, entrywise: Any = None) -> RobustAgg
 
 
 def krum() -> MultiKrum:
-    return MultiKrum(outliers=0.2)
+    return MultiKrum(outlier_fraction=0.2)
 
 
-ASYNC = {"round_loop.mode": "async"}
+ASYNC = {"round_loop.name": "async", "round_loop.buffer_size": 10}
+SLICED = {"aggregation": ComponentConfig("exact", {"weighting": "rank_slice"})}
 DEVICE = {"privacy.level": "device"}
 SCAFFOLD = {"drift_correction": "scaffold", "adapter.shared.optimizer": "sgd"}
 INT4 = {"compression.upload": "int4", "compression.keep_fraction": 0.5}
 SERVER: dict[str, Any] = {"central_dp": {}}
 
 CASES = [
-    Case("robust.rules: replay checks each reply on arrival", {"robust.rules": ["norm_bound", "replay"]}),
-    Case("robust.rules: median merges all updates into one", {"robust.rules": ["median", "krum"]}),
+    Case("robust: replay checks each reply on arrival", {"robust": ["norm_bound", "replay"]}),
+    Case("robust: median merges all updates into one", {"robust": ["median", "krum"]}),
     Case(
-        "robust.rules: norm_bound reduces large products",
-        {"aggregation.name": "hetlora", "robust.rules": ["norm_bound"]},
+        "robust: norm_bound reduces large products",
+        {"aggregation": "hetlora", "robust": ["norm_bound"]},
         {"aggregation": robust(NormBound(), rule=HetLoRA())},
     ),
     Case(
-        "robust.rules: krum compares products",
-        {"aggregation.name": "fedsa", "robust.rules": ["krum"]},
+        "robust: krum compares products",
+        {"aggregation": "fedsa", "robust": ["krum"]},
         {"aggregation": robust(krum(), rule=FedSA())},
     ),
     Case(
-        "robust.rules: replay compares products",
-        {"aggregation.name": "fedsa", "robust.rules": ["replay"]},
+        "robust: replay compares products",
+        {"aggregation": "fedsa", "robust": ["replay"]},
         {"aggregation": FedSA(), "replay_filter": ReplayFilter(SITES, seed=0)},
     ),
     Case(
-        "round_loop.mode=async: a sample that amplifies privacy requires",
+        "round_loop=async: a sample that amplifies privacy requires",
         {"cohort.sampling_rate": 0.5, **ASYNC},
         {"selection": poisson(0.5)},
         buffer_size=10,
     ),
     Case(
-        "round_loop.mode=async: ffa can't use an update of an older adapter; use aggregation=exact or fedit",
-        {"aggregation.name": "ffa", **ASYNC},
+        "round_loop=async: ffa can't use an update of an older adapter; use aggregation=exact or fedit",
+        {"aggregation": "ffa", **ASYNC},
         {"aggregation": FFA()},
         buffer_size=10,
     ),
     Case(
         "privacy=example: aggregation undeclared declares no sensitivity",
-        {"aggregation.name": "undeclared", "privacy.level": "example"},
+        {"aggregation": "undeclared", "privacy.level": "example"},
         {"aggregation": Undeclared(), "plan": PRIVATE},
     ),
     Case(
         "privacy=example: selection power_of_choice depends on private data",
-        {"privacy.level": "example", "selection.name": "power_of_choice", "cohort.size": 2},
+        {"privacy.level": "example", "selection": "power_of_choice", "cohort.size": 2},
         {"plan": PRIVATE, "selection": PowerOfChoice(size=2, seed=0)},
     ),
     Case(
         "privacy=device: selection eafl depends on the state of a device",
-        {**DEVICE, "selection.name": "eafl", "cohort.size": 2},
+        {**DEVICE, "selection": "eafl", "cohort.size": 2},
         {**SERVER, "selection": EAFL(size=2, seed=0, settings=OortSettings())},
     ),
     Case(
         "privacy=device: aggregation exact is not linear in the updates",
-        {**DEVICE, "aggregation.name": "exact"},
+        {**DEVICE, "aggregation": "exact"},
         {**SERVER, "aggregation": EXACT},
     ),
     Case(
         "privacy=device: robust rule krum breaks the sensitivity bound",
-        {**DEVICE, "robust.rules": ["krum"]},
+        {**DEVICE, "robust": ["krum"]},
         {**SERVER, "aggregation": robust(krum())},
     ),
     Case("privacy=device: timing async can't be charged in advance", {**DEVICE, **ASYNC}, SERVER, buffer_size=10),
     Case(
         "aggregation.weighting=rank_slice: an update of an older adapter",
-        {"aggregation.name": "exact", "aggregation.weighting": "rank_slice", **ASYNC},
+        {**SLICED, **ASYNC},
         {"aggregation": SLICES},
         buffer_size=10,
     ),
-    Case(
-        "cohort.overselection=2: with round_loop.mode=async", {"cohort.size": 2, "cohort.overselection": 2.0, **ASYNC}
-    ),
+    Case("cohort.overselection=2: with round_loop=async", {"cohort.size": 2, "cohort.overselection": 2.0, **ASYNC}),
     Case("round_loop.quorum=3: no round has more replies than cohort", {"cohort.size": 2, "round_loop.quorum": 3}),
     Case(
         "round_loop.quorum=3: no round has more replies than round_loop.buffer_size=2",
-        {"round_loop.quorum": 3, "round_loop.buffer_size": 2, **ASYNC},
+        {**ASYNC, "round_loop.quorum": 3, "round_loop.buffer_size": 2},
         {"quorum": 3},
         buffer_size=2,
     ),
@@ -148,34 +149,34 @@ CASES = [
         {**SERVER, "quorum": 2},
     ),
     Case(
-        "robust.rules: median rotates the factors, and aggregation=ffa",
-        {"aggregation.name": "ffa", "robust.rules": ["median"]},
+        "robust: median rotates the factors, and aggregation=ffa",
+        {"aggregation": "ffa", "robust": ["median"]},
         {"aggregation": robust(rule=FFA(), entrywise=Median())},
     ),
     Case(
-        "robust.rules: median rotates the factors, and compression.keep_fraction",
-        {"robust.rules": ["median"], **INT4},
+        "robust: median rotates the factors, and compression.keep_fraction",
+        {"robust": ["median"], **INT4},
         {"aggregation": robust(entrywise=Median()), "plan": QUANTIZED},
     ),
     Case(
         "aggregation.weighting=rank_slice: median combines all updates into one",
-        {"aggregation.name": "exact", "aggregation.weighting": "rank_slice", "robust.rules": ["median"]},
+        {**SLICED, "robust": ["median"]},
         {"aggregation": robust(rule=SLICES, entrywise=Median())},
     ),
     Case(
-        "server_optimizer.name: changes of factors can be summed over rounds only if directions persist, and with flo",
-        {"aggregation.name": "flora", "server_optimizer.name": "fedavgm"},
+        "server_optimizer: changes of factors can be summed over rounds only if directions persist, and with flo",
+        {"aggregation": "flora", "server_optimizer": "fedavgm"},
         {"aggregation": FLoRA(rank=3, seed=0), "server_optimizer": FedAvgM()},
     ),
     Case(
-        "server_optimizer.name: changes of factors can be summed over rounds only if directions persist, and with fed",
-        {"robust.rules": ["median"], "server_optimizer.name": "fedavgm"},
+        "server_optimizer: changes of factors can be summed over rounds only if directions persist, and with fed",
+        {"robust": ["median"], "server_optimizer": "fedavgm"},
         {"aggregation": robust(entrywise=Median()), "server_optimizer": FedAvgM()},
     ),
     Case("compression.keep_fraction=0: must be over 0", parts={"plan": replace(QUANTIZED, keep=0.0)}),
     Case(
         "compression.keep_fraction=0.5: the residual can't be used in a later round, since exact",
-        {"aggregation.name": "exact", **INT4},
+        {"aggregation": "exact", **INT4},
         {"aggregation": EXACT, "plan": QUANTIZED},
     ),
     Case(
@@ -192,12 +193,12 @@ CASES = [
     ),
     Case(
         "drift_correction=scaffold: a control variate can't be used in a later round, since exact",
-        {"aggregation.name": "exact", **SCAFFOLD},
+        {"aggregation": "exact", **SCAFFOLD},
         {"aggregation": EXACT, "plan": SGD},
     ),
     Case(
         "drift_correction=scaffold: the server's control variate is a plain mean, and hetlora is not",
-        {"aggregation.name": "hetlora", **SCAFFOLD},
+        {"aggregation": "hetlora", **SCAFFOLD},
         {"aggregation": HetLoRA(), "plan": SGD},
     ),
     Case(
@@ -212,7 +213,7 @@ CASES = [
     ),
     Case(
         "drift_correction=scaffold: every update enters the server's control variate",
-        {**SCAFFOLD, "robust.rules": ["krum"]},
+        {**SCAFFOLD, "robust": ["krum"]},
         {"plan": SGD, "aggregation": robust(krum())},
     ),
     Case(
@@ -235,9 +236,7 @@ CASES = [
         {"adapter.lora_xs_bases": "glyphs-frame"},
         {"lora_xs_bases": BASES},
     ),
-    Case(
-        "adapter.lora_xs_bases: aggregation=fedsb requires one", {"aggregation.name": "fedsb"}, {"aggregation": FedSB()}
-    ),
+    Case("adapter.lora_xs_bases: aggregation=fedsb requires one", {"aggregation": "fedsb"}, {"aggregation": FedSB()}),
     Case(
         "compression.download=int8: adapter.lora_xs_bases and SCAFFOLD's",
         {**SCAFFOLD, "compression.download": "int8"},

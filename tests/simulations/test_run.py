@@ -96,8 +96,8 @@ def test_interrupted_run_prints_resume_command(finished: Path, pipeline_folder: 
             "cohort.overselection=1.5 requires a fleet with timed=true, .*arrive at once",
         ),
         (
-            "round_loop.mode=async",
-            "round_loop.mode=async requires a fleet with timed=true",
+            "round_loop=async",
+            "round_loop=async requires a fleet with timed=true",
         ),
         ("round_loop.quorum=4 data.writers=3", "round_loop.quorum=4: there are 3 devices"),
         (
@@ -120,7 +120,7 @@ def test_workload_without_predictions_is_refused() -> None:
     workload = "fleet.workload.memory_factor=9"
     with pytest.raises(AntherError, match=r"^fleet\.workload: only used by a fleet with timed=true, and by planning"):
         check_time(compose(workload))
-    check_time(compose(f"{workload} planning.name=device"))
+    check_time(compose(f"{workload} planning=device"))
     check_time(compose(f"{workload} fleet=week"))
 
 
@@ -128,7 +128,7 @@ def test_workload_without_predictions_is_refused() -> None:
     "timed",
     [
         "cohort.overselection=2 cohort.size=2",
-        "round_loop.mode=async round_loop.quorum=9",
+        "round_loop=async round_loop.quorum=9",
         "cohort.eligibility.min_battery=0.4 cohort.eligibility.idle=true planning.max_battery_fraction=0.1",
     ],
 )

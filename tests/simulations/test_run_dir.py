@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,32 +20,92 @@ from tests.helpers.simulations import own_pictures
 
 FRESH, RESUMED = compose("data.writers=0 data.pictures=[x]"), compose("data.writers=0 data.pictures=[x] resume=true")
 ASSETS = {"base": "b", "data": "d"}
-EVERY_RENAMED_KEY = (
-    "data.label_skew=true base.gradient_checkpointing=block base.compute_dtype=bf16 aggregation.max_rank=7 "
-    "aggregation.energy_fraction=0.5 aggregation.weighting=rank_slice planning.metered_rank=3 planning.deadline=3 "
-    "planning.name=device planning.max_joules=5 planning.max_battery_fraction=0.1 compression.upload=int4 "
-    "compression.keep_fraction=0.5 compression.metered_upload=int4 compression.download=fp16 "
-    "adapter.shared.lr_schedule=cosine drift_correction=scaffold server_optimizer.name=fedadam "
-    "server_optimizer.lr=0.1 server_optimizer.momentum=0.5 server_optimizer.beta2=0.4 server_optimizer.tau=0.1 "
-    "robust.rules=[replay,norm_bound,krum,geometric_median,trimmed_mean] robust.outlier_fraction=0.1 "
-    "robust.norm_bound=2 robust.norm_factor=3 round_loop.mode=async round_loop.buffer_size=3 "
-    "round_loop.concurrency=4 round_loop.quorum=2 round_loop.timeout=7 fleet=week cohort.size=3 cohort.eval_size=2 "
-    "cohort.overselection=1.5 cohort.max_state_age=3 cohort.eligibility.idle=true "
-    "cohort.eligibility.min_battery=0.3 cohort.eligibility.cool=true cohort.eligibility.unmetered=true "
-    "cohort.eligibility.min_memory_gib=2 cohort.eligibility.has_pictures=true fleet.timezone_spread=2 "
-    "fleet.schedule_jitter=3 fleet.workload.memory_factor=2 fleet.workload.compute_factor=3 selection=energy_delay "
-    "selection.utility_weight=0.3 selection.candidate_factor=3 selection.oort.exploration_decay=0.9 "
-    "selection.oort.min_exploration=0.2 selection.oort.clip_quantile=0.8 selection.oort.duration_quantile=0.5 "
-    "selection.oort.pacer_window=3 selection.oort.pacer_step=0.1 selection.oort.max_selections=4 "
-    "trainer.memory_gib=3 trainer.compile=true privacy.clip_norm=0.1 privacy.noise_multiplicity=2 "
-    "privacy.device.clip_norm=2 privacy.device.target_quantile=0.4 privacy.device.clip_norm_lr=0.1 "
-    "privacy.device.max_participations=3 private_eval.interval=2 private_eval.noise_multiplier=3 "
-    "private_eval.clip=0.2 adapter.lora_xs_bases=x adapter.shared.lr=0.1 adapter.shared.optimizer=sgd "
-    "adapter.shared.proximal_mu=0.3 adapter.personal.lr=0.3 adapter.baseline_local.lr=0.4 adapter.eval_interval=3 "
-    "evaluation.baseline_local=false evaluation.gallery_size=1 evaluation.sampling_steps=3 "
-    "evaluation.guidance_scale=2"
-)
-"""A value of its own for every key that was renamed; the keys of profiles are those of fleet=week."""
+HASHES = [
+    (
+        "587609844fc13b9e62cea62d44d28e6b5fd2ab879fbbdb1e8f503c50b114b938",
+        "aggregation=exact aggregation.max_rank=7 aggregation.energy_fraction=0.5 aggregation.weighting=rank_slice",
+    ),
+    (
+        "d1d07f0f8d85fdac83516c8e19e4337a5e7592cf6021350a333f3fb81a8834bb",
+        "aggregation=exact aggregation.max_rank=null",
+    ),
+    (
+        "e4cea6435dd6c72d80bcaae76edb121c7b66312a1be483220e67bb2c1e2d4344",
+        "aggregation=fedit server_optimizer=fedadam server_optimizer.lr=0.1 server_optimizer.momentum=0.5 "
+        "server_optimizer.beta2=0.4 server_optimizer.tau=0.1",
+    ),
+    (
+        "40a10762283f50bf35d3e7fc81a162a76f898a0c280b45d0e3f89de96b4772c2",
+        "aggregation=fedit server_optimizer=fedavgm",
+    ),
+    (
+        "9d4a737165b6e9ff9cc01a996e2dab21e6579cbc45e7d8736096e29d02f350d2",
+        "aggregation=fedit server_optimizer=fedyogi server_optimizer.tau=0.01",
+    ),
+    (
+        "8dfa30ed446ad985c782a40d6d74b914b43136b50c1ad715da5f08fa726f9774",
+        "selection=energy_delay cohort.size=3 selection.candidate_factor=3",
+    ),
+    (
+        "772da482b69163951843bd62b2aab1a2f4766622788c5e85767a89b10d316392",
+        "selection=eafl cohort.size=3 selection.utility_weight=0.3 selection.exploration_decay=0.9 "
+        "selection.min_exploration=0.2 selection.clip_quantile=0.8 selection.duration_quantile=0.5 "
+        "selection.pacer_window=3 selection.pacer_step=0.1 selection.max_selections=4",
+    ),
+    (
+        "756aa1dfa2b8e27982c8861a569d7aaa334b631a4e53f08d804c67aaccfc8186",
+        "selection=oort cohort.size=3",
+    ),
+    (
+        "d06dcc0d8df9597a6d22e119b3b8ea92cc68bbcceca60c1eef5846e9974a70f1",
+        "robust=[replay,norm_bound,krum,geometric_median,trimmed_mean] robust.krum.outlier_fraction=0.1 "
+        "robust.trimmed_mean.outlier_fraction=0.1 robust.norm_bound.bound=2",
+    ),
+    (
+        "cb8ab3da29b368060af2068165cb1e756c4626629a0995bb35ea9c2b5a2d47c3",
+        "robust=[norm_bound,krum] robust.norm_bound.factor=3",
+    ),
+    (
+        "e5f9f54c7b770d7775c66f0eda291329ba6e6162714a1c6e5e30f392cced85d4",
+        "robust=[median]",
+    ),
+    (
+        "06a7e09c662f7ff84e32607256ca21de1bf4afef10c609357309521dbff26f94",
+        "fleet=week round_loop=async round_loop.buffer_size=3 round_loop.concurrency=4 round_loop.quorum=2 "
+        "round_loop.timeout=7",
+    ),
+    (
+        "13dbfee047b9c57c65fa280fec137f0136ccbbf5c9b096ded44c313200e2a7a9",
+        "fleet=week round_loop=async",
+    ),
+    (
+        "c948c18cae12d39d358e8e786c074c4baace85c6bce538160ddf78b2720bbe28",
+        "planning=device planning.metered_rank=3 planning.deadline=3 planning.max_joules=5 "
+        "planning.max_battery_fraction=0.1",
+    ),
+    (
+        "d50ecb9ca4ae03bb1d24081ec23c5575afa318ba9f34871445010cc0cb5abd8f",
+        "compression.upload=int4 compression.keep_fraction=0.5 compression.metered_upload=int4 "
+        "compression.download=fp16",
+    ),
+    (
+        "2dee5d4728f16f4e4d9818616a37363c0095bbce14781d0a4c37df3c6ac05e28",
+        "data.label_skew=true base.gradient_checkpointing=block base.compute_dtype=bf16 "
+        "adapter.shared.lr_schedule=cosine drift_correction=scaffold fleet=week cohort.size=3 "
+        "cohort.eval_size=2 cohort.overselection=1.5 cohort.max_state_age=3 cohort.eligibility.idle=true "
+        "cohort.eligibility.min_battery=0.3 cohort.eligibility.cool=true cohort.eligibility.unmetered=true "
+        "cohort.eligibility.min_memory_gib=2 cohort.eligibility.has_pictures=true fleet.timezone_spread=2 "
+        "fleet.schedule_jitter=3 fleet.workload.memory_factor=2 fleet.workload.compute_factor=3 "
+        "trainer.memory_gib=3 trainer.compile=true privacy.clip_norm=0.1 privacy.noise_multiplicity=2 "
+        "privacy.device.clip_norm=2 privacy.device.target_quantile=0.4 privacy.device.clip_norm_lr=0.1 "
+        "privacy.device.max_participations=3 private_eval.interval=2 private_eval.noise_multiplier=3 "
+        "private_eval.clip=0.2 adapter.lora_xs_bases=x adapter.shared.lr=0.1 adapter.shared.optimizer=sgd "
+        "adapter.shared.proximal_mu=0.3 adapter.personal.lr=0.3 adapter.baseline_local.lr=0.4 "
+        "adapter.eval_interval=3 evaluation.baseline_local=false evaluation.gallery_size=1 "
+        "evaluation.sampling_steps=3 evaluation.guidance_scale=2",
+    ),
+]
+"""Hashes of commit b4ce858 for the same settings under its keys, such as `robust.rules=…` and `round_loop.mode=…`."""
 
 
 def replace_one(folder: Path) -> None:
@@ -102,7 +163,7 @@ def test_added_setting_counts_if_set(tmp_path: Path) -> None:
 def test_hash_is_that_of_the_first_key_names() -> None:
     """Quantization and selection draw from the run's name: renaming a key must not change their results."""
     settings = (
-        "aggregation=fedit adapter.shared.lr_schedule=cosine robust.rules=[norm_bound,trimmed_mean] selection=eafl "
+        "aggregation=fedit adapter.shared.lr_schedule=cosine robust=[norm_bound,trimmed_mean] selection=eafl "
         "cohort.size=4 fleet=week compression.upload=int8 private_eval.interval=2 trainer.compile=true"
     )
     # Computed by commit 0741131 for the same settings, `strategy.robust=[norm,trimmed] selection=energy …`.
@@ -112,7 +173,6 @@ def test_hash_is_that_of_the_first_key_names() -> None:
 @pytest.mark.parametrize(
     ("settings", "first"),
     [
-        (EVERY_RENAMED_KEY, "d089b76622d7378c3ab49057747dff356ad276f2daa3778da4b86556feb4d15b"),
         (
             "cohort.sampling_rate=0.2 selection=power_of_choice",
             "b878f40dc267a2979cee482e7ad33cfc04c5b07b38a90760bcfe677a74625d10",
@@ -124,3 +184,28 @@ def test_hash_is_that_of_the_first_key_names() -> None:
 def test_every_renamed_key_hashes_as_before(settings: str, first: str) -> None:
     """The hashes were computed by commit 0741131 for the same settings under the former names."""
     assert run_dir.config_hash(compose(settings)) == first
+
+
+@pytest.mark.parametrize(("before", "settings"), HASHES)
+def test_components_hash_as_before(before: str, settings: str) -> None:
+    assert run_dir.config_hash(compose(settings)) == before
+
+
+def test_option_with_its_default_hashes_as_before() -> None:
+    """It was null."""
+    given = "aggregation=fedit server_optimizer=fedadam"
+    assert run_dir.config_hash(compose(f"{given} server_optimizer.lr=0.003")) == run_dir.config_hash(compose(given))
+
+
+def test_run_with_an_explicit_default_is_resumed(tmp_path: Path) -> None:
+    """Earlier versions gave it another hash, which is still the run's name."""
+    config = compose("aggregation=fedit server_optimizer=fedadam server_optimizer.lr=0.003")
+    run_dir.claim(tmp_path / "run", config, ASSETS, memory=7)
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    record["config"]["server_optimizer"] |= {"momentum": None, "beta2": None, "tau": None}
+    file.write_text(json.dumps({**record, "config_hash": "earlier"}))
+    assert run_dir.check(tmp_path / "run", replace(config, resume=True))["config_hash"] == "earlier"
+    other = compose("aggregation=fedit server_optimizer=fedadam server_optimizer.lr=0.004 resume=true")
+    with pytest.raises(AntherError, match=r"server_optimizer\.lr was 0\.003, now 0\.004"):
+        run_dir.check(tmp_path / "run", other)

@@ -1,12 +1,14 @@
 """docs/privacy.md matches the code: combinations that run complete a round, others are refused for the given reason."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from common.errors import AntherError
+from conf.components import ComponentConfig
 from conf.compose import compose
 from models.lora.adapter import init_adapter
 from models.lora.lora_xs import zero_adapter
@@ -36,11 +38,11 @@ SELECTION_OPTIONS = {"everyone": "", "poisson": "cohort.sampling_rate=0.5"} | {
     for name in ("random", "round_robin", "oort", "eafl", "deadline", "power_of_choice", "energy_delay")
 }
 KEYS = {
-    "aggregation": "aggregation.name",
-    "robust": "robust.rules",
+    "aggregation": "aggregation",
+    "robust": "robust",
     "selection": "selection",
-    "timing": "round_loop.mode",
-    "optimizer": "server_optimizer.name",
+    "timing": "round_loop",
+    "optimizer": "server_optimizer",
 }
 PRIVATE = [level for level in LEVELS if level != "none"]
 
@@ -68,8 +70,9 @@ def configure(selected: Combination, folder: Path):
     config.selection, config.cohort, config.planning = deepcopy((asked.selection, asked.cohort, asked.planning))
     config.aggregation = deepcopy(compose_once(f"aggregation={chosen['aggregation']}").aggregation)
     config.privacy = deepcopy(compose_once(f"privacy={chosen['level']}").privacy)
-    config.robust.rules = list(chosen["robust"])
-    config.round_loop.mode = chosen["timing"]
+    config.robust = {name: {} for name in chosen["robust"]}
+    config.round_loop.name = chosen["timing"]
+    config.round_loop.buffer_size = config.round_loop.concurrency = 10 if chosen["timing"] == "async" else None
     if chosen["aggregation"] == "fedsb":
         config.adapter.lora_xs_bases = str(bases_file(folder))
     return config
@@ -168,8 +171,7 @@ def test_undeclared_component_is_refused_under_privacy(monkeypatch, axis, level)
 
 def test_undeclared_component_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", UndeclaredRule)
-    config = compose("aggregation=fedit privacy=example")
-    config.aggregation.name = "new"
+    config = replace(compose("privacy=example"), aggregation=ComponentConfig("new"))
     with pytest.raises(AntherError, match="aggregation new declares no sensitivity"):
         build_strategy(config, tmp_path)
 
@@ -183,19 +185,17 @@ def test_unregistered_component_is_refused(axis):
         combination_with(axis, "fedavg", level="none")
 
 
-@pytest.mark.parametrize("key", ["aggregation.name", "server_optimizer.name", "robust.rules"])
+@pytest.mark.parametrize("key", ["aggregation", "server_optimizer", "robust"])
 def test_unregistered_component_is_not_built(key, tmp_path):
-    config = compose("aggregation=fedit")
-    group, _, name = key.partition(".")
-    setattr(getattr(config, group), name, ["fedavg"] if name == "rules" else "fedavg")
+    named = {"fedavg": {}} if key == "robust" else ComponentConfig("fedavg")
+    config = replace(compose("aggregation=fedit"), **{key: named})
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered"):
         build_strategy(config, tmp_path)
 
 
 def test_registered_rule_is_used(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", UndeclaredRule)
-    config = compose("aggregation=fedit")
-    config.aggregation.name = "new"
+    config = replace(compose(""), aggregation=ComponentConfig("new"))
     assert type(build_strategy(config, tmp_path).update.aggregation) is UndeclaredRule
 
 
@@ -205,9 +205,8 @@ def test_rule_with_unknown_parameters_is_refused(monkeypatch, tmp_path):
             self.rank, self.temperature = rank, temperature
 
     monkeypatch.setitem(AGGREGATIONS, "new", ParameterizedRule)
-    config = compose("aggregation=fedit")
-    config.aggregation.name = "new"
-    with pytest.raises(AntherError, match="it requires temperature; available are rank, seed"):
+    config = replace(compose(""), aggregation=ComponentConfig("new"))
+    with pytest.raises(AntherError, match=r"^aggregation\.temperature: new needs a value$"):
         build_strategy(config, tmp_path)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -14,6 +15,7 @@ from conf.schemas import simulation
 from conf.schemas.fleet import ProfileConfig
 
 GROUPS = Path(simulation.__file__).parents[1]
+COMPONENTS = ("aggregation", "selection", "server_optimizer")
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in GROUPS.glob("*/*.yaml")
@@ -44,6 +46,7 @@ def together() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("options", together(), ids=" ".join)
 def test_every_option_composes(options: tuple[str, ...]) -> None:
     needed = ["data.pictures=[photos]"] if "data=folder" in options else []
+    needed += ["fleet=week"] if "round_loop=async" in options else []
     assert isinstance(composed(*options, *needed), simulation.SimulationConfig)
 
 
@@ -51,7 +54,8 @@ def test_every_option_composes(options: tuple[str, ...]) -> None:
 def test_every_option_shows_its_command(option: str) -> None:
     group, _, name = option.partition("=")
     header = (GROUPS / group / f"{name}.yaml").read_text().partition("\n\n")[0]
-    assert f"anther simulate {option}" in header
+    word = f"{group}=[{name}]" if group == "robust" else option
+    assert f"anther simulate {word}" in header
 
 
 @pytest.mark.integration
@@ -77,9 +81,22 @@ def test_known_keys_match_composed_keys() -> None:
                 keys += flat(value, f"{prefix}{key}.")
         return keys
 
-    assert known_keys(simulation.SimulationConfig) == flat(
-        OmegaConf.to_container(OmegaConf.structured(simulation.SimulationConfig))
-    )
+    keys = flat(OmegaConf.to_container(OmegaConf.structured(simulation.SimulationConfig)))
+    names = {f"{group}.name" for group in COMPONENTS}  # set by `group=name`
+    known = known_keys(simulation.SimulationConfig)
+    assert [key for key in known if key not in options()] == [key for key in keys if key not in names]
+    assert options() <= set(known)
+
+
+def options() -> set[str]:
+    """List the keys of all components, from their files."""
+    keys = set()
+    for group in (*COMPONENTS, "robust"):
+        for path in (GROUPS / group).glob("*.yaml"):
+            if "@package _global_" not in (text := path.read_text()):
+                prefix = f"robust.{path.stem}" if group == "robust" else group
+                keys |= {f"{prefix}.{key}" for key in set(yaml.safe_load(text)) - {"name", "defaults"}}
+    return keys
 
 
 def test_profile_values_are_checked() -> None:

@@ -479,22 +479,22 @@ def test_private_round_ends_without_devices(tmp_path, monkeypatch):
     ("overrides", "message"),
     [
         (
-            "aggregation=hetlora round_loop.mode=async",
-            "round_loop.mode=async: hetlora can't use an update of an older",
+            "aggregation=hetlora round_loop=async",
+            "round_loop=async: hetlora can't use an update of an older",
         ),
-        ("round_loop.mode=async cohort.sampling_rate=0.5", "set cohort.sampling_rate to null"),
-        ("aggregation.weighting=rank_slice round_loop.mode=async", "set it to device, or use round_loop.mode=sync"),
-        ("aggregation=fedit round_loop.mode=async privacy=device", "timing async can't be charged in advance"),
+        ("round_loop=async cohort.sampling_rate=0.5", "set cohort.sampling_rate to null"),
+        ("aggregation.weighting=rank_slice round_loop=async", "set it to device, or use round_loop=sync"),
+        ("aggregation=fedit round_loop=async privacy=device", "timing async can't be charged in advance"),
         (
             "aggregation=fedit privacy=device cohort.size=2 cohort.overselection=1.5",
             "cohort.overselection=1.5: the time of a reply",
         ),
         (
-            "round_loop.mode=async cohort.size=2 cohort.overselection=1.5",
-            "cohort.overselection=1.5: with round_loop.mode=async",
+            "round_loop=async cohort.size=2 cohort.overselection=1.5",
+            "cohort.overselection=1.5: with round_loop=async",
         ),
         (
-            "round_loop.mode=async round_loop.buffer_size=3 round_loop.quorum=4",
+            "round_loop=async round_loop.buffer_size=3 round_loop.quorum=4",
             "round_loop.quorum=4: .* than round_loop.buffer_size=3",
         ),
         ("cohort.size=3 cohort.overselection=2 round_loop.quorum=4", "round_loop.quorum=4: .* than cohort.size=3"),

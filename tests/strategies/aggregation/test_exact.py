@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import AntherError
 from models.lora.adapter import Factors, rank, split_rank
 from strategies.aggregation.exact import Exact
 from tests.helpers.means import SITES, best, close, dense, random_adapter, rounds, true_mean
@@ -80,7 +79,7 @@ def test_max_rank_keeps_the_best_approximation(ranks, seed):
 @given(rounds(ranks=(1, 4)), st.floats(0.05, 0.99))
 def test_energy_determines_the_live_directions(round, energy):
     current, updates = round
-    result = aggregate(current, updates, rank=1, energy=energy)
+    result = aggregate(current, updates, rank=1, energy_fraction=energy)
     trained = [site for site in SITES if any(site in adapter for adapter, _ in updates)]
     live = 0
     for site in trained:
@@ -175,5 +174,5 @@ def test_rank_beyond_the_side_of_a_matrix():
 
 
 def test_max_rank_below_the_trained_rank_is_refused():
-    with pytest.raises(AntherError, match=r"max_rank=2: must be at least adapter\.shared\.rank=4"):
+    with pytest.raises(ValueError, match=r"max_rank=2: must be at least adapter\.shared\.rank=4"):
         Exact(rank=4, max_rank=2, seed=0)

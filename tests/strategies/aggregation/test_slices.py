@@ -11,7 +11,7 @@ from tests.helpers.means import SITES, best, close, dense, random_adapter, round
 
 
 def aggregate(current, updates, **settings):
-    return Exact(**{"rank": 4, "max_rank": None, "by_slice": True, "seed": 0} | settings).aggregate(
+    return Exact(**{"rank": 4, "max_rank": None, "weighting": "rank_slice", "seed": 0} | settings).aggregate(
         current, updates, round=1
     )
 
@@ -66,7 +66,7 @@ def test_agreeing_devices_keep_their_product():
     zeros = {site: Factors(a, torch.zeros_like(b)) for site, (a, b) in random_adapter(2, 2).items()}
     updates = [(agreed, 1.0), (concatenate([agreed, zeros]), 1.0)]
     result = aggregate(current, updates).adapter
-    plain = aggregate(current, updates, by_slice=False).adapter
+    plain = aggregate(current, updates, weighting="device").adapter
     for site in SITES:
         assert close(dense(result, site), dense(agreed, site))
         assert not close(dense(plain, site), dense(agreed, site))

@@ -1,8 +1,12 @@
 """Configurations are checked before a base is loaded, as the strategy that is built from them."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.errors import AntherError
+from conf.components import ComponentConfig
+from conf.schemas.rounds import PlanningConfig
 from privacy.storage import FileStorage
 from server.ledger import ServerLedger
 from strategies.factory.combination import check_configuration, combination
@@ -12,27 +16,27 @@ from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES, bases_file
 
 KNOWN = {
-    "aggregation.name": "exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
-    "robust.rules": "afa, foolsgold, geometric_median, krum, median, norm_bound, replay, trimmed_mean",
-    "selection.name": "deadline, eafl, energy_delay, everyone, oort, poisson, power_of_choice, random, round_robin",
-    "server_optimizer.name": "fedadam, fedavgm, fedyogi, none",
-    "planning.name": "device, full",
+    "aggregation": "exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
+    "robust": "afa, foolsgold, geometric_median, krum, median, norm_bound, replay, trimmed_mean",
+    "selection": "deadline, eafl, energy_delay, everyone, oort, poisson, power_of_choice, random, round_robin",
+    "server_optimizer": "fedadam, fedavgm, fedyogi, none",
+    "planning": "device, full",
 }
 
 
 @pytest.mark.parametrize("key", KNOWN)
 def test_unknown_name_lists_the_known_ones(key):
-    value = "[lion]" if key == "robust.rules" else "lion"
+    """A user's own YAML file may have any name."""
+    named = {"robust": {"lion": {}}, "planning": PlanningConfig(name="lion")}.get(key, ComponentConfig("lion"))
     with pytest.raises(AntherError) as caught:
-        check_configuration(compose(f"{key}={value}"))
-    shown = key.removesuffix(".name") if key.startswith("selection") else key
-    assert str(caught.value) == f"{shown}=lion: nothing is registered under this name; known are {KNOWN[key]}"
+        check_configuration(replace(compose(""), **{key: named}))
+    assert str(caught.value) == f"{key}=lion: nothing is registered under this name; known are {KNOWN[key]}"
 
 
 @pytest.mark.parametrize(("name", "key"), [("everyone", "cohort.size=null"), ("poisson", "cohort.sampling_rate")])
 def test_selections_of_another_key(name, key):
     with pytest.raises(AntherError, match=f"^selection={name}: set {key} instead"):
-        check_configuration(compose(f"selection.name={name} cohort.size=2"))
+        check_configuration(replace(compose("cohort.size=2"), selection=ComponentConfig(name)))
 
 
 SHARED = (
@@ -56,9 +60,9 @@ SHARED = (
     "overrides",
     [
         "",
-        "aggregation=fedit 'robust.rules=[replay,krum,median]' round_loop.quorum=2 compression.download=int8",
+        "aggregation=fedit 'robust=[replay,krum,median]' round_loop.quorum=2 compression.download=int8",
         "aggregation=fedit drift_correction=scaffold adapter.shared.optimizer=sgd",
-        "aggregation=fedit 'robust.rules=[median]' compression.metered_upload=int4",
+        "aggregation=fedit 'robust=[median]' compression.metered_upload=int4",
         "aggregation=ffa compression.upload=int4 compression.keep_fraction=0.5 planning.metered_rank=2",
         "aggregation=fedsb adapter.lora_xs_bases=BASES adapter.shared.rank=3",
         "aggregation=fedit privacy=device cohort.sampling_rate=0.5 private_eval.interval=2 planning.max_joules=7",

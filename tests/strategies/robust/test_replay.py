@@ -358,14 +358,14 @@ def test_asynchronous_rounds(tmp_path):
 
 
 def test_incompatible_settings_are_refused():
-    with pytest.raises(AntherError, match=r"^robust\.rules: replay .* put it first"):
-        check_configuration(compose("robust.rules=[norm_bound,replay]"))
-    config = compose("aggregation=fedsa 'robust.rules=[replay]'")
-    with pytest.raises(AntherError, match=r"robust\.rules: .* aggregation=fedsa every device keeps its own B"):
+    with pytest.raises(AntherError, match=r"^robust: replay .* put it first"):
+        check_configuration(compose("robust=[norm_bound,replay]"))
+    config = compose("aggregation=fedsa 'robust=[replay]'")
+    with pytest.raises(AntherError, match=r"robust: .* aggregation=fedsa every device keeps its own B"):
         check_configuration(config)
     with pytest.raises(ValueError, match="every device keeps its own B"):
         strategy(aggregation=FedSA(), replay_filter=ReplayFilter(FLEET_SITES))
-    config = compose("aggregation=fedit privacy=device 'robust.rules=[replay]'")
+    config = compose("aggregation=fedit privacy=device 'robust=[replay]'")
     with pytest.raises(
         AntherError, match="robust rule replay breaks the sensitivity bound: updates that any device sent"
     ):
@@ -375,7 +375,7 @@ def test_incompatible_settings_are_refused():
 
 
 def test_filter_is_built_if_it_is_named():
-    config = compose("aggregation=exact 'robust.rules=[replay]'")
+    config = compose("aggregation=exact 'robust=[replay]'")
     rule = build_aggregation(config)
     assert isinstance(rule, Exact)
     assert isinstance(build_replay_filter(config, FLEET_SITES, seed=1), ReplayFilter)

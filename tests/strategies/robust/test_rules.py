@@ -18,7 +18,7 @@ from tests.helpers.means import random_adapter, rounds
 RULES = {
     "norm": NormBound(),
     "fixed": NormBound(bound=2.0),
-    "krum": MultiKrum(outliers=0.2),
+    "krum": MultiKrum(outlier_fraction=0.2),
     "foolsgold": FoolsGold(),
     "afa": AFA(),
     "geometric": GeometricMedian(),
@@ -260,7 +260,7 @@ def test_afa_similarity_and_outliers():
 
 @pytest.mark.parametrize(
     ("rule", "wrong"),
-    [(AFA, "xi"), (AFA, "step"), (NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outliers")],
+    [(AFA, "xi"), (AFA, "step"), (NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outlier_fraction")],
 )
 def test_invalid_arguments_are_refused(rule, wrong):
     with pytest.raises(ValueError, match="must be"):

@@ -26,7 +26,7 @@ def unscaled(updates):
 @given(rounds(), st.booleans())
 def test_results_match_numpy(round, is_median):
     current, updates = round
-    rule = Median() if is_median else TrimmedMean(outliers=0.3)
+    rule = Median() if is_median else TrimmedMean(outlier_fraction=0.3)
     result = combine_updates(rule, current, unscaled(updates), rank=None, seed=0)
     for site in SITES:
         devices = [adapter for adapter, _ in updates if trained(adapter, site)]
@@ -57,7 +57,7 @@ def test_entries_stay_within_the_honest_range():
     current = random_adapter(4, 0)
     honest = [random_adapter(4, seed) for seed in range(1, 9)]
     attackers = [random_adapter(4, 20, scale=30.0), random_adapter(4, 21, scale=1e-3)]
-    for rule in (Median(), TrimmedMean(outliers=0.2)):
+    for rule in (Median(), TrimmedMean(outlier_fraction=0.2)):
         result = combine_updates(
             rule, current, [(adapter, 1.0) for adapter in [*attackers, *honest]], rank=None, seed=0
         )
@@ -99,4 +99,4 @@ def test_blocks_of_rows_give_the_same_result(monkeypatch):
 
 def test_invalid_fraction_is_refused():
     with pytest.raises(ValueError, match="must be 0 or more"):
-        TrimmedMean(outliers=0.6)
+        TrimmedMean(outlier_fraction=0.6)

@@ -116,7 +116,7 @@ def test_full_disk_rejects_one_update():
 
 RULES = {
     "exact": {"aggregation": Exact(rank=PLAN.rank, max_rank=4, seed=0)},
-    "exact by slice": {"aggregation": Exact(rank=PLAN.rank, max_rank=4, by_slice=True, seed=0)},
+    "exact by slice": {"aggregation": Exact(rank=PLAN.rank, max_rank=4, weighting="rank_slice", seed=0)},
     "fedit": {"aggregation": FedIT()},
     "hetlora": {"aggregation": HetLoRA()},
     "ffa": {"aggregation": FFA()},

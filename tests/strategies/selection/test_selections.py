@@ -29,8 +29,8 @@ RULES = {
     "random": Sample(size=SIZE, seed=1),
     "round_robin": RoundRobin(size=SIZE),
     "oort": Oort(size=SIZE, seed=1, settings=SETTINGS),
-    "eafl": EAFL(size=SIZE, seed=1, weight=0.25, settings=SETTINGS),
-    "deadline": Deadline(size=SIZE, seconds=2.0, candidate_factor=2.0, seed=1),
+    "eafl": EAFL(size=SIZE, seed=1, utility_weight=0.25, settings=SETTINGS),
+    "deadline": Deadline(size=SIZE, deadline=2.0, candidate_factor=2.0, seed=1),
     "power_of_choice": PowerOfChoice(size=SIZE, candidate_factor=2.0, seed=1),
     "energy_delay": EnergyDelay(size=SIZE, candidate_factor=2.0, seed=1),
 }
@@ -71,8 +71,8 @@ def test_random_selections_depend_on_seed_and_draw(name: str) -> None:
     make_rule = {
         "random": lambda seed: Sample(size=5, seed=seed),
         "oort": lambda seed: Oort(size=5, seed=seed, settings=SETTINGS),
-        "eafl": lambda seed: EAFL(size=5, seed=seed, weight=0.25, settings=SETTINGS),
-        "deadline": lambda seed: Deadline(size=5, seconds=2.0, candidate_factor=2.0, seed=seed),
+        "eafl": lambda seed: EAFL(size=5, seed=seed, utility_weight=0.25, settings=SETTINGS),
+        "deadline": lambda seed: Deadline(size=5, deadline=2.0, candidate_factor=2.0, seed=seed),
         "power_of_choice": lambda seed: PowerOfChoice(size=5, candidate_factor=2.0, seed=seed),
         "energy_delay": lambda seed: EnergyDelay(size=5, candidate_factor=2.0, seed=seed),
     }[name]
@@ -120,7 +120,7 @@ def test_deadline_order() -> None:
         "later",
     ]  # 2, 1 and 1 steps per second, names break ties; then the least late
     for size in range(1, 6):
-        rule = Deadline(size=size, seconds=10.0, candidate_factor=5.0, seed=1)
+        rule = Deadline(size=size, deadline=10.0, candidate_factor=5.0, seed=1)
         assert rule.select(devices, draw=1) == sorted(order[:size])
 
 
@@ -174,7 +174,7 @@ def test_eafl_prefers_full_batteries() -> None:
     settings = OortSettings(exploration=0.1, min_exploration=0.1)
 
     def fraction_full(weight: float) -> float:
-        rule = EAFL(size=5, seed=1, weight=weight, settings=settings)
+        rule = EAFL(size=5, seed=1, utility_weight=weight, settings=settings)
         asked = [name for number in range(2, 42) for name in rule.select(devices, draw=number)]
         return sum(name >= "d5" for name in asked) / len(asked)
 
@@ -214,10 +214,10 @@ def test_eligibility_is_a_conjunction(rule: Eligibility, battery: float | None, 
     [
         lambda: RoundRobin(size=0),
         lambda: Oort(size=0, seed=1, settings=SETTINGS),
-        lambda: EAFL(size=1, seed=1, weight=1.5, settings=SETTINGS),
+        lambda: EAFL(size=1, seed=1, utility_weight=1.5, settings=SETTINGS),
         lambda: PowerOfChoice(size=1, candidate_factor=0.5, seed=1),
-        lambda: Deadline(size=1, seconds=0.0, candidate_factor=1.0, seed=1),
-        lambda: Deadline(size=0, seconds=1.0, candidate_factor=1.0, seed=1),
+        lambda: Deadline(size=1, deadline=0.0, candidate_factor=1.0, seed=1),
+        lambda: Deadline(size=0, deadline=1.0, candidate_factor=1.0, seed=1),
     ],
 )
 def test_invalid_settings_are_refused(make: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from common.errors import AntherError
+from conf.components import GROUPS, ComponentConfig
 from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
@@ -42,6 +43,10 @@ def refusal_of_configuration(case: Case) -> str:
     config = deepcopy(default())
     for key, value in (case.config or {}).items():
         group, _, name = key.rpartition(".")
+        if key == "robust":
+            value = {rule: {} for rule in value}
+        elif key in GROUPS:
+            value = value if isinstance(value, ComponentConfig) else ComponentConfig(value)
         setattr(functools.reduce(getattr, group.split("."), config) if group else config, name, value)
     with pytest.raises(AntherError) as caught:
         check_configuration(config)
