@@ -457,6 +457,27 @@ DEVICE_MUTANTS = (
         "tests/strategies/factory/test_strategy.py::test_participations_are_charged_without_amplification",
     ),
     Mutant(
+        "amplification without a secret sample",
+        "strategies/validation/rules.py",
+        "if chosen.accounted_rate not in (None, rate):",
+        "if chosen.accounted_rate is not None and chosen.accounted_rate > rate:",
+        "tests/strategies/test_central_dp.py::test_sampling_rate_must_match_the_selection",
+    ),
+    Mutant(
+        "devices left out of a secret sample",
+        "strategies/validation/rules.py",
+        "if maximum is not None and chosen.amplifies:",
+        "if maximum is not None and chosen.amplifies and chosen.accounted_rate is None:",
+        "tests/strategies/validation/test_rules.py::test_refusal",
+    ),
+    Mutant(
+        "component without a declaration",
+        "strategies/validation/privacy.py",
+        "if not isinstance(_sensitivity(component), declaration):",
+        "if combination.of_devices and not isinstance(_sensitivity(component), declaration):",
+        "tests/tools/test_privacy_page.py::test_undeclared_component_is_refused_under_privacy",
+    ),
+    Mutant(
         "aborted round refunded",
         "server/ledger.py",
         "            if state == RELEASED:\n",
