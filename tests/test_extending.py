@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,11 @@ from common.errors import AntherError
 from conf.schemas.planning import DeviceProfileConfig
 from models.lora.adapter import Factors
 from strategies.declarations import create
+from strategies.planning import PLANNINGS
+from strategies.planning.plan import PlanLimits
+from strategies.planning.planner import Planner
 from strategies.registry import AGGREGATIONS, SELECTIONS
+from tests.helpers.fleet import PLAN, REPORT, SITES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -26,7 +31,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 @pytest.fixture(autouse=True)
 def unregister() -> Iterator[None]:
     """Remove the components that an example registers."""
-    before = [(axis, set(axis)) for axis in (AGGREGATIONS, SELECTIONS, METERS)]
+    before = [(axis, set(axis)) for axis in (AGGREGATIONS, SELECTIONS, PLANNINGS, METERS)]
     yield
     for axis, names in before:
         for name in set(axis) - names:
@@ -72,6 +77,16 @@ def test_selection() -> None:
     devices = {name: SimpleNamespace(seconds=seconds) for name, seconds in (("a", 3.0), ("b", 1.0), ("c", 2.0))}
     assert rule.select(devices, draw=0) == ["b", "c"]
     assert type(rule.sensitivity) is type(SELECTIONS["round_robin"].sensitivity)
+
+
+def test_planning_method() -> None:
+    method = module("class HalfPlanning").HalfPlanning()
+    assert type(method) is PLANNINGS["half"]
+    planner = Planner(sites=SITES, limits=PlanLimits(), method=method)
+    reports = [replace(REPORT, device="a")]
+    for steps, planned in ((9, 4), (1, 1)):
+        plans = planner.plans(reports, replace(PLAN, steps=steps), adapter={}, download=1)
+        assert plans["a"].plan == replace(PLAN, steps=planned)
 
 
 def test_device_profile() -> None:
