@@ -10,9 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from anther import simulate
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("matplotlib is not installed: pip install -e '.[examples]'")
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/example")
 result = simulate("preset=quick rounds=4", folder)

@@ -125,6 +125,7 @@ def program_texts() -> list[str]:
     return found
 
 
+@pytest.mark.integration
 def test_explained_messages_exist() -> None:
     section = text("docs/deploy.md").partition("\n## Troubleshooting")[2].partition("\n## ")[0]
     messages = [row[1] for row in re.finditer(r"^\| `([^`]+)` \|", section, re.MULTILINE)]

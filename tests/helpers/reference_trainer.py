@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common import counter_rng
@@ -112,6 +111,8 @@ def memory_for(base: Base, jobs: Sequence[TrainJob], entries: int, residents: in
 
 @cache
 def untouched(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
     unet: nn.Module = UNet2DConditionModel.from_pretrained(folder / "unet")
     return nn.Module.to(unet.requires_grad_(False).eval(), dtype)
 

@@ -222,6 +222,7 @@ def test_early_confirmation_is_a_node_failure(link):
     assert outcome(reply for _, reply in gate.pull(names, 1.0)) == {mallory.node: 4, ada.node: 0}
 
 
+@pytest.mark.integration
 def test_poisoned_object_id(tmp_path):
     """Once promised with other children, the id of a Query's content can't be sent again: the SuperLink fails (500)."""
     link = SuperLinkHarness(tmp_path)

@@ -59,6 +59,7 @@ def test_old_terminals_work(pipeline_folder: Path, tmp_path: Path, encoding: str
     assert done.stderr.startswith("error: /nowhere: no such folder")
 
 
+@pytest.mark.integration
 def test_work_after_the_rounds_is_estimated() -> None:
     few = "data.writers=10 rounds=4 evaluation.gallery_size=0 evaluation.baseline_local=false cohort.size=5"
     training = (

@@ -93,6 +93,7 @@ def test_honest_source_passes(situation: Situation) -> None:
     assert failed_tests(situation) == set()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("key", ["device", "round"])
 def test_noise_seed_without_device_or_round_fails(key: str) -> None:
     def reused(device: str, number: int) -> NoiseSource:
@@ -192,6 +193,7 @@ def test_noise_below_sensitivity_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "noise: variance" in failed_round_tests()
 
 
+@pytest.mark.integration
 def test_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     add_noise = BoundedSum.add_noise
 

@@ -116,6 +116,7 @@ def test_untimed_fleet_refuses_timed_settings(overrides: str, message: str) -> N
         check_time(compose(overrides))
 
 
+@pytest.mark.integration
 def test_workload_without_predictions_is_refused() -> None:
     workload = "fleet.workload.memory_factor=9"
     with pytest.raises(AntherError, match=r"^fleet\.workload: only used by a fleet with timed=true, and by planning"):

@@ -138,6 +138,7 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path) -> None:
             run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
 
 
+@pytest.mark.integration
 def test_writers_have_no_own_pictures(base: Base, tmp_path: Path) -> None:
     assert (
         own_pictures_hash(participants(compose("data.writers=2"), base, lambda name: FileStorage(tmp_path / name)))

@@ -116,6 +116,7 @@ def test_combination_runs_if_each_component_runs():
         assert refusal_reason(selected) in (None, *single)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "selected",
     cells(),
@@ -169,6 +170,7 @@ def test_undeclared_component_is_refused_under_privacy(monkeypatch, axis, level)
     assert reason is None or "new declares no sensitivity" in reason
 
 
+@pytest.mark.integration
 def test_undeclared_component_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", UndeclaredRule)
     config = replace(compose("privacy=example"), aggregation=ComponentConfig("new"))

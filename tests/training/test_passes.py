@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from bench.lib.tiny import ATTENTION
@@ -42,6 +41,7 @@ class _OpacusReference(Reference):
     """Reference client with diffusers' `add_adapter`, and per-example gradients from Opacus' hooks."""
 
     def __init__(self, base: Base, job: TrainJob) -> None:
+        from diffusers import UNet2DConditionModel
         from opacus import GradSampleModule
         from peft import LoraConfig
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from typefaces import dataset
 from typefaces.judge import load
-from typefaces.pretraining import architecture
-from typefaces.pretraining.evaluation import legibility
 
-FOLDER = Path(architecture.__file__).parents[1] / "assets" / "glyphs-base"
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+FOLDER = Path(dataset.__file__).parent / "assets" / "glyphs-base"
 
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -43,6 +46,8 @@ def test_loads_in_fp32(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_vocabulary_matches_code(pipe: StableDiffusionPipeline) -> None:
+    from typefaces.pretraining import architecture  # imports the training's part of diffusers
+
     vocab, merges = architecture.vocabulary()
     assert json.loads((FOLDER / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) == vocab
     assert len((FOLDER / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()) == len(merges) + 1
@@ -65,6 +70,8 @@ def test_samples_are_reproducible(pipe: StableDiffusionPipeline) -> None:
 
 @pytest.mark.stress
 def test_samples_are_legible(pipe: StableDiffusionPipeline) -> None:
+    from typefaces.pretraining.evaluation import legibility
+
     share, pictures = legibility(pipe, load(), count=62, guidance=1.5, steps=10, seed=11)
     assert share >= 0.93
     assert pictures.std(axis=(1, 2)).min() > 20  # none is blank

@@ -66,6 +66,7 @@ def test_kinds_and_designer_shares(rows, writers):
     assert max(Counter(row["designer"] for row in writers).values()) <= len(writers) / 5
 
 
+@pytest.mark.integration
 def test_images_are_4_bit_png(rows):
     for row in rows[::8]:
         assert len(row["glyphs"]) == len(dataset.GLYPHS)

@@ -12,7 +12,6 @@ from torch import Generator, Tensor, nn
 from common.errors import AntherError
 from conf.schemas.pretraining import StageConfig, TrainBaseConfig, TrainJudgeConfig
 from typefaces.dataset import GLYPHS, caption
-from typefaces.pretraining import architecture
 from typefaces.pretraining.corpus import Jitter, apply_jitter, held_out, thicken, warp
 from typefaces.pretraining.diffusion import (
     denoising_loss,
@@ -65,6 +64,8 @@ def test_stratified_timesteps() -> None:
 
 
 def test_zero_terminal_snr() -> None:
+    from typefaces.pretraining import architecture  # imports a pipeline of diffusers
+
     alphas = architecture.scheduler().alphas_cumprod
     assert alphas[-1] == 0
     assert alphas[0] > 0.999
@@ -85,6 +86,8 @@ def test_kl_and_scaling_factor() -> None:
 
 
 def test_tokenizer() -> None:
+    from typefaces.pretraining import architecture
+
     tokenizer = architecture.tokenizer()
     for glyph in GLYPHS:
         ids = tokenizer(caption(glyph)).input_ids
@@ -133,6 +136,8 @@ def run(folder: Path, *, resume: bool = False, stop_at: int | None = None) -> nn
     model = nn.Conv2d(4, 4, 3, padding=1)
     data = torch.randn(16, 4, 4, 4, generator=Generator().manual_seed(9))
     calls = 0
+
+    from typefaces.pretraining import architecture
 
     def loss(generator: Generator) -> Tensor:
         nonlocal calls

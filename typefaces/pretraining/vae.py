@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import AutoencoderKL
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 def reparameterize(moments: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from scipy.stats import binom
 from torch import Tensor, nn
 
@@ -157,6 +156,8 @@ def test_poisson_sizes_are_decile_medians() -> None:
 
 def test_operation_count_matches_a_manual_count() -> None:
     """Self-attention of T tokens and width d, with factors at all four projections; x needs no gradient."""
+    from diffusers.models.attention_processor import Attention
+
     tokens, d, r = 24, 32, RANK
     block = Attention(d, heads=4, dim_head=d // 4, bias=False).requires_grad_(False).to("meta")
     for name in ("to_q", "to_k", "to_v"):

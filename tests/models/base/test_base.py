@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +27,9 @@ from models.lora.adapter import Adapter, Site, concatenate, rank
 from models.lora.batched_lora import BatchedAdapter, Layout, stack_adapters
 from tests.helpers.adapters import random_adapter
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
 
 def run_network(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[BatchedAdapter] = ()) -> Tensor:
     with base.use_adapters(adapters) as denoise, torch.no_grad():
@@ -41,6 +44,8 @@ def inputs(base: Base, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def pipeline(pipeline_folder: Path) -> StableDiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -90,6 +95,8 @@ def test_images_of_any_size_are_encoded(base: Base, tmp_path: Path) -> None:
 
 def test_small_vae_replaces_the_bases(tmp_path: Path) -> None:
     """TAESD's class has no distribution, and different names for its sizes."""
+    from diffusers import AutoencoderTiny
+
     folder = save_pipeline(tmp_path, channels=3)
     shutil.rmtree(folder / "vae")
     small = AutoencoderTiny(
@@ -138,6 +145,8 @@ def adapted(base: Base) -> Adapter:
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("sites", [ATTENTION, r".*(conv[12]|conv_shortcut|samplers\.0\.conv|proj_in)", ".*"])
 def test_export_samples_equally_in_diffusers(pipeline_folder: Path, tmp_path: Path, layout: str, sites: str) -> None:
+    from diffusers import StableDiffusionPipeline
+
     base = Base(pipeline_folder, sites=sites)
     adapter = adapted(base)
     export(adapter, tmp_path / "adapter.safetensors", family=base.family, sites=base.sites, layout=layout)

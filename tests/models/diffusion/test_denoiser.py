@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -28,6 +27,9 @@ from models.quantization.blockwise import dequantize, quantize
 from models.quantization.modes import quant_types
 from tests.helpers.adapters import random_adapter
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 FEED_FORWARD = r".*ff\.net\.(0\.proj|2)"
 TIME = r"time_embedding\.linear_[12]|.*time_emb_proj"
 CONVOLUTIONS = r".*\.conv[12]|.*conv_shortcut|.*samplers\.0\.conv|conv_in|conv_out|.*proj_(in|out)"
@@ -38,6 +40,8 @@ SCHEDULE = diffusion(torch.linspace(0.999, 0.01, 1000), "v_prediction")
 
 @pytest.fixture(scope="module")
 def unet(pipeline_folder: Path) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
     return UNet2DConditionModel.from_pretrained(pipeline_folder / "unet").eval()
 
 
@@ -52,6 +56,8 @@ def forward_calls() -> Iterator[list[nn.Module]]:
 
 def networks(forward_calls: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the distinct UNets that ran."""
+    from diffusers import UNet2DConditionModel
+
     return list({id(module): module for module in forward_calls if isinstance(module, UNet2DConditionModel)}.values())
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from common.errors import AntherError
@@ -40,6 +39,8 @@ def arguments(base: Path, adapter: Path, out: Path) -> list[str]:
 def test_products_are_added_to_adapted_weights(
     pipeline_folder: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from diffusers import UNet2DConditionModel
+
     out = tmp_path / "fused"
     assert main(arguments(pipeline_folder, tmp_path / "a.safetensors", out)) == 0
     assert assets.digest(out)[:12] in capsys.readouterr().out
@@ -54,6 +55,8 @@ def test_products_are_added_to_adapted_weights(
 
 
 def test_strength_scales(pipeline_folder: Path, adapter: Adapter, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
     network = UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     fuse(network, tmp_path / "a.safetensors", strength=-0.5)
@@ -96,6 +99,8 @@ class TestFuseErrors:
         self.refuse(arguments(tmp_path, tmp_path / "a", tmp_path), "already exists", capsys)
 
     def test_another_network(self, base: Base, pipeline_folder: Path, tmp_path: Path) -> None:
+        from diffusers import UNet2DConditionModel
+
         network = UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
         sites = {"no.such": next(iter(base.sites.values()))}
         export(random_adapter(sites, 1), tmp_path / "b.safetensors", family=base.family, sites=sites)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from bench.lib.tiny_pipelines import save
 from client.cli.plan import main as plan
@@ -178,6 +177,8 @@ class TestGuidanceEmbedding:
 
     @pytest.fixture(params=["stable_diffusion", "sdxl"])
     def folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        from diffusers import UNet2DConditionModel
+
         folder = save(request.param, tmp_path)
         config = json.loads((folder / UNET).read_text()) | {"time_cond_proj_dim": 9}
         torch.manual_seed(1)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from common.errors import AntherError
@@ -85,6 +84,8 @@ def sample_latents(
 
 def load_adapter(pipeline: Any, file: Path) -> None:
     """Load an adapter in diffusers; PixArt has no loader there, so peft, which the others use, reads its file."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(file)
         return

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from common.errors import AntherError
 from models.diffusion.denoiser import find_sites
@@ -68,6 +67,8 @@ def test_published_sizes(name: str) -> None:
 
 
 def test_folder_needs_no_weights(pipeline_folder: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
     copy = shutil.copytree(pipeline_folder, tmp_path / "base")
     for weights in copy.rglob("*.safetensors"):
         weights.unlink()

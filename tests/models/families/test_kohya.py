@@ -7,11 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from diffusers.loaders.single_file_utils import (
-    convert_flux_transformer_checkpoint_to_diffusers,
-    convert_sd3_transformer_checkpoint_to_diffusers,
-)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,6 +93,8 @@ def base_of(tiny: TinyPipeline, name: str) -> Base:
 
 
 def test_sd3_layers_match_original(tiny: TinyPipeline) -> None:
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
     base = base_of(tiny, "sd3")
     adapter = random_adapter(base.sites, 2)
     checkpoint = as_checkpoint(kohya_keys(adapter, base.sites, SD3), SD3_MODULES)
@@ -144,6 +141,8 @@ def flux_sites() -> Sites:
 
 
 def test_flux_layers_match_original() -> None:
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+
     adapter = random_adapter(flux_sites(), 2)
     checkpoint = as_checkpoint(kohya_keys(adapter, flux_sites(), FLUX), FLUX_MODULES)
     for norms in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
@@ -160,6 +159,8 @@ def test_tiny_flux_names_are_mapped(tiny: TinyPipeline) -> None:
 @pytest.mark.parametrize("some", [None, "to_q", "attn"])
 def test_diffusers_reads_flux_kohya_files(some: str | None) -> None:
     """Also if parts of a fused layer have no adapter."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
     sites = {name: site for name, site in flux_sites().items() if some is None or some in name}
     adapter = random_adapter(sites, 2)
     back = products(_convert_kohya_flux_lora_to_diffusers(kohya_keys(adapter, sites, FLUX)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FluxPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +32,8 @@ def test_mask_round_trip(tokens: int, width: int) -> None:
 
 @given(height=st.integers(1, 5), width=st.integers(1, 5), channels=st.integers(1, 3))
 def test_flux_patches_match_diffusers(height: int, width: int, channels: int) -> None:
+    from diffusers import FluxPipeline
+
     x = torch.randn(2, channels, 2 * height, 2 * width)
     expected = FluxPipeline._pack_latents(x, *x.shape)
     assert torch.equal(patchify(x), expected)

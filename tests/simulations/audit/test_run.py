@@ -196,6 +196,7 @@ def test_folder_without_finished_run_is_one_line(runs: list[Path], tmp_path: Pat
     assert first == same != private
 
 
+@pytest.mark.integration
 def test_members_are_pictures_of_participants() -> None:
     data = compose("data.writers=3 data.devices=5 data.train=6").data
     writer, *_ = names = sorted({candidate.writer for candidate in candidates(data, set())})

@@ -42,6 +42,7 @@ def test_unstated_hardware_is_predicted():
         build_hardware(compose(f"'fleet.profiles=[{phone.replace('pixel8', 'toaster')}}}]'").fleet, COSTS, 3)
 
 
+@pytest.mark.integration
 def test_initial_state_follows_seed_and_trace(base: Base, tmp_path):
     (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
 
@@ -67,6 +68,7 @@ def test_initial_state_follows_seed_and_trace(base: Base, tmp_path):
     assert {device.availability.plugged(7200.0) for device in traced.values()} == {False}
 
 
+@pytest.mark.integration
 def test_stated_rate_holds_for_its_base_only(base: Base):
     """For another base or resolution the rate is predicted as by `client.cli.plan`."""
     fleet = compose("fleet=mixed").fleet
@@ -83,6 +85,7 @@ def test_stated_rate_holds_for_its_base_only(base: Base):
             assert (kind.memory_gib, kind.watts) == (kind.profile.memory_gib, kind.profile.watts)
 
 
+@pytest.mark.integration
 def test_stated_rate_without_base_always_holds(base: Base):
     own = "{name: p, memory_gib: 1, examples_per_second: 0.5, watts: 2, uplink_mbps: 1, downlink_mbps: 1}"
     (kind,) = build_hardware(compose(f"'fleet.profiles=[{own}]'").fleet, COSTS, 3, base)

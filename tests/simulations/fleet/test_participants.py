@@ -56,6 +56,7 @@ def test_owners_allow_exactly_the_runs_guarantee() -> None:
     assert owners_policy(compose("privacy=none")) == owners_policy(compose("privacy=device")) == Policy()
 
 
+@pytest.mark.integration
 def test_folders_replace_writers(base: Base, tmp_path: Path) -> None:
     mine, yours = own_pictures(tmp_path / "mine"), own_pictures(tmp_path / "yours")
     devices = names(base, tmp_path / "fleet", f"data.writers=3 'data.pictures=[{mine}]'")
@@ -65,6 +66,7 @@ def test_folders_replace_writers(base: Base, tmp_path: Path) -> None:
     assert names(base, tmp_path / "fleet", f"data.writers=0 'data.pictures=[{mine}]'") == ["mine"]
 
 
+@pytest.mark.integration
 def test_profiles_are_assigned_cyclically(base: Base, tmp_path: Path) -> None:
     config = compose("data.writers=7")
     people = fleet(base, tmp_path, "data.writers=7")
@@ -115,12 +117,14 @@ def test_folders_with_equal_names_are_refused(base: Base, tmp_path: Path) -> Non
         names(base, tmp_path / "fleet", f"'data.pictures=[{folders[0]},{folders[1]}]'")
 
 
+@pytest.mark.integration
 def test_folder_with_a_writers_name_is_refused(base: Base, tmp_path: Path) -> None:
     folder = own_pictures(tmp_path / writers(compose("").data)[0].name)
     with pytest.raises(AntherError, match="two devices are called"):
         names(base, tmp_path / "fleet", f"data.writers=20 'data.pictures=[{folder}]'")
 
 
+@pytest.mark.integration
 def test_writers_are_assigned_cyclically(base: Base, tmp_path: Path) -> None:
     people = fleet(base, tmp_path, "data.writers=3 data.devices=8 data.train=4")
     firsts = names(base, tmp_path, "data.writers=3")
@@ -132,6 +136,7 @@ def test_writers_are_assigned_cyclically(base: Base, tmp_path: Path) -> None:
     assert sorted(person.copy for person in people) == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
+@pytest.mark.integration
 def test_copies_have_other_pictures_and_noise(base: Base, tmp_path: Path) -> None:
     people = {person.name: person for person in fleet(base, tmp_path, "data.writers=1 data.devices=4 data.train=5")}
     (first,) = (name for name, person in people.items() if not person.copy)
@@ -172,6 +177,7 @@ def test_invalid_counts_are_one_line(overrides: str, words: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.integration
 def test_one_device_of_each_writer_is_evaluated_first(base: Base, tmp_path: Path) -> None:
     people = fleet(base, tmp_path, "data.writers=4 data.devices=12")
     assert select_evaluated(people, None) == [person for person in people if not person.copy]
@@ -189,6 +195,7 @@ def test_names_are_safe_for_files() -> None:
     assert slug("猫") == "unnamed"
 
 
+@pytest.mark.integration
 def test_label_skew_changes_training_pictures_only() -> None:
     plain, skewed = (writers(compose(f"data.train=3 data.label_skew={skew}").data) for skew in ("false", "true"))
     words = ("digit", "capital", "lowercase")

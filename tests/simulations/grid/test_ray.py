@@ -93,12 +93,6 @@ def test_ended_simulation_is_an_error(dying: DyingGrid) -> None:
         ray.RayGrid(None, running, 3)
 
 
-def test_missing_ray_states_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(AntherError, match=r"pip install 'anther\[ray\]'"):
-        ray.require()
-
-
 def command(base: Path, folder: Path, *overrides: str) -> list[str]:
     run = [sys.executable, "-m", "simulations.run", f"base.path={base}", *TINY, *overrides]
     return [*run, f"hydra.run.dir={folder}"]
