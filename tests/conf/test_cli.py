@@ -12,6 +12,7 @@ from common.errors import AntherError
 from conf.cli import hydra_application
 from conf.schemas import simulation
 from conf.schemas.server import ServerConfig
+from tests.helpers.configs import compose
 
 APP = """
 from conf.cli import hydra_application, output_dir
@@ -98,8 +99,28 @@ MISTAKES = {
 }
 
 
+REFUSED_BY_SCHEMA = (
+    "rounds=0",
+    "cohort.size=21",
+    "adapter.sites='['",
+    "adapter.shared.rank=0",
+    "adapter.shared.proximal_mu=-1",
+    "adapter.shared.optimizer=lion",
+    "adapter.personal.steps=0",
+    "data.background=pinkish",
+)
+"""Mistakes that need no whole command: `test_refused_run_keeps_existing_files` and others have `rounds=0`."""
+
+
+@pytest.mark.parametrize("argument", REFUSED_BY_SCHEMA)
+def test_mistake_is_refused_by_the_schema(argument: str) -> None:
+    with pytest.raises(AntherError) as refused:
+        compose([argument])
+    assert str(refused.value) == MISTAKES[argument]
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("argument", MISTAKES)
+@pytest.mark.parametrize("argument", [argument for argument in MISTAKES if argument not in REFUSED_BY_SCHEMA])
 def test_mistake_is_one_line(
     argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

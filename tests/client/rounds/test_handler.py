@@ -181,7 +181,9 @@ def test_personal_adapter_stays_out_of_shared_job(tmp_path: Path) -> None:
         answer_request(train_request(private=private), fresh, without)
         for first, second in zip(with_personal.jobs, without.jobs[1:], strict=True):  # the other device also encoded
             for part in ("start", "frozen"):
-                pairs = [zip(getattr(first, part)[name], getattr(second, part)[name], strict=True) for name in SITES]
+                one, other = getattr(first, part), getattr(second, part)
+                assert (one is None) == (other is None)
+                pairs = [zip(one[name], other[name], strict=True) for name in SITES]
                 assert all(torch.equal(a, b) for pair in pairs for a, b in pair)
 
 
