@@ -58,7 +58,7 @@ def _is_value(word: str) -> bool:
         if not is_dataclass(kind) or part not in {field.name for field in fields(kind)}:
             return False
         kind = get_type_hints(kind)[part]
-    return not is_dataclass(kind) and not value.startswith("{")
+    return not is_dataclass(kind) and "{" not in value
 
 
 def _changed(config: Any, changes: dict[str, Any]) -> Any:

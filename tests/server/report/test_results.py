@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.compose import compose
 from models.base.base import Base
 from models.lora.adapter import Factors
 from privacy.accounting import Guarantee
@@ -21,6 +20,7 @@ from server.report.snippet import loading_snippet
 from server.rounds.state import Round, RunState
 from server.supervisor.run_dirs import run_folder, save_command
 from strategies.round.metrics import TrainMetrics, ValidationMetrics, zero_metrics
+from tests.helpers.configs import compose
 from tests.server.report.test_page import Page
 
 GUARANTEE = Guarantee(value=1.5, delta=1e-3, strict=2.5)

@@ -6,7 +6,6 @@ import pytest
 
 from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
-from conf.compose import compose
 from conf.schemas.planning import device_profile
 from models.base.base import Base, load
 from models.families.family import ATTENTION
@@ -17,6 +16,7 @@ from simulations.fleet.costs import build_costs
 from simulations.fleet.hardware import build_hardware, profile_cycle
 from simulations.fleet.participants import participants
 from simulations.fleet.virtual_fleet import build_virtual_fleet
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN
 from tests.helpers.timed_fleet import COSTS
 

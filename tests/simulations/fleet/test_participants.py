@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from models.base.base import Base
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.policy import Policy, RequestRefusedError
@@ -16,6 +15,7 @@ from privacy.storage import FileStorage
 from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated, slug, writers
 from strategies.factory.full_plan import training_plan
 from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
+from tests.helpers.configs import compose
 from tests.helpers.simulations import own_pictures
 
 
