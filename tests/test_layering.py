@@ -34,6 +34,31 @@ ON_DEVICE = {"client", "training", "models", "privacy", "protocol", "conf", "com
 KNOW_SIMULATIONS = {"simulations", "bench", "anther", "tools", "conf"}
 SIMULATED = {"conf.schemas.simulation", "conf.schemas.fleet"}  # simulated devices and writers
 COMPOSITION = {"conf.compose", "conf.schemas.federation", "conf.schemas.server", "hydra"}  # not on a device
+CONFIGURATIONS = {"FederationConfig", "SimulationConfig", "ServeConfig"}
+WHOLE_CONFIGURATION = {  # modules of a simulation that get all keys; every other gets the values that it uses
+    "simulations.run",
+    "simulations.run_dir",
+    "simulations.setup",
+    "simulations.fleet.participants",
+    "simulations.grid.build",
+    "simulations.report.results",
+    "simulations.report.time_left",
+    "server.rounds.federation",
+    "strategies.factory.aggregation",
+    "strategies.factory.combination",
+    "strategies.factory.full_plan",
+    "strategies.factory.planning",
+    "strategies.factory.selection",
+    "strategies.factory.strategy",
+    "strategies.round.private_evaluation",
+}
+ELSEWHERE = {  # only with grid=ray, on a server, in an audit, or in a program that composes
+    "conf.compose",
+    "server.report.results",
+    "server.supervisor.run",
+    "simulations.audit.membership",
+    "simulations.grid.ray",
+}
 FLOWER_MODULES = {
     "client/runtime/client_app.py",
     "client/runtime/supernode.py",  # SuperNode with our ClientApp instead of the server's
@@ -141,6 +166,36 @@ def dependencies(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
                 graph[name] |= submodules & trees.keys() or {node.module}
         graph[name] = graph[name] & trees.keys() - {name}
     return graph
+
+
+def take_configuration(trees: Mapping[str, ast.Module]) -> set[str]:
+    """Return the modules with a function, or a field of a class, that is given a whole configuration."""
+    return {
+        name
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation
+        if any(isinstance(part, ast.Name) and part.id in CONFIGURATIONS for part in ast.walk(node.annotation))
+    }
+
+
+@pytest.mark.integration
+def test_few_modules_take_the_whole_configuration() -> None:
+    found = take_configuration({name: tree for name, tree in modules().items() if not name.startswith("bench.")})
+    assert found == WHOLE_CONFIGURATION | ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("source", "takes"),
+    [
+        ("def f(config: SimulationConfig): ...", True),
+        ("def f(words: list[str], *, config: FederationConfig | None = None): ...", True),
+        ("class A:\n    config: ServeConfig", True),
+        ("def f(settings: FleetConfig) -> SimulationConfig: ...", False),
+    ],
+)
+def test_configuration_as_an_argument_is_found(source: str, takes: bool) -> None:
+    assert take_configuration({"a": ast.parse(source)}) == ({"a"} if takes else set())
 
 
 @pytest.mark.integration
