@@ -161,7 +161,7 @@ They are applied after the clip and the noise of a step, and depend on pictures 
 
 ## Server optimizer
 
-`server_optimizer.name` is applied after the clip and the noise at no cost: a mechanism that is private without it is
+`server_optimizer` is applied after the clip and the noise at no cost: a mechanism that is private without it is
 private with it, at the same ε.
 
 | optimizer | reason |

@@ -69,4 +69,4 @@ def build_server_optimizer(config: FederationConfig) -> ServerOptimizer | None:
     """Build the optimizer of `server_optimizer`; None if the mean of a round is the next adapter."""
     chosen = config.server_optimizer
     optimizer = create(OPTIMIZERS, chosen.name, chosen.options, key="server_optimizer")
-    return None if chosen.name == "none" else cast(ServerOptimizer, optimizer)
+    return cast(ServerOptimizer, optimizer) if hasattr(optimizer, "step") else None

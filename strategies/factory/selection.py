@@ -47,9 +47,10 @@ def build_selection(config: FederationConfig, seed: int | None) -> Selection:
 def selection_name(config: FederationConfig) -> str:
     """Return the name of the selection for training: of `selection`, or the one that a key of `cohort` chooses."""
     cohort = config.cohort
-    if cohort.size is None:
-        return "everyone" if cohort.sampling_rate is None else "poisson"
-    return config.selection.name
+    if cohort.size is not None:
+        return config.selection.name
+    key = "cohort.size=null" if cohort.sampling_rate is None else "cohort.sampling_rate"
+    return next(name for name, one in SELECTIONS.items() if getattr(one, "chosen_by", None) == key)
 
 
 def build_evaluation_selection(config: FederationConfig) -> NameSelection:
