@@ -174,6 +174,7 @@ def test_broken_own_yaml_is_one_line(
     assert "broken.yaml" in printed
 
 
+@pytest.mark.integration
 def test_wrong_key_in_own_yaml_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("words", REFUSED)
 def test_option_of_another_component_is_refused(words: str) -> None:
     for composing in (compose, compose_federation):
@@ -68,6 +69,7 @@ def test_refusal_imports_no_torch() -> None:
     assert ran.stdout.splitlines() == list(words)
 
 
+@pytest.mark.integration
 def test_components_of_a_configuration() -> None:
     config = compose("aggregation=exact aggregation.max_rank=9 server_optimizer=fedyogi server_optimizer.lr=0.5")
     assert config.aggregation == ComponentConfig(
@@ -91,6 +93,7 @@ def test_options_of_rules() -> None:
     }
 
 
+@pytest.mark.integration
 def test_groups_of_values() -> None:
     assert compose("").compression.upload == "fp32"
     for precision in ("fp16", "int8", "int4"):
@@ -114,6 +117,7 @@ def test_comments_are_the_meanings() -> None:
     assert group_options("aggregation", "fedsb") == group_options("aggregation", "mine") == {}
 
 
+@pytest.mark.integration
 def test_own_yaml_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Options of a plug-in that a user's own file lists are checked like those of built-in components."""
     (tmp_path / "aggregation").mkdir()
@@ -127,6 +131,7 @@ def test_own_yaml_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     )
 
 
+@pytest.mark.integration
 def test_help_shows_selected_components_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +146,7 @@ def test_help_shows_selected_components_first(
     assert "    planning: device, full" in lines
 
 
+@pytest.mark.integration
 def test_help_of_a_server_has_its_groups(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from server.supervisor.run import main as serve
 

@@ -70,6 +70,7 @@ def test_full_sampling_is_the_gaussian_mechanism() -> None:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), [(1.0, 0.2, 50, 1e-3), (0.84, 0.08, 200, 1e-3)])
 def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float) -> None:
     from opacus.accountants import PRVAccountant, RDPAccountant

@@ -142,6 +142,7 @@ def test_early_stopping_is_within_the_budget(base: Base) -> None:
         assert peak <= granted + beside, f"{(peak - beside) / granted:.3f} of {granted} bytes"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", range(15))
 def test_rows_and_entries_use_the_budget(base: Base, seed: int) -> None:
     pick = random.Random(seed)

@@ -138,6 +138,7 @@ def test_no_examples(base: Base) -> None:
     assert result.shape == (0,)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_is_independent_of_others(base: Base, sampler: str) -> None:
     """It depends on its caption, seed and slot only, for any batch and pass size."""

@@ -72,6 +72,7 @@ def test_own_pictures_join_typeface_writers() -> None:
     assert (data.pictures, data.writers) == (["photos"], 20)
 
 
+@pytest.mark.integration
 def test_known_keys_match_composed_keys() -> None:
     def flat(node: Any, prefix: str = "") -> list[str]:
         keys = []

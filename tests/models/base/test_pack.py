@@ -96,6 +96,7 @@ def test_network_without_other_parts(pipeline_folder: Path, tmp_path: Path) -> N
     assert load(tmp_path / "packed" / "unet", NETWORK)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sharded", [False, True])
 def test_sharded_half_precision_weights(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
     source = Path(shutil.copytree(pipeline_folder, tmp_path / "source"))
@@ -121,6 +122,7 @@ def test_sharded_half_precision_weights(pipeline_folder: Path, tmp_path: Path, s
     assert sum(isinstance(layer, QuantizedLayer) for layer in network.modules()) > 10
 
 
+@pytest.mark.integration
 def test_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "packed"
     arguments = [str(pipeline_folder), "--weights", "int8", "--out", str(out)]
@@ -153,6 +155,7 @@ def test_variant_folder(pipeline_folder: Path, tmp_path: Path, sharded: bool) ->
     assert torch.equal(output(Base(source, sites=ATTENTION)), output(loaded_base))
 
 
+@pytest.mark.integration
 def test_unusable_bases_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
     for i, (spoil, match) in enumerate(
         [

@@ -276,6 +276,7 @@ def tensors(network: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("weights", ["fp32", "mixed"])
 def test_threads_share_weights_but_not_adapters(unet: nn.Module, forward_calls: list[nn.Module], weights: str) -> None:
     model, together = denoiser(unet, weights=weights), Barrier(3, timeout=60)

@@ -129,6 +129,7 @@ def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
     return result.astype(int)
 
 
+@pytest.mark.integration
 def test_kohya_keys(tiny: TinyPipeline, tmp_path: Path) -> None:
     """diffusers reads those of UNets; for Flux only at full width (see test_kohya), and none for SD3."""
     adapted, family = adapter(tiny.base), tiny.base.family

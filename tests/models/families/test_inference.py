@@ -46,6 +46,7 @@ def test_printed_lines_run(tiny: TinyPipeline, tmp_path: Path) -> None:
     assert np.abs(plain - under).max() > 2
 
 
+@pytest.mark.integration
 def test_packed_base_is_reported(pipeline_folder: Path, tmp_path: Path) -> None:
     pack(str(pipeline_folder), tmp_path / "packed", "int8")
     use = loading_snippet(Base(tmp_path / "packed"), tmp_path)

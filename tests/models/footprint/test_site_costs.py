@@ -70,6 +70,7 @@ def test_later_sites_cost_less() -> None:
     )
 
 
+@pytest.mark.integration
 def test_invalid_sites_are_refused() -> None:
     result = costs("pixart")
     for selected in ([], ["nowhere"], [result.sites[0].name, "nowhere"]):

@@ -225,6 +225,7 @@ def test_full_sampling_orders_by_the_sum() -> None:
     assert np.array_equal(np.argsort(result), np.argsort(seen.sum(0)))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
 def test_cosines_estimate_gaussian_epsilon(sigma: float) -> None:
     """Theorem 1 of Andrew et al.: k canaries in d ≫ k dimensions, one release."""

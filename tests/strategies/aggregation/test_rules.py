@@ -58,6 +58,7 @@ def test_empty_rounds_and_invalid_weights_are_refused(rule):
             rule.aggregate(random_adapter(4, 0), [(random_adapter(4, 1), 1.0), (random_adapter(4, 2), weight)], round=1)
 
 
+@pytest.mark.integration
 @rules
 @given(st.data())
 def test_untrained_sites_stay_and_order_does_not_matter(rule, data):

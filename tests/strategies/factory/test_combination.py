@@ -56,6 +56,7 @@ SHARED = (
 )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "overrides",
     [
