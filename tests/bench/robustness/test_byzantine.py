@@ -64,7 +64,7 @@ def test_tuning_and_claim_use_different_data() -> None:
     assert compose(" ".join([*SMALL, *ROBUST])).data.role == "development"
     large = compose(" ".join([*LARGE, *ROBUST]))
     assert (large.data.role, large.data.writers) == ("test", 60)
-    assert large.robust.rules
+    assert large.robust
 
 
 def test_completed_run_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
