@@ -82,6 +82,7 @@ SOURCES: Mapping[str, tuple[Situation, Break, str]] = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", SOURCES)
 def test_broken_source_fails(name: str) -> None:
     situation, breaks, expected = SOURCES[name]

@@ -244,6 +244,7 @@ def test_declaration_decides(monkeypatch, axis, name, declared, refused):
         assert reason is None or declared.reason in reason
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("rate", "rounds", "delta", "participations"),
     [(0.3, 10, 1e-3, {3: 9.6, 6: 15.4}), (0.05, 100, 1e-3, {5: 18.4, 10: 30.5}), (0.01, 200, 1e-5, {2: 15.7, 5: 28.8})],

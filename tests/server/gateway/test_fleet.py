@@ -27,6 +27,7 @@ def pi(served):
     return served.node("pi")
 
 
+@pytest.mark.integration
 def test_honest_exchange(served, pi):
     for size in (0, 100, calls.CHUNK + 10):
         request = served.ask(pi, records(size))

@@ -77,6 +77,7 @@ def count_closed(sockets):
     return count
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("tls", [True, False])
 def test_half_open_heads_do_not_block_others(port, tls):
     connections = []

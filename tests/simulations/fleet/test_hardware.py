@@ -28,6 +28,7 @@ def test_profiles_are_assigned_by_count():
     assert [cycle.count(profile) for profile in fleet.profiles] == [profile.count for profile in fleet.profiles]
 
 
+@pytest.mark.integration
 def test_unstated_hardware_is_predicted():
     phone = "{name: p, device: pixel8, uplink_mbps: 1, downlink_mbps: 1"
     fleet = compose(f"'fleet.profiles=[{phone}}},{phone}, memory_gib: 1, examples_per_second: 0.5, watts: 2}}]'").fleet
