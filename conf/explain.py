@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 from omegaconf import DictConfig
 
-from conf.components import GROUPS, ROBUST
+from conf.components import GROUPS, NAMED, ROBUST
 from conf.groups import choices, group_options, option_keys
 from conf.overrides import quote
 from conf.renames import NO_RENAMES, Renames, present_key, present_option
@@ -58,6 +58,8 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
     """Return every dotted key of a schema, groups and leaves, and those of the components that groups offer."""
     keys = []
     for name, kind in get_type_hints(schema).items():
+        if name == "name" and prefix.removesuffix(".") in NAMED:
+            continue  # set by `group=name`
         keys.append(prefix + name)
         if not prefix and name in (*GROUPS, ROBUST):
             keys += option_keys(name)

@@ -6,7 +6,7 @@ A file of a group has a comment on its component, then `key: value` with a comme
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from common.errors import AntherError
 from conf.components import ROBUST
 
 CONF = Path(__file__).parent
@@ -62,6 +63,19 @@ def group_options(group: str, name: str) -> dict[str, GroupOption]:
     if choice is None:
         return {}
     return {**(group_options(group, choice.base) if choice.base else {}), **choice.own}
+
+
+def refuse_repeated_rules(words: Sequence[str]) -> None:
+    """Raise AntherError for a robust rule that is selected twice: Hydra would merge its keys and apply it once.
+
+    Args:
+        words: words of the command line.
+    """
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        rules = [rule.strip() for rule in value.strip("[]").split(",")] if key == ROBUST else []
+        if "],[" not in value and (repeated := next((rule for rule in rules if rules.count(rule) > 1), None)):
+            raise AntherError(f"{word}: {repeated} is selected twice; name each rule once")
 
 
 def option_keys(group: str) -> list[str]:

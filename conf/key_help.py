@@ -163,11 +163,14 @@ def _group_names(name: str) -> str:
     Args:
         name: name of its YAML file.
     """
+    from conf.simulation_keys import refusal  # it imports all schemas
+
     defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     groups = [group for entry in defaults if isinstance(entry, dict) for group in entry if " " not in group]
     lines = []
     for group in sorted(groups):
         names = sorted({file.stem for file in (CONF / group).glob("*.yaml")} | installed_plugins(group))
+        names = [choice for choice in names if name == "simulate" or refusal(f"{group}={choice}") is None]
         text = f"{group}: {', '.join(names)}"
         lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
     return "\n".join(lines)

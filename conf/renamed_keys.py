@@ -148,7 +148,8 @@ COMPONENTS: tuple[Renamed, ...] = (
 A stored configuration has another form here (`conf.stored_components`): one key became several.
 """
 SELECTED: tuple[Renamed, ...] = tuple(
-    Renamed(f"{group}.name", group) for group in ("aggregation", "selection", "planning", "server_optimizer")
+    Renamed(f"{group}.name", group)
+    for group in ("aggregation", "selection", "server_optimizer", "planning", "round_loop", "grid")
 )
 """Names on a command line that became options of groups. A YAML file of a component keeps its `name`."""
 SERVER: tuple[Renamed, ...] = (

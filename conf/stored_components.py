@@ -66,12 +66,15 @@ _WHOLE = ("max_rank", "pacer_window", "max_selections", "capacity")
 
 
 def present_components(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration in which each component has its own options; one in this form stays as it is."""
+    """Return a stored configuration in which each component has its own options; one in this form stays as it is.
+
+    So does `robust` with a rule that was applied twice, which present configurations can't have.
+    """
     present = dict(settings)
     for group in GROUPS:
         if "name" in present.get(group, {}):
             present[group] = _present_component(group, dict(present[group]))
-    if "rules" in present.get(ROBUST, {}):
+    if "rules" in present.get(ROBUST, {}) and len(set(present[ROBUST]["rules"])) == len(present[ROBUST]["rules"]):
         present[ROBUST] = _present_rules(present[ROBUST])
     if "mode" in (loop := dict(present.get("round_loop", {}))):
         present["round_loop"] = loop = {"name": loop.pop("mode"), **loop}

@@ -48,6 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
+CONF = Path(simulation.__file__).parents[1]
 MISTAKES = {
     "fleet=nope": "fleet=nope: no such option; fleet is one of: halves, laptops, mixed, phones, pis, ranks, "
     "ranks_halves, spread, week",
@@ -70,7 +71,7 @@ MISTAKES = {
     "adapter.sites=[": "adapter.sites=[: can't be read as key=value; quote the value, and all of it for the shell: "
     """'adapter.sites='"'"'['"'"''""",
     "aggregation=fedavg": "aggregation=fedavg: no such option; did you mean fedit (FedAvg of the factors)?; "
-    "aggregation is one of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
+    f"aggregation is one of: {', '.join(sorted(file.stem for file in (CONF / 'aggregation').glob('*.yaml')))}",
     "privacy=exampel": "privacy=exampel: no such option; did you mean example?; privacy is one of: both, device, "
     "example, none",
     "lr=1e-4": "lr: no such key; did you mean server_optimizer.lr or adapter.shared.lr or adapter.personal.lr or "

@@ -37,6 +37,8 @@ REFUSED = {
     "robust.kurm.outlier_fraction=0.4": f"robust.kurm.outlier_fraction: no such rule; did you mean krum?; known are "
     f"{RULES}",
     "robust=[mean]": f"robust=[mean]: no such rule; did you mean median?; known are {RULES}",
+    "robust=[krum,afa,krum]": "robust=[krum,afa,krum]: krum is selected twice; name each rule once",
+    "round_loop.name=async": "round_loop.name=async: renamed to round_loop=async",
     "server_optimizer=lion": "server_optimizer=lion: no such option; server_optimizer is one of: fedadam, fedavgm, "
     "fedyogi, none",
     "planning=devices": "planning=devices: no such option; did you mean device?; planning is one of: device, full",
@@ -153,7 +155,10 @@ def test_help_of_a_server_has_its_groups(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(sys, "argv", ["anther serve", "--help"])
     with pytest.raises(SystemExit):
         serve()
-    section = capsys.readouterr().out.partition("Groups (group=option)\n")[2].partition("Keys of the server")[0]
+    printed = capsys.readouterr().out
+    assert "    preset: metered, private" not in printed
+    assert "    preset: private\n" in printed
+    section = printed.partition("Groups (group=option)\n")[2].partition("Keys of the server")[0]
     groups = [line.partition(":")[0].strip() for line in section.splitlines() if line.startswith("    ")]
     assert groups == [
         "adapter",

@@ -34,6 +34,7 @@ NOW = {
     "planning.name": ["planning"],
     "server_optimizer.name": ["server_optimizer"],
     "round_loop.mode": ["round_loop"],
+    "grid.name": ["grid"],
     "robust.rules": ["robust"],
     "robust.outlier_fraction": ["robust.krum.outlier_fraction", "robust.trimmed_mean.outlier_fraction"],
     "robust.norm_bound": ["robust.norm_bound.bound"],
@@ -118,8 +119,7 @@ def test_present_keys_are_not_refused() -> None:
     refuse_renamed([], renames.SIMULATE)
     for table, schemas in SCHEMAS.values():
         for schema in schemas:
-            # The names of `planning` and `round_loop` are in their YAML files; `robust.norm_bound` is now a group.
-            keys = set(known_keys(schema)) - {"planning.name", "robust.norm_bound"}
+            keys = set(known_keys(schema)) - {"robust.norm_bound"}  # now a group
             refuse_renamed([f"{key}=1" for key in keys], table)
 
 

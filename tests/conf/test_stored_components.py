@@ -89,6 +89,12 @@ def test_forms(group: str, earlier: dict[str, Any], present: dict[str, Any]) -> 
     assert present_components({group: present}) == {group: present}
 
 
+def test_repeated_rule_has_no_present_form() -> None:
+    """Then a run with it is not resumed as one without."""
+    stored = {"robust": {"rules": ["krum", "krum"], **NO_RULES}}
+    assert present_components(stored) == stored
+
+
 def test_order_of_rules_is_kept() -> None:
     present = present_components({"robust": {"rules": ["krum", "afa"], **NO_RULES}})["robust"]
     assert list(present) == ["krum", "afa"]

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from conf.cli import to_object
+from conf.components import NAMED
 from conf.explain import known_keys
 from conf.schemas import simulation
 from conf.schemas.fleet import ProfileConfig
@@ -83,7 +84,7 @@ def test_known_keys_match_composed_keys() -> None:
         return keys
 
     keys = flat(OmegaConf.to_container(OmegaConf.structured(simulation.SimulationConfig)))
-    names = {f"{group}.name" for group in COMPONENTS}  # set by `group=name`
+    names = {f"{group}.name" for group in (*COMPONENTS, *NAMED)}  # set by `group=name`
     known = known_keys(simulation.SimulationConfig)
     assert [key for key in known if key not in options()] == [key for key in keys if key not in names]
     assert options() <= set(known)

@@ -6,6 +6,7 @@ import pytest
 
 from common.errors import AntherError
 from conf.components import ComponentConfig
+from conf.groups import choices
 from conf.schemas.rounds import PlanningConfig
 from privacy.storage import FileStorage
 from server.ledger import ServerLedger
@@ -16,7 +17,7 @@ from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES, bases_file
 
 KNOWN = {
-    "aggregation": "exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
+    "aggregation": ", ".join(choices("aggregation")),
     "robust": "afa, foolsgold, geometric_median, krum, median, norm_bound, replay, trimmed_mean",
     "selection": "deadline, eafl, energy_delay, everyone, oort, poisson, power_of_choice, random, round_robin",
     "server_optimizer": "fedadam, fedavgm, fedyogi, none",
