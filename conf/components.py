@@ -49,7 +49,14 @@ def not_composed() -> Any:
 
 
 def robust_rules(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the options of the rules of a composed group `robust`, by name in the order of selection."""
+    """Return the options of the rules of a composed group `robust`, by name in the order of selection.
+
+    Raises:
+        ValueError: a rule has no keys.
+    """
+    for key, rule in settings.items():
+        if not isinstance(rule, Mapping):
+            raise ValueError(f"robust.{key}={rule}: is a group of keys, not a value")
     named = {rule.get("name", key): rule for key, rule in settings.items()}
     return {name: {key: value for key, value in rule.items() if key != "name"} for name, rule in named.items()}
 

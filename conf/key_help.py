@@ -19,15 +19,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from conf.components import GROUPS, NAMED, ROBUST
+from conf.explain import known_keys
 from conf.groups import CONF, PLUG_IN, GroupOption, choices, group_options
 from conf.plugin_options import installed_plugins, plugin_key
+from conf.renames import settings_of
 
 WIDTH = 118
 _COLUMN = 44
 """Characters of `key=value` before its meaning starts on the same line."""
 KEYS, GROUP_NAMES = "anther_keys", "anther_groups"
 """Interpolated by the help templates: `${anther_keys:module,class}`, or followed by the names of the groups to list;
-and `${anther_groups:configuration}`."""
+and `${anther_groups:configuration,module,class}`."""
 
 
 @cache
@@ -157,23 +159,30 @@ def _resolve(module: str, name: str, *only: str, _root_: DictConfig) -> str:
     return key_help(getattr(importlib.import_module(module), name), _root_, only)
 
 
-def _group_names(name: str) -> str:
-    """List the groups of an application with the names of their options.
+def _group_names(name: str, module: str, schema: str) -> str:
+    """List the groups of an application with the names of their options; without presets that set other keys.
 
     Args:
         name: name of its YAML file.
+        module: module of its schema.
+        schema: class of its schema.
     """
-    from conf.simulation_keys import refusal  # it imports all schemas
-
     defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     groups = [group for entry in defaults if isinstance(entry, dict) for group in entry if " " not in group]
+    keys = {*known_keys(getattr(importlib.import_module(module), schema)), *groups}
     lines = []
     for group in sorted(groups):
         names = sorted({file.stem for file in (CONF / group).glob("*.yaml")} | installed_plugins(group))
-        names = [choice for choice in names if name == "simulate" or refusal(f"{group}={choice}") is None]
+        if group == "preset":
+            names = [preset for preset in names if _keys_of(preset) <= keys]
         text = f"{group}: {', '.join(names)}"
         lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
     return "\n".join(lines)
+
+
+def _keys_of(preset: str) -> set[str]:
+    """Return the keys that a preset sets, and the groups that it selects."""
+    return {word.partition("=")[0] for word in settings_of(CONF / "preset" / f"{preset}.yaml", CONF)}
 
 
 def register_resolvers() -> None:

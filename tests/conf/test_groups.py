@@ -37,6 +37,7 @@ REFUSED = {
     "robust.kurm.outlier_fraction=0.4": f"robust.kurm.outlier_fraction: no such rule; did you mean krum?; known are "
     f"{RULES}",
     "robust=[mean]": f"robust=[mean]: no such rule; did you mean median?; known are {RULES}",
+    "+robust.krum=3": "robust.krum=3: is a group of keys, not a value",
     "robust=[krum,afa,krum]": "robust=[krum,afa,krum]: krum is selected twice; name each rule once",
     "round_loop.name=async": "round_loop.name=async: renamed to round_loop=async",
     "server_optimizer=lion": "server_optimizer=lion: no such option; server_optimizer is one of: fedadam, fedavgm, "

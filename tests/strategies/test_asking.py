@@ -128,7 +128,7 @@ SELECTIONS: dict[str, Callable[[], Selection]] = {
     "oort": lambda: Oort(size=2, seed=3, settings=FAST),
     "sample": lambda: Sample(size=2, seed=0),
     "energy delay": lambda: EnergyDelay(size=2, candidate_factor=2.0, seed=0),
-    "deadline": lambda: Deadline(size=2, seconds=1.0, candidate_factor=2.0, seed=0),
+    "deadline": lambda: Deadline(size=2, deadline=1.0, candidate_factor=2.0, seed=0),
 }
 
 
@@ -158,7 +158,7 @@ def test_central_dp_schedule_ignores_unable_devices(tmp_path: Path, selection: s
     ("changes", "reason"),
     [
         (
-            {"selection": EAFL(size=2, seed=0, weight=0.5, settings=SETTINGS)},
+            {"selection": EAFL(size=2, seed=0, utility_weight=0.5, settings=SETTINGS)},
             "selection eafl depends on the state of a device",
         ),
         ({"limits": PlanLimits(battery_share=0.5)}, "the battery charge of a device is private with privacy=device"),
