@@ -38,15 +38,18 @@ def events(sigma: float, rate: float, steps: int) -> list[PoissonGaussian]:
     return [PoissonGaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps)]
 
 
+KNOWN = [
+    (10 / 50, 50, 1e-3, {1: 3.82, 4: 1.41, 8: 0.93}),
+    (16 / 200, 200, 1e-3, {1: 3.07, 4: 1.19, 8: 0.84}),
+    (32 / 1000, 500, 1e-4, {1: 2.44, 4: 0.99, 8: 0.74}),
+    (1.0, 5, 1e-3, {1: 5.76, 4: 1.84, 8: 1.07}),
+]
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("rate", "steps", "delta", "sigmas"),
-    [
-        (10 / 50, 50, 1e-3, {1: 3.82, 4: 1.41, 8: 0.93}),
-        (16 / 200, 200, 1e-3, {1: 3.07, 4: 1.19, 8: 0.84}),
-        (32 / 1000, 500, 1e-4, {1: 2.44, 4: 0.99, 8: 0.74}),
-        (1.0, 5, 1e-3, {1: 5.76, 4: 1.84, 8: 1.07}),
-    ],
+    sampled(KNOWN, [KNOWN[0], KNOWN[-1]]),
 )
 def test_known_noise_multipliers(rate: float, steps: int, delta: float, sigmas: dict[int, float]) -> None:
     """σ for ε = 1, 4, 8, computed independently of this code."""

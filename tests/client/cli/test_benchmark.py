@@ -72,7 +72,7 @@ def test_profile_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
-    assert benchmark.main(["--like", "pixel8", "--seconds", "0.4"]) == 0
+    assert benchmark.main(["--like", "pixel8", "--seconds", "0.2"]) == 0
     assert "anther device plan device=this" in capsys.readouterr().out
     own, like = compose_plan([], tmp_path / "home" / PROFILE).device, compose_plan(["device=pixel8"], tmp_path).device
     assert (own.watts_busy, own.watts_idle, own.battery_wh) == (like.watts_busy, like.watts_idle, like.battery_wh)

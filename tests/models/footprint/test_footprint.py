@@ -97,7 +97,12 @@ def test_convolution_adapters() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("kind", "weights"), [("flux", "fp32"), ("unet", "mixed"), ("pixart", "nf4"), ("sd3", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    sampled(
+        [("flux", "fp32"), ("unet", "mixed"), ("pixart", "nf4"), ("sd3", "int8")], [("unet", "mixed"), ("flux", "fp32")]
+    ),
+)
 def test_base_bytes_exclude_codes(kind: str, weights: str) -> None:
     """Codes are pages of a file."""
     network = real(SMALL[kind], weights=weights).network
