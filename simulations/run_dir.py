@@ -30,8 +30,7 @@ def config_hash(config: SimulationConfig) -> str:
     It names the run, and random numbers derive from that name, so keys have their first names here: a renamed key
     changes neither.
     """
-    settings = first_settings(_settings(config), SIMULATE)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return _hash(_settings(config))
 
 
 def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
@@ -56,12 +55,7 @@ def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
         raise AntherError(
             f"{file}: damaged ({error}): this run can't be resumed, start a new one in another folder"
         ) from error
-    if record["config_hash"] != config_hash(config):
-        # An option with its default value once had another hash than none.
-        differences = _differences(present_settings(record["config"], SIMULATE), _settings(config))
-        changed = [f"{key} was {old}, now {new}" for key, old, new in differences]
-        if not changed:
-            return record
+    if record["config_hash"] != config_hash(config) and (changed := _changes(record["config"], config)):
         raise AntherError(
             f"{folder}: holds a different run ({'; '.join(changed[:3])}): resume it with its own settings"
         )
@@ -101,6 +95,11 @@ def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, 
     return int(record["memory"])
 
 
+def _hash(settings: dict[str, Any]) -> str:
+    first = first_settings(settings, SIMULATE)
+    return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
+
+
 def _settings(config: SimulationConfig) -> dict[str, Any]:
     """Return all settings except `resume`, and except added settings with the value that earlier runs used."""
     settings = as_settings(config)
@@ -110,6 +109,17 @@ def _settings(config: SimulationConfig) -> dict[str, Any]:
         if settings[group].get(name) == before:
             del settings[group][name]
     return settings
+
+
+def _changes(stored: dict[str, Any], config: SimulationConfig) -> list[str]:
+    """List the changes of a stored configuration.
+
+    There may be none if their hashes differ: in earlier versions an option with its default value had another hash than
+    an option that was not set.
+    """
+    present, settings = present_settings(stored, SIMULATE), _settings(config)
+    changed = [f"{key} was {old}, now {new}" for key, old, new in _differences(present, settings)]
+    return changed or ([] if _hash(present) == _hash(settings) else ["robust has another order"])
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

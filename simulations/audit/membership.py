@@ -70,7 +70,8 @@ class FinishedRun:
     @property
     def group_key(self) -> str:
         """Return the configuration without the seed: runs that differ only in their seed form one group."""
-        return json.dumps({**as_settings(self.config), "seed": None, "resume": None}, sort_keys=True)
+        settings = {**as_settings(self.config), "robust": list(self.config.robust.items())}  # their order counts
+        return json.dumps({**settings, "seed": None, "resume": None}, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,6 +198,14 @@ def test_option_with_its_default_hashes_as_before() -> None:
     assert run_dir.config_hash(compose(f"{given} server_optimizer.lr=0.003")) == run_dir.config_hash(compose(given))
 
 
+def test_order_of_robust_rules_counts(tmp_path: Path) -> None:
+    words = "aggregation=fedit data.writers=0 data.pictures=[x]"
+    run_dir.claim(tmp_path / "run", compose(f"{words} robust=[krum,norm_bound]"), ASSETS, memory=7)
+    assert run_dir.check(tmp_path / "run", compose(f"{words} robust=[krum,norm_bound] resume=true"))
+    with pytest.raises(AntherError, match=r"holds a different run \(robust has another order\)"):
+        run_dir.check(tmp_path / "run", compose(f"{words} robust=[norm_bound,krum] resume=true"))
+
+
 def test_run_with_an_explicit_default_is_resumed(tmp_path: Path) -> None:
     """Earlier versions gave it another hash, which is still the run's name."""
     config = compose("aggregation=fedit server_optimizer=fedadam server_optimizer.lr=0.003")
