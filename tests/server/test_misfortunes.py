@@ -6,9 +6,7 @@ Whether a reply is valid hardly depends on the rule: each rule meets two misfort
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from conf.compose import compose
 from models.lora.adapter import init_adapter, rank
 from models.lora.lora_xs import zero_adapter
 from protocol.messages import Update
@@ -27,10 +24,10 @@ from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
 from strategies.flower_strategy import FlowerStrategy
 from strategies.registry import AGGREGATIONS
+from tests.helpers.configs import compose
 from tests.helpers.fleet import REPORT, SITES, FakeDevice, bases_file, handle, perform
 
 NAMES = "abcd"
-compose_once = cache(compose)
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +76,11 @@ def spoil(change: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
     return lambda reply: change(reply) if isinstance(reply, Update) and reply.round in in_rounds else reply
 
 
-def make_strategy(name: str, folder: Path, *, idle: bool = False) -> tuple[FlowerStrategy, RunState]:
-    config = deepcopy(compose_once("adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4"))
-    config.aggregation = deepcopy(compose_once(f"aggregation={name}").aggregation)
-    config.cohort.eligibility.idle = idle
-    if name == "fedsb":
-        config.adapter.lora_xs_bases = str(bases_file(folder))
+def make_strategy(name: str, folder: Path, overrides: str = "") -> tuple[FlowerStrategy, RunState]:
+    option = f"adapter.lora_xs_bases={bases_file(folder)}" if name == "fedsb" else ""
+    config = compose(
+        f"aggregation={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {overrides}"
+    )
     plan = training_plan(config, run="run", base="base")
     federated = build(config, plan, SITES, accept_simulated=True)
     bases = federated.format.lora_xs_bases
@@ -155,7 +151,7 @@ def test_mixed_ranks_and_sites(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_no_eligible_devices(name: str, tmp_path: Path) -> None:
-    federated, state = make_strategy(name, tmp_path, idle=True)
+    federated, state = make_strategy(name, tmp_path, "cohort.eligibility.idle=true")
     devices = [FakeDevice(device, report=replace(REPORT, device=device, busy=True)) for device in NAMES]
     final = run(federated, state, devices, tmp_path / "checkpoints")
     assert [(done.train.asked, done.train.replied) for done in final.history if done.train] == 3 * [(0, 0)]

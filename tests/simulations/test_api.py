@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from simulations import simulate
 from simulations.report.time_left import work_after_rounds
 from simulations.run import resume_command
+from tests.helpers.configs import compose
 from tests.helpers.simulations import BARE, TINY, run
 
 

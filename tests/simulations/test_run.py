@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from simulations.run import check_time
+from tests.helpers.configs import compose
 from tests.helpers.simulations import BARE, command, own_pictures, results, run, send_signal_at, start
 
 

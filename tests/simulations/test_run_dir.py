@@ -12,13 +12,14 @@ from PIL import Image
 
 from common.errors import AntherError
 from conf.compose import compose
+from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
 from privacy.storage import FileStorage
 from simulations import run_dir
 from simulations.fleet.participants import own_pictures_hash, participants
+from tests.helpers import configs
 from tests.helpers.simulations import own_pictures
 
-FRESH, RESUMED = compose("data.writers=0 data.pictures=[x]"), compose("data.writers=0 data.pictures=[x] resume=true")
 ASSETS = {"base": "b", "data": "d"}
 HASHES = [
     (
@@ -108,6 +109,14 @@ HASHES = [
 """Hashes of commit b4ce858 for the same settings under its keys, such as `robust.rules=…` and `round_loop.mode=…`."""
 
 
+def fresh(overrides: str = "") -> SimulationConfig:
+    return configs.compose(f"data.writers=0 data.pictures=[x] {overrides}")
+
+
+def resumed() -> SimulationConfig:
+    return fresh("resume=true")
+
+
 def replace_one(folder: Path) -> None:
     Image.new("RGB", (40, 30), (1, 2, 3)).save(folder / "0.png")
 
@@ -128,14 +137,14 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path) -> None:
         return digest
 
     before = current_hash()
-    run_dir.claim(tmp_path / "run", FRESH, {**ASSETS, run_dir.PICTURES: before}, memory=7)
-    assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9) == 7
+    run_dir.claim(tmp_path / "run", fresh(), {**ASSETS, run_dir.PICTURES: before}, memory=7)
+    assert run_dir.claim(tmp_path / "run", resumed(), {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9) == 7
     for change in (replace_one, rename_caption):
         shutil.rmtree(mine)
         own_pictures(mine)
         change(mine)
         with pytest.raises(AntherError, match="was run with another set of pictures"):
-            run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
+            run_dir.claim(tmp_path / "run", resumed(), {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
 
 
 @pytest.mark.integration
@@ -147,16 +156,16 @@ def test_writers_have_no_own_pictures(base: Base, tmp_path: Path) -> None:
 
 
 def test_older_run_is_resumed_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
+    run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
     assert "background" not in json.loads((tmp_path / "run/run.json").read_text())["config"]["data"]
-    assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: "p"}, memory=9) == 7
+    assert run_dir.claim(tmp_path / "run", resumed(), {**ASSETS, run_dir.PICTURES: "p"}, memory=9) == 7
     assert "is unknown" in caplog.text
 
 
 def test_added_setting_counts_if_set(tmp_path: Path) -> None:
     black = compose("data.writers=0 data.pictures=[x] data.background=black resume=true")
-    assert run_dir.config_hash(black) != run_dir.config_hash(FRESH)
-    run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
+    assert run_dir.config_hash(black) != run_dir.config_hash(fresh())
+    run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
     with pytest.raises(AntherError, match=r"data\.background was None, now black"):
         run_dir.check(tmp_path / "run", black)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from conf.compose import compose
 from models.base.base import Base
 from models.lora.adapter import Adapter, init_adapter
 from privacy.storage import FileStorage
@@ -21,13 +19,13 @@ from simulations.fleet.participants import participants
 from simulations.grid.cohort import CohortGrid
 from strategies.factory.full_plan import training_plan
 from strategies.factory.strategy import build
+from tests.helpers.configs import compose
 from training.engine import perform
 
 TINY = (
     "data.writers=2 data.validation=1 rounds=3 adapter.shared.rank=4 adapter.shared.steps=2 "
     "adapter.shared.batch_size=2 adapter.shared.lr=1e-2"
 )
-compose_once = cache(compose)
 GUARANTEES = {"open": "privacy=none", "example": "privacy=example", "device": "privacy=device"}
 
 
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def federated(base: Base, folder: Path, overrides: str, *, saved: RunState | None = None, rounds: int = 2) -> RunState:
-    config = deepcopy(compose_once(f"{TINY} {overrides}"))
+    config = compose(f"{TINY} {overrides}")
     plan = training_plan(config, run="run", base=base.hash)
     ledger = ServerLedger(FileStorage(folder / "server")) if config.privacy.of_devices else None
     strategy = build(config, plan, base.sites, accept_simulated=True, ledger=ledger)

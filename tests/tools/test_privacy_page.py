@@ -1,15 +1,12 @@
 """docs/privacy.md matches the code: combinations that run complete a round, others are refused for the given reason."""
 
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from common.errors import AntherError
 from conf.components import ComponentConfig
-from conf.compose import compose
 from models.lora.adapter import init_adapter
 from models.lora.lora_xs import zero_adapter
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
@@ -28,6 +25,7 @@ from strategies.round.request import RoundStart
 from strategies.selection import Sampling
 from strategies.validation.combination import LEVELS, Combination, combination_with, combinations
 from strategies.validation.privacy import incompatibility, refusal_reason
+from tests.helpers.configs import compose
 from tests.helpers.fleet import SITES, FakeDevice, bases_file, handle, perform
 from tests.helpers.strategies import train_round
 from tools.privacy_page import page
@@ -47,9 +45,6 @@ KEYS = {
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
-compose_once = cache(compose)
-
-
 def names(selected: Combination):
     """Return the names of the components on each axis, and the level."""
     return {
@@ -65,11 +60,11 @@ def names(selected: Combination):
 def configure(selected: Combination, folder: Path):
     """Join parts that are composed once each: composing each cell would take half of the time."""
     chosen = names(selected)
-    config = deepcopy(compose_once("rounds=2 data.writers=4 adapter.shared.rank=3 adapter.shared.steps=1"))
-    asked = compose_once(SELECTION_OPTIONS[chosen["selection"]])
-    config.selection, config.cohort, config.planning = deepcopy((asked.selection, asked.cohort, asked.planning))
-    config.aggregation = deepcopy(compose_once(f"aggregation={chosen['aggregation']}").aggregation)
-    config.privacy = deepcopy(compose_once(f"privacy={chosen['level']}").privacy)
+    config = compose("rounds=2 data.writers=4 adapter.shared.rank=3 adapter.shared.steps=1")
+    asked = compose(SELECTION_OPTIONS[chosen["selection"]])
+    config.selection, config.cohort, config.planning = asked.selection, asked.cohort, asked.planning
+    config.aggregation = compose(f"aggregation={chosen['aggregation']}").aggregation
+    config.privacy = compose(f"privacy={chosen['level']}").privacy
     config.robust = {name: {} for name in chosen["robust"]}
     config.round_loop.name = chosen["timing"]
     config.round_loop.buffer_size = config.round_loop.concurrency = 10 if chosen["timing"] == "async" else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conf.compose import compose
 from models.base.base import load
 from models.files import assets
 from models.lora.lora_xs import load_bases
+from tests.helpers.configs import compose
 from typefaces.find_bases import RANK, SITES, compute_bases, leading_eigenvectors
 
 

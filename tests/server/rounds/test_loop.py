@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from common.errors import AntherError
-from conf.compose import compose
 from models.lora.adapter import to_tensors
 from protocol import records
 from protocol.messages import Evaluation, EvaluationPrivacy, ExamplePrivacy, Personalize, Update
@@ -20,6 +19,7 @@ from strategies.aggregation.fedit import FedIT
 from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection import Sampling
 from strategies.selection.sample import Sample
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
 
 

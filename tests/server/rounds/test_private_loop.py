@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from common.errors import AntherError
-from conf.compose import compose
 from models.lora.adapter import to_tensors
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon, with_strict
 from privacy.central import AdaptiveClip, GaussianMechanism
@@ -18,6 +17,7 @@ from server.rounds.federation import federate
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
 from tests.helpers.central import BUDGET, EXPECTED, Z, poisson, private
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform
 
 SECRET = {"budget": replace(BUDGET, participations=None), "sampling_rate": 0.5}

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from common.errors import AntherError
-from conf.compose import compose
 from models.lora.adapter import adapter_shapes, to_tensors
 from privacy.storage import FileStorage
 from protocol import messages, quantization
@@ -29,6 +28,7 @@ from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
+from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, strategy
 from tests.helpers.timed_fleet import RUNTIME, timed_grid, virtual_device
 

@@ -20,7 +20,6 @@ import pytest
 
 from common import atomic_files
 from common.errors import AntherError
-from conf.compose import compose
 from conf.schemas.audit import AuditConfig, MembershipConfig
 from models.base.base import Base
 from models.lora.adapter import Adapter
@@ -36,6 +35,7 @@ from simulations.audit.membership import CONTROL, candidates
 from simulations.audit.verdicts import AuditResults, ClaimResult
 from simulations.fleet.participants import writers
 from tests.helpers.broken_mechanisms import ScaledNoise
+from tests.helpers.configs import compose
 from tests.helpers.reference_trainer import nonzero_adapter
 from tests.privacy.audit.test_membership import trial
 from tests.server.rounds.test_checkpoint import device, round_
