@@ -25,7 +25,7 @@ from yaml import YAMLError
 from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.terminal import discard_output, use_plain_output
 from conf.explain import explain, known_keys
-from conf.groups import refuse_repeated_rules
+from conf.groups import refuse_wrong_selections
 from conf.key_help import register_resolvers
 from conf.overrides import prepare_overrides
 from conf.plugin_options import offer_plugins
@@ -75,7 +75,7 @@ def hydra_application(
             register_resolvers()
             try:
                 refuse_renamed(sys.argv[1:], renames)
-                refuse_repeated_rules(sys.argv[1:])
+                refuse_wrong_selections(sys.argv[1:])
                 if check is not None:
                     check(sys.argv[1:])
                 offer_plugins(sys.argv[1:])

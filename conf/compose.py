@@ -16,7 +16,7 @@ from yaml import YAMLError
 from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
-from conf.groups import refuse_repeated_rules
+from conf.groups import refuse_wrong_selections
 from conf.overrides import prepare_overrides
 from conf.plugin_options import offer_plugins
 from conf.renames import SIMULATE, refuse_renamed
@@ -83,7 +83,7 @@ def _split(overrides: str | Sequence[str]) -> list[str]:
 def _compose(name: str, schema: type, words: list[str]) -> Any:
     """Compose `conf/<name>.yaml`, with errors in one line."""
     refuse_renamed(words, SIMULATE)
-    refuse_repeated_rules(words)
+    refuse_wrong_selections(words)
     offer_plugins(words)
     words = prepare_overrides(words, schema)
     try:

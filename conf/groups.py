@@ -19,6 +19,9 @@ from conf.components import ROBUST
 
 CONF = Path(__file__).parent
 """Folder of the Hydra groups."""
+SEVERAL = (ROBUST, "preset")
+"""Groups that accept several choices."""
+_LIST = re.compile(r"\[[^\[\]]*\]")  # one list; several are a sweep
 _KEY = re.compile(r"(?P<key>\w+):(?P<value>[^#]*)(?:# ?(?P<comment>.*))?")
 _OTHER_FILE = re.compile(r"  - (?!_self_)(\w+)")
 _COMMAND = re.compile(r"\s*anther simulate .*")
@@ -65,16 +68,23 @@ def group_options(group: str, name: str) -> dict[str, GroupOption]:
     return {**(group_options(group, choice.base) if choice.base else {}), **choice.own}
 
 
-def refuse_repeated_rules(words: Sequence[str]) -> None:
-    """Raise AntherError for a robust rule that is selected twice: Hydra would merge its keys and apply it once.
+def refuse_wrong_selections(words: Sequence[str]) -> None:
+    """Refuse several choices of a group that has one, and a rule that is selected twice: Hydra would merge their keys.
 
     Args:
         words: words of the command line.
+
+    Raises:
+        AntherError: a word selects more than its group takes.
     """
     for word in words:
-        key, _, value = word.lstrip("+").partition("=")
-        rules = [rule.strip() for rule in value.strip("[]").split(",")] if key == ROBUST else []
-        if "],[" not in value and (repeated := next((rule for rule in rules if rules.count(rule) > 1), None)):
+        group, _, value = word.lstrip("+").partition("=")
+        if not _LIST.fullmatch(value) or not (CONF / group).is_dir():
+            continue
+        selected = [choice.strip() for choice in value[1:-1].split(",")]
+        if group not in SEVERAL and len(selected) > 1:
+            raise AntherError(f"{word}: {group} has one choice; use {group}={selected[-1]}")
+        if repeated := next((choice for choice in selected if selected.count(choice) > 1), None):
             raise AntherError(f"{word}: {repeated} is selected twice; name each rule once")
 
 

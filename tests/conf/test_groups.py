@@ -39,6 +39,8 @@ REFUSED = {
     "robust=[mean]": f"robust=[mean]: no such rule; did you mean median?; known are {RULES}",
     "+robust.krum=3": "robust.krum=3: is a group of keys, not a value",
     "robust=[krum,afa,krum]": "robust=[krum,afa,krum]: krum is selected twice; name each rule once",
+    "aggregation=[exact,fedit]": "aggregation=[exact,fedit]: aggregation has one choice; use aggregation=fedit",
+    "privacy=[none,example]": "privacy=[none,example]: privacy has one choice; use privacy=example",
     "round_loop.name=async": "round_loop.name=async: renamed to round_loop=async",
     "server_optimizer=lion": "server_optimizer=lion: no such option; server_optimizer is one of: fedadam, fedavgm, "
     "fedyogi, none",
