@@ -47,6 +47,7 @@ def run(words: Sequence[str]) -> int:
         print(f"error: {unknown(words)}", file=sys.stderr)
         return USAGE
     name, remaining = command
+    ours = sys.argv
     try:
         module = importlib.import_module(COMMANDS[name].module)
         sys.argv = [f"anther {name}", *remaining]  # as if the module was run by `python -m`
@@ -56,6 +57,8 @@ def run(words: Sequence[str]) -> int:
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
+    finally:
+        sys.argv = ours
 
 
 def find(words: Sequence[str]) -> tuple[str, list[str]] | None:

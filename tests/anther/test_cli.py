@@ -161,6 +161,12 @@ def test_unknown_benchmark_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == "error: anther bench gat: no such benchmark; did you mean gate?\n"
 
 
+def test_caller_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebook", "x"])
+    assert cli.main(["bench", "nothing"]) == cli.USAGE
+    assert sys.argv == ["notebook", "x"]
+
+
 def test_benchmark_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "gate", "--help"])
