@@ -196,6 +196,7 @@ def test_every_renamed_key_hashes_as_before(settings: str, first: str) -> None:
     assert run_dir.config_hash(compose(settings)) == first
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("before", "settings"), HASHES)
 def test_components_hash_as_before(before: str, settings: str) -> None:
     assert run_dir.config_hash(compose(settings)) == before

@@ -176,6 +176,7 @@ def build_rule(name):
     return build_aggregation(compose(given))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_rotation_is_declared(name):
     """Aggregate unchanged updates, from factors that the rule could have produced."""

@@ -91,12 +91,14 @@ def test_yaml_has_the_options_of_the_class(group: str, name: str) -> None:
     assert all(len(option.meaning) > 1 for option in group_options(group, name).values())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("words", SHIPPED)
 def test_shipped_options_are_accepted(words: str) -> None:
     size = "cohort.size=2" if words.startswith("selection") else ""
     check_configuration(compose(f"{words} {size} {NEEDS.get(words, '')}"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("words", CHECKED)
 def test_wrong_value_is_refused(words: str) -> None:
     with pytest.raises(AntherError) as refused:
