@@ -55,12 +55,12 @@ class Block(nn.Module):
 class JudgeNetwork(nn.Module):
     """Network of the judge: [B, 1, 64, 64] in [-1, 1] -> (glyph logits [B, 62], unit style embedding [B, 128])."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, dropout: float = 0.1) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, WIDTHS[0], 3, 2, 1)
+        self.stem = nn.Conv2d(1, widths[0], 3, 2, 1)
         self.stages = nn.ModuleList()
-        inputs = WIDTHS[0]
-        for width in WIDTHS:
+        inputs = widths[0]
+        for width in widths:
             stride = 1 if width == inputs else 2
             self.stages.append(
                 nn.Sequential(
@@ -68,8 +68,8 @@ class JudgeNetwork(nn.Module):
                 )
             )
             inputs = width
-        self.glyph = nn.Sequential(nn.Dropout(0.1), nn.Linear(WIDTHS[-1], len(GLYPHS)))
-        self.style = nn.Linear(sum(WIDTHS[1:]), STYLE)
+        self.glyph = nn.Sequential(nn.Dropout(dropout), nn.Linear(widths[-1], len(GLYPHS)))
+        self.style = nn.Linear(sum(widths[1:]), STYLE)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         hidden, pooled = self.stem(images), []
@@ -110,11 +110,11 @@ class Judge:
 def load(folder: Path | str = FOLDER, device: str = "cpu") -> Judge:
     """Load the judge in a folder (default: the shipped one) in fp32."""
     folder = Path(folder)
-    network = JudgeNetwork()
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["glyphs"] != GLYPHS:
             raise AntherError(f"{folder}: this judge was trained on other characters: use another one")
+        network = JudgeNetwork(config.get("widths", WIDTHS))
         network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise AntherError(f"{folder}: holds no judge: train one with python -m typefaces.train_judge") from error

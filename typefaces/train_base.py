@@ -8,7 +8,7 @@ StableDiffusionPipeline layout with metrics.json, and contact sheets.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from typefaces.judge import load as load_judge
 from typefaces.pretraining import architecture, corpus, evaluation
 from typefaces.pretraining.diffusion import denoising_loss, drop_captions
 from typefaces.pretraining.loop import train
+from typefaces.pretraining.pen import center_lines, draw, draw_radii
 from typefaces.pretraining.vae import encode, reconstruction_loss, reparameterize, scaling_factor
 
 PLACES = corpus.Jitter(shift=0.08, width=0.12, height=0.12, slant=0.3, weight=0.8)  # augmentation for the autoencoder
 STYLES = corpus.Jitter(width=0.12, slant=0.25, weight=0.7)  # for the denoiser; baselines don't move
 BEND = 0.03
+PEN_BEND = 0.06
 
 
 def torch_device(config: PretrainingConfig) -> torch.device:
@@ -50,8 +52,15 @@ def load_public_families(config: PretrainingConfig) -> tuple[list[dataset.Typefa
     return training, held
 
 
-def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
-    """Train the autoencoder on jittered glyphs uint8 [N, 1, 64, 64]."""
+def train_vae(config: TrainBaseConfig, images: Tensor, nearness: Tensor | None) -> AutoencoderKL:
+    """Train the autoencoder on jittered glyphs, printed and drawn with a pen.
+
+    Args:
+        config: configuration of the run.
+        images: glyphs, uint8 [N, 1, 64, 64].
+        nearness: their center lines (`pretraining.pen`), uint8 [N, 1, 64, 64]; None: none is drawn with a pen.
+    """
+    penned = 0 if nearness is None else round(config.pen * config.vae.batch_size)
     vae = architecture.autoencoder().to(images.device)
 
     def code(pictures: Tensor) -> Tensor:
@@ -65,7 +74,9 @@ def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
 
     def loss(generator: Generator) -> Tensor:
         rows = torch.randint(len(images), (config.vae.batch_size,), generator=generator, device=images.device)
-        pictures = corpus.apply_jitter(corpus.normalize(images[rows]), PLACES.draw(len(rows), generator))
+        pictures = draw_printed(images[rows[penned:]], generator)
+        if nearness is not None and penned:
+            pictures = torch.cat([pictures, draw_penned(nearness[rows[:penned]], PLACES, generator)])
         latents, kl = reparameterize(code(pictures), generator)
         return reconstruction_loss(decode(latents), pictures) + config.kl_weight * kl
 
@@ -74,17 +85,36 @@ def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
     )
 
 
-def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode each glyph and jittered copies of it to unscaled latents [N, variants, 4, 16, 16].
+def draw_printed(images: Tensor, generator: Generator) -> Tensor:
+    """Return jittered glyphs in [-1, 1] from uint8 images [B, 1, 64, 64]."""
+    return corpus.apply_jitter(corpus.normalize(images), PLACES.draw(len(images), generator))
+
+
+def draw_penned(nearness: Tensor, jitter: corpus.Jitter, generator: Generator) -> Tensor:
+    """Draw center lines, jittered and bent, with a random pen.
+
+    Args:
+        nearness: uint8 [B, 1, 64, 64].
+        jitter: ranges of the augmentation; its weight is not used, since the pen has a width.
+        generator: generator of the augmentation and the pens.
+    """
+    values = replace(jitter, weight=0.0).draw(len(nearness), generator)
+    lines = corpus.warp(corpus.apply_jitter(corpus.normalize(nearness), values), PEN_BEND, generator)
+    return draw(lines, draw_radii(len(nearness), generator))
+
+
+def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor, nearness: Tensor | None) -> Tensor:
+    """Encode each glyph and copies of it, jittered or drawn with a pen, to unscaled latents [N, variants, 4, 16, 16].
 
     Args:
         config: sets seed and number of variants.
         vae: trained autoencoder.
         images: uint8 [N, 1, 64, 64].
+        nearness: their center lines, uint8 [N, 1, 64, 64]; None: none is drawn with a pen.
     """
     generator = Generator(images.device).manual_seed(config.seed)
-    variants = []
-    for variant in range(config.variants):
+    variants, penned = [], 0 if nearness is None else round(config.pen * config.variants)
+    for variant in range(config.variants - penned):
         parts = []
         for part in images.split(2048):
             pictures = corpus.normalize(part)
@@ -93,6 +123,10 @@ def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor)
                 pictures = corpus.warp(pictures, BEND, generator)
             parts.append(encode(vae, pictures))
         variants.append(torch.cat(parts))
+    for _ in range(penned):
+        assert nearness is not None
+        drawn = (draw_penned(part, STYLES, generator) for part in nearness.split(2048))
+        variants.append(torch.cat([encode(vae, pictures) for pictures in drawn]))
     return torch.stack(variants, dim=1)
 
 
@@ -208,8 +242,9 @@ def main(config: TrainBaseConfig) -> None:
     torch.set_float32_matmul_precision("high")
     training, held = load_public_families(config)
     images = corpus.pictures(training).to(device)
-    vae = train_vae(config, images)
-    latents = encode_variants(config, vae, images)
+    nearness = center_lines(images) if config.pen else None
+    vae = train_vae(config, images, nearness)
+    latents = encode_variants(config, vae, images, nearness)
     vae.register_to_config(scaling_factor=scaling_factor(latents))
     torch.manual_seed(config.seed)  # same initial weights whether or not the autoencoder was resumed
     model = train_denoiser(config, latents * vae.config.scaling_factor)

@@ -89,6 +89,8 @@ class TrainBaseConfig(PretrainingConfig):
     """Probability that a caption is dropped, for classifier-free guidance."""
     variants: int = 4
     """Latents per glyph: the glyph itself and variants - 1 jittered copies."""
+    pen: float = 0.0
+    """Fraction of the autoencoder's pictures, and of the variants, that is drawn with a pen."""
     judge: str | None = None
     """Folder of a judge that measures the samples' legibility; null: not measured."""
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
@@ -106,6 +108,8 @@ class TrainBaseConfig(PretrainingConfig):
             raise ValueError(f"kl_weight={self.kl_weight}: must not be negative")
         if self.min_snr is not None and not self.min_snr > 0:
             raise ValueError(f"min_snr={self.min_snr}: must be positive, or null")
+        if not 0 <= self.pen < 1:
+            raise ValueError(f"pen={self.pen}: must be in [0, 1)")
         for name in ("variants", "sampling_steps", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -122,6 +126,18 @@ class TrainJudgeConfig(PretrainingConfig):
     """Label smoothing of the glyph loss."""
     styles: int = 8
     """Styles per family: itself and styles - 1 that are slanted, widened or bolder."""
+    widths: list[int] = field(default_factory=lambda: [24, 48, 96, 192])
+    """Channels of the network's stages."""
+    dropout: float = 0.1
+    """Dropout before the glyph logits."""
+    pen: float = 0.0
+    """Fraction of a batch that is typefaces drawn with a pen."""
+    people: str | None = None
+    """Parquet file of people's handwriting; null: none."""
+    people_role: str = "extra"
+    """Role of the people who train the judge."""
+    people_share: float = 0.35
+    """Fraction of a batch that is people's handwriting."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +147,12 @@ class TrainJudgeConfig(PretrainingConfig):
             raise ValueError(f"label_smoothing={self.label_smoothing}: must be in [0, 1)")
         if self.styles < 1:
             raise ValueError(f"styles={self.styles}: must be at least 1")
+        if any(width < 8 or width % 8 for width in self.widths) or len(self.widths) < 2:
+            raise ValueError(f"widths={self.widths}: must be two or more multiples of 8")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+        if not (self.pen >= 0 and self.people_share >= 0 and self.pen + self.people_share < 1):
+            raise ValueError(f"pen={self.pen}, people_share={self.people_share}: must be 0 or more, together under 1")
 
 
 store = ConfigStore.instance()

@@ -82,15 +82,16 @@ def apply_jitter(images: Tensor, values: Tensor) -> Tensor:
     return 1 - thicken(F.grid_sample(1 - images, grid, align_corners=False), weight)
 
 
-def warp(images: Tensor, reach: float, generator: Generator) -> Tensor:
+def warp(images: Tensor, reach: float, generator: Generator, *, cells: int = 4) -> Tensor:
     """Distort images by a smooth random field (Simard et al., 2003).
 
     Args:
         images: [B, 1, H, W] in [-1, 1], paper +1.
         reach: maximum displacement in half widths of the image.
         generator: generator of the field.
+        cells: random displacements along each axis, which are interpolated.
     """
-    coarse = (torch.rand(len(images), 2, 4, 4, generator=generator, device=images.device) * 2 - 1) * reach
+    coarse = (torch.rand(len(images), 2, cells, cells, generator=generator, device=images.device) * 2 - 1) * reach
     field = F.interpolate(coarse, size=images.shape[-2:], mode="bicubic", align_corners=True)
     still = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
     grid = F.affine_grid(still, list(images.shape), align_corners=False) + field.permute(0, 2, 3, 1)
