@@ -74,14 +74,8 @@ def train(
         InsufficientMemoryError: `memory` is too small for each of the jobs. If it is too small for some of them, only
             these fail.
     """
-    groups: dict[object, list[int]] = {}
-    for job_index, job in enumerate(jobs):
-        latents, context = job.examples
-        clips = (job.clips_per_site, job.unit) if job.privacy else None
-        kind = (latents.shape[1:], context.shape[1:], clips, job.fixed_key, job.optimizer)
-        groups.setdefault(kind, []).append(job_index)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
-    for job_indices in groups.values():
+    for job_indices in groups(jobs):
         try:
             cohort = _Cohort(base, [jobs[job_index] for job_index in job_indices], memory, timesteps, compiled)
         except Exception as error:  # these examples don't form a pass
@@ -93,6 +87,17 @@ def train(
     if outcomes and all(isinstance(outcome, InsufficientMemoryError) for outcome in outcomes):
         raise outcomes[0]  # type: ignore[misc]
     return outcomes
+
+
+def groups(jobs: Sequence[TrainJob]) -> list[list[int]]:
+    """Return the indices of jobs that share passes, in the order of the first job of each group."""
+    found: dict[object, list[int]] = {}
+    for job_index, job in enumerate(jobs):
+        latents, context = job.examples
+        clips = (job.clips_per_site, job.unit) if job.privacy else None
+        kind = (latents.shape[1:], context.shape[1:], clips, job.fixed_key, job.optimizer)
+        found.setdefault(kind, []).append(job_index)
+    return list(found.values())
 
 
 @dataclass
