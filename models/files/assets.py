@@ -169,7 +169,7 @@ def main() -> int:
     pinned = parser.parse_args().pin
     try:
         if pinned:
-            pin(MANIFEST.parents[1])
+            pin(MANIFEST.parents[2])
         for asset in _manifest():
             print(f"{asset}: {locate(asset)}")
     except BrokenPipeError:  # the reader of our output closed it

@@ -24,8 +24,8 @@ PLACES = Jitter(shift=0.06, width=0.05, height=0.08, slant=0.03, weight=0.15)  #
 BENDS = ((0.05, 4),)  # reach and cells of smooth distortions
 PEN_STYLES = Jitter(width=0.25, height=0.12, slant=0.45)
 PEN_PLACES = Jitter(shift=0.08, width=0.1, height=0.12, slant=0.08)
-HANDS = Jitter(shift=0.1, width=0.25, height=0.25, slant=0.3, weight=0.9)  # of a handwritten character
-HAND_BENDS = ((0.07, 4), (0.025, 8))  # also of glyphs drawn with a pen
+HANDS = Jitter(shift=0.1, width=0.25, height=0.25, slant=0.35, weight=0.9)  # of a handwritten character
+HAND_BENDS = ((0.1, 4), (0.03, 8))  # also of glyphs drawn with a pen
 TREMOR = 0.1  # relative change of the radius from glyph to glyph
 SHARPNESS = 20.0  # inverse temperature of the style logits
 

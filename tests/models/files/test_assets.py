@@ -17,6 +17,24 @@ def test_manifest_lists_shipped_assets(name: str) -> None:
     assert assets.digest(ROOT / SHIPPED[name]["path"]) == SHIPPED[name]["sha256"]
 
 
+def test_pin_hashes_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "models" / "files" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"small": {"path": "typefaces/small.txt", "sha256": "that of an earlier file"}}))
+    (tmp_path / "typefaces").mkdir()
+    (tmp_path / "typefaces" / "small.txt").write_text("abc")
+    monkeypatch.setattr(assets, "MANIFEST", manifest)
+    monkeypatch.setattr(assets, "_installed", lambda path: iter([tmp_path / path]))
+    monkeypatch.setattr("sys.argv", ["anther assets", "--pin"])
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    assert assets.main() == 0
+    sha256 = hashlib.sha256(b"abc").hexdigest()
+    assert json.loads(manifest.read_text())["small"]["sha256"] == sha256
+    assert sha256 in capsys.readouterr().out
+
+
 def test_asset_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     stored = assets.locate("judge")
