@@ -1,25 +1,21 @@
-"""Handwriting of people: a Parquet file with one row for each picture.
+"""Handwriting of people: a Parquet file (`typefaces.picture_table`) whose pictures are characters of 64 × 64 pixels.
 
-Columns, as in the image convention of Hugging Face `datasets`: `person`; `role`, which splits people into disjoint
-groups; `text`, the caption; `image`, a struct with the `bytes` of a file.
+The column `role` splits people into disjoint groups.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import AntherError
 from typefaces.dataset import GLYPHS, caption
+from typefaces.picture_table import ROLE, PictureRow, StoredImage, read_images, read_rows
 
 CLASSES = {caption(glyph): index for index, glyph in enumerate(GLYPHS)}
 """Class of each caption, an index into GLYPHS."""
@@ -47,12 +43,12 @@ def load(file: Path, *, role: str) -> list[Hand]:
     Raises:
         AntherError: the file can't be read, has no such people, or a picture isn't a character of 64 × 64 pixels.
     """
-    rows = [row for row in _rows(file) if row["role"] == role]
+    rows = [row for row in read_rows(file, required=[ROLE]) if row.role == role]
     if not rows:
         raise AntherError(f"{file}: no person has role={role}")
     people: dict[str, list[tuple[int, NDArray[np.uint8]]]] = {}
-    for row in rows:
-        people.setdefault(row["person"], []).append(_character(file, row))
+    for row, image in read_images(rows):
+        people.setdefault(row.person, []).append(_character(row, image))
     return [
         Hand(
             person,
@@ -63,23 +59,15 @@ def load(file: Path, *, role: str) -> list[Hand]:
     ]
 
 
-def _rows(file: Path) -> Iterable[dict[str, Any]]:
-    try:
-        table = pq.read_table(file, columns=["person", "role", "text", "image"])
-    except (OSError, pa.ArrowException) as error:
-        raise AntherError(f"{file}: can't be read as Parquet with person, role, text and image ({error})") from error
-    return table.to_pylist()
-
-
-def _character(file: Path, row: dict[str, Any]) -> tuple[int, NDArray[np.uint8]]:
+def _character(row: PictureRow, stored: StoredImage) -> tuple[int, NDArray[np.uint8]]:
     """Return class and picture of a row."""
-    who = f"{file}: {row['person']}, {row['text']!r}"
-    if (number := CLASSES.get(row["text"])) is None:
+    who = f"{row.file}: {row.person}, {row.text!r}"
+    if (number := CLASSES.get(row.text or "")) is None:
         raise AntherError(f'{who}: not a caption of a character, such as "lowercase letter a"')
     try:
-        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+        with Image.open(io.BytesIO(stored.data or b"")) as image:
             pixels = np.array(image.convert("L"), dtype=np.uint8)
-    except (OSError, TypeError, KeyError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError) as error:
         raise AntherError(f"{who}: the picture can't be read ({error})") from error
     if pixels.shape != (SIDE, SIDE):
         raise AntherError(f"{who}: the picture has {pixels.shape[1]} × {pixels.shape[0]} pixels, not {SIDE} × {SIDE}")

@@ -51,7 +51,8 @@ def test_people_of_a_role(tmp_path: Path) -> None:
     [
         ({"text": "a letter"}, r"bo, 'a letter': not a caption of a character"),
         ({"image": {"bytes": b"no picture", "path": None}}, r"bo, 'lowercase letter a': the picture can't be read"),
-        ({"image": {"bytes": None, "path": None}}, r"bo, 'lowercase letter a': the picture can't be read"),
+        ({"image": {"bytes": None, "path": None}}, r"row 0 \(bo\): has no picture"),
+        ({"image": {"bytes": None, "path": "a.png"}}, r"bo, 'lowercase letter a': the picture can't be read"),
         ({"image": png(PICTURES[0][:60])}, r"bo, 'lowercase letter a': the picture has 64 × 60 pixels, not 64 × 64"),
     ],
 )
@@ -66,10 +67,11 @@ def test_mistake_is_one_line(tmp_path: Path, change: dict[str, object], message:
 def test_unusable_files(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match=r"no person has role=development"):
         people.load(write(tmp_path, rows()), role="development")
-    with pytest.raises(AntherError, match=r"can't be read as Parquet"):
+    with pytest.raises(AntherError, match=r"absent.parquet: no such file"):
         people.load(tmp_path / "absent.parquet", role="extra")
-    with pytest.raises(AntherError, match=r"can't be read as Parquet"):
-        people.load(write(tmp_path, [{"person": "bo", "text": "digit 7"}]), role="extra")
+    without = [{name: value for name, value in row.items() if name != "role"} for row in rows()]
+    with pytest.raises(AntherError, match=r"no column role; its columns are person, text, image"):
+        people.load(write(tmp_path, without), role="extra")
     (tmp_path / "text.parquet").write_text("no Parquet")
     with pytest.raises(AntherError, match=r"can't be read as Parquet"):
         people.load(tmp_path / "text.parquet", role="extra")
