@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from common.errors import AntherError
 from conf.cli import to_object
+from conf.data_keys import refuse_other_data
 from conf.explain import explain, known_keys
 from conf.groups import refuse_wrong_selections
 from conf.overrides import prepare_overrides
@@ -35,7 +36,9 @@ def compose(overrides: str | Sequence[str]) -> SimulationConfig:
     Raises:
         AntherError: one of them is refused.
     """
-    composed: SimulationConfig = _compose("simulate", SimulationConfig, _split(overrides))
+    words = _split(overrides)
+    refuse_other_data(words)
+    composed: SimulationConfig = _compose("simulate", SimulationConfig, words)
     return composed
 
 

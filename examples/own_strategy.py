@@ -41,7 +41,7 @@ class CappedWeights(FedIT):
 # %% Base, devices and plan, from a configuration
 folder = Path(mkdtemp(prefix="anther-"))
 config = compose("preset=quick data.writers=3")
-base, people, _ = setup.build(config, folder)
+base, people, *_ = setup.build(config, folder)
 plan = training_plan(config, run="example", base=base.hash)
 strategy = FederatedStrategy(
     plan=plan,

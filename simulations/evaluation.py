@@ -242,7 +242,7 @@ def scores(
     Returns:
         Scores by person and arm.
     """
-    writers = [person for person in people if person.kind != "own"]
+    writers = [person for person in people if person.has_letters]
     styles = {p.name: judge.embed(glyphs([picture.pixels for picture in p.pictures.test])) for p in writers}
     by_person: dict[str, dict[str, Score]] = {}
     for person in writers:

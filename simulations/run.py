@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
 
-from common.errors import AntherError
 from common.imports import collection_paused
 from conf.cli import drop_empty, hydra_application, output_dir, program
 from conf.compose import compose
+from conf.data_keys import refuse_other_data
 from conf.overrides import quote
-from conf.schemas.fleet import WorkloadConfig
 from conf.schemas.simulation import SimulationConfig
 from simulations import run_dir
+from simulations.checks import check_time, with_people_counted
 from simulations.report.display import PERSONALIZING, TRAINING, Display, compare
 from simulations.report.time_left import work_after_rounds
 
@@ -69,8 +69,9 @@ def print_comparison() -> None:
         compare([(overrides, result.summary) for overrides, result in _completed])
 
 
-@hydra_application("simulate", SimulationConfig, after=print_comparison)
+@hydra_application("simulate", SimulationConfig, check=refuse_other_data, after=print_comparison)
 def main(config: SimulationConfig) -> None:
+    config = with_people_counted(config)
     folder, overrides = Path(output_dir()), list(HydraConfig.get().overrides.task)
     with Display(config.rounds, rounds_after=work_after_rounds(config)) as display:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -107,6 +108,7 @@ def simulate(
         words = shlex.split(config) if isinstance(config, str) else list(config)
         command = command or shlex.join([*_program(), *words])
         config = compose(words)
+    config = with_people_counted(config)
     display = display or Display(config.rounds, console=Console(quiet=True))
     command = command or f"simulate(config, {str(folder)!r})"
     return _simulate(config, Path(folder), display, command)
@@ -116,7 +118,8 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     started = time.perf_counter()
     check_time(config)
     record = run_dir.check(folder, config)
-    display.phase("reading pictures and loading the base" if config.data.pictures else "loading the base")
+    reads = bool(config.data.pictures or config.data.path)
+    display.phase("reading pictures and loading the base" if reads else "loading the base")
     if config.grid.name == "ray":
         from simulations.grid import ray  # before other imports of Flower, for which it sets environment variables
 
@@ -125,17 +128,18 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         from models.files import assets
         from privacy.storage import FileStorage
         from server.ledger import ServerLedger
+        from server.rounds.federation import personalize_devices
         from simulations import setup
         from simulations.fleet import participants
         from simulations.fleet.virtual_fleet import build_virtual_fleet
-        from simulations.grid.build import open_grid
+        from simulations.grid.build import newcomers_grid, open_grid
         from strategies.factory.combination import check_configuration
         from strategies.factory.full_plan import training_plan
         from strategies.factory.strategy import build
 
     check_configuration(config)  # before the base is loaded
-    base, people, database = simulation = setup.build(config, folder)
-    evaluated = participants.select_evaluated(people, config.evaluation.devices)
+    base, people, database, newcomers = simulation = setup.build(config, folder)
+    evaluated = participants.select_evaluated(people, config.evaluation.devices, config.data.evaluated_roles)
     run = record.get("config_hash") or run_dir.config_hash(config)
     plan = training_plan(config, run=run[:16], base=base.hash)
     fleet = (
@@ -156,7 +160,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     memory = budget(config.trainer.memory_gib, base.device)
     check_free(memory, base.device)
     hashes = {"base": base.hash, "data": assets.digest(assets.locate("typefaces"))}
-    if pictures_hash := participants.own_pictures_hash(people):
+    if pictures_hash := participants.own_pictures_hash([*people, *newcomers]):
         hashes[run_dir.PICTURES] = pictures_hash
     memory = run_dir.claim(folder, config, hashes, memory=memory)  # last: all other checks have passed
     from simulations.report import results
@@ -164,52 +168,25 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     perform = setup.make_perform(config, base, memory)
     with open_grid(config, folder, simulation, perform, memory, fleet) as grid:
         state = federate(config, folder, strategy, plan, grid, people, evaluated, display, fleet)
+    if newcomers:
+        personalize_devices(config, grid=newcomers_grid(simulation, perform), strategy=strategy, plan=plan, state=state)
     fleet_rounds = fleet.log.rounds if fleet else ()
     summary = results.finish(
-        config, folder, base, people, evaluated, perform, memory, state, display, started, command, fleet_rounds
+        config,
+        folder,
+        base,
+        people,
+        [*evaluated, *newcomers],
+        perform,
+        memory,
+        state,
+        display,
+        started,
+        command,
+        fleet_rounds,
     )
     database.close()
     return SimulationResult(folder, summary)
-
-
-def check_time(config: SimulationConfig) -> None:
-    """Refuse settings that need a timed fleet, or predicted costs, if there is none, and a quorum above all devices."""
-    fleet, over, loop = config.fleet, config.cohort.overselection, config.round_loop
-    hint = "requires a fleet with timed=true, such as fleet=week"
-    if over > 1 and not fleet.timed:
-        raise AntherError(f"cohort.overselection={over:g} {hint}: all replies of this fleet arrive at once")
-    if loop.name == "async" and not fleet.timed:
-        raise AntherError(f"round_loop=async {hint}: training takes no time in this fleet")
-    for key in () if fleet.timed else _timed_settings(config):
-        raise AntherError(f"{key} {hint}: devices of this fleet have no battery, owner, heat or schedule")
-    if fleet.workload != WorkloadConfig() and not fleet.timed:
-        from strategies.planning import PLANNINGS  # rarely needed
-
-        if PLANNINGS.lookup(config.planning.name).every_site:
-            names = [name for name, method in PLANNINGS.items() if not method.every_site]
-            raise AntherError(
-                "fleet.workload: only used by a fleet with timed=true, and by "
-                f"{' and '.join(f'planning={name}' for name in names)}; remove it"
-            )
-    if loop.name == "sync" and loop.quorum > (devices := config.data.count()):
-        raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add devices")
-
-
-def _timed_settings(config: SimulationConfig) -> Iterator[str]:
-    """Yield the configured settings that only a timed fleet uses."""
-    eligible, fleet = config.cohort.eligibility, config.fleet
-    if eligible.min_battery is not None:
-        yield f"cohort.eligibility.min_battery={eligible.min_battery:g}"
-    if eligible.idle:
-        yield "cohort.eligibility.idle=true"
-    if eligible.cool:
-        yield "cohort.eligibility.cool=true"
-    if config.planning.max_battery_fraction is not None:
-        yield f"planning.max_battery_fraction={config.planning.max_battery_fraction:g}"
-    if fleet.timezone_spread:
-        yield f"fleet.timezone_spread={fleet.timezone_spread:g}"
-    if fleet.schedule_jitter != type(fleet).schedule_jitter:
-        yield f"fleet.schedule_jitter={fleet.schedule_jitter:g}"
 
 
 def federate(
@@ -231,7 +208,7 @@ def federate(
         strategy: strategy of the run.
         plan: plan of an unconstrained device.
         grid: grid of all devices.
-        people: all participants.
+        people: participants of the rounds.
         evaluated: participants that get a personal adapter.
         display: shows each round.
         fleet: state of a timed fleet; None: devices answer at once.

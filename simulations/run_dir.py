@@ -17,8 +17,16 @@ from conf.schemas.simulation import SimulationConfig
 
 RUN = "run.json"
 PICTURES = "set of pictures"  # stored; don't change
-"""Key of the hash of users' own pictures among the assets of a run."""
-_ADDED_SETTINGS: dict[str, object] = {"data.background": "white"}
+"""Key of the hash of users' own pictures, and of those of many people, among the assets of a run."""
+_ADDED_SETTINGS: dict[str, object] = {
+    "data.background": "white",
+    "data.path": None,
+    "data.person": "person",
+    "data.people": None,
+    "data.roles": [],
+    "data.evaluated_roles": [],
+    "data.newcomers": [],
+}
 """Settings added later, with the values that runs used before: runs with these values keep their hash."""
 
 log = logging.getLogger(__name__)

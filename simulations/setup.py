@@ -14,23 +14,24 @@ from conf.schemas.simulation import SimulationConfig
 from models.base import base
 from models.base.base import Base
 from simulations.evaluation import Perform
-from simulations.fleet.participants import Participant, own_pictures, participants
+from simulations.fleet.participants import Participant, load_pictures, newcomers, participants
 from simulations.fleet.storage import FILE, Database
 from training.engine import perform
 
 
 class SimulationSetup(NamedTuple):
-    """Base, participants and the database of their devices."""
+    """Base, participants of the rounds, the database of their devices, and people who join after the rounds."""
 
     base: Base
     people: list[Participant]
     database: Database
+    newcomers: list[Participant]
 
 
 def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
     """Build the setup of the run in `folder`; errors in pictures are reported before the base is loaded."""
     allow_installed_plugins()
-    folders = own_pictures(config.data)
+    people = load_pictures(config.data)
     loaded = base.load(
         config.base.path,
         sites=config.adapter.sites,
@@ -41,7 +42,8 @@ def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
         resolution=config.base.resolution,
     )
     database = Database(folder / "devices" / FILE)
-    return SimulationSetup(loaded, participants(config, loaded, database.device, folders), database)
+    members = participants(config, loaded, database.device, people)
+    return SimulationSetup(loaded, members, database, newcomers(config, loaded, database.device, people))
 
 
 def make_perform(config: SimulationConfig, base: Base, memory: int) -> Perform:

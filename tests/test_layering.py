@@ -36,6 +36,7 @@ SIMULATED = {"conf.schemas.simulation", "conf.schemas.fleet"}  # simulated devic
 COMPOSITION = {"conf.compose", "conf.schemas.federation", "conf.schemas.server", "hydra"}  # not on a device
 CONFIGURATIONS = {"FederationConfig", "SimulationConfig", "ServeConfig"}
 WHOLE_CONFIGURATION = {  # modules of a simulation that get all keys; every other gets the values that it uses
+    "simulations.checks",
     "simulations.run",
     "simulations.run_dir",
     "simulations.setup",

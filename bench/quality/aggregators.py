@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.quality.federation import bootstrap_interval
 from bench.quality.utility import run_once
-from simulations.fleet.participants import slug
+from simulations.fleet.writers import slug
 
 COMMON = (
     "evaluation.baseline_local=false",

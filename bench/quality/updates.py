@@ -33,7 +33,7 @@ def measure_errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     config = compose(f"data.writers={WRITERS} seed={seed}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        base, people, database = setup.build(config, Path(folder))
+        base, people, database, _ = setup.build(config, Path(folder))
         perform = setup.make_perform(config, base, budget(None, base.device))
         encoded = cast(list[Examples], perform([EncodeJob(pictures=person.pictures.train) for person in people]))
         database.close()

@@ -128,7 +128,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
 
     started = time.perf_counter()
     config = compose(shlex.join(case.settings))
-    base, people, database = setup.build(config, folder)
+    base, people, database, _ = setup.build(config, folder)
     perform = setup.make_perform(config, base, budget(config.trainer.memory_gib, base.device))
     attackers = choose_attackers([person.name for person in people], case.seed)
     devices = {person.name: person.device for person in people}
@@ -169,7 +169,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
 
 
 def _families(families: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    from simulations.fleet.participants import slug
+    from simulations.fleet.writers import slug
 
     return [family for family in families if slug(family.name) in names]
 

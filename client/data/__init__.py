@@ -29,10 +29,12 @@ __all__ = [
     "METADATA",
     "SPLITS",
     "WHITE",
+    "ListedPicture",
     "MissingPicture",
     "Pictures",
     "StoredPicture",
     "fingerprint",
+    "list_pictures",
     "load_folder",
     "split_of",
 ]
@@ -44,6 +46,15 @@ class Pictures(NamedTuple):
     train: tuple[Picture, ...]
     validation: tuple[Picture, ...]
     test: tuple[Picture, ...]
+
+
+class ListedPicture(NamedTuple):
+    """A picture that a folder lists, not opened yet."""
+
+    file: Path
+    caption: str
+    split: str | None
+    """Split of its sub-folder; None: the folder isn't split."""
 
 
 def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError = raise_error) -> Pictures:
@@ -73,6 +84,29 @@ def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError 
         mistake = error
     on_error(mistake)
     return Pictures((), (), ())
+
+
+def list_pictures(path: str | Path) -> list[ListedPicture]:
+    """List the pictures of a folder, sorted by name, without opening them.
+
+    Raises:
+        AntherError: as for `load_folder`, except for pictures that can't be read.
+    """
+    root = Path(path)
+    try:
+        splits = split_folders(root, _folders(root))
+        captions = read_captions(PictureFiles(root), splits.values())
+        if not splits:
+            check_depth(root, captions)
+    except OSError as error:
+        raise os_error(error, root) from error
+    split_of_folder = {folder: split for split, folder in splits.items()}
+    if splits and (outside := [file for file in captions if file.split("/")[0] not in split_of_folder]):
+        raise AntherError(f"{root / min(outside)}: lies outside {', '.join(split_of_folder)}; move it into one of them")
+    return [
+        ListedPicture(root / file, caption or "", split_of_folder.get(file.split("/")[0]))
+        for file, caption in sorted(captions.items())
+    ]
 
 
 def _load(root: Path, background: str, on_error: OnError) -> Pictures:

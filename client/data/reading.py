@@ -23,11 +23,11 @@ _ORIENTATION = 0x0112  # EXIF
 _GRAY = ("1", "L", "LA", "La")
 
 
-def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | None = None) -> np.ndarray:
+def decode(path: Path | str, file: BinaryIO, *, background: str = WHITE, side: int | None = None) -> np.ndarray:
     """Decode a picture upright and opaque: uint8 `[H, W]` gray or `[H, W, 3]` color.
 
     Args:
-        path: the file's path, for error messages.
+        path: the file's path, or another description, for error messages.
         file: the file, open at its beginning.
         background: color behind transparent parts: a name or `#rrggbb`.
         side: return a smaller copy, if there is one, whose sides all have at least twice this many pixels; None: all
@@ -70,18 +70,18 @@ def open_picture(path: Path) -> BinaryIO:
         raise os_error(error, path) from error
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: Path | str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise _too_many_pixels(path, f", {width}×{height}")
     if min(height, width) < MIN_SIDE:
         raise AntherError(f"{path}: {width}×{height} pixels are too few; use one of at least {MIN_SIDE}×{MIN_SIDE}")
 
 
-def _too_many_pixels(path: Path, size: str) -> AntherError:
+def _too_many_pixels(path: Path | str, size: str) -> AntherError:
     return AntherError(f"{path}: too many pixels{size}; save a smaller copy, of at most {MAX_PIXELS // 10**6} million")
 
 
-def _check_depth(path: Path, mode: str) -> None:
+def _check_depth(path: Path | str, mode: str) -> None:
     if mode.startswith(("I", "F")):
         raise AntherError(f"{path}: has more than 8 bits a channel; save it as an 8-bit PNG or JPEG")
 

@@ -21,15 +21,21 @@ class StoredPicture(Picture):
 
     __slots__ = ("background", "path", "sha256")
 
-    def __init__(self, path: Path, caption: str, *, background: str = WHITE) -> None:
+    def __init__(self, path: Path, caption: str, *, background: str = WHITE, verify: bool = True) -> None:
         """Hash the file, and decode it once unless this process already has.
+
+        Args:
+            path: the file.
+            caption: its caption.
+            background: color behind transparent parts.
+            verify: decode the file now; False: only when its pixels are used.
 
         Raises:
             AntherError: the file can't be read as a picture.
         """
         self.path, self.caption, self.background = path, caption, background
         self.sha256 = _hash_file(path)
-        if (self.sha256, background) not in _verified:
+        if verify and (self.sha256, background) not in _verified:
             self._read(side=1)
             _verified.add((self.sha256, background))
 

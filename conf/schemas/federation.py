@@ -74,9 +74,10 @@ class FederationConfig:
         self.robust = robust_rules(self.robust)
         require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
         require_choice("drift_correction", self.drift_correction, ("none", "scaffold"))
-        devices = self.data.count()
+        devices = self.data.known_count()
         for key, count in {"cohort.size": self.cohort.size, "cohort.eval_size": self.cohort.eval_size}.items():
-            require(count is None or count <= devices, f"{key}={count}: there are only {devices} devices")
+            few = count is None or devices is None or count <= devices
+            require(few, f"{key}={count}: there are only {devices} devices")
 
 
 ConfigStore.instance().store(name="federation_schema", node=FederationConfig)

@@ -62,8 +62,8 @@ class SimulationConfig(FederationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        devices, evaluated = self.data.count(), self.evaluation.devices
-        few = evaluated is None or evaluated <= devices
+        devices, evaluated = self.data.known_count(), self.evaluation.devices
+        few = evaluated is None or devices is None or evaluated <= devices
         require(few, f"evaluation.devices={evaluated}: there are only {devices} devices")
         require(not self.fleet.timed or self.grid.name != "ray", "grid=ray: can't be combined with fleet.timed=true")
 

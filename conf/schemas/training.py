@@ -51,10 +51,15 @@ class ExpectedDataConfig:
             value = getattr(self, name)
             require(value >= 1, f"data.{name}={value}: must be 1 or more")
 
-    def count(self) -> int:
-        """Return the number of devices."""
-        assert self.devices is not None
+    def known_count(self) -> int | None:
+        """Return the number of devices; None: it is not known before a data set is read."""
         return self.devices
+
+    def count(self) -> int:
+        """Return the number of devices, which must be known."""
+        count = self.known_count()
+        assert count is not None
+        return count
 
 
 @dataclass
@@ -69,11 +74,11 @@ class DataConfig(ExpectedDataConfig):
     """Number of devices, dealt to the writers in turn (ada, ada-0002, …), each with its own `train` glyphs. A glyph may
     be on several devices; ε then covers its copy on one of them. null: one device per writer."""
     train: int = 5
-    """Training glyphs per device."""
+    """Training pictures per device."""
     validation: int = 5
-    """Glyphs per device that decide when training stops."""
+    """Pictures per device that decide when training stops."""
     test: int = 6
-    """Glyphs per device that are held out from training."""
+    """Pictures per device that are held out from training."""
     label_skew: bool = False
     """Give each writer glyphs of one kind (digits, capital or lowercase letters, in turn), and of other kinds only if
     those run out."""
@@ -81,10 +86,34 @@ class DataConfig(ExpectedDataConfig):
     """Your own picture folders; each replaces one writer."""
     background: str = "white"
     """Color behind transparent pictures: white, black, gray or '#rrggbb'."""
+    path: str | None = None
+    """Pictures of many people instead of writers (data=people): a Parquet file with the columns person, text and image,
+    a folder of such files, or a folder with one picture folder for each person; null: none."""
+    person: str = "person"
+    """Column of data.path with the person."""
+    people: int | None = None
+    """Number of people of data.path who take part in the rounds, chosen by a hash of their names; null: all."""
+    roles: list[str] = field(default_factory=list)
+    """Only people of data.path with these values in the column role take part; empty: all."""
+    evaluated_roles: list[str] = field(default_factory=list)
+    """Only people with these values in the column role get a personal adapter and are evaluated; empty: all."""
+    newcomers: list[str] = field(default_factory=list)
+    """People of data.path who take part in no round: they join after the last one, get a personal adapter on top of the
+    shared one, and are evaluated. They aren't counted in data.people."""
 
     def __post_init__(self) -> None:
         require_choice("data.role", self.role, ("development", "test"))
         require_color("data.background", self.background)
+        if self.path is None:
+            self._check_writers()
+        else:
+            self._check_people()
+
+    def _check_writers(self) -> None:
+        for name in ("person", "people", "roles", "evaluated_roles", "newcomers"):
+            value = getattr(self, name)
+            unused = value in (None, [], "person")
+            require(unused, f"data.{name}={value}: requires data.path, the pictures of many people")
         require(self.writers >= 0, f"data.writers={self.writers}: must be 0 or more")
         require(1 <= self.train <= 20, f"data.train={self.train}: must be 1 to 20")
         require(1 <= self.validation <= 10, f"data.validation={self.validation}: must be 1 to 10")
@@ -101,9 +130,25 @@ class DataConfig(ExpectedDataConfig):
             )
             require(self.devices >= self.writers, f"{key}: must be data.writers={self.writers} or more")
 
-    def count(self) -> int:
-        """Return the number of devices."""
-        return max(self.writers, len(self.pictures)) if self.devices is None else self.devices
+    def _check_people(self) -> None:
+        only = "only used without data.path; leave it out"
+        require(self.path != "", "data.path: needs a value; name a Parquet file or a folder")
+        require(not self.pictures, f"data.pictures: {only}")
+        require(self.devices is None, f"data.devices={self.devices}: {only}, or set data.people")
+        require(not self.label_skew, f"data.label_skew={self.label_skew}: {only}")
+        require(bool(self.person), "data.person: must name a column, such as person")
+        require(none_or_positive(self.people), f"data.people={self.people}: must be 1 or more, or null for all")
+        for name in ("train", "validation", "test"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name}={value}: must be 1 or more")
+
+    def known_count(self) -> int | None:
+        """Return the number of devices; None: all people of a data set that is not read yet."""
+        return self.people if self.path is not None else self.devices or self.owner_count()
+
+    def owner_count(self) -> int:
+        """Return the number of people with different pictures, which is at most the number of devices."""
+        return self.count() if self.path is not None else max(self.writers, len(self.pictures))
 
 
 @dataclass

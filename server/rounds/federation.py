@@ -79,6 +79,29 @@ def federate(
         patience=patience,
         before_checkpoint=before_checkpoint,
     )
+    personalize_devices(config, grid=grid, strategy=strategy, plan=plan, state=state, devices=personalized_devices)
+    return state
+
+
+def personalize_devices(
+    config: FederationConfig,
+    *,
+    grid: Grid,
+    strategy: FederatedStrategy,
+    plan: TrainingPlan,
+    state: RunState,
+    devices: Collection[str] | None = None,
+) -> None:
+    """Train personal adapters on top of the best shared one.
+
+    Args:
+        config: configuration of the run.
+        grid: connection to the devices.
+        strategy: strategy of the run.
+        plan: training plan of the run.
+        state: state after the last round.
+        devices: names of the devices; None: all.
+    """
     personal = config.adapter.personal
     request = Personalize(
         run=plan.run,
@@ -91,8 +114,8 @@ def federate(
         look_every=config.adapter.eval_interval,
         patience=config.adapter.patience,
     )
-    personalize(grid=grid, strategy=strategy, request=request, devices=personalized_devices, timeout=timeout)
-    return state
+    timeout = config.round_loop.timeout
+    personalize(grid=grid, strategy=strategy, request=request, devices=devices, timeout=timeout)
 
 
 def round_runner(config: FederationConfig, grid: Grid, strategy: FederatedStrategy, limits: RoundLimits) -> RoundRunner:

@@ -30,7 +30,8 @@ from models.lora.batched_lora import stack_adapters, to_device
 from privacy.accounting import Guarantee
 from privacy.audit.membership import AttackTrial, MembershipResult, judge
 from server.rounds import checkpoint
-from simulations.fleet.participants import assign_writers, own_pictures, writers
+from simulations.fleet.people import load_people
+from simulations.fleet.writers import LETTERS, assign_writers, own_pictures, writers
 from simulations.run_dir import RUN
 from training import membership_scores
 from training.capacity import budget, inference_share
@@ -108,6 +109,8 @@ def candidates(data: DataConfig, participated: Set[str]) -> list[Candidate]:
         data: data of the run.
         participated: names of the devices that trained in any round.
     """
+    if data.path is not None:
+        return _candidates_of_people(data, participated)
     folders = own_pictures(data)
     all_candidates = [
         Candidate(name, "", picture, member and name in participated)
@@ -126,6 +129,16 @@ def candidates(data: DataConfig, participated: Set[str]) -> list[Candidate]:
             member = picture.caption in trained[person.name]
             all_candidates.append(Candidate(person.name, picture.caption, picture, member))
     return all_candidates
+
+
+def _candidates_of_people(data: DataConfig, participated: Set[str]) -> list[Candidate]:
+    """List the training and test pictures of a data set's people."""
+    return [
+        Candidate(person.name, picture.caption if person.kind == LETTERS else "", picture, member)
+        for person in load_people(data).members
+        for member, split in ((person.name in participated, person.pictures.train), (False, person.pictures.test))
+        for picture in split
+    ]
 
 
 def attack(runs: Sequence[FinishedRun], config: MembershipConfig, *, confidence: float, seed: int) -> RunGroup:

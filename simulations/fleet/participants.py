@@ -1,4 +1,4 @@
-"""Participants of a simulated fleet: writers of the typefaces data and users' picture folders, assigned to devices.
+"""Participants of a simulated fleet: writers, users' picture folders or people of a data set, assigned to devices.
 
 There may be many more devices than writers. A device is a few small objects: its pictures are assembled on request, and
 its state is in its storage.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-from client.data import Pictures, fingerprint, load_folder
+from client.data import Pictures, fingerprint
 from client.device import Device
 from client.store.store import Store
 from common.errors import AntherError
@@ -24,30 +22,14 @@ from conf.schemas.fleet import ProfileConfig
 from conf.schemas.simulation import SimulationConfig
 from conf.schemas.training import DataConfig
 from models.base.base import Base
-from models.files import assets
 from privacy.noise import noise_source
 from privacy.policy import Policy
 from privacy.storage import Storage
 from protocol.messages import DeviceReport
 from simulations.fleet.costs import build_costs
 from simulations.fleet.hardware import Hardware, build_hardware
-from training.jobs import Picture
-from typefaces import dataset
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Source of a device's pictures."""
-
-    name: str
-    kind: str  # hand | individual | own
-    pictures: Pictures  # of this writer's first device
-    pool: tuple[Picture, ...] = ()  # training pictures of the writer's other devices are drawn from it
-
-    def pictures_for(self, device: str) -> Pictures:
-        """Return the pictures of another device: training pictures drawn by its name, the same held-out pictures."""
-        train = random.Random(derive_seed("pictures", device)).sample(self.pool, len(self.pictures.train))
-        return self.pictures._replace(train=tuple(train))
+from simulations.fleet.people import People, load_people
+from simulations.fleet.writers import LETTERS, OWN, PICTURES, Writer, assign_writers, own_pictures, writers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +37,12 @@ class Participant:
     """Person of the simulated fleet, with a device."""
 
     name: str
-    kind: str  # hand | individual | own
+    kind: str  # hand | individual | own | letters | pictures
     copy: int  # 0 for the first of a writer's devices
     hardware: Hardware
     device: Device
+    role: str | None = None  # of a person of a data set
+    newcomer: bool = False  # takes part in no round
 
     @property
     def profile(self) -> str:
@@ -69,38 +53,59 @@ class Participant:
     def pictures(self) -> Pictures:
         return self.device.pictures()
 
+    @property
+    def has_letters(self) -> bool:
+        """Whether its pictures are letters, which the judge can read."""
+        return self.kind not in (OWN, PICTURES)
+
+
+def load_pictures(data: DataConfig) -> People:
+    """Load the people whose pictures are on the devices; their files are read here.
+
+    Raises:
+        AntherError: as for `load_people`, `own_pictures` and `writers`.
+    """
+    if data.path is not None:
+        return load_people(data)
+    people = [Writer(name, OWN, pictures) for name, pictures in own_pictures(data)]
+    return People([*people, *writers(data)[: max(0, data.writers - len(people))]], [])  # each folder replaces a writer
+
 
 def participants(
-    config: SimulationConfig,
-    base: Base,
-    storage: Callable[[str], Storage],
-    own: Sequence[tuple[str, Pictures]] | None = None,
+    config: SimulationConfig, base: Base, storage: Callable[[str], Storage], people: People | None = None
 ) -> list[Participant]:
-    """Build the fleet, sorted by name.
+    """Build the fleet of the rounds, sorted by name.
 
     Args:
         config: configuration of the run.
         base: base on every device.
         storage: device name -> storage of that device.
-        own: result of `own_pictures`; None: call it.
+        people: result of `load_pictures`; None: call it.
 
     Raises:
-        AntherError: two devices have the same name, or as for `own_pictures` and `writers`.
+        AntherError: two devices have the same name, or as for `load_pictures`.
     """
-    people = [Writer(name, "own", pictures) for name, pictures in (own_pictures(config.data) if own is None else own)]
-    people += writers(config.data)[: max(0, config.data.writers - len(people))]  # each folder replaces a writer
-    assigned = sorted(assign_writers(people, config.data.count()), key=lambda device: device[0])
+    members = (people or load_pictures(config.data)).members
+    assigned = sorted(assign_writers(members, config.data.count()), key=lambda device: device[0])
     names = [name for name, *_ in assigned]
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
-    policy = owners_policy(config)
-    rank = config.adapter.shared.rank
-    costs = build_costs(base, config.base, config.fleet.workload, rank=rank)
-    kinds = build_hardware(config.fleet, costs, rank, base)
-    return [
-        _participant(config.seed, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
-        for i, (name, writer, copy) in enumerate(assigned)
-    ]
+    return _build(config, base, storage, assigned)
+
+
+def newcomers(
+    config: SimulationConfig, base: Base, storage: Callable[[str], Storage], people: People
+) -> list[Participant]:
+    """Build the devices of people who join after the last round, sorted by name.
+
+    Args:
+        config: configuration of the run.
+        base: base on every device.
+        storage: device name -> storage of that device.
+        people: result of `load_pictures`.
+    """
+    assigned = sorted(((writer.name, writer, 0) for writer in people.newcomers), key=lambda device: device[0])
+    return [replace(person, newcomer=True) for person in _build(config, base, storage, assigned)]
 
 
 def owners_policy(config: SimulationConfig) -> Policy:
@@ -112,91 +117,54 @@ def owners_policy(config: SimulationConfig) -> Policy:
     return Policy(max_epsilon=private.epsilon, delta=private.delta, measures=measures)
 
 
-def assign_writers(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:
-    """Yield (name, writer, copy) of every device, the writers in turn: ada, bob, ada-0002, bob-0002, …"""
-    for i in range(devices):
-        copy, index = divmod(i, len(people))
-        name = people[index].name
-        yield f"{name}-{copy + 1:04d}" if copy else name, people[index], copy
-
-
-def select_evaluated(people: Sequence[Participant], devices: int | None) -> list[Participant]:
+def select_evaluated(
+    people: Sequence[Participant], devices: int | None, roles: Sequence[str] = ()
+) -> list[Participant]:
     """Select the participants that get a personal adapter and are evaluated: one device of each writer first.
 
     Args:
         people: all participants.
         devices: number to select; None: one of each writer.
+        roles: roles of the people to select; empty: all.
+
+    Raises:
+        AntherError: no participant has one of the roles, or there are too few with them.
     """
+    for role in roles:
+        if all(person.role != role for person in people):
+            known = ", ".join(sorted({person.role for person in people if person.role}))
+            raise AntherError(f"data.evaluated_roles: no device has role={role}; roles of the devices are {known}")
+    people = [person for person in people if not roles or person.role in roles]
     if devices is None:
         return [person for person in people if not person.copy]
-    order = sorted(people, key=lambda person: (person.copy, person.kind != "own", derive_seed("judged", person.name)))
+    if devices > len(people):
+        raise AntherError(f"evaluation.devices={devices}: only {len(people)} devices have a role of evaluated_roles")
+    order = sorted(people, key=lambda person: (person.copy, person.kind != OWN, derive_seed("judged", person.name)))
     return sorted(order[:devices], key=lambda person: person.name)
 
 
-def writers(data: DataConfig) -> list[Writer]:
-    """Load the writers of the role, in an order in which kinds are mixed; AntherError if there are too few."""
-    families = sorted(
-        dataset.load(data.role, assets.locate("typefaces")), key=lambda family: derive_seed("writers", family.name)
-    )
-    if len(families) < data.writers:
-        raise AntherError(
-            f"data.writers={data.writers}: there are only {len(families)} {data.role} writers; "
-            "for more devices than writers, set data.devices"
-        )
-    loaded = []
-    for index, family in enumerate(families[: data.writers]):
-        kind = dataset.GLYPH_KINDS[index % len(dataset.GLYPH_KINDS)]
-        split = dataset.split(dataset.skew_order(family.order, kind) if data.label_skew else family.order, data.train)
-
-        def pictures(glyphs: Sequence[int], family: dataset.Typeface = family) -> tuple[Picture, ...]:
-            return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
-
-        loaded.append(
-            Writer(
-                slug(family.name),
-                family.kind,
-                Pictures(
-                    train=pictures(split.train),
-                    validation=pictures(split.validation[: data.validation]),
-                    test=pictures(split.test[: data.test]),
-                ),
-                pool=pictures(dataset.split(family.order, dataset.POOL).train),
-            )
-        )
-    return loaded
-
-
-def own_pictures(data: DataConfig) -> list[tuple[str, Pictures]]:
-    """Load users' picture folders as (name, pictures).
-
-    Raises:
-        AntherError: a folder has no pictures for one of the splits, or two folders have the same name.
-    """
-    folders = []
-    for folder in data.pictures:
-        pictures = load_folder(folder, background=data.background)
-        for split in ("validation", "test"):
-            if not getattr(pictures, split):
-                raise AntherError(
-                    f"{folder}: no pictures for {split}: some must be held out for evaluation; add some, or sort them "
-                    "into folders train, validation and test"
-                )
-        folders.append((slug(Path(folder).resolve().name), pictures))
-    names = [name for name, _ in folders]
-    if len(set(names)) < len(names):
-        raise AntherError(f"data.pictures: two folders are called {max(names, key=names.count)}: rename one")
-    return folders
-
-
 def own_pictures_hash(people: Iterable[Participant]) -> str | None:
-    """Return the SHA-256 of all users' own pictures with their owners; None if there are none."""
-    own = {person.name: [fingerprint(split) for split in person.pictures] for person in people if person.kind == "own"}
+    """Return the SHA-256 of all pictures that aren't typefaces, with their owners; None if there are none."""
+    read = [person for person in people if person.kind in (OWN, LETTERS, PICTURES)]
+    own = {person.name: [fingerprint(split) for split in person.pictures] for person in read}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest() if own else None
 
 
-def slug(name: str) -> str:
-    """Convert a name to one that is safe as a file name on every system."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "unnamed"
+def _build(
+    config: SimulationConfig,
+    base: Base,
+    storage: Callable[[str], Storage],
+    assigned: Sequence[tuple[str, Writer, int]],
+) -> list[Participant]:
+    """Build the devices of (name, writer, copy), with the hardware of the fleet's profiles in turn."""
+    policy = owners_policy(config)
+    rank = config.adapter.shared.rank
+    costs = build_costs(base, config.base, config.fleet.workload, rank=rank)
+    kinds = build_hardware(config.fleet, costs, rank, base)
+    return [
+        _participant(config.seed, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
+        for i, (name, writer, copy) in enumerate(assigned)
+    ]
 
 
 def _participant(
@@ -234,7 +202,7 @@ def _participant(
         seed=seed,
         resolution=base.resolution,
     )
-    return Participant(name, writer.kind, copy, kind, device)
+    return Participant(name, writer.kind, copy, kind, device, writer.role)
 
 
 def _sites(profile: ProfileConfig, base: Base) -> tuple[str, ...]:

@@ -52,3 +52,13 @@ def open_grid(
             )
         )
     return nullcontext(CohortGrid(devices, perform, batched=batched, group_commit=group_commit))
+
+
+def newcomers_grid(simulation: SimulationSetup, perform: Perform) -> Grid:
+    """Return the grid of the people who join after the rounds, whose nodes differ from those of the participants."""
+    return CohortGrid(
+        [person.device for person in simulation.newcomers],
+        perform,
+        group_commit=simulation.database.group_commit,
+        first_node=len(simulation.people) + 1,
+    )

@@ -64,7 +64,7 @@ class InProcessGrid(Grid):
 
 
 class CohortGrid(InProcessGrid):
-    """Grid of a fleet of devices, with node ids 1, 2, … in the order of their names.
+    """Grid of a fleet of devices, with consecutive node ids in the order of their names.
 
     Args:
         devices: the fleet.
@@ -72,6 +72,7 @@ class CohortGrid(InProcessGrid):
         batched: pass the jobs of many devices to `perform` in one call; False: those of one device per call.
         group_commit: `simulations.fleet.storage.Database.group_commit` of the devices' shared storage. Ledger
             reservations are committed before the jobs are performed, sealed replies before a reply is returned.
+        first_node: first node id.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class CohortGrid(InProcessGrid):
         *,
         batched: bool = True,
         group_commit: GroupCommit = commit_each_write,
+        first_node: int = 1,
     ) -> None:
         super().__init__()
         ordered = sorted(devices, key=lambda device: device.name)
-        self._devices = dict(enumerate(ordered, start=1))
+        self._devices = dict(enumerate(ordered, start=first_node))
         self._perform, self._group_commit = perform, group_commit
         self._max_batch = MAX_BATCH if batched else 1
         self._message_ids = count(1)

@@ -202,6 +202,6 @@ def _setup(config: str, folder: str, memory: int) -> tuple[list[Participant], Pe
 
     torch.set_num_threads(1)
     settings: SimulationConfig = to_object(OmegaConf.create(strict_json.loads(config)), SimulationConfig)
-    base, people, _ = build(settings, Path(folder))
+    base, people, *_ = build(settings, Path(folder))
     sharing = int(ray.cluster_resources()["CPU"]) if base.device.type == "cpu" else 1
     return people, make_perform(settings, base, memory // sharing)

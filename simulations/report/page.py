@@ -18,9 +18,18 @@ from server.rounds.state import RunState
 from simulations.evaluation import ArmScores, Gallery
 from simulations.fleet.outcomes import FleetRound
 from simulations.fleet.participants import Participant
+from simulations.fleet.writers import LETTERS, OWN, PICTURES
 from strategies.round.metrics import zero_metrics
 from training.jobs import Picture
 
+KINDS = {
+    "hand": "handwriting",
+    "individual": "individual design",
+    OWN: "own pictures",
+    LETTERS: "letters",
+    PICTURES: "pictures",
+}
+"""Descriptions of the kinds of people."""
 MAX_TRAINING_PICTURES = 40
 """Largest number of one person's training pictures that the report shows."""
 
@@ -67,7 +76,7 @@ def build_report(
         use=loading_snippet(base, adapters),
         strategy=summary["strategy"],
         rates=rate_source(people, base),
-        letters=all(person.kind != "own" for person in people),
+        letters=all(person.has_letters for person in people),
         footer=f"Seed {summary['seed']} · configuration {summary['config_hash'][:12]}",
     )
 
@@ -91,7 +100,8 @@ def device_row(person: Participant, state: RunState, scores: Mapping[str, ArmSco
         scores: the person's scores by arm.
     """
     metrics = state.devices.get(person.name, zero_metrics())
-    return totals.device_row(person.name, person.profile, metrics, {arm: score.loss for arm, score in scores.items()})
+    profile = "newcomer" if person.newcomer else person.profile
+    return totals.device_row(person.name, profile, metrics, {arm: score.loss for arm, score in scores.items()})
 
 
 def gallery(people: Sequence[Participant], galleries: Mapping[str, Gallery]) -> list[GalleryRow]:
@@ -115,7 +125,7 @@ def gallery_row(
     """
     return GalleryRow(
         name=person.name,
-        kind={"hand": "handwriting", "individual": "individual design"}.get(person.kind, "own pictures"),
+        kind=f"{KINDS[person.kind]}, newcomer" if person.newcomer else KINDS[person.kind],
         given=[thumbnail(picture.at_least(SIDE)) for picture in training],
         given_captions=[shorten(picture.caption) for picture in training],
         captions=[shorten(caption) for caption in shown_arms.captions],
@@ -126,5 +136,5 @@ def gallery_row(
 
 def title(people: Sequence[Participant]) -> str:
     """Return the title of the report."""
-    learned = "pictures" if any(person.kind == "own" for person in people) else "letters"
+    learned = "letters" if all(person.has_letters for person in people) else "pictures"
     return f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"

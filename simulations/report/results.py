@@ -56,8 +56,8 @@ def finish(
         config: configuration of the run.
         folder: its output folder.
         base: base of the run.
-        people: all participants.
-        evaluated: participants to evaluate.
+        people: participants of the rounds.
+        evaluated: participants to evaluate, and newcomers.
         perform: runs jobs.
         memory: bytes that jobs may take.
         state: state after the last round.
@@ -86,7 +86,7 @@ def finish(
         galleries = evaluation.gallery(config.evaluation, base, evaluated, adapters, memory=memory, seed=config.seed)
     scores = score_arms(base, evaluated, losses, galleries)
     write_evaluation(folder / "evaluation.json", evaluated, scores)
-    summary = summarize(config, len(people), state, scores, time.perf_counter() - started)
+    summary = summarize(config, people, evaluated, state, scores, time.perf_counter() - started)
     if fleet:
         summary["fleet"] = fleet_summary(people, state, fleet)
     atomic_files.write(folder / "summary.json", json.dumps(nan_to_none(summary), indent=2, allow_nan=False).encode())
@@ -160,7 +160,8 @@ def score_arms(
 
 def summarize(
     config: SimulationConfig,
-    clients: int,
+    people: Sequence[Participant],
+    evaluated: Sequence[Participant],
     state: RunState,
     scores: Mapping[str, Mapping[str, ArmScores]],
     seconds: float,
@@ -169,34 +170,39 @@ def summarize(
 
     Args:
         config: configuration of the run.
-        clients: number of devices.
+        people: participants of the rounds.
+        evaluated: people that were evaluated.
         state: state after the last round.
-        scores: scores by person and arm; the summary has their means.
+        scores: scores by person and arm; the summary has their means, of newcomers separately.
         seconds: duration of the run.
     """
-
-    def mean(field: str) -> dict[str, float | None]:
-        values_by_arm: dict[str, list[float]] = {}
-        for by_arm in scores.values():
-            for arm, result in by_arm.items():
-                value = getattr(result, field)
-                values_by_arm.setdefault(arm, []).extend([] if value is None else [value])
-        return {arm: sum(values) / len(values) if values else None for arm, values in values_by_arm.items()}
-
+    members = [scores[person.name] for person in evaluated if not person.newcomer]
+    joined = [scores[person.name] for person in evaluated if person.newcomer]
     return {
         "strategy": config.aggregation.name,
         "rounds": config.rounds,
         "best_round": state.best_round,
-        "clients": clients,
-        "judged": len(scores),
-        "loss": mean("loss"),
-        "legibility": mean("legibility"),
-        "style": mean("style"),
+        "clients": len(people),
+        **mean_scores(members),
+        **({"newcomers": mean_scores(joined)} if joined else {}),
         **totals.run_totals(state.history),
         "seconds": seconds,
         "seed": config.seed,
         "config_hash": config_hash(config),
     }
+
+
+def mean_scores(scores: Sequence[Mapping[str, ArmScores]]) -> dict[str, Any]:
+    """Return the number of people, and the mean of each score by arm; None if there is none."""
+    summary: dict[str, Any] = {"judged": len(scores)}
+    for field in ("loss", "legibility", "style"):
+        values_by_arm: dict[str, list[float]] = {}
+        for by_arm in scores:
+            for arm, result in by_arm.items():
+                value = getattr(result, field)
+                values_by_arm.setdefault(arm, []).extend([] if value is None else [value])
+        summary[field] = {arm: sum(values) / len(values) if values else None for arm, values in values_by_arm.items()}
+    return summary
 
 
 def fleet_summary(people: Sequence[Participant], state: RunState, fleet: Sequence[FleetRound]) -> dict[str, Any]:
@@ -230,7 +236,13 @@ def write_evaluation(file: Path, people: Sequence[Participant], scores: Mapping[
         scores: scores by person and arm.
     """
     rows = [
-        {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(score) for arm, score in scores[p.name].items()}}
+        {
+            "name": p.name,
+            "kind": p.kind,
+            **({"role": p.role} if p.role else {}),
+            **({"newcomer": True} if p.newcomer else {}),
+            **{arm: dataclasses.asdict(score) for arm, score in scores[p.name].items()},
+        }
         for p in people
     ]
     atomic_files.write(file, json.dumps(nan_to_none(rows), indent=1, allow_nan=False).encode())

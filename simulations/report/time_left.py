@@ -14,7 +14,7 @@ def work_after_rounds(config: SimulationConfig) -> float:
     Early stopping may end training sooner, so this is more often an overestimate than an underestimate.
     """
     data, shared, personal = config.data, config.adapter.shared, config.adapter.personal
-    evaluated = config.evaluation.devices or max(data.writers, len(data.pictures))
+    evaluated = (config.evaluation.devices or data.owner_count()) + len(data.newcomers)
     sampled = config.cohort.size or data.count()
     measured = (config.cohort.eval_size or sampled) * data.validation * config.evaluation.timesteps * DRAWN
     one_round = sampled * shared.steps * shared.batch_size * TRAINED + measured

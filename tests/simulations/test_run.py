@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from simulations.run import check_time
+from simulations.checks import check_time
 from tests.helpers.configs import compose
 from tests.helpers.simulations import BARE, command, own_pictures, results, run, send_signal_at, start
 

@@ -47,6 +47,7 @@ def together() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("options", together(), ids=" ".join)
 def test_every_option_composes(options: tuple[str, ...]) -> None:
     needed = ["data.pictures=[photos]"] if "data=folder" in options else []
+    needed += ["data.path=people.parquet"] if "data=people" in options else []
     needed += ["fleet=week"] if "round_loop=async" in options else []
     assert isinstance(composed(*options, *needed), simulation.SimulationConfig)
 

@@ -33,7 +33,7 @@ from simulations.audit import canaries, membership, plots, run
 from simulations.audit import page as audit_page
 from simulations.audit.membership import CONTROL, candidates
 from simulations.audit.verdicts import AuditResults, ClaimResult
-from simulations.fleet.participants import writers
+from simulations.fleet.writers import writers
 from tests.helpers.broken_mechanisms import ScaledNoise
 from tests.helpers.configs import compose
 from tests.helpers.reference_trainer import nonzero_adapter

@@ -12,7 +12,8 @@ from models.base.base import Base
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.policy import Policy, RequestRefusedError
 from privacy.storage import FileStorage
-from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated, slug, writers
+from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated
+from simulations.fleet.writers import slug, writers
 from strategies.factory.full_plan import training_plan
 from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
 from tests.helpers.configs import compose
