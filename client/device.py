@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import platform
-import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from client.power.meter import TrainingCost
 from client.store.store import Store
 from common.errors import AntherError
 from models.base.base import Base
+from models.diffusion.sites import named_sites, resolve_sites
 from models.lora.adapter import Sites
 from privacy import noise, policy
 from privacy.noise import NoiseSource
@@ -80,6 +80,9 @@ class Device:
     """Number of preview pictures drawn for the owner after each training of the personal adapter."""
     measured_cost: Callable[[], TrainingCost | None] | None = None
     """Metered cost of the last training; None: there is no meter, and costs are estimated."""
+    named_sites: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Sites that each name means that a policy may allow (`models.diffusion.sites`); a name without sites allows none.
+    """
 
 
 def from_config(
@@ -99,7 +102,7 @@ def from_config(
             a folder; `previews`, the number of pictures drawn into it after each personal training; `test=true`, which
             makes noise reproducible by `seed`, so that nothing counts as a release; for the report:
             `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; `rank` and `sites`, the highest
-            rank and, as a regular expression, the only layers to train.
+            rank and, as a name or a regular expression, the only layers to train.
         base: the device's base.
         store: an open store; None: open an unencrypted one.
         read: reads the sensors for the device's current state; None: the report does not include it.
@@ -134,6 +137,7 @@ def from_config(
         check_memory=partial(preflight.check_memory, base, store),
         previews=non_negative_int(node_config, "previews"),
         measured_cost=measured_cost,
+        named_sites=named_sites(base.sites, attention=base.attention),
     )
 
 
@@ -177,7 +181,7 @@ def build_report(
         metered=_flag(stated, "metered"),
         battery_wh=measured.battery_wh if measured else None,
         rank=non_negative_int(stated, "rank") or None,
-        sites=_sites(stated, base.sites),
+        sites=_sites(stated, base),
     )
     return report if read is None else with_conditions(report, read())
 
@@ -194,16 +198,10 @@ def with_conditions(report: DeviceReport, now: Conditions) -> DeviceReport:
     )
 
 
-def _sites(stated: Mapping[str, Any], sites: Sites) -> tuple[str, ...] | None:
+def _sites(stated: Mapping[str, Any], base: Base) -> tuple[str, ...] | None:
     """Return the layers that the device trains; None: any."""
-    pattern = str(stated.get("sites") or "")
-    try:
-        selected = tuple(name for name in sites if re.fullmatch(pattern or ".*", name))
-    except re.error as error:
-        raise AntherError(f"sites={pattern}: not a regular expression ({error})") from None
-    if not selected:
-        raise AntherError(f"sites={pattern}: matches no layer of the base; one of its layers is {next(iter(sites))}")
-    return selected if pattern else None
+    value = str(stated.get("sites") or "")
+    return tuple(resolve_sites(base.sites, value, attention=base.attention, key="sites")) if value else None
 
 
 def _folder(node_config: Mapping[str, Any]) -> Path:

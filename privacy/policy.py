@@ -19,7 +19,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
 from pathlib import Path
@@ -63,7 +63,8 @@ class Policy:
     min_pictures: int = 1
     """Minimum number of training pictures: with fewer, none of them is used for anything that is shared."""
     sites: str = ".*"
-    """Regular expression for the full names of layers that may have an adapter, e.g. `.*attn[12].*`."""
+    """Layers that may have an adapter: attention, linear, all, or a regular expression for their full names, e.g.
+    `.*attn[12].*`."""
     bases: tuple[str, ...] = ()
     """Content hashes of the bases that may be adapted. Empty: any base on the device."""
     measures: str = "raw"
@@ -103,12 +104,19 @@ class Policy:
             if not valid:
                 raise AntherError(f"policy: {name}={getattr(self, name)} must be {rule}")
 
-    def check_adaptable(self, base: str, sites: Iterable[str]) -> None:
-        """Raise RequestRefusedError unless adapters of this base at all of these sites are allowed."""
+    def check_adaptable(self, base: str, sites: Iterable[str], named_sites: Mapping[str, Collection[str]]) -> None:
+        """Raise RequestRefusedError unless adapters of this base at all of these sites are allowed.
+
+        Args:
+            base: content hash of the base.
+            sites: names of the adapted layers.
+            named_sites: those of them that each name means.
+        """
         if self.bases and base not in self.bases:
             raise RequestRefusedError(f"base {base[:12]} is not among those that this device allows")
-        allowed = re.compile(self.sites)
-        if forbidden := next(filterfalse(allowed.fullmatch, sites), None):
+        named = named_sites.get(self.sites)
+        allowed = re.compile(self.sites).fullmatch if named is None else named.__contains__
+        if forbidden := next(filterfalse(allowed, sites), None):
             raise RequestRefusedError(f"site {forbidden}: this device allows {self.sites}")
 
     def check_plan(self, plan: TrainingPlan) -> None:

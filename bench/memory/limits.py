@@ -33,7 +33,7 @@ from rich.table import Table
 from bench.lib.machine import machine, versions
 from bench.memory import predicted, published_bases
 from bench.memory.predicted import NETWORKS, RUNTIME, FootprintCase, MeasuredStep
-from client.cli.plan import SITES, predictor, training_settings
+from client.cli.plan import predictor, site_pattern, training_settings
 from client.planning.plan_search import FootprintPredictor, TrainingOption, TrainingSetting, search_plans
 from common import low_memory
 from common.units import GIB, MIB
@@ -128,7 +128,7 @@ def footprint_case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
         setting.checkpointing,
         setting.batch,
         plan.rank,
-        SITES[setting.sites],
+        site_pattern(setting.sites),
     )
 
 

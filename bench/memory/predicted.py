@@ -71,7 +71,7 @@ class FootprintCase:
     checkpointing: str = "none"
     batch: int = 1
     rank: int = 8
-    sites: str | None = None  # regular expression; None: the family's default
+    sites: str | None = None  # see `models.diffusion.sites`
 
     @property
     def name(self) -> str:

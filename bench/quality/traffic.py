@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bench.lib.machine import machine, versions
 from bench.quality.utility import run_once, share
-from models.diffusion.denoiser import find_sites
+from models.diffusion.sites import find_sites
 from models.families.known import find_base
 from models.lora.adapter import Sites, adapter_shapes, from_tensors
 from models.lora.trainable import trained_shapes

@@ -65,6 +65,7 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
     from PIL import Image
 
     from models.base.base import load
+    from models.diffusion.sites import exact_pattern
     from training.capacity import budget, inference_share
     from training.inference import generate_with
 
@@ -74,7 +75,7 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
     sites = store.personal_sites()
     base = load(
         options.base,
-        sites="|".join(map(re.escape, sites)) or None,
+        sites=exact_pattern(sites) if sites else None,
         weights=options.weights,
         device="auto",
         resolution=options.resolution,

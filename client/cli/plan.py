@@ -29,7 +29,7 @@ from common.errors import REPORTED_ERRORS, AntherError, describe_error
 from common.units import HOUR, MIB
 from conf.key_help import key_help
 from conf.schemas.planning import PlanConfig, compose_plan, devices
-from models.families.family import ATTENTION
+from models.diffusion.sites import SITE_NAMES
 from models.families.known import BaseSpec, find_base
 from models.files import assets
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser, resident_bytes
@@ -38,7 +38,7 @@ from models.quantization.modes import WEIGHT_MODES
 DONE, USAGE = 0, 2
 PROFILE = "device.yaml"  # profile of this device, in ANTHER_HOME
 WIDTH = 100
-SITES = {"attention": ATTENTION, "cross": r".*\.attn2\.to_(q|k|v|out\.0)"}
+CROSS = "cross"  # name of the smallest set of sites
 MIN_SIDE = 256  # smallest side in pixels that is considered for a base made for larger pictures
 SHARES = (1.0, 0.75, 0.5, 0.25)  # fractions of the side that a base was made for
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_owned_plugins()
         plan = compose_plan(options.overrides, assets.home() / PROFILE)
         base = find_base(plan.base)
-        ranked, best = search_plans(training_settings(base), plan, predictor(base, plan))
+        ranked, best = search_plans(training_settings(base, plan.sites), plan, predictor(base, plan))
     except REPORTED_ERRORS as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return USAGE
@@ -67,16 +67,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def training_settings(base: BaseSpec) -> list[TrainingSetting]:
-    """List every way in which a base could be trained, best first."""
+def training_settings(base: BaseSpec, sites: str | None = None) -> list[TrainingSetting]:
+    """List every way in which a base could be trained, best first.
+
+    Args:
+        base: published base, or base of a folder.
+        sites: the largest set of sites, see `models.diffusion.sites`.
+    """
     _, side, patch = base.family.latents(base.full_config())
     if side is None:
         raise AntherError(f"{base.family.network}/config.json: no sample_size: add it, in latent pixels")
     step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
     sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= MIN_SIDE and side % step == 0]
-    sites = ["attention"] if base.family.joint_attention else SITES
-    return settings([sides[0], *smaller], list(sites), list(WEIGHT_MODES))
+    return settings([sides[0], *smaller], _sets_of_sites(base, sites or "attention"), list(WEIGHT_MODES))
+
+
+def _sets_of_sites(base: BaseSpec, largest: str) -> list[str]:
+    """Return the sets that are tried, from the largest. An expression has no smaller set: it may not contain one."""
+    if largest not in SITE_NAMES:
+        return [largest]
+    smaller = SITE_NAMES[: SITE_NAMES.index(largest) + 1][::-1]
+    return [*smaller] if base.family.joint_attention else [*smaller, CROSS]
+
+
+def site_pattern(name: str) -> str:
+    """Return the sites of a setting as `adapter.sites` takes them."""
+    return r".*\.attn2\.to_(q|k|v|out\.0)" if name == CROSS else name
 
 
 def predictor(base: BaseSpec, plan: PlanConfig) -> FootprintPredictor:
@@ -89,7 +106,7 @@ def predictor(base: BaseSpec, plan: PlanConfig) -> FootprintPredictor:
     @cache
     def predict(setting: TrainingSetting) -> Footprint:
         layers = meta_denoiser(
-            base, sites=SITES[setting.sites], weights=setting.weights, checkpointing=setting.checkpointing
+            base, sites=site_pattern(setting.sites), weights=setting.weights, checkpointing=setting.checkpointing
         )
         base_only = Footprint(base_bytes=resident_bytes(layers), runtime_bytes=runtime)
         if exceeds_memory(base_only, plan.device):

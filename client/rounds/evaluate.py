@@ -30,7 +30,7 @@ def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result,
 
     Raises RequestRefusedError if the policy or the ledger forbids it.
     """
-    device.policy.check_adaptable(device.report.base, device.sites)
+    device.policy.check_adaptable(device.report.base, device.sites, device.named_sites)
     device.policy.check_evaluation(request.privacy)
     device.policy.check_timesteps(request.timesteps)
     sent = receive_adapter(request.adapter, device, rounded=request.rounded)

@@ -37,7 +37,7 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
     afterwards: a failure, or its absence, would reveal information about the pictures without noise or charge. Only the
     throttle (battery, heat, the owner using the device) ends the request without a reply.
     """
-    device.policy.check_adaptable(device.report.base, device.sites)
+    device.policy.check_adaptable(device.report.base, device.sites, device.named_sites)
     device.policy.check_work(
         rank=request.rank, steps=request.steps, examples=request.batch_size, learning_rate=request.learning_rate
     )

@@ -43,7 +43,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     plan, ledger = request.plan, device.store.ledger
     if plan.base != device.report.base:
         raise RequestRefusedError(f"the plan is for base {plan.base[:12]}, this device has {device.report.base[:12]}")
-    device.policy.check_adaptable(plan.base, device.sites)
+    device.policy.check_adaptable(plan.base, device.sites, device.named_sites)
     device.policy.check_plan(plan)
     _check_form(plan)
     sent = receive_adapter(

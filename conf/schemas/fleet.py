@@ -36,7 +36,8 @@ class ProfileConfig:
     max_rank: int | None = None
     """Highest rank that it trains; null: any."""
     sites: str | None = None
-    """Regular expression on the names of the layers that it trains; null: all."""
+    """Layers that it trains, of those that have adapters: attention, linear, all, or a regular expression on their
+    names; null: all."""
     count: int = 1
     """Devices of this kind in each turn of dealing profiles to writers."""
     charger_watts: float = 0.0

@@ -169,7 +169,8 @@ class NodeConfig:
     max_rank: int | None = None
     """Highest rank that it trains; null: any."""
     sites: str | None = None
-    """Regular expression on the names of the layers that it trains; null: all."""
+    """Layers that it trains, of those that have adapters: attention, linear, all, or a regular expression on their
+    names; null: all."""
     previews: int = 0
     """Pictures drawn into the store after each personalization."""
     uplink_mbps: float | None = None

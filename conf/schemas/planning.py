@@ -18,7 +18,7 @@ from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.key_value import parse_override
 from conf.renames import PLAN, refuse_renamed
-from conf.schemas.checks import require
+from conf.schemas.checks import is_regex, require
 
 DEVICES = Path(__file__).parents[1] / "device"
 THIS = "this"  # name of the device that this process runs on
@@ -77,6 +77,9 @@ class PlanConfig:
     base: str = "sd15"
     """A full-size configuration by name, the folder of a pipeline, or a shipped base."""
     device: DeviceProfileConfig = field(default_factory=DeviceProfileConfig)
+    sites: str | None = "attention"
+    """Layers that have adapters in the run, as `adapter.sites`: attention, linear, all, or a regular expression; null:
+    attention. If too many for the device, smaller sets of these names are tried."""
     rank: int = 8
     """Rank of the adapter."""
     steps: int = 100
@@ -97,6 +100,8 @@ class PlanConfig:
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be 1 or more")
         require(self.min_steps <= self.steps, f"min_steps={self.min_steps}: must not be over steps={self.steps}")
         require(self.max_hours > 0, f"max_hours={self.max_hours}: must be over 0")
+        self.sites = self.sites or "attention"
+        require(is_regex(self.sites), f"sites={self.sites}: not a regular expression")
         fraction = self.max_battery_fraction
         require(0 < fraction <= 1, f"max_battery_fraction={fraction}: must be over 0 and at most 1")
         require(self.alternatives >= 0, f"alternatives={self.alternatives}: must be 0 or more")

@@ -204,8 +204,9 @@ class LocalBaselineConfig:
 class AdapterConfig:
     """Placement and training of the LoRA adapters."""
 
-    sites: str | None = None
-    """Regular expression on the names of the base's layers; null: the projections of every attention."""
+    sites: str | None = "attention"
+    """Layers of the base that have adapters: attention (the projections of every attention), linear (every linear
+    layer), all (every linear and convolution layer), or a regular expression on their names; null: attention."""
     lora_xs_bases: str | None = None
     """Frozen factors for aggregation=fedsb, which trains small cores between them (rank² numbers per site, so less
     noise under privacy): a shipped name or a file; null: for every other rule."""
@@ -220,6 +221,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         self.shared.check("adapter.shared")
         self.personal.check("adapter.personal")
+        if self.sites == "attention":
+            self.sites = None  # as earlier versions stored and hashed it
         require(self.sites is None or is_regex(self.sites), f"adapter.sites={self.sites}: not a regular expression")
         require(self.eval_interval >= 1, f"adapter.eval_interval={self.eval_interval}: must be 1 or more")
         require(self.patience >= 1, f"adapter.patience={self.patience}: must be 1 or more")

@@ -36,7 +36,8 @@ class Base(Denoiser):
 
     Args:
         folder: pipeline in diffusers' layout.
-        sites: regular expression on the names of the network's layers; None: the family's default.
+        sites: attention, linear, all, or a regular expression on the names of the network's layers
+            (`models.diffusion.sites`); None: attention, the family's default.
         weights: one of `models.quantization.modes.WEIGHT_MODES`.
         device: torch device.
         compute: precision of weights and activations, see `Denoiser`.
@@ -90,12 +91,13 @@ class Base(Denoiser):
         super().__init__(
             network,
             schedule,
-            sites=sites or self.family.sites,
+            sites=sites,
             device=device,
             compute=compute,
             weights=weights,
             checkpointing=checkpointing,
             forward=self.family.forward,
+            attention=self.family.sites,
         )
 
     @torch.no_grad()

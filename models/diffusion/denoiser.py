@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
@@ -18,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import AntherError
 from models.diffusion.objective import Schedule
-from models.lora.adapter import Site, Sites
+from models.diffusion.sites import ATTENTION, adaptable, find_sites
+from models.lora.adapter import Sites
 from models.lora.batched_lora import BatchedAdapter, add_slots, set_adapters, slot_layers
-from models.quantization.layers import QuantizedConv2d, QuantizedLinear
 from models.quantization.modes import quantize_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -65,16 +64,18 @@ class Denoiser:
     Args:
         network: changed in place.
         schedule: the forward process.
-        sites: regular expression on the names of its linear and convolution layers.
+        sites: a name or regular expression, see `models.diffusion.sites`; None: attention.
         device: torch device.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
         weights: one of `models.quantization.modes.WEIGHT_MODES`; fp32 leaves the weights unchanged.
         checkpointing: 'none', or 'block' to recompute each block's forward in the backward pass (Chen et al., 2016,
             arXiv:1604.06174).
         forward: function that calls the network.
+        attention: regular expression on the names of the family's default sites.
 
     Attributes:
         sites: adapted layers by name.
+        attention: the argument.
         schedule: the forward process, on `device`.
         checkpointing: the argument.
         cache: values that users of this network store with it, for its lifetime.
@@ -86,15 +87,17 @@ class Denoiser:
         network: nn.Module,
         schedule: Schedule,
         *,
-        sites: str,
+        sites: str | None,
         device: str = "cpu",
         compute: str = "fp32",
         weights: str = "fp32",
         checkpointing: str = "none",
         forward: Forward = call_unet,
+        attention: str = ATTENTION,
     ) -> None:
         self._adaptable = adaptable(network)
-        self.sites: Sites = find_sites(network, sites)
+        self.sites: Sites = find_sites(network, sites, attention=attention)
+        self.attention = attention
         quantize_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.full_precision = torch.promote_types(self.dtype, torch.float32)
@@ -177,36 +180,3 @@ def _run(
     set_adapters(slot_layers(network), adapters)
     dtype = next(network.parameters()).dtype
     return forward(network, x.to(dtype), t, context.to(dtype))
-
-
-def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
-    """Return the linear and convolution layers whose full name matches `pattern`, in the network's order.
-
-    Raises:
-        AntherError: the pattern is invalid, or matches no layer.
-    """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise AntherError(f"adapter.sites={pattern}: not a regular expression ({error})") from error
-    layers = adaptable(network)
-    sites = {name: site for name, site in layers.items() if expression.fullmatch(name)}
-    if not sites:
-        raise AntherError(f"adapter.sites={pattern}: matches no layer of the base, such as {next(iter(layers))}")
-    return sites
-
-
-def adaptable(network: nn.Module) -> dict[str, Site]:
-    """Return every linear and convolution layer that can be adapted, by name, in the network's order."""
-    return {name: site for name, layer in network.named_modules() if (site := _site(layer))}
-
-
-def _site(layer: nn.Module) -> Site | None:
-    """Return the dimensions of a layer, or None if it can't be adapted."""
-    if isinstance(layer, nn.Linear | QuantizedLinear):
-        return Site(layer.in_features, layer.out_features)
-    if isinstance(layer, QuantizedConv2d):
-        return Site(layer.shape[1:].numel(), layer.out_channels, layer.kernel_size)
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
-        return Site(layer.weight[0].numel(), layer.out_channels, layer.kernel_size)
-    return None

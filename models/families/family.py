@@ -19,10 +19,8 @@ from torch.nn import functional as F
 
 from common.plugins import Registry
 from models.diffusion.denoiser import Forward
+from models.diffusion.sites import ATTENTION
 from models.families.kohya import KohyaFormat
-
-ATTENTION = r".*\.attn[12]?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
-"""Projections of all attention layers, including those of text tokens in joint attention: the usual LoRA targets."""
 
 
 class Latents(NamedTuple):
@@ -52,7 +50,7 @@ class Family:
     """Sets the guidance scale in packed captions, for networks that embed it; None: guidance needs two passes."""
     logit_normal: bool = False  # whether a flow's training favors the middle of the schedule
     latent_statistics: bool = False  # whether the pipeline uses a VAE's latents_mean and latents_std
-    sites: str = ATTENTION  # default sites
+    sites: str = ATTENTION  # default sites, named `attention`
     joint_attention: bool = False  # whether text and picture form one sequence: no layer attends only to the text
 
 

@@ -72,19 +72,25 @@ class Footprint:
         return tensors + self.adapter_bytes + self.optimiser_bytes + self.objects_bytes + self.runtime_bytes
 
 
-def meta_denoiser(base: BaseSpec, *, sites: str, weights: str = "fp32", checkpointing: str = "none") -> Denoiser:
+def meta_denoiser(base: BaseSpec, *, sites: str | None, weights: str = "fp32", checkpointing: str = "none") -> Denoiser:
     """Build a base as on a device, but on the meta device.
 
     Args:
         base: published base, or base of a folder (`models.families.known`).
-        sites: regular expression on the names of its network's layers.
+        sites: see `Base`.
         weights: one of `models.quantization.modes.WEIGHT_MODES`.
         checkpointing: see `Denoiser`.
     """
     network = base.network()
     quantize_meta(network, quant_types(network, weights))
     return Denoiser(
-        network, DUMMY_SCHEDULE, sites=sites, device="meta", checkpointing=checkpointing, forward=base.family.forward
+        network,
+        DUMMY_SCHEDULE,
+        sites=sites,
+        device="meta",
+        checkpointing=checkpointing,
+        forward=base.family.forward,
+        attention=base.family.sites,
     )
 
 

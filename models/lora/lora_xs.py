@@ -93,7 +93,10 @@ def load_bases(file: Path, sites: Sites, rank: int) -> Adapter:
     except (OSError, SafetensorError) as error:
         raise AntherError(f"{file}: can't be read as LoRA-XS bases ({error})") from error
     except KeyError as error:
-        raise AntherError(f"{file}: the bases lack {error}: choose sites that they contain") from None
+        lacking = str(error).strip("'").rpartition(".")[0]
+        raise AntherError(
+            f"{file}: the bases lack {lacking}: set adapter.sites to layers that they have, such as attention"
+        ) from None
     for name, site in sites.items():
         shape = (tuple(selected[f"{name}.lora_A"].shape), tuple(selected[f"{name}.frame"].shape))
         if shape != ((rank, site.inputs), (site.outputs, rank)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
@@ -13,6 +12,7 @@ from conf.schemas.fleet import WorkloadConfig
 from conf.schemas.planning import DeviceProfileConfig
 from conf.schemas.training import BaseConfig
 from models.base.base import Base
+from models.diffusion.sites import exact_pattern
 from models.families.known import find_base
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import PassCosts
@@ -83,8 +83,13 @@ def build_costs(base: Base, settings: BaseConfig, workload: WorkloadConfig, *, r
         workload: factors by which memory and arithmetic are multiplied.
         rank: rank of the shared adapter.
     """
-    sites = "|".join(re.escape(site) for site in base.sites)
-    key = (str(base.folder), sites, settings.weights, settings.gradient_checkpointing, base.resolution)
+    key = (
+        str(base.folder),
+        exact_pattern(base.sites),
+        settings.weights,
+        settings.gradient_checkpointing,
+        base.resolution,
+    )
     pass_costs = partial(base_pass_costs, base, rank)
     return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, workload)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from conf.schemas.fleet import ProfileConfig
 from conf.schemas.simulation import SimulationConfig
 from conf.schemas.training import DataConfig
 from models.base.base import Base
+from models.diffusion.sites import resolve_sites
 from privacy.noise import noise_source
 from privacy.policy import Policy
 from privacy.storage import Storage
@@ -207,10 +207,8 @@ def _participant(
 
 def _sites(profile: ProfileConfig, base: Base) -> tuple[str, ...]:
     assert profile.sites is not None
-    sites = tuple(name for name in base.sites if re.fullmatch(profile.sites, name))
-    if not sites:
-        raise AntherError(f"fleet.profiles: sites={profile.sites} of {profile.name} matches no site of the base")
-    return sites
+    key = f"fleet.profiles: {profile.name}: sites"
+    return tuple(resolve_sites(base.sites, profile.sites, attention=base.attention, key=key))
 
 
 def _own_pictures_of(writer: Writer) -> Pictures:

@@ -21,7 +21,7 @@ from common.errors import AntherError
 from privacy.noise import SecureNoise, SimulatedNoise
 from tests.helpers.devices import BASE, SITES
 
-HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, resolution=64)  # the attributes of a base that are used
+HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, attention=r".*to_q", resolution=64)  # the attributes that are used
 
 
 @pytest.fixture
@@ -81,6 +81,9 @@ def test_report_is_coarse(root: Path, tmp_path: Path) -> None:
     first, *_ = SITES
     limited = from_config({"data": str(root / "ann"), "rank": "2", "sites": f"^{first}$"}, HELD).report
     assert (limited.rank, limited.sites) == (2, (first,))
+    named = from_config({"data": str(root / "ann"), "sites": "attention"}, HELD)
+    assert named.report.sites == ("down.to_q",)
+    assert named.named_sites == {"attention": {"down.to_q"}, "linear": set(SITES), "all": set(SITES)}
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def test_command_prints_configuration(monkeypatch: pytest.MonkeyPatch, capsys: p
     serve()
     composed: Any = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
     assert composed.pop("server")["max_devices"] == composed["data"]["devices"] == 9
+    assert composed["adapter"]["sites"] == "attention"
+    composed["adapter"]["sites"] = None  # as configurations are stored
     assert composed == as_settings(compose_federation("preset=private data.devices=9"))
     assert run_overrides(["preset=private"], 9) == ["preset=private", "data.devices=9"]
     assert run_overrides(["data.devices=3"], 9) == ["data.devices=3"]

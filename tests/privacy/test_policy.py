@@ -121,15 +121,27 @@ def test_meaningless_evaluation_noise_is_refused(wrong: dict[str, float]) -> Non
 
 
 def test_allowed_bases_and_sites() -> None:
-    Policy().check_adaptable("b" * 64, ["down.attn1.to_q", "time_emb"])
+    Policy().check_adaptable("b" * 64, ["down.attn1.to_q", "time_emb"], {})
     policy = Policy(bases=("a" * 64,), sites=r".*attn[12]\..*")
-    policy.check_adaptable("a" * 64, ["down.attn1.to_q", "up.attn2.to_out.0"])
+    policy.check_adaptable("a" * 64, ["down.attn1.to_q", "up.attn2.to_out.0"], {})
     with pytest.raises(RequestRefusedError, match="base bbbbbbbbbbbb"):
-        policy.check_adaptable("b" * 64, ["down.attn1.to_q"])
+        policy.check_adaptable("b" * 64, ["down.attn1.to_q"], {})
     with pytest.raises(RequestRefusedError, match=r"site down\.attn3\.to_q"):
-        policy.check_adaptable("a" * 64, ["down.attn1.to_q", "down.attn3.to_q"])
+        policy.check_adaptable("a" * 64, ["down.attn1.to_q", "down.attn3.to_q"], {})
     with pytest.raises(RequestRefusedError, match="site"):  # the pattern has to match the full name
-        Policy(sites="attn1").check_adaptable("b", ["down.attn1.to_q"])
+        Policy(sites="attn1").check_adaptable("b", ["down.attn1.to_q"], {})
+
+
+def test_allowed_sites_by_name() -> None:
+    named = {"attention": {"to_q"}, "linear": {"to_q", "ff"}, "all": {"to_q", "ff", "conv_in"}}
+    for name, sites in named.items():
+        policy = Policy(sites=name)
+        policy.check_adaptable("b", sites, named)
+        for forbidden in sorted(named["all"] - sites):
+            with pytest.raises(RequestRefusedError, match=f"site {forbidden}: this device allows {name}"):
+                policy.check_adaptable("b", ["to_q", forbidden], named)
+        with pytest.raises(RequestRefusedError, match="site to_q"):
+            policy.check_adaptable("b", ["to_q"], {})  # no layers are known for the name
 
 
 def test_minimum_of_pictures_reveals_no_number() -> None:

@@ -208,6 +208,14 @@ def test_option_with_its_default_hashes_as_before() -> None:
     assert run_dir.config_hash(compose(f"{given} server_optimizer.lr=0.003")) == run_dir.config_hash(compose(given))
 
 
+@pytest.mark.integration
+def test_attention_by_name_hashes_as_null() -> None:
+    named, null, linear = (compose(f"adapter.sites={sites}") for sites in ("attention", "null", "linear"))
+    assert run_dir.config_hash(named) == run_dir.config_hash(null) == run_dir.config_hash(compose(""))
+    assert run_dir.config_hash(linear) != run_dir.config_hash(null)
+    assert (named.adapter.sites, linear.adapter.sites) == (None, "linear")
+
+
 def test_order_of_robust_rules_counts(tmp_path: Path) -> None:
     words = "aggregation=fedit data.writers=0 data.pictures=[x]"
     run_dir.claim(tmp_path / "run", compose(f"{words} robust=[krum,norm_bound]"), ASSETS, memory=7)

@@ -79,7 +79,7 @@ def test_less_memory_gives_leaner_plan(
     pipeline_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = [TrainingSetting(16, "attention", "fp32", "none"), TrainingSetting(16, "cross", "int8", "none")]
-    monkeypatch.setattr(plan, "training_settings", lambda _: some)
+    monkeypatch.setattr(plan, "training_settings", lambda *_: some)
     words = [f"base={pipeline_folder}", "device=pi4_2gb", "device.runtime_mib=200", "rank=2"]
     first, second = rungs(capsys, *words)["rungs"]
     assert second["peak_bytes"] < first["peak_bytes"]
@@ -135,6 +135,33 @@ def test_resolutions_fit_the_network() -> None:
     assert sides("sd21") == [768, 576, 384]
     assert TrainingSetting(1024, "cross", "fp32", "none") in plan.training_settings(KNOWN_BASES["pixart-sigma"])
     assert {setting.sites for setting in plan.training_settings(KNOWN_BASES["flux-dev"])} == {"attention"}
+
+
+@pytest.mark.parametrize(
+    ("base", "sites", "expected"),
+    [
+        ("sd15", None, ["attention", "cross"]),
+        ("sd15", "linear", ["linear", "attention", "cross"]),
+        ("sd15", "all", ["all", "linear", "attention", "cross"]),
+        ("sd15", ".*to_q", [".*to_q"]),
+        ("flux-dev", "linear", ["linear", "attention"]),
+    ],
+)
+def test_smaller_sets_of_sites_are_tried(base: str, sites: str | None, expected: list[str]) -> None:
+    settings = plan.training_settings(KNOWN_BASES[base], sites)
+    assert list(dict.fromkeys(setting.sites for setting in settings)) == expected
+
+
+@pytest.mark.integration
+def test_plan_of_named_sites(pipeline_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (f"base={pipeline_folder}", "device=pi4_2gb", "rank=2")
+    adapters = {}
+    for sites in ("attention", "linear", "all", "null"):
+        result = rungs(capsys, *words, f"sites={sites}")
+        first = result["rungs"][0]
+        assert first["setting"]["sites"] == sites.replace("null", "attention")
+        adapters[sites] = first["footprint"]["adapter_bytes"]
+    assert adapters["attention"] == adapters["null"] < adapters["linear"] < adapters["all"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +17,9 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.lib.tiny import ATTENTION
-from common.errors import AntherError
-from models.diffusion.denoiser import Denoiser, find_sites
+from models.diffusion.denoiser import Denoiser
 from models.diffusion.objective import add_noise, diffusion, per_example_loss, target
-from models.lora.adapter import Site
+from models.diffusion.sites import find_sites
 from models.lora.batched_lora import BatchedFactors, SlotLayer, slot_layers, stack_adapters, to_device
 from models.quantization.blockwise import dequantize, quantize
 from models.quantization.modes import quant_types
@@ -112,43 +110,6 @@ def two_slots(model: Denoiser, ranks: tuple[int, int] = (2, 1)) -> dict[str, Bat
 def assert_exact(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for own_grads, other_grads in zip(actual, expected, strict=True):
         assert (own_grads - other_grads).abs().max() <= 1e-10 * max(1.0, float(other_grads.detach().abs().max()))
-
-
-class TestSites:
-    def test_pattern_matches_full_names(self, unet: nn.Module) -> None:
-        able = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-        for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS, EVERYTHING):
-            sites = find_sites(unet, pattern)
-            assert list(sites) == [name for name in able if re.fullmatch(pattern, name)]
-            for name, site in sites.items():
-                weight = able[name].weight
-                assert (site.outputs, site.inputs, site.kernel) == (len(weight), weight[0].numel(), weight.shape[2:])
-        quant_types = [set(find_sites(unet, pattern)) for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS)]
-        assert set.union(*quant_types) == set(able)
-        assert sum(map(len, quant_types)) == len(able)
-
-    def test_unsupported_layers_are_excluded(self) -> None:
-        network = nn.ModuleDict(
-            {
-                "grouped": nn.Conv2d(4, 4, 3, groups=2),
-                "circular": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
-                "transposed": nn.ConvTranspose2d(4, 4, 3),
-                "flat": nn.Conv1d(4, 4, 3),
-                "normal": nn.GroupNorm(2, 4),
-                "able": nn.Conv2d(4, 6, (3, 1)),
-            }
-        )
-        assert find_sites(network, ".*") == {"able": Site(12, 6, (3, 1))}
-
-    @pytest.mark.parametrize(
-        ("pattern", "match"),
-        [("(", "not a regular expression"), ("nothing", "matches no layer"), ("conv", "such as conv_in")],
-    )
-    def test_invalid_patterns_are_refused(self, unet: nn.Module, pattern: str, match: str) -> None:
-        with pytest.raises(AntherError, match=match) as refusal:
-            find_sites(unet, pattern)
-        assert "\n" not in str(refusal.value)
-        assert pattern in str(refusal.value)
 
 
 @pytest.mark.integration

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import AntherError
-from models.diffusion.denoiser import find_sites
+from models.diffusion.sites import find_sites
 from models.families.known import KNOWN_BASES, find_base
 from tests.helpers.samples import sampled
 

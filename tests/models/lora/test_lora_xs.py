@@ -63,7 +63,7 @@ def test_load_bases_selects_sites_and_rank(tmp_path: Path) -> None:
     assert torch.equal(result["b"].a, bases["b"].a[:2])
     assert torch.equal(result["b"].b, bases["b"].b[:, :2])
     for sites, rank, message in (
-        ({"c": Site(2, 2)}, 2, "choose sites that they contain"),
+        ({"c": Site(2, 2)}, 2, "the bases lack c: set adapter.sites"),
         (SITES, 5, "don't have rank 5"),
         ({"a": Site(8, 5)}, 2, "don't have rank 2 for this base"),
     ):

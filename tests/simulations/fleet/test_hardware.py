@@ -8,7 +8,7 @@ from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
 from conf.schemas.planning import device_profile
 from models.base.base import Base, load
-from models.families.family import ATTENTION
+from models.diffusion.sites import ATTENTION
 from models.families.known import find_base
 from models.footprint.footprint import example_shapes, footprint, meta_denoiser
 from privacy.storage import FileStorage

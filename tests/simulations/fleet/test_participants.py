@@ -90,13 +90,11 @@ def test_reports_state_rank_and_sites(base: Base, tmp_path: Path) -> None:
     assert half is not None
     assert set(half) == {name for name in base.sites if "attn2" in name}
     assert 2 * len(half) == len(base.sites)
-    with pytest.raises(AntherError, match=r"fleet.profiles: sites=x9 of all matches no site of the base"):
-        fleet(
-            base,
-            tmp_path,
-            "data.writers=2 'fleet.profiles=[{name: all, memory_gib: 1, examples_per_second: 1, "
-            "watts: 1, uplink_mbps: 1, downlink_mbps: 1, sites: x9}]'",
-        )
+    kind = "{name: all, memory_gib: 1, examples_per_second: 1, watts: 1, uplink_mbps: 1, downlink_mbps: 1"
+    named = fleet(base, tmp_path, f"data.writers=1 'fleet.profiles=[{kind}, sites: linear}}]'")[0].device.report
+    assert named.sites == tuple(base.sites)
+    with pytest.raises(AntherError, match=r"fleet.profiles: all: sites=x9: matches no layer of the base"):
+        fleet(base, tmp_path, f"data.writers=2 'fleet.profiles=[{kind}, sites: x9}}]'")
 
 
 def test_splits_are_disjoint_and_of_the_given_size() -> None:
