@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,24 @@ def code(page: str) -> Iterator[str]:
     blocks = re.findall(r"^```(?!python)\w*\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
     yield from blocks
     yield from re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL))
+
+
+def python_code(page: str) -> list[str]:
+    """Return the Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_is_valid(page: str) -> None:
+    for number, block in enumerate(python_code(page)):
+        ast.parse(block, f"{page}, block {number}")
+
+
+def test_examples_import_what_exists() -> None:
+    """Imports of our packages; those of others may not be installed."""
+    modules = "".join(python_code("docs/simulation.md"))
+    for module, name in re.findall(rf"^from ((?:anther|{PACKAGES})[\w.]*) import (\w+)", modules, re.MULTILINE):
+        assert hasattr(importlib.import_module(module), name), (module, name)
 
 
 def commands(page: str) -> set[str]:

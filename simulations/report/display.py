@@ -126,6 +126,9 @@ class Display:
                     f"Gini of participation {fleet['gini']:.2f}"
                 )
             )
+        if joined := summary.get("newcomers"):
+            losses = [f"{ARMS[arm]} {number(joined['loss'][arm])}" for arm in ARMS if arm in joined["loss"]]
+            self._print(Text(f"{plural(joined['judged'], 'newcomer')}: {', '.join(losses)}"))
         if too_small(summary):
             size = f"{plural(summary['rounds'], 'round')} on {plural(evaluated_devices(summary), 'device')}"
             self._print(Text(f"{size}: too small to compare arms; a run to try out the whole path", style="yellow"))

@@ -214,7 +214,7 @@ def test_program(tmp_path: Path) -> None:
     helped = program("--help")
     assert helped.returncode == 0
     assert "preset: claim, metered, private, quick, scale" in helped.stdout
-    assert helped.stdout.count("  anther simulate ") == 10  # the usage line and nine examples
+    assert helped.stdout.count("  anther simulate ") == 11  # the usage line and ten examples
 
 
 @pytest.mark.integration

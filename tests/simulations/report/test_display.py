@@ -192,6 +192,15 @@ def test_small_runs_are_marked(changes: dict[str, int], small: bool) -> None:
     assert f"{changes['rounds']} rounds of fedit" in printed(screen)
 
 
+def test_newcomers_have_a_line() -> None:
+    display_console = console()
+    Display(3, console=display_console).finish(
+        SUMMARY | {"newcomers": {"judged": 2, "loss": {"base": 0.2, "shared": 0.19, "personal": 0.15}}}, {}
+    )
+    assert "2 newcomers: base 0.200, shared 0.190, shared + personal 0.150\n" in printed(display_console)
+    assert "newcomer" not in run(console())
+
+
 def test_runs_are_named_by_differing_settings() -> None:
     screen = console(width=120)
     compare([(["preset=quick", f"aggregation={name}"], SUMMARY) for name in ("exact", "fedit")], screen)
