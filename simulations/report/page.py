@@ -66,7 +66,7 @@ def build_report(
     for row, outcome in zip(rounds, fleet, strict=False):
         row.update(joules=outcome.joules, hours=outcome.ended / 3600, lost=outcome.lost)
     return Report(
-        title=title(people),
+        title=title(people, sum(person.newcomer for person in evaluated)),
         command=command,
         config_yaml=settings,
         summary=summary,
@@ -134,7 +134,8 @@ def gallery_row(
     )
 
 
-def title(people: Sequence[Participant]) -> str:
-    """Return the title of the report."""
+def title(people: Sequence[Participant], newcomers: int = 0) -> str:
+    """Return the title of the report: how many took part in the rounds, and how many joined after them."""
     learned = "letters" if all(person.has_letters for person in people) else "pictures"
-    return f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"
+    devices = f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"
+    return f"{devices}, {newcomers} joined later" if newcomers else devices

@@ -15,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.data import MissingPicture, Pictures, fingerprint, load_folder, split_of
+from client.data import (
+    MissingPicture,
+    Pictures,
+    StoredPicture,
+    fingerprint,
+    list_pictures,
+    load_folder,
+    split_of,
+)
 from common.errors import AntherError
 from training.jobs import Picture
 
@@ -52,6 +60,36 @@ def splits(folder: Path) -> dict[str, str]:
     """Return {caption: split}."""
     pictures = load_folder(folder)
     return {p.caption: name for name, split in zip(Pictures._fields, pictures, strict=True) for p in split}
+
+
+def test_listed_pictures_are_those_that_are_loaded(tmp_path: Path) -> None:
+    listed = list_pictures(album(tmp_path / "flat"))
+    loaded = {picture.caption for split in load_folder(tmp_path / "flat") for picture in split}
+    assert ({picture.caption for picture in listed}, {picture.split for picture in listed}) == (loaded, {None})
+    folder = tmp_path / "split"
+    names = {f"{split}/{number}.png": f"{split} {number}" for split in ("Train", "val", "test") for number in range(2)}
+    for name in names:
+        save(folder / name)
+    caption(folder, **names)
+    pictures = load_folder(folder)
+    assert [(picture.caption, picture.split) for picture in list_pictures(folder)] == [
+        (picture.caption, split)
+        for split in ("train", "test", "validation")  # sorted by folder: Train, test, val
+        for picture in getattr(pictures, split)
+    ]
+    save(folder / "outside.png")
+    caption(folder, **names, **{"outside.png": "outside"})
+    with pytest.raises(AntherError, match=r"outside\.png: lies outside Train, val, test; move it into one of them"):
+        list_pictures(folder)
+
+
+def test_picture_may_be_decoded_late(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    picture = StoredPicture(tmp_path / "a.png", "a cat", verify=False)
+    with pytest.raises(AntherError, match=r"a\.png: can't be read as a picture"):
+        _ = picture.pixels
+    with pytest.raises(AntherError, match=r"a\.png: can't be read as a picture"):
+        StoredPicture(tmp_path / "a.png", "a cat")
 
 
 @given(st.lists(st.from_regex(r"[a-zé]{1,3}(/[a-z])?[0-9]{0,3}", fullmatch=True), min_size=1, max_size=5, unique=True))

@@ -36,10 +36,11 @@ from simulations.audit.verdicts import AuditResults, ClaimResult
 from simulations.fleet.writers import writers
 from tests.helpers.broken_mechanisms import ScaledNoise
 from tests.helpers.configs import compose
+from tests.helpers.people import characters, write
 from tests.helpers.reference_trainer import nonzero_adapter
 from tests.privacy.audit.test_membership import trial
 from tests.server.rounds.test_checkpoint import device, round_
-from typefaces.dataset import POOL, TEST
+from typefaces.dataset import GLYPHS, POOL, TEST
 
 ROOT = Path(__file__).parents[3]
 
@@ -207,6 +208,20 @@ def test_members_are_pictures_of_participants() -> None:
     both = [candidate for candidate in candidates(data, {writer, f"{writer}-0002"}) if candidate.member]
     assert len({candidate.letter for candidate in both}) == len(both) >= 6
     assert Counter(candidate.writer for candidate in candidates(data, set())) == dict.fromkeys(names, POOL + TEST)
+
+
+def test_candidates_of_people(tmp_path: Path) -> None:
+    """Newcomers' pictures are none: their adapters never left them."""
+    file = write(tmp_path / "people.parquet", characters(["ann", "bo", "cy"], GLYPHS[:20]))
+    sizes = "data.train=4 data.test=3 data.validation=2"
+    data = compose(f"data.path={file} data.people=2 data.newcomers=[cy] {sizes}").data
+    everyone = candidates(data, {"ann"})
+    assert Counter((candidate.writer, candidate.member) for candidate in everyone) == {
+        ("ann", True): 4,
+        ("ann", False): 3,
+        ("bo", False): 7,
+    }
+    assert all(candidate.letter == candidate.picture.caption for candidate in everyone)
 
 
 def test_validation_pictures_are_no_candidates() -> None:

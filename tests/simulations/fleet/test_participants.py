@@ -12,12 +12,22 @@ from models.base.base import Base
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.policy import Policy, RequestRefusedError
 from privacy.storage import FileStorage
-from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated
+from simulations.fleet.participants import (
+    Participant,
+    load_pictures,
+    newcomers,
+    own_pictures_hash,
+    owners_policy,
+    participants,
+    select_evaluated,
+)
 from simulations.fleet.writers import slug, writers
 from strategies.factory.full_plan import training_plan
 from strategies.round.private_evaluation import evaluation_mechanisms, evaluation_policy
 from tests.helpers.configs import compose
+from tests.helpers.people import characters, write
 from tests.helpers.simulations import own_pictures
+from typefaces.dataset import GLYPHS
 
 
 def fleet(base: Base, folder: Path, overrides: str) -> list[Participant]:
@@ -187,6 +197,34 @@ def test_one_device_of_each_writer_is_evaluated_first(base: Base, tmp_path: Path
     assert [person.name for person in more] == sorted(person.name for person in more)
     one_each = fleet(base, tmp_path, "data.writers=4")
     assert select_evaluated(one_each, None) == one_each
+
+
+@pytest.mark.integration
+def test_people_of_a_data_set(base: Base, tmp_path: Path) -> None:
+    """Newcomers change no device of the rounds; a resumed run needs their pictures too."""
+    names, glyphs = ("ann", "bo", "cy", "di"), GLYPHS[:20]
+    rows = characters(names[:3], glyphs, role="test") + characters(names[3:], glyphs, role="extra")
+    rows[5]["text"] = "a cat"  # of ann
+    file = write(tmp_path / "people.parquet", rows)
+
+    def storage(name: str) -> FileStorage:
+        return FileStorage(tmp_path / name)
+
+    config = compose(f"data.path={file} data.people=3 data.newcomers=[cy]")
+    people = load_pictures(config.data)
+    members, joined = participants(config, base, storage, people), newcomers(config, base, storage, people)
+    assert [person.name for person in members] == ["ann", "bo", "di"]
+    assert [(person.name, person.newcomer, person.role) for person in joined] == [("cy", True, "test")]
+    assert [person.has_letters for person in members] == [False, True, True]
+    assert not any(person.newcomer for person in members)
+    kinds = [profile.name for profile in config.fleet.profiles]
+    assert [person.profile for person in members] == kinds[:3]
+    assert select_evaluated(members, None, ["test"]) == members[:2]
+    assert select_evaluated(members, 1, ["extra"]) == members[2:]
+    hashes = {own_pictures_hash(group) for group in (members, joined, [*members, *joined])}
+    assert len(hashes) == 3
+    with pytest.raises(AntherError, match=r"evaluation\.devices=3: only 2 devices have a role of evaluated_roles"):
+        select_evaluated(members, 3, ["test"])
 
 
 def test_names_are_safe_for_files() -> None:

@@ -44,6 +44,11 @@ def test_node_ids_follow_the_names():
     assert {node: report.device for node, report in reports.items()} == {1: "a", 2: "b", 3: "c"}
 
 
+def test_first_node_is_given():
+    """Two grids of one run have different nodes."""
+    assert list(CohortGrid(fleet(), perform, first_node=4).get_node_ids()) == [4, 5, 6]
+
+
 def test_jobs_are_batched_only_if_asked():
     calls = []
 
