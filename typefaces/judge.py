@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from common.errors import AntherError
 from typefaces.dataset import GLYPHS, MERGED
+from typefaces.pretraining.corpus import normalize, thicken
 
 FOLDER = Path(__file__).parent / "assets" / "judge"
 WIDTHS = (24, 48, 96, 192)
 STYLE = 128  # dimensions of the style embedding
-BATCH = 256
+VIEWS = (0.0, -0.5)  # changes of stroke width in pixels per side; a reading is the mean over them
+BATCH = 32  # fits the caches of a core: 3.6 ms per image, 5.7 ms at 256
 
 Images = NDArray[np.uint8]  # [N, 64, 64], 0 = ink, 255 = paper
 Classes = NDArray[np.int64]  # [N], indices into GLYPHS
@@ -87,24 +89,32 @@ class Judge:
     network: JudgeNetwork
 
     def read(self, images: Images) -> Classes:
-        """Return the character that each image shows, as indices into GLYPHS."""
-        return self._predict(images, 0).argmax(axis=1).astype(np.int64)
+        """Return the character that each image shows, as indices into GLYPHS.
+
+        It has the highest mean log probability over views of the image with other stroke widths.
+        """
+        log_probabilities = sum(F.log_softmax(self._predict(images, 0, view), dim=1) for view in VIEWS)
+        return np.asarray(log_probabilities.argmax(dim=1).numpy(), dtype=np.int64)
 
     def embed(self, images: Images) -> Styles:
         """Return the style of each image: unit vectors, near each other for one typeface."""
-        return self._predict(images, 1)
+        return np.asarray(self._predict(images, 1, 0.0).numpy())
 
     @torch.inference_mode()
-    def _predict(self, images: Images, output: int) -> NDArray[np.float32]:
+    def _predict(self, images: Images, output: int, weight: float) -> Tensor:
+        """Return an output of the network for images whose strokes are thicker by `weight` pixels per side."""
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (64, 64):
             raise ValueError(f"images must be uint8 [N, 64, 64], not {images.dtype} {list(images.shape)}")
         width = (len(GLYPHS), STYLE)[output]
-        outputs = [np.zeros((0, width), np.float32)]
+        outputs = [torch.zeros(0, width)]
         device = next(self.network.parameters()).device
         for start in range(0, len(images), BATCH):
             batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).to(device)
-            outputs.append(self.network(batch[:, None].float() / 127.5 - 1)[output].float().cpu().numpy())
-        return np.concatenate(outputs)
+            pictures = normalize(batch[:, None])
+            if weight:
+                pictures = 1 - thicken(1 - pictures, torch.full((len(pictures),), weight, device=device))
+            outputs.append(self.network(pictures)[output].float().cpu())
+        return torch.cat(outputs)
 
 
 def load(folder: Path | str = FOLDER, device: str = "cpu") -> Judge:

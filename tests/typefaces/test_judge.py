@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from common.errors import AntherError
 from typefaces import dataset
 from typefaces.dataset import GLYPHS, MERGED
-from typefaces.judge import FOLDER, Judge, legible, load, merge_classes, style_center, style_match
+from typefaces.judge import FOLDER, Judge, JudgeNetwork, legible, load, merge_classes, style_center, style_match
 from typefaces.pretraining.corpus import split_held_out
 from typefaces.pretraining.judge_training import measure
 
@@ -76,6 +78,33 @@ def test_embeddings_are_normalized(judge: Judge) -> None:
 def test_images_are_judged_independently(judge: Judge) -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (4, 64, 64), dtype=np.uint8)
     assert np.allclose(judge.embed(pictures)[2], judge.embed(pictures[2:3])[0], atol=1e-5)
+
+
+class RecordingNetwork(JudgeNetwork):
+    """Records its pictures. It prefers class 4 by a little, class 7 by much when strokes are thin."""
+
+    def __init__(self) -> None:
+        super().__init__([8, 16])
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(images)
+        logits = torch.zeros(len(images), len(GLYPHS))
+        logits[:, 4] = 1
+        logits[:, 7] = (images.mean((1, 2, 3)) > self.seen[0].mean((1, 2, 3))) * 4.0
+        return logits, torch.zeros(len(images), 128)
+
+
+def test_reading_is_the_mean_over_stroke_widths() -> None:
+    pictures = np.random.default_rng(2).integers(0, 256, (2, 64, 64), dtype=np.uint8)
+    network = RecordingNetwork()
+    assert Judge(network).read(pictures).tolist() == [7, 7]
+    around = np.pad(pictures, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    near = np.stack([around[:, y : y + 64, x : x + 64] for y in range(3) for x in range(3)]).astype(float)
+    plain = pictures.astype(float)
+    thin = (plain + near.max(0)) / 2  # half a pixel per side
+    for view, expected in zip(network.seen, (plain, thin), strict=True):
+        assert np.allclose(view[:, 0], expected / 127.5 - 1, atol=1e-5)
 
 
 def test_missing_judge_is_refused(tmp_path: Path) -> None:
