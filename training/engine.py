@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import AntherError
+from conf.schemas import sampling
 from models.base.base import Base
 from models.diffusion.decoding import TILE
 from models.lora.batched_lora import stack_adapters, to_device
@@ -188,9 +189,9 @@ def generate(
             job.captions,
             job.adapters,
             seed=job.seed,
-            sampler="dpm",
+            sampler=sampling.SAMPLER,
             steps=job.steps,
-            guidance=1.5,
+            guidance=sampling.GUIDANCE_SCALE,
             memory=memory,
             cancelled=cancelled,
         )

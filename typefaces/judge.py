@@ -93,8 +93,8 @@ class Judge:
 
         It has the highest mean log probability over views of the image with other stroke widths.
         """
-        log_probabilities = sum(F.log_softmax(self._predict(images, 0, view), dim=1) for view in VIEWS)
-        return np.asarray(log_probabilities.argmax(dim=1).numpy(), dtype=np.int64)
+        views = torch.stack([F.log_softmax(self._predict(images, 0, view), dim=1) for view in VIEWS])
+        return np.asarray(views.mean(dim=0).argmax(dim=1).numpy(), dtype=np.int64)
 
     def embed(self, images: Images) -> Styles:
         """Return the style of each image: unit vectors, near each other for one typeface."""

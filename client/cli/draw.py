@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from client.cli.common import allow_owned_plugins, owner_parser, run
 from client.store.open import inspect_store
 from common.errors import AntherError
+from conf.schemas import sampling
 from models.diffusion.decoding import TILE
 from models.diffusion.sampling import SAMPLERS
 from models.quantization.modes import WEIGHT_MODES
@@ -40,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--under", default="personal", choices=ADAPTERS, help="adapters to use; shared: without your personal one"
     )
-    parser.add_argument("--sampler", default="dpm", choices=SAMPLERS)
-    parser.add_argument("--steps", type=int, default=8, help="1 to 4 with lcm or ancestral, if distilled for it")
+    parser.add_argument("--sampler", default=sampling.SAMPLER, choices=SAMPLERS)
+    parser.add_argument(
+        "--steps", type=int, default=sampling.STEPS, help="1 to 4 with lcm or ancestral, if distilled for it"
+    )
     parser.add_argument(
         "--guidance",
         type=float,
-        default=1.5,
+        default=sampling.GUIDANCE_SCALE,
         help="strength of the caption; 1: no guidance, for bases distilled to few steps",
     )
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's resolution)")

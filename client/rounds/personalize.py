@@ -16,6 +16,7 @@ from client.rounds.received_adapter import receive_adapter
 from client.store.store import PersonalAdapter
 from common.errors import AntherError
 from common.seeding import derive_seed
+from conf.schemas import sampling
 from models.lora.adapter import Adapter, Factors, concatenate, init_adapter, rank
 from models.lora.norm_bound import norm_violation
 from privacy.policy import RequestRefusedError
@@ -24,7 +25,6 @@ from training import jobs
 from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, TrainedAdapter
 
 PERSONAL = "personal"
-PREVIEW_STEPS = 8
 TRIES, MAX_TRIES = "personalise-tries", 3  # the name is stored; don't change it
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def _preview(
         device: the device that draws.
     """
     try:
-        job = jobs.GenerateJob(captions=captions, adapters=adapters, seed=device.seed, steps=PREVIEW_STEPS)
+        job = jobs.GenerateJob(captions=captions, adapters=adapters, seed=device.seed, steps=sampling.STEPS)
         device.store.save_preview(name, expect(GeneratedImages, (yield job)).pictures)
     except Exception as error:
         log.warning("no preview of %s: %s", name, error)

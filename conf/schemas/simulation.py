@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from conf.schemas import sampling
 from conf.schemas.checks import none_or_positive, require, require_choice
 from conf.schemas.federation import FederationConfig, LossConfig
 from conf.schemas.fleet import FleetConfig
@@ -34,11 +35,11 @@ class EvaluationConfig(LossConfig):
     """Also train every device without the federation, for comparison; doubles the training work."""
     gallery_size: int = 4
     """Test glyphs drawn per writer; 0: no pictures, no judge."""
-    sampler: str = "ddim"
+    sampler: str = sampling.SAMPLER
     """ddim; dpm: DPM-Solver++, better in few steps; lcm (consistency) or ancestral (turbo) for distilled bases."""
-    sampling_steps: int = 6
+    sampling_steps: int = sampling.STEPS
     """Denoising steps of a drawn glyph."""
-    guidance_scale: float = 1.5
+    guidance_scale: float = sampling.GUIDANCE_SCALE
     """Scale of classifier-free guidance; 1: none."""
 
     def __post_init__(self) -> None:
