@@ -64,9 +64,8 @@ def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
             f"{file}: damaged ({error}): this run can't be resumed, start a new one in another folder"
         ) from error
     if record["config_hash"] != config_hash(config) and (changed := _changes(record["config"], config)):
-        raise AntherError(
-            f"{folder}: holds a different run ({'; '.join(changed[:3])}): resume it with its own settings"
-        )
+        named = "; ".join([*changed[:3], *([f"and {len(changed) - 3} more"] if len(changed) > 3 else [])])
+        raise AntherError(f"{folder}: holds a different run ({named}): resume it with its own settings")
     return record
 
 

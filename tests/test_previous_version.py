@@ -1,6 +1,8 @@
 """A checkpoint, a server's folder and a device's store of the previous version open without loss.
 
-`fixtures/previous_version` was made by commit 0741131, whose configuration keys had other names.
+`fixtures/previous_version` was made by commit 0741131, whose configuration keys had other names. Its simulation was
+made again, with the same settings, when the glyph base was replaced: the base's folder was copied into that commit,
+`python -m models.assets --pin` recorded it, one run was killed after round 2 and one ran to its end.
 """
 
 import json
@@ -8,10 +10,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from client.paths import enrolled_files
 from client.store.open import open_store
 from common.errors import AntherError
+from conf.compose import compose
 from conf.schemas.node import compose as compose_node
 from models.base.base import load
 from privacy.ledger.ledger import DeviceLedger
@@ -20,6 +25,7 @@ from server.report.results import write_run_results
 from server.rounds import checkpoint
 from server.supervisor.run_dirs import newest_run, run_folder
 from server.supervisor.server_dir import ServerDir
+from simulations import run_dir
 from simulations.run import simulate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "previous_version"
@@ -30,6 +36,7 @@ SIMULATION = (
     "adapter.shared.steps=1 adapter.personal.steps=1 adapter.sites=.*attn2.to_q evaluation.gallery_size=0 "
     "evaluation.timesteps=1 tracker=none seed=3"
 )
+DRAWING = "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5"  # the previous defaults
 SERVER = (
     "rounds=40 cohort.size=2 aggregation=fedit round_loop.timeout=300 compression.download=fp16 privacy=example "
     "privacy.epsilon=8 privacy.delta=1e-3 privacy.noise_multiplicity=2 adapter.shared.rank=1 adapter.shared.steps=1 "
@@ -45,15 +52,20 @@ def unpack(name: str, folder: Path) -> Path:
     return folder / name
 
 
+def metrics(folder: Path) -> list[dict[str, float | None]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.integration
 def test_interrupted_simulation_resumes(tmp_path: Path) -> None:
     """It ends as it would have ended without the interruption, in the previous version."""
     folder = unpack("simulation", tmp_path)
-    with pytest.raises(AntherError, match=r"seed was 3, now 4"):
-        simulate(f"{SIMULATION} seed=4 resume=true", folder)
-    simulate(f"{SIMULATION} resume=true", folder)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3, 4]
+    finished = metrics(folder)
+    simulate(f"{SIMULATION} {DRAWING} resume=true", folder)
+    assert metrics(folder)[:3] == finished
+    assert [line["round"] for line in metrics(folder)] == [0, 1, 2, 3, 4]
+    adapter = load_file(folder / "checkpoints/round-000004/adapter.safetensors")
+    torch.testing.assert_close(adapter, load_file(tmp_path / "expected.safetensors"), rtol=1e-4, atol=1e-6)
     evaluated, expected = (
         json.loads(path.read_text()) for path in (folder / "evaluation.json", tmp_path / "expected.json")
     )
@@ -61,6 +73,32 @@ def test_interrupted_simulation_resumes(tmp_path: Path) -> None:
     for person, wanted in zip(evaluated, expected, strict=True):
         for arm in ("base", "local", "shared", "personal"):
             assert person[arm]["loss"] == pytest.approx(wanted[arm]["loss"], rel=1e-4)
+
+
+@pytest.mark.integration
+def test_simulation_on_another_base_is_refused(tmp_path: Path) -> None:
+    """Its adapter has learned on top of that base: averages with updates for another one mean nothing."""
+    folder = unpack("simulation", tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["assets"]["base"] = "1bd304185a3f74aa372fbdd010efc6b5373af9ef504282eb385fa2ab198fd41d"
+    (folder / "run.json").write_text(json.dumps(record))
+    finished = metrics(folder)
+    with pytest.raises(AntherError, match=r"was run with another base \(1bd304185a3f.*\): restore it, or start"):
+        simulate(f"{SIMULATION} {DRAWING} resume=true", folder)
+    assert metrics(folder) == finished
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["round-000001", "round-000002"]
+
+
+@pytest.mark.integration
+def test_simulation_with_other_settings_is_refused(tmp_path: Path) -> None:
+    """Defaults that changed since then are named too."""
+    folder = unpack("simulation", tmp_path)
+    run_dir.check(folder, compose(f"{SIMULATION} {DRAWING} resume=true"))
+    with pytest.raises(AntherError, match=r"\(seed was 3, now 4\)"):
+        run_dir.check(folder, compose(f"{SIMULATION} {DRAWING} seed=4 resume=true"))
+    changed = r"\(evaluation.guidance_scale was 1.5, now 3.0; evaluation.sampler was ddim, now dpm\)"
+    with pytest.raises(AntherError, match=changed):
+        run_dir.check(folder, compose(f"{SIMULATION} resume=true"))
 
 
 def test_server_folder_opens(tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path) -> None:
             run_dir.claim(tmp_path / "run", resumed(), {**ASSETS, run_dir.PICTURES: current_hash()}, memory=9)
 
 
+@pytest.mark.parametrize("asset", ["base", "data"])
+def test_replaced_asset_is_refused(asset: str, tmp_path: Path) -> None:
+    run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
+    stored = (tmp_path / "run/run.json").read_bytes()
+    with pytest.raises(
+        AntherError, match=rf"was run with another {asset} \({ASSETS[asset]}\): restore it, or start a new"
+    ):
+        run_dir.claim(tmp_path / "run", resumed(), {**ASSETS, asset: "replaced"}, memory=9)
+    assert (tmp_path / "run/run.json").read_bytes() == stored
+    assert run_dir.claim(tmp_path / "run", resumed(), ASSETS, memory=9) == 7
+
+
 @pytest.mark.integration
 def test_writers_have_no_own_pictures(base: Base, tmp_path: Path) -> None:
     assert (
@@ -169,6 +181,13 @@ def test_added_setting_counts_if_set(tmp_path: Path) -> None:
     run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
     with pytest.raises(AntherError, match=r"data\.background was None, now black"):
         run_dir.check(tmp_path / "run", black)
+
+
+def test_other_changes_are_counted(tmp_path: Path) -> None:
+    run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
+    changed = fresh(f"resume=true seed=9 rounds=7 {DRAWN}")
+    with pytest.raises(AntherError, match=r"\(evaluation\.guidance_scale was 3\.0, now 1\.5; .*; and 1 more\): resume"):
+        run_dir.check(tmp_path / "run", changed)
 
 
 def test_hash_is_that_of_the_first_key_names() -> None:
