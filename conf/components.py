@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-GROUPS = ("aggregation", "selection", "server_optimizer")
+GROUPS = ("aggregation", "selection", "server_optimizer", "personalization")
 """Groups that select one component each: keys of the configuration, folders of YAML files, and axes of plug-ins."""
 ROBUST = "robust"
 """Group that selects any number of components; each has a group of keys of its own, such as `robust.krum`."""

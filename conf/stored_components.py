@@ -71,7 +71,7 @@ def present_components(settings: Mapping[str, Any]) -> dict[str, Any]:
     So does `robust` with a rule that was applied twice, which present configurations can't have.
     """
     present = dict(settings)
-    for group in GROUPS:
+    for group in _SHARED:
         if "name" in present.get(group, {}):
             present[group] = _present_component(group, dict(present[group]))
     if "rules" in present.get(ROBUST, {}) and len(set(present[ROBUST]["rules"])) == len(present[ROBUST]["rules"]):
@@ -86,7 +86,7 @@ def present_components(settings: Mapping[str, Any]) -> dict[str, Any]:
 def first_components(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the shared keys of earlier versions: the inverse of `present_components`."""
     first = dict(settings)
-    for group in GROUPS:
+    for group in _SHARED:
         if "name" in first.get(group, {}):
             first[group] = _first_component(group, dict(first[group]))
     if ROBUST in first and "rules" not in first[ROBUST]:

@@ -14,11 +14,12 @@ from common import strict_json
 from common.errors import AntherError
 from protocol import limits
 
-OLDEST, NEWEST = 2, 2
+OLDEST, NEWEST = 3, 3
 """Supported versions of this protocol. Each message contains its version. A receiver that doesn't support it reports
 which side has to update, and parses nothing else of the message.
 
 1: devices read sites and timesteps from the server's configuration. 2: sites and timesteps are fields of the messages.
+3: so is the method of personalization.
 """
 
 MAX_JSON_CHARS = 128 * 1024
@@ -83,6 +84,26 @@ class ExamplePrivacy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodOption:
+    """Argument of a method's constructor."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalizationMethod:
+    """Method of `training.personalization`."""
+
+    name: str = "lora"
+    options: tuple[MethodOption, ...] = ()
+
+    def arguments(self) -> dict[str, float]:
+        """Return the options by name."""
+        return {option.name: option.value for option in self.options}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """The work of one device in one round."""
 
@@ -107,6 +128,8 @@ class TrainingPlan:
     """μ of FedProx: μ/2 ‖w − w_t‖² is added to the loss, with w_t at the start of the round."""
     scaffold: bool = False
     """Correct gradients by control variates (`models.lora.scaffold`). The server's are sent with the adapter."""
+    personalization: PersonalizationMethod | None = None
+    """Method that takes part in the round; None: the adapter is trained as it is."""
     privacy: ExamplePrivacy | None = None
     update: str = "fp32"
     """Format of the result: `fp32`, the adapter itself; or `fp16`, `int8` or `int4`, its quantized change
@@ -238,6 +261,7 @@ class Personalize:
     """See `Query.adapted`."""
     timesteps: int = 3
     """See `Evaluate.timesteps`."""
+    method: PersonalizationMethod = PersonalizationMethod()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from common.seeding import derive_seed
 from conf.schemas.simulation import EvaluationConfig
 from conf.schemas.training import AdapterConfig
 from models.base.base import Base
-from models.lora.adapter import Adapter, concatenate, init_adapter
+from models.lora.adapter import Adapter, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
 from simulations.fleet.participants import Participant
 from training.capacity import inference_share
@@ -133,7 +133,7 @@ def arms(people: Sequence[Participant], local: Mapping[str, Adapter] | None, sha
     personal = {}
     for person in people:
         stored = person.device.store.personal(base.sites)
-        personal[person.name] = concatenate([stored.shared, stored.adapter]) if stored else shared
+        personal[person.name] = stored.combined if stored else shared
     local_arm = {} if local is None else {"local": local}
     return {**local_arm, "shared": {person.name: shared for person in people}, "personal": personal}
 

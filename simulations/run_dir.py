@@ -26,6 +26,7 @@ _ADDED_SETTINGS: dict[str, object] = {
     "data.roles": [],
     "data.evaluated_roles": [],
     "data.newcomers": [],
+    "personalization": {"name": "lora"},
 }
 """Settings added later, with the values that runs used before: runs with these values keep their hash."""
 
@@ -113,8 +114,9 @@ def _settings(config: SimulationConfig) -> dict[str, Any]:
     del settings["resume"]
     for key, before in _ADDED_SETTINGS.items():
         group, _, name = key.rpartition(".")
-        if settings[group].get(name) == before:
-            del settings[group][name]
+        part = settings[group] if group else settings
+        if part.get(name) == before:
+            del part[name]
     return settings
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from strategies.round.metrics import CentralDPMetrics
 from strategies.round.request import RoundStart
 from strategies.round.updates import RoundUpdates
 from strategies.server_optimizers import ServerOptimizer, StrategyState
+from training.personalization import Personalization
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class ServerUpdate:
     """Converts a round's mean into a step; None: the mean is the next adapter."""
     central_dp: CentralDP | None = None
     """Clips and noises updates on the server; None: updates are aggregated as they are."""
+    personalization: Personalization = field(default_factory=Personalization)
+    """Method that the shared adapter is made for."""
     quorum: int = 1
     """Number of accepted replies without which a round keeps the adapter."""
 
@@ -75,6 +78,7 @@ class ServerUpdate:
             return NextAdapter(None, start.memory, None)
         mean, central = combined
         aggregated, memory = self._take_step(start, current, mean, residual=residual, format=format)
+        aggregated = aggregated._replace(adapter=self.personalization.cleaned(aggregated.adapter))
         # Each update was valid, and a private release does not depend on it: the aggregate may still exceed the bound.
         if violation := norm_violation(aggregated.adapter):
             log.warning(

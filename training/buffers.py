@@ -13,6 +13,7 @@ from torch import Tensor
 from models.diffusion.denoiser import Denoiser
 from models.lora.adapter import Adapter, Factors, Sites, rank
 from models.lora.batched_lora import BatchedAdapter, Layout
+from models.lora.directions import CoefficientLayout, count
 from models.lora.trainable import PartialLayout
 from privacy.bounded_sum import Support
 from privacy.dp_sgd import BoundedSums, check_bounds, even_bounds
@@ -26,6 +27,7 @@ class BufferSpec(NamedTuple):
     sites: tuple[str, ...]  # sites that any job trains; the others have no space and no gradient
     rank: int  # largest trained rank
     trains: str  # trained factors
+    directions: int  # K, if coefficients are trained
     frozen_sites: tuple[str, ...]
     frozen_rank: int  # largest rank of a frozen adapter
     common: bool  # whether all jobs have the same frozen adapter
@@ -47,6 +49,7 @@ class BufferSpec(NamedTuple):
             sites=_site_names(job.start for job in jobs),
             rank=max(rank(job.start) for job in jobs),
             trains=first.trains,
+            directions=count(first.directions or {}),
             frozen_sites=_site_names(job.frozen or {} for job in jobs),
             frozen_rank=max(rank(job.frozen) if job.frozen else 0 for job in jobs),
             common=all(job.frozen is first.frozen for job in jobs),
@@ -105,6 +108,8 @@ class CohortBuffers:
         self.optimizer.reset(rows, [job.learning_rate for job in new_jobs])
         if isinstance(self.layout, PartialLayout):
             self.layout.set_fixed(new_jobs[0].fixed_factors or {})
+        if isinstance(self.layout, CoefficientLayout):
+            self.layout.set_fixed(new_jobs[0].start, new_jobs[0].directions or {})
         index = torch.tensor(rows, device=self.adapters.device)
         self.adapters[index] = self._packed(self.layout, [job.start for job in new_jobs])
         if self._starts is not None:
@@ -185,6 +190,11 @@ def check_job(job: TrainJob, sites: Sites) -> None:
         expected = bases.get(name, ())
         if [factor.shape for factor in expected] != [factor.shape for factor in start]:
             raise ValueError(f"client {job.client}: the LoRA-XS bases at {name} don't fit the adapter")
+    for name, directions in (job.directions or {}).items():
+        if name not in job.start or directions.shape[1:] != job.start[name].b.shape or not len(directions):
+            raise ValueError(f"client {job.client}: the directions at {name} don't fit the adapter")
+    if job.directions is not None and job.directions.keys() != job.start.keys():
+        raise ValueError(f"client {job.client}: directions and adapter have different sites")
     if job.privacy:
         if not all(factor.isfinite().all() for factors in job.start.values() for factor in factors):
             raise ValueError(f"client {job.client}: the initial adapter is not finite")
@@ -229,6 +239,8 @@ def trained_layout(base: Denoiser, spec: BufferSpec) -> Layout:
     if spec.trains == "both":
         return Layout(sites, spec.rank)
     like = torch.empty(0, dtype=base.full_precision, device=base.device)
+    if spec.trains == "coefficients":
+        return CoefficientLayout(sites, spec.rank, spec.directions, like=like)
     return PartialLayout(sites, spec.rank, spec.trains, like=like)
 
 
@@ -241,7 +253,9 @@ def shared_bytes(base: Denoiser, spec: BufferSpec) -> int:
     """Compute the bytes of a frozen adapter that all jobs share, with its copies during loading, and of fixed
     factors."""
     frozen = 3 * frozen_layout(base, spec).size if spec.common else 0
-    fixed = 0 if spec.trains == "both" else Layout(_named_sites(base, spec.sites), spec.rank).size
+    fixed = (
+        0 if spec.trains == "both" else max(1, spec.directions) * Layout(_named_sites(base, spec.sites), spec.rank).size
+    )
     return (frozen + fixed) * base.full_precision.itemsize
 
 

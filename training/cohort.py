@@ -220,7 +220,8 @@ class _Cohort:
             if job.privacy or (is_finite and is_sound):
                 mean = loss / entries if entries else math.nan
                 trained = self.buffers.layout.unpack(adapter, job.start) if is_finite else job.start
-                self._remove(row, TrainedAdapter(trained, mean, step, self._idle_seconds(row, resident)))
+                coefficients = None if job.directions is None else adapter.clone()
+                self._remove(row, TrainedAdapter(trained, mean, step, self._idle_seconds(row, resident), coefficients))
             else:
                 self._remove(row, AntherError(failed))
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from models.lora.adapter import Adapter
+from models.lora.directions import Directions
 from privacy.noise import NoiseSource
 
 
@@ -123,9 +124,10 @@ class TrainJob:
     seed: int  # of the non-secret streams: timesteps, diffusion noise, non-private batches
     examples: Examples
     start: Adapter  # initial value of the trained adapter, at the trained sites
-    trains: str = "both"  # trained factors: 'both' | 'a' | 'b' | 'cores' (`models.lora.trainable`)
+    trains: str = "both"  # 'both' | 'a' | 'b' | 'cores' (`models.lora.trainable`) | 'coefficients' of directions
     frozen: Adapter | None = None  # further adapter that is applied but not trained
     lora_xs_bases: Adapter | None = None  # with cores: fixed A and orthonormal L; of each B = L C only C is trained
+    directions: Directions | None = None  # with coefficients: D [K, out, r]; they start at zero, on the A of `start`
     steps: int
     batch_size: int  # under DP: the public constant that the noised sum is divided by
     learning_rate: float
@@ -155,6 +157,10 @@ class TrainJob:
             raise ValueError(f"client {self.client}: a private job needs a name for each picture")
         if (self.trains == "cores") != (self.lora_xs_bases is not None):
             raise ValueError(f"client {self.client}: lora_xs_bases requires trains='cores'")
+        if (self.trains == "coefficients") != (self.directions is not None):
+            raise ValueError(f"client {self.client}: directions requires trains='coefficients'")
+        if self.privacy and self.directions is not None:
+            raise ValueError(f"client {self.client}: coefficients are not trained privately")
         if self.prior and not len(self.prior.examples):
             raise ValueError(f"client {self.client}: prior preservation needs examples")
         if self.privacy and self.early_stopping:
@@ -177,6 +183,9 @@ class TrainJob:
                 return ("b", *((name, id(factors.a)) for name, factors in self.start.items()))
             case "cores":
                 return ("cores", id(self.lora_xs_bases), *self.start)
+            case "coefficients":
+                a = ((name, id(factors.a)) for name, factors in self.start.items())
+                return ("coefficients", id(self.directions), *a)
         return ()
 
     @property
@@ -217,6 +226,7 @@ class TrainedAdapter(NamedTuple):
     loss: float  # mean training loss over all steps; NaN without examples
     steps: int  # steps that were taken
     idle: float = 0.0  # remaining seconds of a private job's public duration, if it had the device to itself
+    coefficients: Tensor | None = None  # c [K] of a job that trains them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,3 +267,12 @@ class GeneratedImages(NamedTuple):
 
 Job = EncodeJob | TrainJob | MeasureJob | MeasureEachJob | GenerateJob
 Result = Examples | TrainedAdapter | float | Tensor | GeneratedImages
+
+T = TypeVar("T", Examples, TrainedAdapter, float, Tensor, GeneratedImages)
+
+
+def expect(kind: type[T], result: Result) -> T:
+    """Return the result of a job after checking its type."""
+    if not isinstance(result, kind):
+        raise TypeError(f"the driver sent {type(result).__name__} instead of {kind.__name__}")
+    return result

@@ -133,7 +133,8 @@ def _adapters(store: Store, base: Base, selected: str) -> list[Adapter]:
             f"{store.where}: the learned adapter belongs to another base ({personal.base[:12]}), this one is "
             f"{base.hash[:12]}: name that with --base"
         )
-    return [personal.shared, personal.adapter] if selected == "personal" else [personal.shared]
+    shared = personal.effective_shared
+    return [shared, personal.adapter] if selected == "personal" else [shared]
 
 
 def _slug(caption: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from client.data import fingerprint
 from client.device import Device
-from client.rounds.helpers import cache_key, encode_split, encode_usable, expect, finite_epsilon, private_pictures
+from client.rounds.helpers import cache_key, encode_split, encode_usable, finite_epsilon, private_pictures
 from client.rounds.local_factors import with_local_factors, with_private_local_factors
 from client.rounds.received_adapter import ReceivedAdapter, receive_adapter
 from privacy.accounting import NonPrivate, PoissonGaussian
@@ -19,7 +19,7 @@ from privacy.noised_gain import noised_mean
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
-from training.jobs import Examples, Job, Result
+from training.jobs import Examples, Job, Result, expect
 
 AT_ONCE = 256
 """Maximum number of pictures of a noised gain in memory at once."""

@@ -1,4 +1,4 @@
-"""Helpers that all request handlers share: job results, encoded pictures, cost estimates.
+"""Helpers that all request handlers share: encoded pictures, cost estimates.
 
 A private reply takes its pictures from `private_pictures`, which never fails. From the first time the pictures are
 read, only noised values may depend on them: an error message, or the mere fact of an error, would leak information.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Generator, Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from client.data import MissingPicture, fingerprint
 from client.device import Device
@@ -22,19 +20,11 @@ from client.power.meter import TrainingCost
 from privacy.ledger.entries import LedgerHistory
 from privacy.policy import RequestRefusedError
 from training import jobs
-from training.jobs import Cancelled, Examples, GeneratedImages, Job, Picture, Result, TrainedAdapter
+from training.jobs import Cancelled, Examples, Job, Picture, Result, expect
 
 log = logging.getLogger(__name__)
 
 _BLANK = Picture(np.zeros((8, 8), np.uint8), "")
-T = TypeVar("T", Examples, TrainedAdapter, float, Tensor, GeneratedImages)
-
-
-def expect(kind: type[T], result: Result) -> T:
-    """Return the result of a job after checking its type."""
-    if not isinstance(result, kind):
-        raise TypeError(f"the driver sent {type(result).__name__} instead of {kind.__name__}")
-    return result
 
 
 def encode_split(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from client.device import Device
-from client.rounds.helpers import encode_split, expect, training_cost
+from client.rounds.helpers import encode_split, training_cost
 from client.rounds.local_factors import with_local_factors
 from client.rounds.received_adapter import receive_adapter
 from client.store.store import PersonalAdapter
@@ -18,11 +18,13 @@ from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.schemas import sampling
 from models.lora.adapter import Adapter, Factors, concatenate, init_adapter, rank
+from models.lora.directions import without_zero_rank
 from models.lora.norm_bound import norm_violation
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
-from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, TrainedAdapter
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, expect
+from training.personalization import Personalization, build
 
 PERSONAL = "personal"
 TRIES, MAX_TRIES = "personalise-tries", 3  # the name is stored; don't change it
@@ -38,8 +40,13 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
     throttle (battery, heat, the owner using the device) ends the request without a reply.
     """
     device.policy.check_adaptable(device.report.base, device.sites, device.named_sites)
+    try:
+        method = build(request.method.name, request.method.arguments())
+    except AntherError as error:
+        raise RequestRefusedError(str(error)) from None
+    steps = request.steps + method.steps_after
     device.policy.check_work(
-        rank=request.rank, steps=request.steps, examples=request.batch_size, learning_rate=request.learning_rate
+        rank=request.rank, steps=steps, examples=request.batch_size, learning_rate=request.learning_rate
     )
     device.policy.check_timesteps(request.timesteps)
     device.check_memory(request.rank, device.sites)
@@ -49,11 +56,11 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
         )
     sent = receive_adapter(request.adapter, device, rounded=request.rounded).adapter
     # From the requested steps, never measured: the step at which training stops depends on the pictures.
-    seconds, joules, quality = training_cost(device, request.steps * request.batch_size)
+    seconds, joules, quality = training_cost(device, steps * request.batch_size)
     reply = messages.Personalized(device=device.name, seconds=seconds, joules=joules, quality=quality)
     identity = hashlib.sha256(messages.to_json(request).encode() + request.adapter).hexdigest()
     try:
-        yield from _once(request, identity, with_local_factors(sent, request.run, device), device)
+        yield from _once(request, method, identity, with_local_factors(sent, request.run, device), device)
     except Cancelled as error:
         if not isinstance(error, OutOfMemory):
             raise
@@ -66,13 +73,16 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
     return reply
 
 
-def _once(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
+def _once(
+    request: messages.Personalize, method: Personalization, identity: str, sent: Adapter, device: Device
+) -> Generator[Job, Result, None]:
     """Train unless this request is done, or has ended the process too often.
 
     Such a crash depends on the number of pictures, so without this limit repeated requests would reveal it.
 
     Args:
         request: the server's request.
+        method: the requested method.
         identity: its hash, which identifies repeated requests.
         sent: the received shared adapter.
         device: the device that trains.
@@ -82,16 +92,19 @@ def _once(request: messages.Personalize, identity: str, sent: Adapter, device: D
         raise AntherError(f"training ended the worker {tries:.0f} times: free memory, or lower worker.memory_gib")
     device.store.save_number(TRIES, identity, tries + 1)
     try:
-        yield from _learn(request, identity, sent, device)
+        yield from _learn(request, method, identity, sent, device)
     finally:  # success or failure: the process survived
         device.store.save_number(TRIES, identity, 0)
 
 
-def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
+def _learn(
+    request: messages.Personalize, method: Personalization, identity: str, sent: Adapter, device: Device
+) -> Generator[Job, Result, None]:
     """Train, and store the result if it is finite, bounded in norm and not worse than the stored one.
 
     Args:
         request: the server's request.
+        method: the requested method.
         identity: its hash, stored with the adapter.
         sent: the received shared adapter.
         device: the device that trains.
@@ -111,24 +124,20 @@ def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: 
         stopping = jobs.EarlyStopping(validation=held_out, every=every, patience=patience)
     shared = yield from _better(sent, stored, held_out)
     start = _personal_start(request.rank, shared, stored, device)
-    trained = expect(
-        TrainedAdapter,
-        (
-            yield jobs.TrainJob(
-                client=device.name,
-                round=request.round,
-                purpose=PERSONAL,
-                seed=device.seed,
-                examples=examples,
-                start=start,
-                frozen=shared,
-                steps=request.steps,
-                batch_size=request.batch_size,
-                learning_rate=request.learning_rate,
-                early_stopping=stopping,
-            )
-        ),
-    ).adapter
+    job = jobs.TrainJob(
+        client=device.name,
+        round=request.round,
+        purpose=PERSONAL,
+        seed=device.seed,
+        examples=examples,
+        start=start,
+        frozen=shared,
+        steps=request.steps,
+        batch_size=request.batch_size,
+        learning_rate=request.learning_rate,
+        early_stopping=stopping,
+    )
+    trained = yield from method.fit(job, shared, [picture.caption for picture in pictures.train])
     before = stored or PersonalAdapter(start, shared, device.report.base, identity)
     if (yield from _is_worse(trained, shared, before, held_out)):
         log.warning("round %d found no better personal adapter; the previous one stays", request.round)
@@ -139,7 +148,7 @@ def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: 
         device.store.save_personal(result, aside=current is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
-        yield from _preview(f"round-{request.round:06d}", captions, (result.shared, result.adapter), device)
+        yield from _preview(f"round-{request.round:06d}", captions, (result.combined,), device)
 
 
 def _is_worse(
@@ -213,7 +222,8 @@ def _personal_start(target_rank: int, shared: Adapter, stored: PersonalAdapter |
     if stored and rank(stored.adapter) == target_rank and _same(stored.shared, shared):
         return stored.adapter
     fresh = init_adapter(device.sites, target_rank, derive_seed(device.seed, device.name, PERSONAL))
-    return {name: Factors(torch.cat([shared[name].a, f.a])[:target_rank], f.b) for name, f in fresh.items()}
+    effective = without_zero_rank(shared)
+    return {name: Factors(torch.cat([effective[name].a, f.a])[:target_rank], f.b) for name, f in fresh.items()}
 
 
 def _same(first: Adapter, second: Adapter) -> bool:

@@ -11,11 +11,12 @@ from functools import lru_cache
 from client.data import fingerprint
 from client.device import Device
 from client.rounds import scaffold
-from client.rounds.helpers import encode_split, encode_usable, expect, finite_epsilon, private_pictures, training_cost
+from client.rounds.helpers import encode_split, encode_usable, finite_epsilon, private_pictures, training_cost
 from client.rounds.local_factors import initial_local_factors, replace_b
 from client.rounds.received_adapter import receive_adapter
 from client.rounds.upload import prepare_upload, save_round_state
 from common import strict_json
+from common.errors import AntherError
 from models.lora.trainable import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger.ledger import TRAIN, Reservation
@@ -24,7 +25,8 @@ from protocol import messages
 from protocol.messages import TrainingPlan
 from protocol.quantization import PRECISIONS
 from training import jobs
-from training.jobs import Examples, Job, Picture, Result, TrainedAdapter, assumed_pictures
+from training.jobs import Examples, Job, Picture, Result, assumed_pictures
+from training.personalization import Personalization, build
 from training.public_schedule import scheduled_examples
 
 SHARED = "shared"
@@ -46,6 +48,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     device.policy.check_adaptable(plan.base, device.sites, device.named_sites)
     device.policy.check_plan(plan)
     _check_form(plan)
+    method = _method(plan, device)
     sent = receive_adapter(
         request.adapter,
         device,
@@ -61,7 +64,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         return _unpack(sealed)
 
     start, frozen, lora_xs_bases = sent.parts(plan.rank, plan.sites)
-    device.check_memory(plan.rank, start)  # before pictures use memory: the server may know this answer
+    device.check_memory(
+        method.trained_rank(plan.rank), start
+    )  # before pictures use memory: the server may know this answer
     if plan.privacy is None:
         # Before reading pictures: a refusal must not depend on them.
         device.policy.check_spending(ledger.history().mechanisms, NonPrivate())
@@ -80,33 +85,27 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     local_b = initial_local_factors(plan, device, noise.release) if plan.trains == "split" else None
     if local_b is not None:
         start, frozen = replace_b(start, local_b), frozen and replace_b(frozen, local_b)
-    trained = expect(
-        TrainedAdapter,
-        (
-            yield jobs.TrainJob(
-                client=device.name,
-                round=plan.round,
-                purpose=SHARED,
-                seed=device.seed,
-                examples=examples,
-                start=start,
-                trains="both" if plan.trains == "split" else plan.trains,
-                frozen=frozen,
-                lora_xs_bases=lora_xs_bases,
-                steps=plan.steps,
-                batch_size=plan.batch_size,
-                learning_rate=plan.learning_rate,
-                optimizer=plan.optimiser,
-                proximal=plan.proximal,
-                correction=scaffold.correction(plan, sent.control, variate, start, lora_xs_bases)
-                if plan.scaffold
-                else None,
-                privacy=_dp_sgd(plan),
-                noise=noise if plan.privacy else None,
-                names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
-            )
-        ),
+    job = jobs.TrainJob(
+        client=device.name,
+        round=plan.round,
+        purpose=SHARED,
+        seed=device.seed,
+        examples=examples,
+        start=start,
+        trains="both" if plan.trains == "split" else plan.trains,
+        frozen=frozen,
+        lora_xs_bases=lora_xs_bases,
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        optimizer=plan.optimiser,
+        proximal=plan.proximal,
+        correction=scaffold.correction(plan, sent.control, variate, start, lora_xs_bases) if plan.scaffold else None,
+        privacy=_dp_sgd(plan),
+        noise=noise if plan.privacy else None,
+        names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
     )
+    trained = (yield from method.train_round(job, None)).trained
     upload = prepare_upload(
         plan,
         device,
@@ -121,7 +120,10 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     # Under DP no measurement is sent: it would reveal, without noise, the sizes of the Poisson batches.
     draws, duration_examples = plan.privacy.draws if plan.privacy else 1, scheduled_examples(plan)
     cost = training_cost(
-        device, plan.steps * plan.batch_size * draws, duration_examples=duration_examples, measured=plan.privacy is None
+        device,
+        (plan.steps + method.steps_in_round) * plan.batch_size * draws,
+        duration_examples=duration_examples,
+        measured=plan.privacy is None,
     )
     reply = messages.Update(
         device=device.name,
@@ -157,6 +159,31 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     finally:  # in any case, the reply is not sent before its public time
         device.wait(trained.idle)  # if the device stops meanwhile, the sealed reply is sent on the next request
     return reply
+
+
+def _method(plan: TrainingPlan, device: Device) -> Personalization:
+    """Return the method of personalization that takes part in the round; without one, the plain training.
+
+    Raises:
+        RequestRefusedError: the method isn't known here, takes more steps than the owner allows, or would bring values
+            that are a function of pictures, without noise, into a round with a guarantee.
+    """
+    if plan.personalization is None:
+        return Personalization()
+    name = plan.personalization.name
+    try:
+        method = build(name, plan.personalization.arguments())
+    except AntherError as error:
+        raise RequestRefusedError(str(error)) from None
+    if plan.privacy and method.in_rounds:
+        raise RequestRefusedError(f"personalization={name}: its personal part of a round would enter it without noise")
+    device.policy.check_work(
+        rank=plan.rank,
+        steps=plan.steps + method.steps_in_round,
+        examples=plan.batch_size,
+        learning_rate=plan.learning_rate,
+    )
+    return method
 
 
 def _private_examples(

@@ -33,7 +33,8 @@ from torch import Tensor
 from client.store.layout import CACHE, LOCAL_FACTORS, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, federation_prefix
 from client.store.personal_versions import AdapterVersion, AdapterVersions, metadata, plain
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, rank, to_tensors
+from models.lora.adapter import Adapter, Sites, adapter_shapes, concatenate, from_tensors, rank, to_tensors
+from models.lora.directions import without_zero_rank
 from privacy.ledger.ledger import DeviceLedger
 from privacy.storage import Storage
 from training.jobs import Examples
@@ -46,6 +47,16 @@ class PersonalAdapter(NamedTuple):
     shared: Adapter
     base: str  # content hash of the base
     request: str  # hash of the request that it answers; a repeated request needs no training
+
+    @property
+    def effective_shared(self) -> Adapter:
+        """The shared adapter without rank that only a method of personalization reads, such as directions."""
+        return without_zero_rank(self.shared)
+
+    @property
+    def combined(self) -> Adapter:
+        """The shared and the personal adapter as one."""
+        return concatenate([self.effective_shared, self.adapter])
 
 
 class Residual(NamedTuple):

@@ -65,6 +65,8 @@ class FederationConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     private_eval: PrivateEvalConfig = field(default_factory=PrivateEvalConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    personalization: Component = field(default_factory=not_composed)
+    """The method that makes a device's personal adapter; its training is set by adapter.personal."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluation: LossConfig = field(default_factory=LossConfig)
 

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from common.seeding import derive_seed
 from conf.schemas.federation import FederationConfig
-from models.lora.adapter import init_adapter, to_tensors
+from models.lora.adapter import Adapter, init_adapter, to_tensors
 from models.lora.lora_xs import zero_adapter
 from protocol.messages import Personalize, TrainingPlan
 from protocol.tensor_codec import encode
@@ -19,6 +19,8 @@ from server.rounds.loop import personalize, run_rounds
 from server.rounds.state import Round, RunState
 from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
 from strategies.clock import Clock
+from strategies.download import AdapterFormat
+from strategies.factory.personalization import build_personalization, personalization_method
 from strategies.strategy import FederatedStrategy
 
 
@@ -56,11 +58,7 @@ def federate(
         The state after the last round.
     """
     state = saved or RunState.start(
-        run=plan.run,
-        private=strategy.private,
-        adapter=zero_adapter(strategy.format.lora_xs_bases)
-        if strategy.format.lora_xs_bases
-        else init_adapter(strategy.format.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
+        run=plan.run, private=strategy.private, adapter=_initial_adapter(config, strategy.format)
     )
     timeout, cohort = config.round_loop.timeout, config.cohort
     target = cohort.size if cohort.overselection > 1 else None
@@ -81,6 +79,14 @@ def federate(
     )
     personalize_devices(config, grid=grid, strategy=strategy, plan=plan, state=state, devices=personalized_devices)
     return state
+
+
+def _initial_adapter(config: FederationConfig, format: AdapterFormat) -> Adapter:
+    """Return the adapter of the first round."""
+    if format.lora_xs_bases:
+        return zero_adapter(format.lora_xs_bases)
+    shared = init_adapter(format.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared"))
+    return build_personalization(config).initial(shared, derive_seed(config.seed, "directions"))
 
 
 def personalize_devices(
@@ -113,6 +119,7 @@ def personalize_devices(
         learning_rate=personal.lr,
         look_every=config.adapter.eval_interval,
         patience=config.adapter.patience,
+        method=personalization_method(config),
     )
     timeout = config.round_loop.timeout
     personalize(grid=grid, strategy=strategy, request=request, devices=devices, timeout=timeout)

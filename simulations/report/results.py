@@ -19,7 +19,8 @@ from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
 from models.export import adapter_files
 from models.files import assets
-from models.lora.adapter import Adapter, concatenate
+from models.lora.adapter import Adapter
+from models.lora.directions import without_zero_rank
 from server.report import totals
 from server.report.page import write
 from server.rounds.state import RunState
@@ -121,11 +122,12 @@ def export_adapters(folder: Path, base: Base, people: Sequence[Participant], sha
         people: people whose personal adapters are written.
         shared: the shared adapter.
     """
-    adapter_files.write(folder, "shared", shared, base, "shared")
+    adapter_files.write(folder, "shared", without_zero_rank(shared), base, "shared")
     for person in people:
         if stored := person.device.store.personal(base.sites):
-            combined = concatenate([stored.shared, stored.adapter])
-            adapter_files.write(folder / PERSONAL, f"{person.name}.with_shared", combined, base, "shared+personal")
+            adapter_files.write(
+                folder / PERSONAL, f"{person.name}.with_shared", stored.combined, base, "shared+personal"
+            )
             adapter_files.write(folder / PERSONAL, f"{person.name}.without_shared", stored.adapter, base, "personal")
 
 

@@ -8,6 +8,7 @@ from common.errors import AntherError
 from conf.schemas.federation import FederationConfig
 from strategies.download import FP32
 from strategies.factory.aggregation import build_robust_rule, build_rule, build_server_optimizer
+from strategies.factory.personalization import build_personalization
 from strategies.factory.selection import build_selection, selection_name
 from strategies.planning import PLANNINGS
 from strategies.planning.plan import PlanLimits
@@ -50,6 +51,7 @@ def combination(config: FederationConfig) -> Combination:
         selection=Component(selection_name(config), build_selection(config, seed=config.seed)),
         timing=named(TIMINGS, loop.name),
         optimizer=named(OPTIMIZERS, config.server_optimizer.name),
+        personalization=Component(config.personalization.name, build_personalization(config)),
         level=privacy.level,
         local_optimizer=config.adapter.shared.optimizer,
         scaffold=scaffold,

@@ -6,6 +6,7 @@ from conf.schemas.federation import FederationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.factory.combination import combination
+from strategies.factory.personalization import build_personalization, personalization_method
 from strategies.round.private_evaluation import evaluation_mechanisms
 
 
@@ -37,18 +38,19 @@ def training_plan(config: FederationConfig, *, run: str, base: str) -> TrainingP
             draws=config.privacy.noise_multiplicity,
             delta=config.privacy.delta,
         )
-    compression = config.compression
+    compression, method = config.compression, build_personalization(config)
     return TrainingPlan(
         run=run,
         round=0,
         base=base,
-        rank=shared.rank,
+        rank=method.message_rank(shared.rank),
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.lr,
         optimiser=shared.optimizer,
         proximal=shared.proximal_mu,
         scaffold=config.drift_correction == "scaffold",
+        personalization=personalization_method(config) if method.in_rounds else None,
         privacy=privacy,
         update=compression.upload,
         keep=compression.keep_fraction,

@@ -22,6 +22,7 @@ from strategies.cohort import CohortRule
 from strategies.download import AdapterFormat
 from strategies.factory.aggregation import build_aggregation, build_replay_filter, build_server_optimizer
 from strategies.factory.combination import check_configuration, combination
+from strategies.factory.personalization import build_personalization
 from strategies.factory.planning import build_planning
 from strategies.factory.selection import build_evaluation_selection, build_selection
 from strategies.phases.evaluation import EvaluationRule
@@ -81,6 +82,7 @@ def build(
             aggregation=rule,
             server_optimizer=build_server_optimizer(config),
             central_dp=central_dp,
+            personalization=build_personalization(config),
             quorum=config.round_loop.quorum,
         ),
         cohort=CohortRule(

@@ -25,6 +25,7 @@ from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection import amplifies
 from strategies.server_optimizers import NoOptimizer
 from strategies.server_update import ServerUpdate
+from training.personalization import PERSONALIZATIONS, Personalization
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
 
@@ -50,6 +51,8 @@ class Combination:
     timing: Component = field(default_factory=lambda: named(TIMINGS, SYNC))
     optimizer: Component = field(default_factory=lambda: named(OPTIMIZERS, "none"))
     """Server optimizer."""
+    personalization: Component = field(default_factory=lambda: Component("lora", Personalization))
+    """Method that makes personal adapters."""
     level: str = NONE
     """Level of privacy, one of `LEVELS`."""
     local_optimizer: str = "adamw"
@@ -158,6 +161,9 @@ def of_parts(
         robust=tuple(_component(ROBUST_RULES, one) for one in robust),
         selection=_component(SELECTIONS, cohort.selection),
         optimizer=_component(OPTIMIZERS, update.server_optimizer or NoOptimizer()),
+        personalization=Component("lora", Personalization)
+        if plan.personalization is None
+        else named(PERSONALIZATIONS, plan.personalization.name),
         level=_level(of_examples=plan.privacy is not None, of_devices=central_dp is not None),
         local_optimizer=plan.optimiser,
         scaffold=plan.scaffold,

@@ -249,6 +249,33 @@ def evaluation(chosen: Combination) -> str | None:
     return None
 
 
+def personalization(chosen: Combination) -> str | None:
+    """Refuse a method that takes part in rounds where its values can't enter them, or where they lose their meaning."""
+    name, method = chosen.personalization
+    key = f"personalization={name}"
+    if method.in_rounds and chosen.of_examples:
+        return (
+            f"{key}: what a device fits to its pictures enters the training of the shared adapter without noise, and "
+            f"privacy={chosen.level} promises a bound for each picture; use personalization=lora"
+        )
+    if method.in_rounds and "split" in chosen.trained_parts:
+        return (
+            f"{key}: with aggregation={chosen.aggregation.name} devices keep their own B already; use aggregation=fedit"
+        )
+    if not method.elementwise:
+        return None
+    rule = chosen.aggregation.declared
+    if not chosen.stable_factors or chosen.trained_parts != {"both"} or rule.mixed_ranks:
+        fits = _aggregations(lambda rule: rule.stable_factors and not rule.mixed_ranks and rule.trains(1) == "both")
+        return (
+            f"{key}: its directions are averaged number by number, and {chosen.aggregation.name} mixes them; use {fits}"
+        )
+    if chosen.scaffold or chosen.overlapping:
+        other = "drift_correction=scaffold" if chosen.scaffold else f"round_loop={chosen.timing.name}"
+        return f"{key}: can't be combined with {other}; remove one of them"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     order_of_robust_rules,
     refusal,
@@ -262,6 +289,7 @@ RULES: tuple[Rule, ...] = (
     limits_of_plans,
     accounting,
     evaluation,
+    personalization,
 )
 """All rules; the first reason is reported."""
 

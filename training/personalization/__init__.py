@@ -1,0 +1,116 @@
+"""Personalization methods: from the shared adapter and a few pictures to a personal adapter, on the device.
+
+A method has two parts. `fit` runs after the rounds and makes the personal adapter, which never leaves the device.
+`train_round` is for methods that also take part in the rounds, such as those that learn which directions people differ
+in. Both are generators: they yield jobs and receive their results, so that the driver decides where the jobs run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+from common.errors import AntherError
+from common.plugins import Registry
+from models.lora.adapter import Adapter
+from training.jobs import Job, Result, TrainedAdapter, TrainJob, expect
+
+
+class RoundTraining(NamedTuple):
+    """Result of one round on a device."""
+
+    trained: TrainedAdapter
+    state: Adapter | None
+    """What the device keeps for its next round; None: nothing."""
+
+
+class Personalization:
+    """LoRA on top: the base class of all methods, and the simplest one.
+
+    Attributes:
+        in_rounds: whether what a device fits to its own pictures enters the shared forward pass of a round. It is
+            trained without noise, so such methods are refused with example-level privacy.
+        elementwise: whether each number of the shared adapter keeps its meaning, so that only rules which average
+            factors of one rank can be used.
+    """
+
+    in_rounds = False
+    elementwise = False
+
+    @property
+    def steps_in_round(self) -> int:
+        """Optimizer steps in a round beside those of the shared adapter."""
+        return 0
+
+    @property
+    def steps_after(self) -> int:
+        """Optimizer steps after the rounds beside those of the LoRA on top."""
+        return 0
+
+    def message_rank(self, rank: int) -> int:
+        """Return the rank in messages of a shared adapter of this rank."""
+        return rank
+
+    def trained_rank(self, message_rank: int) -> int:
+        """Return the rank that a device trains at once, from that in messages."""
+        return message_rank
+
+    def initial(self, shared: Adapter, seed: int) -> Adapter:  # noqa: ARG002
+        """Return the adapter of the first round.
+
+        Args:
+            shared: A [r, in] and B [out, r] per site.
+            seed: seed of random parts.
+        """
+        return shared
+
+    def cleaned(self, shared: Adapter) -> Adapter:
+        """Return the adapter without noise that the server added where this method needs zeros."""
+        return shared
+
+    def train_round(self, job: TrainJob, state: Adapter | None) -> Generator[Job, Result, RoundTraining]:
+        """Train the shared adapter in a round.
+
+        Args:
+            job: training of all factors as without this method.
+            state: what the device kept after its last round.
+        """
+        return RoundTraining(expect(TrainedAdapter, (yield job)), state)
+
+    def fit(self, job: TrainJob, shared: Adapter, captions: Sequence[str]) -> Generator[Job, Result, Adapter]:
+        """Fit the personal adapter, which is added to the shared one.
+
+        Args:
+            job: training of a LoRA on top of the shared adapter, which is frozen.
+            shared: the shared adapter as it was received.
+            captions: captions of the training pictures.
+        """
+        del shared, captions
+        return expect(TrainedAdapter, (yield job)).adapter
+
+
+PERSONALIZATIONS: Registry[Any] = Registry("personalization", key="personalization", modules=__name__, on_device=True)
+personalization = PERSONALIZATIONS.register
+
+
+def build(name: str, options: Mapping[str, float]) -> Personalization:
+    """Create a method from a message.
+
+    Args:
+        name: its name.
+        options: arguments of its constructor; whole numbers are sent as floats.
+
+    Raises:
+        AntherError: it is not registered on this device, or an option is unknown or out of range.
+    """
+    method = PERSONALIZATIONS.lookup(name)
+    hints = get_type_hints(method.__init__)
+    if unknown := min(options.keys() - inspect.signature(method).parameters.keys(), default=None):
+        raise AntherError(f"personalization.{unknown[:100]}: no option of {name}")
+    values = {key: int(value) if hints[key] is int and value.is_integer() else value for key, value in options.items()}
+    try:
+        built: Personalization = method(**values)
+    except ValueError as error:
+        raise AntherError(f"personalization.{error}") from error
+    return built
