@@ -148,7 +148,7 @@ def _learn(
         device.store.save_personal(result, aside=current is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
-        yield from _preview(f"round-{request.round:06d}", captions, (result.combined,), device)
+        yield from _preview(f"round-{request.round:06d}", captions, (result.effective_shared, result.adapter), device)
 
 
 def _is_worse(
