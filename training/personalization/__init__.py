@@ -22,15 +22,15 @@ class RoundTraining(NamedTuple):
 
     trained: TrainedAdapter
     state: Adapter | None
-    """What the device keeps for its next round; None: nothing."""
+    """State that the device keeps for its next round; None: nothing."""
 
 
 class Personalization:
     """LoRA on top: the base class of all methods, and the simplest one.
 
     Attributes:
-        in_rounds: whether what a device fits to its own pictures enters the shared forward pass of a round. It is
-            trained without noise, so such methods are refused with example-level privacy.
+        in_rounds: whether values that a device fits to its own pictures enter the shared forward pass of a round. They
+            are trained without noise, so such methods are refused with example-level privacy.
         elementwise: whether each number of the shared adapter keeps its meaning, so that only rules which average
             factors of one rank can be used.
     """
@@ -74,7 +74,7 @@ class Personalization:
 
         Args:
             job: training of all factors as without this method.
-            state: what the device kept after its last round.
+            state: state that the device kept after its last round.
         """
         return RoundTraining(expect(TrainedAdapter, (yield job)), state)
 

@@ -166,7 +166,7 @@ def split_examples(job: TrainJob, fraction: float) -> tuple[Examples, Examples]:
 
     Args:
         job: its examples are split.
-        fraction: fraction in the first part, of which both parts have at least one picture.
+        fraction: fraction in the first part; both parts have at least one picture.
 
     Returns:
         Support and query.
