@@ -255,7 +255,7 @@ def personalization(chosen: Combination) -> str | None:
     key = f"personalization={name}"
     if method.in_rounds and chosen.of_examples:
         return (
-            f"{key}: values that a device fits to its pictures enter the training of the shared adapter without noise, and "
+            f"{key}: values fitted to pictures enter the training of the shared adapter without noise, and "
             f"privacy={chosen.level} promises a bound for each picture; use personalization=lora"
         )
     if method.in_rounds and "split" in chosen.trained_parts:
