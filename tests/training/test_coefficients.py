@@ -40,7 +40,7 @@ def results(base: Base, jobs: Sequence[TrainJob]) -> list[TrainedAdapter]:
 
 
 def test_first_step_is_inner_product_with_the_gradient_of_b(fine: Base) -> None:
-    """ΔB = −η ∂/∂B of a step on B alone gives Δc_k = Σ ⟨ΔB, D_k⟩ over all sites."""
+    """ΔB = −η ∂/∂B of a step on B gives Δc_k = Σ ⟨ΔB, D_k⟩ over all sites."""
     shared = nonzero_adapter(fine, 2, 1)
     (on_b,) = results(
         fine, [job(fine, "someone", start=shared, trains="b", optimizer="sgd", learning_rate=0.5, steps=1)]
