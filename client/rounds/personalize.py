@@ -44,7 +44,7 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
         method = build(request.method.name, request.method.arguments())
     except AntherError as error:
         raise RequestRefusedError(str(error)) from None
-    steps = request.steps + method.steps_after
+    steps = request.steps * method.passes_per_step + method.steps_after
     device.policy.check_work(
         rank=request.rank, steps=steps, examples=request.batch_size, learning_rate=request.learning_rate
     )

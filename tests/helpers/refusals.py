@@ -10,7 +10,7 @@ import torch
 
 from conf.components import ComponentConfig
 from models.lora.adapter import Factors
-from protocol.messages import EvaluationPrivacy, ExamplePrivacy
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy, PersonalizationMethod
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -72,6 +72,7 @@ DEVICE = {"privacy.level": "device"}
 SCAFFOLD = {"drift_correction": "scaffold", "adapter.shared.optimizer": "sgd"}
 INT4 = {"compression.upload": "int4", "compression.keep_fraction": 0.5}
 SERVER: dict[str, Any] = {"central_dp": {}}
+DIRECTIONS = PersonalizationMethod(name="directions")
 
 CASES = [
     Case("robust: replay checks each reply on arrival", {"robust": ["norm_bound", "replay"]}),
@@ -283,5 +284,31 @@ CASES = [
     ),
     Case(
         "private_eval.interval=1: with device-level privacy", parts={**SERVER, "evaluation_policy": EvaluationPolicy()}
+    ),
+    Case(
+        "personalization=directions: values fitted to pictures enter",
+        {"personalization": "directions", "privacy.level": "example"},
+        {"plan": replace(PRIVATE, personalization=DIRECTIONS)},
+    ),
+    Case(
+        "personalization=directions: with aggregation=fedsa devices keep their own B",
+        {"personalization": "directions", "aggregation": "fedsa"},
+        {"plan": replace(PLAN, personalization=DIRECTIONS), "aggregation": FedSA()},
+    ),
+    Case(
+        "personalization=directions: its directions are averaged number by number",
+        {"personalization": "directions", "aggregation": "exact"},
+        {"plan": replace(PLAN, personalization=DIRECTIONS), "aggregation": EXACT},
+    ),
+    Case(
+        "personalization=directions: can't be combined with drift_correction=scaffold",
+        {"personalization": "directions", **SCAFFOLD},
+        {"plan": replace(SGD, personalization=DIRECTIONS)},
+    ),
+    Case(
+        "personalization=directions: can't be combined with round_loop=async",
+        {"personalization": "directions", **ASYNC},
+        {"plan": replace(PLAN, personalization=DIRECTIONS)},
+        buffer_size=10,
     ),
 ]

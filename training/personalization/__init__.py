@@ -33,10 +33,12 @@ class Personalization:
             are trained without noise, so such methods are refused with example-level privacy.
         elementwise: whether each number of the shared adapter keeps its meaning, so that only rules which average
             factors of one rank can be used.
+        passes_per_step: examples that a step after the rounds computes for each picture that it draws.
     """
 
     in_rounds = False
     elementwise = False
+    passes_per_step = 1
 
     @property
     def steps_in_round(self) -> int:

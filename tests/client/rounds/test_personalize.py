@@ -18,7 +18,7 @@ from client.rounds.scheduler import run_handlers
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, rank
 from privacy.policy import Policy
-from protocol.messages import Evaluate, EvaluationPrivacy, Personalize, Request, to_json
+from protocol.messages import Evaluate, EvaluationPrivacy, PersonalizationMethod, Personalize, Request, to_json
 from tests.helpers.devices import PICTURES, SITES, Performer, adapter, make_device, to_bytes, train_request
 from training import jobs
 from training.jobs import OutOfMemory
@@ -366,3 +366,12 @@ def test_failed_preview_keeps_the_training(tmp_path: Path, caplog: pytest.LogCap
     assert same(stored_adapters(device), FIRST)
     assert "no preview of round-000003: no memory" in caplog.text
     assert not (tmp_path / "previews").exists()
+
+
+def test_prior_costs_twice_the_work(tmp_path: Path) -> None:
+    method = PersonalizationMethod(name="prior")
+    plain = answer_request(sent(FIRST, 1), make_device(tmp_path / "a"), Judging(0.4))
+    prior = answer_request(
+        dataclasses.replace(sent(FIRST, 1), method=method), make_device(tmp_path / "b"), Judging(0.4)
+    )
+    assert prior.seconds == 2 * plain.seconds

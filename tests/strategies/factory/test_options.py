@@ -18,12 +18,14 @@ from strategies.declarations import create
 from strategies.factory.combination import check_configuration
 from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, SELECTIONS
 from tests.helpers.configs import compose
+from training.personalization import PERSONALIZATIONS
 
 REGISTRIES = {
     "aggregation": AGGREGATIONS,
     "selection": SELECTIONS,
     "server_optimizer": OPTIMIZERS,
     "robust": ROBUST_RULES,
+    "personalization": PERSONALIZATIONS,
 }
 ELSEWHERE = {"rank", "seed", "size", "rng", "rate", "deadline", "sites", "purpose", "yogi", "reward"}
 """Parameters that are no options: their values are elsewhere in the configuration, or fixed by the name."""
@@ -35,6 +37,7 @@ NEEDS = {
     "round_loop=async": "fleet=week",
     "privacy=device": "aggregation=fedit",
     "privacy=both": "aggregation=fedit",
+    "personalization=directions": "aggregation=fedit",
 }
 """Settings without which an option is refused."""
 SHIPPED = [f"{group}={file.stem}" for group in (*REGISTRIES, *GROUPS) for file in sorted((CONF / group).glob("*.yaml"))]
@@ -64,6 +67,8 @@ CHECKED = {
     "cohort.size=3 selection=eafl selection.max_selections=0": "must be 1 or more, or null",
     "cohort.size=3 selection=eafl selection.utility_weight=2.0": "must be 0 to 1",
     "cohort.size=3 selection=energy_delay selection.candidate_factor=0.5": "must be 1 or more",
+    "personalization=prior personalization.pictures=0": "must be 1 or more",
+    "personalization=prior personalization.weight=0.0": "must be over 0",
 }
 """Wrong values, each the last word, and the requirement on them."""
 

@@ -1,0 +1,34 @@
+"""Whole runs with every method of personalization, on a tiny base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.simulations import BARE, results, run
+from training.personalization import PERSONALIZATIONS
+
+OPTIONS: dict[str, list[str]] = {
+    "directions": ["aggregation=fedit", "personalization.number=2", "personalization.steps=3"],
+    "lora": [],
+    "prior": [],
+}
+"""Settings of each method: few pictures, and rules of aggregation that it supports."""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", list(PERSONALIZATIONS))
+def test_run_makes_personal_adapters(method: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(pipeline_folder, folder, f"personalization={method}", *OPTIONS[method], *BARE)
+    assert done.returncode == 0, done.stderr
+    assert "changed nothing" not in done.stderr
+    assert len(list((folder / "adapters" / "personal").glob("*.with_shared.safetensors"))) == 3
+    summary, _, _ = results(folder)
+    assert summary["loss"]["personal"] < summary["loss"]["shared"]
