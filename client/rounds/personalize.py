@@ -49,12 +49,12 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
         rank=request.rank, steps=steps, examples=request.batch_size, learning_rate=request.learning_rate
     )
     device.policy.check_timesteps(request.timesteps)
-    device.check_memory(request.rank, device.sites)
     if min(request.look_every, request.patience) < 1:
         raise RequestRefusedError(
             f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more"
         )
     sent = receive_adapter(request.adapter, device, rounded=request.rounded).adapter
+    device.check_memory(method.personal_rank(request.rank, rank(sent)), device.sites)
     # From the requested steps, never measured: the step at which training stops depends on the pictures.
     seconds, joules, quality = training_cost(device, steps * request.batch_size)
     reply = messages.Personalized(device=device.name, seconds=seconds, joules=joules, quality=quality)
@@ -123,7 +123,7 @@ def _learn(
         patience = request.steps if promised else request.patience  # early stopping would leak information
         stopping = jobs.EarlyStopping(validation=held_out, every=every, patience=patience)
     shared = yield from _better(sent, stored, held_out)
-    start = _personal_start(request.rank, shared, stored, device)
+    start = _personal_start(method.personal_rank(request.rank, rank(shared)), shared, stored, device)
     job = jobs.TrainJob(
         client=device.name,
         round=request.round,

@@ -13,6 +13,12 @@ OPTIONS: dict[str, list[str]] = {
     "directions": ["aggregation=fedit", "personalization.number=2", "personalization.steps=3"],
     "lora": [],
     "prior": [],
+    "reptile": [
+        "aggregation=fedit",
+        "server_optimizer=fedavgm",
+        "server_optimizer.lr=0.5",
+        "server_optimizer.momentum=0",
+    ],
 }
 """Settings of each method: few pictures, and rules of aggregation that it supports."""
 

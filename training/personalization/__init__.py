@@ -58,6 +58,15 @@ class Personalization:
         """Return the rank that a device trains at once, from that in messages."""
         return message_rank
 
+    def personal_rank(self, rank: int, shared_rank: int) -> int:  # noqa: ARG002
+        """Return the rank that a device trains at once after the rounds.
+
+        Args:
+            rank: the requested rank, `adapter.personal.rank`.
+            shared_rank: rank of the shared adapter as it was received.
+        """
+        return rank
+
     def initial(self, shared: Adapter, seed: int) -> Adapter:  # noqa: ARG002
         """Return the adapter of the first round.
 
