@@ -159,8 +159,7 @@ def test_help_of_a_server_has_its_groups(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit):
         serve()
     printed = capsys.readouterr().out
-    assert "    preset: metered, private" not in printed
-    assert "    preset: private\n" in printed
+    assert "    preset: people, private\n" in printed
     section = printed.partition("Groups (group=option)\n")[2].partition("Keys of the server")[0]
     groups = [line.partition(":")[0].strip() for line in section.splitlines() if line.startswith("    ")]
     assert groups == [
@@ -168,6 +167,7 @@ def test_help_of_a_server_has_its_groups(monkeypatch: pytest.MonkeyPatch, capsys
         "aggregation",
         "base",
         "compression",
+        "personalization",
         "planning",
         "preset",
         "privacy",
