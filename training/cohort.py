@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -113,6 +113,7 @@ class _Resident:
     entries: int = 0  # total number of entries
     best: tuple[float, Tensor] | None = None  # validation loss and adapter
     since_best: int = 0  # evaluations since the best one
+    validation_losses: list[float] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -192,6 +193,7 @@ class _Cohort:
         for row, loss in zip(evaluated, losses, strict=True):
             resident = self.residents[row]
             resident.since_best += 1
+            resident.validation_losses.append(loss)
             if resident.best is None or loss < resident.best[0]:
                 resident.best, resident.since_best = (loss, self.buffers.adapters[row].clone()), 0
 
@@ -221,7 +223,8 @@ class _Cohort:
                 mean = loss / entries if entries else math.nan
                 trained = self.buffers.layout.unpack(adapter, job.start) if is_finite else job.start
                 coefficients = None if job.directions is None else adapter.clone()
-                self._remove(row, TrainedAdapter(trained, mean, step, self._idle_seconds(row, resident), coefficients))
+                idle, losses = self._idle_seconds(row, resident), tuple(resident.validation_losses)
+                self._remove(row, TrainedAdapter(trained, mean, step, idle, coefficients, losses))
             else:
                 self._remove(row, AntherError(failed))
 

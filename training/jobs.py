@@ -227,6 +227,7 @@ class TrainedAdapter(NamedTuple):
     steps: int  # steps that were taken
     idle: float = 0.0  # remaining seconds of a private job's public duration, if it had the device to itself
     coefficients: Tensor | None = None  # c [K] of a job that trains them
+    validation_losses: tuple[float, ...] = ()  # with early stopping: at step 0, every `every` steps, and the last one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,52 @@ def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: st
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]], *, y: str) -> str:
+    """Draw a plot for each panel: a line for each arm through its points, with a bar for each interval.
+
+    Args:
+        panels: points (x, value, lower end, upper end) by arm, by label of the horizontal axis; its values have equal
+            distances if they are not evenly spread.
+        y: label of the vertical axes.
+    """
+    width, height = len(panels) * (60 + SIDE + 20) + RIGHT // 2, SIDE + 80
+    names = list(dict.fromkeys(arm for arms in panels.values() for arm in arms))
+    parts = [_head(width, height)]
+    for number, (label, arms) in enumerate(panels.items()):
+        left, bottom = 60 + number * (60 + SIDE + 20), SIDE + 40
+        ticks = sorted({point[0] for points in arms.values() for point in points})
+        high = 1.1 * max(max(point[1:]) for points in arms.values() for point in points)
+        place = {tick: left + SIDE * (index + 0.5) / len(ticks) for index, tick in enumerate(ticks)}
+        parts += _levels(left, bottom, high)
+        parts += [
+            f'<text x="{place[tick]:.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>'
+            for tick in ticks[:: -(-len(ticks) // 12)]
+        ]
+        parts.append(f'<text x="{left + SIDE / 2}" y="{bottom + 30}" text-anchor="middle">{escape(label)}</text>')
+        parts.append(f'<text x="{left + 6}" y="{bottom - SIDE - 4}">{escape(y)}</text>')
+        for arm, points in arms.items():
+            color = COLORS[names.index(arm) % len(COLORS)]
+            heights = [[bottom - SIDE * max(value, 0) / high for value in point[1:]] for point in points]
+            line = " ".join(f"{place[point[0]]:.1f},{at[0]:.1f}" for point, at in zip(points, heights, strict=True))
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+            for point, (middle, low, top) in zip(points, heights, strict=True):
+                across = f"{place[point[0]]:.1f}"
+                parts.append(f'<line x1="{across}" y1="{low:.1f}" x2="{across}" y2="{top:.1f}" stroke="{color}"/>')
+                parts.append(f'<circle cx="{across}" cy="{middle:.1f}" r="3" fill="{color}"/>')
+    for row, arm in enumerate(names):
+        x, at = width - RIGHT // 2 + 10, 50 + row * ROW
+        parts.append(f'<rect x="{x}" y="{at - 4}" width="10" height="8" fill="{COLORS[row % len(COLORS)]}"/>')
+        parts.append(f'<text x="{x + 16}" y="{at + 4}">{escape(arm)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _levels(left: int, bottom: int, high: float) -> Iterator[str]:
+    for part in range(5):
+        up = bottom - SIDE * part / 4
+        yield f'<line x1="{left}" y1="{up:.1f}" x2="{left + SIDE}" y2="{up:.1f}" stroke="{FAINT}"/>'
+        yield f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{high * part / 4:.2f}</text>'
+
+
 def _axes(left: int, bottom: int, limits: Sequence[float], x: str, y: str) -> Iterator[str]:
     for part in range(5):
         share = part / 4

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from bench.quality.federation import bootstrap_interval
+from bench.lib.paired import bootstrap_interval
 from bench.quality.utility import run_once
 from simulations.fleet.writers import slug
 

@@ -26,15 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.lib.paired import bootstrap_interval
+
 PAIRS = (("shared", "base"), ("personal", "shared"), ("personal", "base"), ("personal", "local"))
-RESAMPLES = 10_000
-
-
-def bootstrap_interval(differences: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of paired differences `[writers]`."""
-    draws = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def compare(losses: Mapping[str, np.ndarray]) -> dict[str, Any]:

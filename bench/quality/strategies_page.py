@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.lib import plots
-from bench.quality.federation import bootstrap_interval
+from bench.lib.paired import bootstrap_interval
 from bench.quality.fleets import median_ratio
 
 RESULTS = Path(__file__).parents[1] / "results"

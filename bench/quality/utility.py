@@ -35,7 +35,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from bench.lib.machine import machine, versions
-from bench.quality.federation import bootstrap_interval
+from bench.lib.paired import bootstrap_interval
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 
 

@@ -67,7 +67,7 @@ def random_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
 def single_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run one pass at a time, and discard trained adapters, which are the caller's memory."""
     monkeypatch.setattr(passes, "_cores", lambda: 1)
-    monkeypatch.setattr(cohort, "TrainedAdapter", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
+    monkeypatch.setattr(cohort, "TrainedAdapter", lambda _, *rest: TrainedAdapter({}, *rest))
 
 
 def check_peak(base: Base, seed: int) -> None:

@@ -96,6 +96,7 @@ def test_early_stopping_keeps_the_best_adapter(base: Base) -> None:
     (found,) = train(base, [dataclasses.replace(plan, early_stopping=stopping)], memory=PLENTY, timesteps=2)
     assert isinstance(found, TrainedAdapter)
     assert found.steps == looks[stop]
+    assert found.validation_losses == pytest.approx(losses[: stop + 1])
     assert_same_bits(found, lengths[best])
 
 

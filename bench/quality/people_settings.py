@@ -1,0 +1,184 @@
+"""Settings of `anther bench people`: the tuned federation, its private forms, and the tuned training without others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from common import strict_json
+from common.errors import AntherError, os_error
+from conf.schemas.simulation import SimulationConfig
+
+_CORES = ("aggregation=fedsb", "adapter.shared.lr_schedule=cosine", "rounds=25", "adapter.shared.steps=1")
+"""A round of one step takes the mean after every noised step, so the noise causes no drift within a round."""
+_NOISED = ("privacy=example", "privacy.noise_multiplicity=4", "adapter.shared.batch_size=${data.train}")
+
+FILE = Path(__file__).parents[1] / "results" / "people-settings.json"
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """Training of one adapter from a person's own letters only."""
+
+    sites: str = "attention"
+    rank: int = 16
+    lr: float = 2e-3
+    batch_size: int = 4
+    proximal: float = 0.0
+    """μ of a penalty on the distance to the start."""
+    prior: float = 0.0
+    """Weight of prior preservation (Ruiz et al., 2023), with letters drawn by the base; 0: without."""
+    steps: int = 150
+    """Steps after which training stops, if that is not decided by validation letters."""
+    validated: bool = False
+    """Whether each person keeps the adapter with the lowest loss on the own validation letters."""
+
+
+@dataclass(frozen=True)
+class PeopleSettings:
+    """All settings, which are chosen on development people."""
+
+    federation: tuple[str, ...]
+    """Overrides of `anther simulate` for every open federation with personal adapters."""
+    by_letters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further overrides for a number of training letters."""
+    reference: tuple[str, ...] = ()
+    """Overrides of the open federation whose shared gain the private runs are compared with."""
+    private: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Overrides of each private run."""
+    local: dict[str, LocalSettings] = field(default_factory=dict)
+    """Training without others, by number of training letters."""
+    every: int = 5
+    """Steps between two points of a curve over steps."""
+
+    def overrides(self, letters: int) -> list[str]:
+        """Return the overrides of a federation of people with this number of training letters."""
+        nearest = _nearest(self.by_letters, letters)
+        return [*self.federation, *(self.by_letters[nearest] if nearest else ()), f"data.train={letters}"]
+
+    def local_for(self, letters: int) -> LocalSettings:
+        """Return the settings without others for this number of letters, or for the nearest number that was tuned."""
+        nearest = _nearest(self.local, letters)
+        return self.local[nearest] if nearest else LocalSettings()
+
+
+class DeviceSteps(NamedTuple):
+    """Optimizer steps of one person's device."""
+
+    rounds: float
+    """In all rounds; a mean over people if a round has only some of them."""
+    personal: int
+    """After the rounds, at most."""
+
+    @property
+    def total(self) -> float:
+        """All steps of a member; training without others gets as many."""
+        return self.rounds + self.personal
+
+
+def device_steps(config: SimulationConfig, members: int) -> DeviceSteps:
+    """Count the optimizer steps of one member's device, with those of its personalization method.
+
+    Args:
+        config: configuration of the federation.
+        members: number of people in its rounds.
+    """
+    method = getattr(getattr(config, "personalization", None), "options", {})
+    share = (config.cohort.size or members) / members
+    in_round = config.adapter.shared.steps + int(method.get("round_steps", 0))
+    return DeviceSteps(config.rounds * share * in_round, config.adapter.personal.steps + int(method.get("steps", 0)))
+
+
+def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
+    """Return the overrides that scale a federation to a total number of steps per device.
+
+    Rounds and personal steps keep their proportion as far as whole rounds allow; both are at least one.
+
+    Args:
+        config: configuration of the federation.
+        members: number of people in its rounds.
+        total: optimizer steps of one device, in the rounds and after them.
+    """
+    steps = device_steps(config, members)
+    in_round = steps.rounds / config.rounds
+    rounds = max(1, round(config.rounds * total / steps.total))
+    while rounds > 1 and total - rounds * in_round < 1:
+        rounds -= 1
+    fixed = steps.personal - config.adapter.personal.steps
+    return [f"rounds={rounds}", f"adapter.personal.steps={max(1, math.floor(total - rounds * in_round) - fixed)}"]
+
+
+DEFAULT = PeopleSettings(
+    federation=(
+        "aggregation=fedit",
+        "rounds=20",
+        "adapter.shared.steps=5",
+        "adapter.shared.lr=0.006",
+        "adapter.personal.steps=50",
+        "adapter.personal.lr=0.0015",
+        "adapter.eval_interval=10",
+        "adapter.patience=4",
+    ),
+    reference=(
+        "aggregation=fedit",
+        "adapter.shared.lr_schedule=cosine",
+        "rounds=40",
+        "adapter.shared.steps=5",
+        "adapter.shared.lr=0.012",
+    ),
+    private={
+        "open": (*_CORES, "adapter.shared.lr=0.08"),
+        "example-8": (*_CORES, *_NOISED, "privacy.epsilon=8", "adapter.shared.lr=0.3"),
+        "example-2": (*_CORES, *_NOISED, "privacy.epsilon=2", "adapter.shared.lr=0.3"),
+        "device-8": (
+            "aggregation=fedsb",
+            "rounds=10",
+            "adapter.shared.steps=5",
+            "privacy=device",
+            "privacy.epsilon=8",
+            "adapter.shared.lr=0.02",
+        ),
+    },
+)
+
+
+def load_settings(file: Path | None = None) -> PeopleSettings:
+    """Read a settings file; without one, the tuned settings, or the defaults if nothing was tuned yet.
+
+    Raises:
+        AntherError: the file can't be read, or has other fields.
+    """
+    if file is None and not FILE.exists():
+        return DEFAULT
+    file = file or FILE
+    try:
+        return strict_json.from_plain(PeopleSettings, strict_json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except OSError as error:
+        raise os_error(error, file) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AntherError(
+            f"{file}: holds no settings of people ({error}); make them by anther bench people tune"
+        ) from error
+
+
+def save_settings(file: Path, settings: PeopleSettings, record: Mapping[str, object]) -> None:
+    """Write settings, with a record of the command that chose them.
+
+    Args:
+        file: path of the JSON file.
+        settings: the settings.
+        record: further keys, such as the command and all scores.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"settings": dataclasses.asdict(settings), **record}
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _nearest(by_letters: Mapping[str, object], letters: int) -> str | None:
+    """Return the key nearest to a number of letters, as a ratio; None without keys."""
+    return min(by_letters, key=lambda key: (abs(math.log(int(key) / letters)), int(key)), default=None)
