@@ -38,16 +38,17 @@ def ratio(values: np.ndarray, references: np.ndarray, *, seed: int = 0) -> Estim
 
     Args:
         values: values `[people]`, such as an arm's gains.
-        references: values of the same people `[people]` in the denominator; their mean must be over 0 in nearly every
-            resample, or else the interval is wide.
+        references: values of the same people `[people]` in the denominator; the interval is meaningful if the mean of
+            nearly every resample is over 0.
         seed: seed of the resamples.
     """
     if len(values) != len(references):
         raise ValueError(f"{len(values)} values, but {len(references)} references: they must be of the same people")
     draws = _draws(len(values), seed)
-    ratios = values[draws].mean(1) / references[draws].mean(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Estimate(float(values.mean() / references.mean()), float(low), float(high))
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN if there is no reference
+        ratios = values[draws].mean(1) / references[draws].mean(1)
+        low, high = np.percentile(ratios, [2.5, 97.5])
+        return Estimate(float(values.mean() / references.mean()), float(low), float(high))
 
 
 def first_reached(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:

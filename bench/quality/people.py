@@ -31,7 +31,7 @@ from rich.console import Console
 
 from bench.lib.machine import versions
 from bench.quality import people_tables as tables
-from bench.quality.people_data import DEVELOPMENT, TEST, read_people
+from bench.quality.people_data import DEVELOPMENT, TEST, read_people, select
 from bench.quality.people_measure import BLOCKS, Extent, measure
 from bench.quality.people_page import RESULTS, sheet_of, write_page
 from bench.quality.people_plan import Experiment
@@ -161,9 +161,11 @@ def _experiment(arguments: argparse.Namespace, role: str) -> Experiment:
     settings = load_settings(arguments.settings)
     if getattr(arguments, "federation", None):
         settings = dataclasses.replace(settings, federation=tuple(arguments.federation), by_letters={})
+    people = read_people(arguments.file)
+    select(people, role)  # an error before anything runs
     return Experiment(
         file=arguments.file,
-        people=read_people(arguments.file),
+        people=people,
         role=role,
         settings=settings,
         folder=arguments.runs,

@@ -88,10 +88,11 @@ def device_steps(config: SimulationConfig, members: int) -> DeviceSteps:
         config: configuration of the federation.
         members: number of people in its rounds.
     """
-    method = getattr(getattr(config, "personalization", None), "options", {})
+    method = config.personalization.options
     share = (config.cohort.size or members) / members
-    in_round = config.adapter.shared.steps + int(method.get("round_steps", 0))
-    return DeviceSteps(config.rounds * share * in_round, config.adapter.personal.steps + int(method.get("steps", 0)))
+    fitted = max(0, config.rounds - int(method.get("warmup", 0))) * int(method.get("round_steps", 0))
+    in_rounds = config.rounds * config.adapter.shared.steps + fitted
+    return DeviceSteps(in_rounds * share, config.adapter.personal.steps + int(method.get("steps", 0)))
 
 
 def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from bench.lib.plots import dots, scatter
+from bench.lib.plots import curves, dots, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,3 +25,15 @@ def test_scatter_draws_runs_and_their_median():
     left, median = circles[0], circles[3]
     assert float(left.get("cx")) < float(median.get("cx")) == float(circles[1].get("cx"))
     assert float(median.get("cy")) == float(left.get("cy"))
+
+
+def test_curves_draw_points_and_intervals():
+    points = {"<a>": [(1, 10.0, 8.0, 12.0), (20, 20.0, 15.0, 25.0)], "b": [(1, 5.0, 4.0, 6.0)]}
+    svg = curves({"letters": points, "steps": {"b": [(5, 1.0, 0.5, 2.0)]}}, y="gain")
+    assert [circle.get("fill") for circle in marks(svg)] == ["#c0504d", "#c0504d", "#4878a8", "#4878a8"]
+    first, second, other, _ = marks(svg)
+    assert first.get("cx") == other.get("cx")
+    bottom, top = 340, 340 - 300 * 20 / (1.1 * 25)
+    assert float(second.get("cy")) == round(top, 1)
+    assert float(first.get("cy")) == round((bottom + top) / 2, 1)
+    assert "&lt;a&gt;" in svg
