@@ -113,7 +113,7 @@ def test_settings_are_tuned(people_file: Path, pipeline_folder: Path, tmp_path: 
     ("words", "message"),
     [
         (["measure", "nothing.parquet"], "nothing.parquet"),
-        (["measure", "{file}", "--role", "nobody"], "--role nobody: no person of this role has 20 letters"),
+        (["measure", "{file}", "--role", "other"], "--role other: no person of this role has 20 letters"),
         (["measure", "{file}", "--settings", "missing.json"], "missing.json"),
         (["measure", "{file}", "--out", "bench/results/people.json"], "is for results of --role test"),
         (["page", "--results", "missing.json"], "missing.json"),
