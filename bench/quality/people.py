@@ -34,7 +34,7 @@ from bench.quality import people_tables as tables
 from bench.quality.people_data import DEVELOPMENT, TEST, read_people, select
 from bench.quality.people_measure import BLOCKS, Extent, measure
 from bench.quality.people_page import RESULTS, sheet_of, write_page
-from bench.quality.people_plan import Experiment
+from bench.quality.people_plan import PeopleExperiment
 from bench.quality.people_results import check_aims
 from bench.quality.people_settings import FILE, load_settings, save_settings
 from bench.quality.people_tune import GRID, PARTS, tune
@@ -157,13 +157,13 @@ def run_measure(arguments: argparse.Namespace) -> None:
     console.print(str(out))
 
 
-def _experiment(arguments: argparse.Namespace, role: str) -> Experiment:
+def _experiment(arguments: argparse.Namespace, role: str) -> PeopleExperiment:
     settings = load_settings(arguments.settings)
     if getattr(arguments, "federation", None):
         settings = dataclasses.replace(settings, federation=tuple(arguments.federation), by_letters={})
     people = read_people(arguments.file)
     select(people, role)  # an error before anything runs
-    return Experiment(
+    return PeopleExperiment(
         file=arguments.file,
         people=people,
         role=role,

@@ -12,7 +12,7 @@ from bench.quality import people_plan as plan
 from bench.quality import people_results as statistics
 from bench.quality.people_local import LocalTask
 from bench.quality.people_pictures import DrawingTask, draw
-from bench.quality.people_plan import Experiment, FederationRun
+from bench.quality.people_plan import FederationRun, PeopleExperiment
 from bench.quality.people_settings import device_steps
 from bench.quality.people_work import Workers
 from conf.compose import compose
@@ -42,7 +42,7 @@ class Extent:
 class Measurement:
     """All runs of one experiment. A run starts when it is first asked for, and is shared by all blocks."""
 
-    def __init__(self, experiment: Experiment, workers: Workers, extent: Extent) -> None:
+    def __init__(self, experiment: PeopleExperiment, workers: Workers, extent: Extent) -> None:
         self.experiment, self.workers, self.extent = experiment, workers, extent
         self.federations: dict[str, Future[dict[str, Any]]] = {}
         self.trainings: dict[str, Future[list[dict[str, Any]]]] = {}
@@ -126,7 +126,7 @@ class Measurement:
 
 
 def measure(
-    experiment: Experiment,
+    experiment: PeopleExperiment,
     workers: Workers,
     extent: Extent,
     blocks: Collection[str] = BLOCKS,
@@ -189,7 +189,7 @@ def measure(
     return results
 
 
-def _steps(experiment: Experiment, extent: Extent, wanted: int) -> float:
+def _steps(experiment: PeopleExperiment, extent: Extent, wanted: int) -> float:
     """Return the steps that a run of the curve really takes."""
     run = plan.step_runs(experiment, extent.headline, [wanted])[wanted]
     return device_steps(compose(list(run.overrides)), len(experiment.members(extent.headline))).total

@@ -45,7 +45,7 @@ class FederationRun:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class PeopleExperiment:
     """People, settings and extent of all runs.
 
     Attributes:
@@ -124,12 +124,12 @@ class Experiment:
         return write_subset(self.file, names, self.folder / "data" / f"{self.role}-{name}-{key:016x}.parquet")
 
 
-def member_runs(experiment: Experiment, letters: int) -> list[FederationRun]:
+def member_runs(experiment: PeopleExperiment, letters: int) -> list[FederationRun]:
     """Return the federations of everyone, one for each seed."""
     return [experiment.federation(f"letters-{letters}", letters, seed) for seed in experiment.seeds]
 
 
-def newcomer_runs(experiment: Experiment, letters: int, count: int) -> dict[str, FederationRun]:
+def newcomer_runs(experiment: PeopleExperiment, letters: int, count: int) -> dict[str, FederationRun]:
     """Return a federation for each fold of the measured people, who join it after its rounds.
 
     Args:
@@ -143,7 +143,7 @@ def newcomer_runs(experiment: Experiment, letters: int, count: int) -> dict[str,
     }
 
 
-def donor_runs(experiment: Experiment, letters: int, fewest: int = 5) -> dict[str, FederationRun]:
+def donor_runs(experiment: PeopleExperiment, letters: int, fewest: int = 5) -> dict[str, FederationRun]:
     """Return a federation without each donor, whose measured people join it after its rounds.
 
     Args:
@@ -162,14 +162,14 @@ def donor_runs(experiment: Experiment, letters: int, fewest: int = 5) -> dict[st
 
 
 def _joined(
-    experiment: Experiment, name: str, letters: int, newcomers: Sequence[str], file: Path | None = None
+    experiment: PeopleExperiment, name: str, letters: int, newcomers: Sequence[str], file: Path | None = None
 ) -> FederationRun:
     """Return a federation that people join after its rounds. One member is evaluated, the least that a run allows."""
     words = [f"data.newcomers=[{','.join(newcomers)}]", "evaluation.devices=1"]
     return experiment.federation(name, letters, experiment.seeds[0], words, file)
 
 
-def private_runs(experiment: Experiment, letters: int) -> dict[str, list[FederationRun]]:
+def private_runs(experiment: PeopleExperiment, letters: int) -> dict[str, list[FederationRun]]:
     """Return the reference without privacy and the private federations, one for each seed.
 
     Args:
@@ -183,7 +183,7 @@ def private_runs(experiment: Experiment, letters: int) -> dict[str, list[Federat
     }
 
 
-def letter_runs(experiment: Experiment, numbers: Sequence[int]) -> dict[int, FederationRun]:
+def letter_runs(experiment: PeopleExperiment, numbers: Sequence[int]) -> dict[int, FederationRun]:
     """Return federations of the measured people only, by number of letters: others have too few for the largest.
 
     Args:
@@ -195,7 +195,7 @@ def letter_runs(experiment: Experiment, numbers: Sequence[int]) -> dict[int, Fed
     return {n: experiment.federation(f"only-{n}", n, experiment.seeds[0], file=file) for n in numbers}
 
 
-def step_runs(experiment: Experiment, letters: int, numbers: Sequence[int]) -> dict[int, FederationRun]:
+def step_runs(experiment: PeopleExperiment, letters: int, numbers: Sequence[int]) -> dict[int, FederationRun]:
     """Return federations of everyone, by total number of steps of a device.
 
     Args:
@@ -211,7 +211,9 @@ def step_runs(experiment: Experiment, letters: int, numbers: Sequence[int]) -> d
     }
 
 
-def size_runs(experiment: Experiment, letters: int, sizes: Sequence[int], panel: int) -> dict[int, list[FederationRun]]:
+def size_runs(
+    experiment: PeopleExperiment, letters: int, sizes: Sequence[int], panel: int
+) -> dict[int, list[FederationRun]]:
     """Return federations by number of people, in which the same panel of measured people takes part.
 
     Args:
@@ -237,7 +239,7 @@ def size_runs(experiment: Experiment, letters: int, sizes: Sequence[int], panel:
     return runs
 
 
-def panel_of(experiment: Experiment, letters: int, count: int) -> list[str]:
+def panel_of(experiment: PeopleExperiment, letters: int, count: int) -> list[str]:
     """Return the first measured people with enough letters.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality.people_plan import SHARED_ONLY, Experiment
+from bench.quality.people_plan import SHARED_ONLY, PeopleExperiment
 from bench.quality.people_results import losses, measured
 from bench.quality.people_settings import LocalSettings, PeopleSettings
 from bench.quality.people_work import Workers
@@ -64,7 +64,12 @@ def best_local(records: Iterable[tuple[LocalSettings, Mapping[str, Any]]]) -> tu
 
 
 def tune_local(
-    experiment: Experiment, workers: Workers, letters: Sequence[int], *, rounds: int = 2, rates: Sequence[float] = RATES
+    experiment: PeopleExperiment,
+    workers: Workers,
+    letters: Sequence[int],
+    *,
+    rounds: int = 2,
+    rates: Sequence[float] = RATES,
 ) -> tuple[dict[str, LocalSettings], Scores]:
     """Tune training without others for each number of letters.
 
@@ -102,7 +107,7 @@ def tune_local(
 
 
 def tune_federation(
-    experiment: Experiment, workers: Workers, letters: Sequence[int], grid: Sequence[str]
+    experiment: PeopleExperiment, workers: Workers, letters: Sequence[int], grid: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ...]], Scores]:
     """Tune the federation for each number of letters.
 
@@ -133,7 +138,7 @@ def tune_federation(
 
 
 def tune_private(
-    experiment: Experiment, workers: Workers, letters: int, factors: Sequence[float] = PRIVATE_FACTORS
+    experiment: PeopleExperiment, workers: Workers, letters: int, factors: Sequence[float] = PRIVATE_FACTORS
 ) -> tuple[PeopleSettings, Scores]:
     """Tune the learning rate of the reference and of each private run; return the settings with them, and all scores.
 
@@ -172,7 +177,7 @@ def scaled_rate(words: Sequence[str], factor: float) -> tuple[str, ...]:
 
 
 def tune(
-    experiment: Experiment,
+    experiment: PeopleExperiment,
     workers: Workers,
     parts: Sequence[str],
     *,

@@ -14,7 +14,7 @@ from bench.quality import people_work
 from bench.quality.people import main
 from bench.quality.people_data import read_people
 from bench.quality.people_measure import Extent, measure
-from bench.quality.people_plan import Experiment
+from bench.quality.people_plan import PeopleExperiment
 from bench.quality.people_settings import LocalSettings, PeopleSettings
 from bench.quality.people_tune import tune
 from bench.quality.people_work import Workers
@@ -51,9 +51,9 @@ def people_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("people") / "people.parquet", rows)
 
 
-def experiment(file: Path, base: Path, folder: Path) -> Experiment:
+def experiment(file: Path, base: Path, folder: Path) -> PeopleExperiment:
     words = (*WORDS, f"base.path={base}", "evaluation.timesteps=1", "evaluation.sampling_steps=1")
-    return Experiment(file, read_people(file), "development", SETTINGS, folder, words, (0,))
+    return PeopleExperiment(file, read_people(file), "development", SETTINGS, folder, words, (0,))
 
 
 @pytest.mark.stress
