@@ -12,7 +12,7 @@ import hashlib
 from torch import Tensor
 
 from client.device import Device
-from client.store.store import LocalFactors
+from client.store.round_state import LocalFactors
 from models.lora.adapter import Adapter
 from protocol.messages import TrainingPlan
 

@@ -12,6 +12,7 @@ import torch
 from client.device import Device
 from client.rounds.helpers import encode_split, training_cost
 from client.rounds.local_factors import with_local_factors
+from client.rounds.method_state import state_after_rounds
 from client.rounds.received_adapter import receive_adapter
 from client.store.store import PersonalAdapter
 from common.errors import AntherError
@@ -46,7 +47,10 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
         raise RequestRefusedError(str(error)) from None
     steps = request.steps * method.passes_per_step + method.steps_after
     device.policy.check_work(
-        rank=request.rank, steps=steps, examples=request.batch_size, learning_rate=request.learning_rate
+        rank=max(request.rank, method.personal_rank(request.rank, request.rank)),  # below for that of the shared one
+        steps=steps,
+        examples=request.batch_size,
+        learning_rate=request.learning_rate,
     )
     device.policy.check_timesteps(request.timesteps)
     if min(request.look_every, request.patience) < 1:
@@ -123,7 +127,8 @@ def _learn(
         patience = request.steps if promised else request.patience  # early stopping would leak information
         stopping = jobs.EarlyStopping(validation=held_out, every=every, patience=patience)
     shared = yield from _better(sent, stored, held_out)
-    start = _personal_start(method.personal_rank(request.rank, rank(shared)), shared, stored, device)
+    kept = state_after_rounds(request.run, request.method, device)
+    start = _personal_start(method.personal_rank(request.rank, rank(shared)), shared, stored, kept, device)
     job = jobs.TrainJob(
         client=device.name,
         round=request.round,
@@ -207,8 +212,12 @@ def _better(sent: Adapter, stored: PersonalAdapter | None, held_out: Examples) -
     return stored.shared if old < new or math.isnan(new) else sent
 
 
-def _personal_start(target_rank: int, shared: Adapter, stored: PersonalAdapter | None, device: Device) -> Adapter:
-    """Return the initial personal adapter: the stored one if it belongs to this same shared adapter, else a new one.
+def _personal_start(
+    target_rank: int, shared: Adapter, stored: PersonalAdapter | None, kept: Adapter | None, device: Device
+) -> Adapter:
+    """Return the initial personal adapter.
+
+    The stored one is used if it belongs to this same shared adapter, else that of the rounds, else a new one.
 
     A new one starts in the directions in which the federation found that people differ: its A is the shared adapter's
     (FedSA-LoRA, Guo et al., 2025, arXiv:2410.01463), its B is zero.
@@ -217,13 +226,15 @@ def _personal_start(target_rank: int, shared: Adapter, stored: PersonalAdapter |
         target_rank: rank of the personal adapter.
         shared: the shared adapter under it; A is `[rank, in]`, B is `[out, rank]`.
         stored: the stored personal adapter, if any.
+        kept: the personal adapter that the method trained in the rounds, if any; sites may be missing.
         device: the device that trains.
     """
     if stored and rank(stored.adapter) == target_rank and _same(stored.shared, shared):
         return stored.adapter
     fresh = init_adapter(device.sites, target_rank, derive_seed(device.seed, device.name, PERSONAL))
     effective = without_zero_rank(shared)
-    return {name: Factors(torch.cat([effective[name].a, f.a])[:target_rank], f.b) for name, f in fresh.items()}
+    new = {name: Factors(torch.cat([effective[name].a, f.a])[:target_rank], f.b) for name, f in fresh.items()}
+    return {**new, **kept} if kept and rank(kept) == target_rank else new
 
 
 def _same(first: Adapter, second: Adapter) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from client.device import Device
 from client.rounds.upload import PreparedUpload, compatibility_key, decode_change
-from client.store.store import ControlVariateState
+from client.store.round_state import ControlVariateState
 from models.lora.adapter import Adapter, Factors
 from models.lora.scaffold import ControlVariate, control_delta
 from models.lora.trainable import from_trained_tensors

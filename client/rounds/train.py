@@ -13,6 +13,7 @@ from client.device import Device
 from client.rounds import scaffold
 from client.rounds.helpers import encode_split, encode_usable, finite_epsilon, private_pictures, training_cost
 from client.rounds.local_factors import initial_local_factors, replace_b
+from client.rounds.method_state import save_state_after_round, state_before_round
 from client.rounds.received_adapter import receive_adapter
 from client.rounds.upload import prepare_upload, save_round_state
 from common import strict_json
@@ -105,7 +106,8 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         noise=noise if plan.privacy else None,
         names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
     )
-    trained = (yield from method.train_round(job, None)).trained
+    state = state_before_round(plan, device)
+    trained, state_after = yield from method.train_round(job, state)
     upload = prepare_upload(
         plan,
         device,
@@ -142,6 +144,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
 
     def save_state() -> None:
         save_round_state(device, upload)
+        save_state_after_round(plan, device, state, state_after)
         if plan.scaffold:
             before = trained_tensors(start, plan.trains, lora_xs_bases)
             scaffold.save_variate(plan, device, sent.control, variate, upload, before, release=noise.release)
@@ -178,7 +181,7 @@ def _method(plan: TrainingPlan, device: Device) -> Personalization:
     if plan.privacy and method.in_rounds:
         raise RequestRefusedError(f"personalization={name}: its personal part of a round would enter it without noise")
     device.policy.check_work(
-        rank=plan.rank,
+        rank=max(plan.rank, method.trained_rank(plan.rank)),
         steps=plan.steps + method.steps_in_round,
         examples=plan.batch_size,
         learning_rate=plan.learning_rate,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.device import Device
 from client.rounds.local_factors import updated_local_factors
-from client.store.store import LocalFactors, Residual
+from client.store.round_state import LocalFactors, Residual
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter
 from models.lora.trainable import trained_tensors

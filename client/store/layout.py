@@ -26,11 +26,12 @@ PERSONAL, SEED = "personal.safetensors", "seed"
 PREVIOUS = ("previous.safetensors", *(f"previous-{number}.safetensors" for number in range(2, 7)))
 """Files of previous adapters. The first name was chosen when only one was stored."""
 RESIDUAL, VARIATE, LOCAL_FACTORS = "residual.safetensors", "variate.safetensors", "own.safetensors"
+METHOD_STATE = "method.safetensors"
 PREVIEWS, CACHE = "previews", "cache"
 VERSION, FEDERATION, FEDERATIONS = "version", "federation", "federations"
 
 ADAPTERS = (PERSONAL, *PREVIOUS)
-ROUND_FILES = (RESIDUAL, VARIATE, LOCAL_FACTORS)  # set aside together with the ledger that counted the rounds
+ROUND_FILES = (RESIDUAL, VARIATE, LOCAL_FACTORS, METHOD_STATE)  # set aside with the ledger that counted the rounds
 FEDERATION_FILES = (*ADAPTERS, *ROUND_FILES, PREVIEWS)
 
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # temporary files of `common.atomic_files.write`

@@ -23,15 +23,26 @@ import io
 import json
 import secrets
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from client.store.layout import CACHE, LOCAL_FACTORS, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, federation_prefix
+from client.store.layout import (
+    CACHE,
+    LOCAL_FACTORS,
+    METHOD_STATE,
+    PERSONAL,
+    PREVIEWS,
+    RESIDUAL,
+    SEED,
+    VARIATE,
+    federation_prefix,
+)
 from client.store.personal_versions import AdapterVersion, AdapterVersions, metadata, plain
+from client.store.round_state import ControlVariateState, LocalFactors, MethodState, Residual, RoundState
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Sites, adapter_shapes, concatenate, from_tensors, rank, to_tensors
 from models.lora.directions import without_zero_rank
@@ -57,37 +68,6 @@ class PersonalAdapter(NamedTuple):
     def combined(self) -> Adapter:
         """The shared and the personal adapter as one."""
         return concatenate([self.effective_shared, self.adapter])
-
-
-class Residual(NamedTuple):
-    """Quantization error of one round's change, by tensor name; added once to the next change (error feedback)."""
-
-    compatibility_key: str  # a round uses the residual only if its key is equal
-    round: int
-    left: dict[str, Tensor]
-    carried: dict[str, Tensor]  # the residual that this round used, in case the round is repeated
-
-
-class ControlVariateState(NamedTuple):
-    """A device's SCAFFOLD control variate, by the names of the tensors that it corrects."""
-
-    compatibility_key: str  # see `Residual`
-    round: int
-    before: dict[str, Tensor]  # in case this round is repeated
-    after: dict[str, Tensor]
-
-
-RoundState = TypeVar("RoundState", Residual, ControlVariateState)
-
-
-class LocalFactors(NamedTuple):
-    """Factors B, `[out, rank]` by site, that a device trained in a run and does not share."""
-
-    run: str
-    promise: str  # privacy guarantee under which it was trained
-    round: int
-    after: dict[str, Tensor]
-    before: dict[str, Tensor]  # in case this round is repeated
 
 
 class Store:
@@ -186,10 +166,18 @@ class Store:
         """Load the control variate; same rules as `residual`."""
         return self._load_round_state(VARIATE, ControlVariateState, compatibility_key)
 
-    def _save_round_state(self, file: str, state: Residual | ControlVariateState) -> None:
+    def save_method_state(self, state: MethodState) -> None:
+        """Replace the state of a method of personalization."""
+        self._save_round_state(METHOD_STATE, state)
+
+    def method_state(self, compatibility_key: str) -> MethodState | None:
+        """Load the state of a method of personalization; same rules as `residual`."""
+        return self._load_round_state(METHOD_STATE, MethodState, compatibility_key)
+
+    def _save_round_state(self, file: str, state: Residual | ControlVariateState | MethodState) -> None:
         compatibility_key, number, *parts = state
         tensors = {
-            f"{part}/{name}": tensor
+            f"{part}/{name}": tensor.clone().contiguous()  # safetensors refuses memory that both parts share
             for part, named in zip(state._fields[2:], parts, strict=True)
             for name, tensor in named.items()
         }

@@ -291,6 +291,11 @@ CASES = [
         {"plan": replace(PRIVATE, personalization=DIRECTIONS)},
     ),
     Case(
+        "personalization=fedalt: values fitted to pictures enter",
+        {"personalization": "fedalt", "privacy.level": "both"},
+        {"plan": replace(PRIVATE, personalization=PersonalizationMethod(name="fedalt")), **SERVER},
+    ),
+    Case(
         "personalization=directions: with aggregation=fedsa devices keep their own B",
         {"personalization": "directions", "aggregation": "fedsa"},
         {"plan": replace(PLAN, personalization=DIRECTIONS), "aggregation": FedSA()},

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.simulations import BARE, results, run
+from tests.helpers.simulations import BARE, command, results, run, send_signal_at
 from training.personalization import PERSONALIZATIONS
 
 OPTIONS: dict[str, list[str]] = {
     "directions": ["aggregation=fedit", "personalization.number=2", "personalization.steps=3"],
+    "fedalt": ["personalization.rank=2"],
     "lora": [],
     "prior": [],
     "reptile": [
@@ -38,3 +40,16 @@ def test_run_makes_personal_adapters(method: str, pipeline_folder: Path, tmp_pat
     assert len(list((folder / "adapters" / "personal").glob("*.with_shared.safetensors"))) == 3
     summary, _, _ = results(folder)
     assert summary["loss"]["personal"] < summary["loss"]["shared"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", ["fedalt"])
+def test_killed_and_resumed_run_gives_same_results(method: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    """State of a method between rounds survives, and a repeated round starts from the same one."""
+    words = [f"personalization={method}", *OPTIONS[method], *BARE]
+    assert run(pipeline_folder, tmp_path / "whole", *words).returncode == 0
+    folder = tmp_path / "killed"
+    send_signal_at(command(pipeline_folder, folder, *words), "round 2 of 3", signal.SIGKILL)
+    assert not (folder / "summary.json").exists()
+    assert run(pipeline_folder, folder, *words, "resume=true").returncode == 0
+    assert results(folder) == results(tmp_path / "whole")

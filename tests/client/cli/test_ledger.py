@@ -12,7 +12,7 @@ import pytest
 
 from client.cli.ledger import FRESH, main
 from client.paths import device_files
-from client.store.store import LOCAL_FACTORS, RESIDUAL, VARIATE
+from client.store.layout import LOCAL_FACTORS, METHOD_STATE, RESIDUAL, VARIATE
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger.ledger import JOURNAL, MARKER, MEASURE, DeviceLedger
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
@@ -144,6 +144,7 @@ def test_reset_needs_confirmation_and_keeps_old_ledger(
         RESIDUAL,
         VARIATE,
         LOCAL_FACTORS,
+        METHOD_STATE,
     )  # state between rounds, derived from releases that the old ledger counts
     for name in carried:
         journal.with_name(name).write_bytes(b"?")

@@ -13,7 +13,8 @@ import torch
 from client.cli import ledger
 from client.store import layout
 from client.store.open import inspect_store, open_store
-from client.store.store import ControlVariateState, LocalFactors, PersonalAdapter, Residual, Store
+from client.store.round_state import ControlVariateState, LocalFactors, MethodState, Residual
+from client.store.store import PersonalAdapter, Store
 from common.errors import AntherError
 from privacy.encrypted_storage import EncryptedStorage, is_encrypted
 from privacy.ledger.ledger import JOURNAL, DeviceLedger
@@ -51,6 +52,7 @@ def fill(store: Store) -> None:
     store.save_residual(Residual("f", 1, one, other))
     store.save_variate(ControlVariateState("f", 1, one, other))
     store.save_local_factors(LocalFactors("r", "p", 1, one, other))
+    store.save_method_state(MethodState("f", 1, one, other))
     store.save_examples("train", SECRET.decode(), Examples(torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, 2)))
     store.save_number("base", SECRET.decode(), 0.5)
     store.save_preview("1", np.zeros((1, 4, 4), np.uint8))
@@ -65,6 +67,7 @@ def check_complete(store: Store) -> None:
     assert store.residual("f") is not None
     assert store.variate("f") is not None
     assert store.local_factors("r") is not None
+    assert store.method_state("f") is not None
     assert store.examples("train", SECRET.decode()) is not None
     assert store.number("base", SECRET.decode()) == 0.5
     store.roll_back()
@@ -207,6 +210,7 @@ def test_damaged_files_are_rebuilt_or_named(key: Path, tmp_path: Path) -> None:
         assert store.residual("f") is None
         assert store.variate("f") is None
         assert store.local_factors("r") is None
+        assert store.method_state("f") is None
         assert store.personal_sites() == ()
         with pytest.raises(AntherError, match=r"personal\.safetensors: not a personal adapter.*personalize again"):
             store.personal(SITES)

@@ -79,7 +79,7 @@ def parameters(component: Any) -> Iterator[tuple[str, Any]]:
     for name, parameter in inspect.signature(component).parameters.items():
         if is_dataclass(hints.get(name)):
             yield from ((field.name, field.default) for field in fields(hints[name]))
-        elif name not in ELSEWHERE:
+        elif name not in ELSEWHERE or component in PERSONALIZATIONS.values():
             yield name, parameter.default
 
 
