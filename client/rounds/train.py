@@ -178,6 +178,8 @@ def _method(plan: TrainingPlan, device: Device) -> Personalization:
         method = build(name, plan.personalization.arguments())
     except AntherError as error:
         raise RequestRefusedError(str(error)) from None
+    if method.message_rank(method.trained_rank(plan.rank)) != plan.rank:
+        raise RequestRefusedError(f"personalization={name}: rank {plan.rank} of the adapter is none of this method")
     if plan.privacy and method.in_rounds:
         raise RequestRefusedError(f"personalization={name}: its personal part of a round would enter it without noise")
     device.policy.check_work(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 from common.units import HOUR, MEGABITS
 from models.lora.adapter import Sites
 from models.lora.trainable import trained_shapes
-from protocol.messages import DeviceReport, TrainingPlan
+from protocol.messages import DeviceReport, PersonalizationMethod, TrainingPlan
 from protocol.quantization import bytes_per_number
+from training.personalization import build
 from training.public_schedule import scheduled_examples
 
 SLOW_UPLINK_MBPS = 2.0
@@ -132,6 +134,16 @@ def upload_bytes(plan: TrainingPlan, sites: Sites) -> float:
     trained = {name: site for name, site in sites.items() if plan.sites is None or name in plan.sites}
     numbers = sum(map(prod, trained_shapes(trained, plan.rank, plan.trains).values()))
     return numbers * (4.0 if plan.update == "fp32" else bytes_per_number(plan.update, plan.keep))
+
+
+def steps_per_round(plan: TrainingPlan) -> int:
+    """Return the optimizer steps that a plan takes on a device, with those of its method of personalization."""
+    return plan.steps + (0 if plan.personalization is None else _method_steps(plan.personalization))
+
+
+@cache
+def _method_steps(method: PersonalizationMethod) -> int:
+    return build(method.name, method.arguments()).steps_in_round
 
 
 def seconds_per_step(report: DeviceReport, plan: TrainingPlan) -> float:

@@ -9,7 +9,7 @@ from models.lora.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning import PlanningMethod, SentAdapter, SitesAndSteps
 from strategies.planning.full import FullPlanning
-from strategies.planning.plan import PlanLimits, restricted_plan, seconds_per_step, transfer_seconds
+from strategies.planning.plan import PlanLimits, restricted_plan, seconds_per_step, steps_per_round, transfer_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,6 @@ class Planner:
 def _with_cost(report: DeviceReport, chosen: SitesAndSteps, sent: SentAdapter) -> PlannedDevice:
     """Predict the cost of a plan."""
     plan, work = chosen
-    training = plan.steps * seconds_per_step(report, plan) * work
+    training = steps_per_round(plan) * seconds_per_step(report, plan) * work
     transfers = transfer_seconds(report, plan, sites=sent.sites, download=sent.download)
     return PlannedDevice(plan=plan, seconds=transfers + training, joules=training * report.watts)

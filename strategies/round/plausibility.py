@@ -7,7 +7,7 @@ from statistics import median
 
 from models.lora.adapter import Sites
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.plan import seconds_per_step, transfer_seconds
+from strategies.planning.plan import seconds_per_step, steps_per_round, transfer_seconds
 
 MAX_COST_RATIO = 10.0
 """Largest accepted multiple of the expected cost of a device's plan: the device may be hot, or in use."""
@@ -43,7 +43,9 @@ def plausible_cost(
         elapsed: seconds since the request; None for a simulated device, whose seconds are not the server's.
     """
     seconds, joules = reported
-    work = plan.steps * seconds_per_step(report, plan) + transfer_seconds(report, plan, sites=sites, download=0)
+    work = steps_per_round(plan) * seconds_per_step(report, plan) + transfer_seconds(
+        report, plan, sites=sites, download=0
+    )
     limit = min([STARTUP_SECONDS + MAX_COST_RATIO * work, *([] if elapsed is None else [elapsed])])
     return min(seconds, limit), min(joules, limit * report.watts)
 

@@ -119,7 +119,9 @@ def build(name: str, options: Mapping[str, float]) -> Personalization:
     hints = get_type_hints(method.__init__)
     if unknown := min(options.keys() - inspect.signature(method).parameters.keys(), default=None):
         raise AntherError(f"personalization.{unknown[:100]}: no option of {name}")
-    if broken := next((key for key, value in options.items() if hints[key] is int and not value.is_integer()), None):
+    if broken := next(
+        (key for key, value in options.items() if hints[key] is int and not float(value).is_integer()), None
+    ):
         raise AntherError(f"personalization.{broken}={options[broken]}: must be a whole number")
     values = {key: hints[key](value) for key, value in options.items()}
     try:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Site
-from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
-from strategies.planning.plan import CosineDecay, PlanLimits, seconds_per_step, upload_bytes
+from protocol.messages import DeviceReport, ExamplePrivacy, MethodOption, PersonalizationMethod, TrainingPlan
+from strategies.planning.plan import CosineDecay, PlanLimits, seconds_per_step, steps_per_round, upload_bytes
 from strategies.planning.planner import Planner
 from strategies.selection.everyone import Everyone
 from strategies.selection.fixed_panel import FixedPanel
@@ -183,3 +183,12 @@ def test_cosine_decays_from_full_rate_to_zero():
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
     assert 0 < rates[-1] < 0.05 * rates[0]
     assert CosineDecay(rounds=1)(0.5, 1) == 0.5
+
+
+def test_steps_of_personalization_count():
+    method = PersonalizationMethod(name="directions", options=(MethodOption(name="round_steps", value=6.0),))
+    with_method = replace(FULL, personalization=method)
+    assert steps_per_round(FULL) == FULL.steps
+    assert steps_per_round(with_method) == FULL.steps + 6
+    plain, more = planned_device(), planned_device(full=with_method)
+    assert more.joules == pytest.approx(plain.joules * (FULL.steps + 6) / FULL.steps)
