@@ -1,4 +1,4 @@
-"""Rounds in which a method of personalization takes part: what a device refuses, and what it sends."""
+"""Rounds in which a method of personalization takes part: refusals and uploads."""
 
 from __future__ import annotations
 
