@@ -5,15 +5,22 @@
     anther bench people page                           # docs/people.md
 
 FILE is a Parquet file of `python -m typefaces.making.unipen`, with the roles development, test and extra. Extra people
-are members of federations and are never measured.
+are members of federations and are never measured. Finished runs are kept in `--runs`, and `--only` chooses blocks, so
+that a measurement can be made in parts.
 
-`measure` runs, on 119 test and 121 extra people with three seeds, about 55 federations: 3 with five letters and 3 with
-two, 4 without a fold of newcomers, 8 without a donor, 15 for privacy (reference, open, three private), 5 over letters,
-6 over steps, 9 over people (13 for `--former-base` more). A step of 160 people with 4 letters takes about 30 ms of an
-H200, so 100 shared steps of 240 people take 4.5 s, personal adapters 1 s, losses 2 s: about 7 s for a federation, 6 min
-for all, and 1 min for training without others and for drawings. `tune` runs 12 federations of 161 people, 15 for
-privacy, and 200 settings of training without others: about 4 min. Python takes 60 ms a step in each process, so `--jobs
-16` on 16 cores keeps one GPU busy. Blocks (`--only`) fit a shorter slot: finished runs are kept in `--runs`.
+Federations of `measure` for 119 test and 121 extra people and three seeds:
+
+    3 + 3   five letters, two letters          6   fewer steps of a device
+    4       each without a fold of people      9   fewer people, with the same 40
+    8       each without a donor               5   numbers of letters, only the 119
+    15      privacy: reference, open, ε = 8 and 2 per image, 8 per device
+    3       with --former-base
+
+A step of 160 people with 4 letters takes about 30 ms of an H200. 100 shared steps of 240 people take 4.5 s, personal
+adapters 1 s, losses 2 s: 7 s for a federation, 6 min for all, and 1 min for training without others and drawings. With
+`personalization=directions` a step on coefficients takes nearly as long as a shared one. `tune` runs 12 federations of
+161 people, 15 for privacy, and 61 settings of training without others: about 4 min. Each process needs 60 ms for a
+step, so `--jobs 16` on 16 cores keep one GPU busy.
 """
 
 from __future__ import annotations
@@ -54,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (("tune", "choose settings on development people"), ("measure", "measure people of a role")):
         command = commands.add_parser(name, help=text)
         command.add_argument("file", type=Path, help="Parquet file of people")
-        command.add_argument("words", nargs="*", metavar="key=value", help="overrides of every run")
+        command.add_argument(
+            "words", nargs="*", metavar="key=value", help="overrides of every run, directly after FILE"
+        )
         command.add_argument("--jobs", type=int, default=1, help="processes")
         command.add_argument("--runs", type=Path, default=Path("outputs/people"), help="folder of the runs")
         command.add_argument("--settings", type=Path, help="settings file (default: the tuned settings)")
@@ -66,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     tuning.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to tune")
     tuning.add_argument("--grid", nargs="+", default=list(GRID), metavar="key=value,…", help="grid of the federation")
     tuning.add_argument("--federation", nargs="+", metavar="key=value", help="replaces the federation's overrides")
+    tuning.add_argument("--changes", type=int, default=2, help="rounds of single changes of local training")
     tuning.add_argument("--out", type=Path, default=FILE)
     measuring.add_argument("--role", default=DEVELOPMENT, help=f"{TEST}: once per claim (default: %(default)s)")
     measuring.add_argument("--only", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="blocks to measure")
@@ -111,6 +121,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
             grid=arguments.grid,
             letters=arguments.letters,
             headline=(arguments.headline, arguments.few),
+            changes=arguments.changes,
         )
         record = {**_record(started), "machine": workers.call(describe_machine).result(), "scores": scores}
     save_settings(arguments.out, settings, nan_to_none(record))

@@ -7,6 +7,7 @@ these very letters, which no device could do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -93,15 +94,24 @@ def train_people(task: LocalTask) -> list[tuple[LocalResult, dict[str, Adapter]]
     for setting in task.settings:
         curves = curve_jobs(setting, people, base, prior, seed=config.seed, total=task.total, every=task.every)
         jobs += curves if _ends(task, setting) else curves[: len(people)]
-    results = iter(cast(list[TrainedAdapter], _successful(perform(jobs))))
-    outcomes = []
+    trained = perform(jobs)
+    results = iter(trained if task.grid else _successful(trained))
+    points, outcomes = curve_points(task.total, task.every), []
     for setting in task.settings:
-        losses = [list(next(results).validation_losses) for _ in people]
-        ends = {name: next(results).adapter for name in people} if _ends(task, setting) else {}
+        losses = [_curve(next(results), points) for _ in people]
+        ended = {name: next(results) for name in people} if _ends(task, setting) else {}
+        ends = {name: result.adapter for name, result in ended.items() if isinstance(result, TrainedAdapter)}
         measure: list[Job] = [MeasureJob(examples=people[name].test, adapter=ends[name]) for name in ends]
-        stopped = [cast(float, loss) for loss in _successful(perform(measure))]
-        outcomes.append((LocalResult(list(people), curve_points(task.total, task.every), losses, stopped), ends))
+        measured = dict(zip(ends, _successful(perform(measure)), strict=True))
+        stopped = [cast(float, measured.get(name, math.inf)) for name in ended]
+        outcomes.append((LocalResult(list(people), points, losses, stopped), ends))
     return outcomes
+
+
+def _curve(result: Result | Exception, points: Sequence[int]) -> list[float]:
+    """Return the losses of a training at all points; they are infinite if it failed, as with too high a rate."""
+    failed = [math.inf] * len(points)
+    return list(result.validation_losses) if isinstance(result, TrainedAdapter) else failed
 
 
 def _ends(task: LocalTask, setting: LocalSettings) -> bool:

@@ -13,7 +13,7 @@ from bench.quality import people_results as statistics
 from bench.quality.people_local import LocalTask
 from bench.quality.people_pictures import DrawingTask, draw
 from bench.quality.people_plan import FederationRun, PeopleExperiment
-from bench.quality.people_settings import device_steps
+from bench.quality.people_settings import DeviceSteps, device_steps
 from bench.quality.people_work import Workers
 from conf.compose import compose
 from simulations.fleet.writers import slug
@@ -109,7 +109,7 @@ class Measurement:
         sites = experiment.settings.local_for(letters).sites
         tasks = [
             DrawingTask(
-                overrides=run.overrides,
+                overrides=self.workers.with_memory(run.overrides),
                 folder=self.workers.federation_folder(run),
                 local=self.workers.local_folder(f"local-{letters}-{seed}", self.local_task(letters, seed)),
                 local_sites=sites,
@@ -164,9 +164,16 @@ def measure(
         curve = {_steps(experiment, extent, step): run for step, run in _named(started["steps"]).items()}
         curve[float(experiment.total_steps(extent.headline))] = runs[0]
         results["steps"] = statistics.steps_block(curve, local[0])
+    steps = _device_steps(experiment, plan.member_runs(experiment, extent.headline)[0], extent.headline)
+    results[f"letters-{extent.headline}"]["steps"] = steps._asdict()
     for block in ("newcomers", "donors"):
         if started.get(block):
-            results[block] = statistics.joined_block(_named(started[block]), runs[0])
+            joined = _named(started[block])
+            results[block] = statistics.joined_block(joined, runs[0])
+            results[block] |= {
+                "steps": steps.personal,
+                **statistics.steps_of_newcomers(joined, local[0], steps.personal),
+            }
     if "private" in started:
         forms = {form: _results(futures) for form, futures in started["private"].items()}
         results["private"] = statistics.private_block(forms)
@@ -192,7 +199,11 @@ def measure(
 def _steps(experiment: PeopleExperiment, extent: Extent, wanted: int) -> float:
     """Return the steps that a run of the curve really takes."""
     run = plan.step_runs(experiment, extent.headline, [wanted])[wanted]
-    return device_steps(compose(list(run.overrides)), len(experiment.members(extent.headline))).total
+    return _device_steps(experiment, run, extent.headline).total
+
+
+def _device_steps(experiment: PeopleExperiment, run: FederationRun, letters: int) -> DeviceSteps:
+    return device_steps(compose(list(run.overrides)), len(experiment.members(letters)))
 
 
 def _judges(former: Path | None) -> dict[str, Path | None]:

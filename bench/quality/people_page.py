@@ -125,6 +125,11 @@ def answers(results: Mapping[str, Any]) -> Iterator[str]:
             f"{percent(block['better'])} of them gain more than locally. If local training could stop at each person's "
             f"best step on the test letters, the ratio would be {number(block['oracle_ratio'])}."
         )
+        if steps := block.get("steps"):
+            yield (
+                f"**How many steps?** {steps['rounds']:.0f} in the rounds and at most {steps['personal']} after them, "
+                "each with up to four letters."
+            )
     if points := results.get("letters", {}).get("federation"):
         gained = ", ".join(f"{key}: {values['relative_gain'][0]:.1%}" for key, values in points.items())
         yield f"**How many letters?** Reduction of the loss by number of letters: {gained}."
@@ -139,7 +144,11 @@ def answers(results: Mapping[str, Any]) -> Iterator[str]:
         gained = ", ".join(f"{key}: {values['relative_gain'][0]:.1%}" for key, values in points.items())
         yield f"**How many people?** Reduction of the loss by number of people in the federation: {gained}."
     if "newcomers" in results:
-        yield f"**Joining later** gives {percent(results['newcomers']['share'])} of the gain of a member."
+        newcomers = results["newcomers"]
+        yield (
+            f"**Joining later** takes at most {newcomers['steps']} steps of the device, and gives "
+            f"{percent(newcomers['share'])} of the gain of a member."
+        )
     if "donors" in results:
         yield f"**Hands of another origin**, without such members: {percent(results['donors']['share'])} of that gain."
     if "pictures" in results:

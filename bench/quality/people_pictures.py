@@ -17,6 +17,7 @@ from PIL import Image
 
 from bench.quality.people_data import HELD_OUT
 from bench.quality.people_local import load_base
+from bench.quality.people_work import free_memory
 from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.compose import compose
@@ -61,6 +62,7 @@ def draw(task: DrawingTask) -> dict[str, Any]:
     Returns:
         By judge, score (`read` or `style`) and arm: values of all people, in the order of their names.
     """
+    free_memory()
     config = with_people_counted(compose(list(task.overrides)))
     config.evaluation = replace(config.evaluation, gallery_size=HELD_OUT["test"])
     simulation = setup.build(config, task.folder)

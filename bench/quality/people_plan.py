@@ -72,9 +72,10 @@ class PeopleExperiment:
         return select(self.people, self.role)
 
     def members(self, letters: int) -> list[HandwritingPerson]:
-        """Return the members of a federation of everyone with enough letters."""
-        extra = [person for person in self.people if person.role == EXTRA]
-        return [*select(self.people, self.role, letters), *(select(extra, EXTRA, letters) if extra else [])]
+        """Return the members of a federation of everyone with enough letters, measured or extra."""
+        measured, needed = select(self.people, self.role, letters), letters + sum(HELD_OUT.values())
+        extra = {person for person in self.people if person.role == EXTRA and person.letters >= needed}
+        return [person for person in self.people if person in {*measured, *extra}]
 
     def run(self, name: str, letters: int, seed: int, words: Sequence[str], file: Path | None = None) -> FederationRun:
         """Return a run of the people in a file.

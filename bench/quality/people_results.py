@@ -158,6 +158,24 @@ def joined_block(joined: Mapping[str, Federation], members: Federation) -> Block
     return {"people": len(everyone[0]), "share": ratio(*everyone), "groups": groups}
 
 
+def steps_of_newcomers(joined: Mapping[str, Federation], local: Local, steps: int) -> Block:
+    """Return the steps of people who join after the rounds, relative to those of the best local loss.
+
+    Args:
+        joined: federations without some people, who joined afterwards.
+        local: training of the same people without others.
+        steps: optimizer steps of a device after the rounds.
+
+    Returns:
+        The fraction; None if their mean loss is higher than the lowest mean of the local curve.
+    """
+    pairs = [(run, name) for run in joined.values() for name in measured(run, newcomers=True)]
+    loss = np.mean([run["people"][name]["personal"] for run, name in pairs])
+    curve = local_losses([local], [name for _, name in pairs], "curve").mean(0)
+    best = int(curve.argmin())
+    return {"fraction": steps / local["steps"][best] if best and loss <= curve[best] else None}
+
+
 def private_block(runs: Mapping[str, Sequence[Federation]]) -> Block:
     """Compare the shared gain of private federations with that of the reference.
 

@@ -1,9 +1,11 @@
 """Choose the settings of `anther bench people` on development people.
 
-Local training: rates at both sets of sites, then one change at a time from the best (rank, penalty, prior preservation,
-stopping by validation letters), twice. Federations: every combination of a grid, members are the development people and
-all extra ones. The score is the mean loss on the development people's held-out letters, for federations with their
-personal adapters and for private runs without them.
+Local training with the headline's numbers of letters: rates at both sets of sites, then one change at a time from the
+best (rank, rate, penalty, prior preservation, stopping by validation letters), twice. Other numbers of letters take the
+settings of the nearest one, with a rate of their own.
+
+Federations: every combination of a grid; members are the development people and all extra ones. The score is the mean
+loss on the development people's held-out letters, with personal adapters, and for private runs without them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from bench.quality.people_work import Workers
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 PARTS = ("federation", "local", "private")
 GRID = ("adapter.personal.lr=0.00075,0.0015,0.003", "adapter.personal.steps=25,50")
-PRIVATE_FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (0.5, 1.0, 2.0)  # of a rate
 Scores = list[dict[str, Any]]
 
 
@@ -41,8 +43,8 @@ def variations(best: LocalSettings) -> list[LocalSettings]:
     changes: list[dict[str, Any]] = [
         *({"rank": rank} for rank in (4, 16, 64)),
         *({"lr": best.lr * factor} for factor in (0.7, 1.4)),
-        *({"proximal": strength} for strength in (0.0, 1e-3, 1e-2)),
-        *({"prior": weight} for weight in (0.0, 0.3, 1.0)),
+        *({"proximal": strength} for strength in (1e-3, 1e-2)),
+        *({"prior": weight} for weight in (0.3, 1.0)),
         {"validated": not best.validated},
     ]
     return [setting for change in changes if (setting := replace(best, **change)) != best]
@@ -66,44 +68,70 @@ def best_local(records: Iterable[tuple[LocalSettings, Mapping[str, Any]]]) -> tu
 def tune_local(
     experiment: PeopleExperiment,
     workers: Workers,
-    letters: Sequence[int],
+    headline: Sequence[int],
+    others: Sequence[int] = (),
     *,
-    rounds: int = 2,
-    rates: Sequence[float] = RATES,
+    changes: int = 2,
 ) -> tuple[dict[str, LocalSettings], Scores]:
     """Tune training without others for each number of letters.
 
     Args:
         experiment: development people.
         workers: processes that run everything.
-        letters: numbers of training letters.
-        rounds: rounds of single changes.
-        rates: learning rates of the first grid.
+        headline: numbers of training letters that are searched.
+        others: numbers of letters that take over settings, except for the rate.
+        changes: rounds of single changes.
 
     Returns:
         The best settings by number of letters, and all scores.
     """
-    scores: Scores = []
+    first = [LocalSettings(sites=sites, lr=rate) for sites in ("attention", "all") for rate in RATES]
     best: dict[int, tuple[LocalSettings, float]] = {}
-    first = [LocalSettings(sites=sites, lr=rate) for sites in ("attention", "all") for rate in rates]
-    candidates = dict.fromkeys(letters, first)
-    for number in range(rounds + 1):
-        started = []
-        for n, settings in candidates.items():
-            for sites in dict.fromkeys(setting.sites for setting in settings):
-                chosen = [setting for setting in settings if setting.sites == sites]
-                task = experiment.local(n, experiment.seeds[0], chosen, experiment.total_steps(n), grid=True)
-                started.append((n, chosen, workers.local(f"tune-local-{n}-{sites}-{number}", task)))
-        for n, chosen, future in started:
-            records = list(zip(chosen, future.result(), strict=True))
-            scores += [
-                {"letters": n, **asdict(setting), "loss": loss}
-                for setting, loss in (best_local([pair]) for pair in records)
-            ]
-            rivals = [best_local(records), *([best[n]] if n in best else [])]
-            best[n] = min(rivals, key=lambda pair: pair[1])
+    candidates = dict.fromkeys(headline, first)
+    scores: Scores = []
+    for number in range(changes + 1):
+        found, scored = _compare_local(experiment, workers, candidates, f"tune-local-{number}")
+        scores += scored
+        for n, pair in found.items():
+            best[n] = min(pair, best.get(n, pair), key=lambda candidate: candidate[1])
         candidates = {n: variations(setting) for n, (setting, _) in best.items()}
-    return {str(n): setting for n, (setting, _) in best.items()}, scores
+    chosen = {str(n): setting for n, (setting, _) in best.items()}
+    starts = {n: replace(experiment.settings, local=chosen).local_for(n) for n in others if str(n) not in chosen}
+    rates = {n: [replace(start, lr=start.lr * factor) for factor in FACTORS] for n, start in starts.items()}
+    found, scored = _compare_local(experiment, workers, rates, "tune-local-rates")
+    return chosen | {str(n): setting for n, (setting, _) in found.items()}, scores + scored
+
+
+def _compare_local(
+    experiment: PeopleExperiment, workers: Workers, candidates: Mapping[int, Sequence[LocalSettings]], name: str
+) -> tuple[dict[int, tuple[LocalSettings, float]], Scores]:
+    """Train development people under candidate settings.
+
+    Args:
+        experiment: development people.
+        workers: processes that run everything.
+        candidates: settings by number of letters.
+        name: name of the results.
+
+    Returns:
+        The best setting of each number of letters with its loss, and all scores.
+    """
+    experiment = replace(experiment, settings=replace(experiment.settings, every=2 * experiment.settings.every))
+    started = []
+    for n, settings in candidates.items():
+        for sites in dict.fromkeys(setting.sites for setting in settings):
+            chosen = [setting for setting in settings if setting.sites == sites]
+            task = experiment.local(n, experiment.seeds[0], chosen, experiment.total_steps(n), grid=True)
+            started.append((n, chosen, workers.local(f"{name}-{n}-{sites}", task)))
+    records: dict[int, list[tuple[LocalSettings, Mapping[str, Any]]]] = {}
+    for n, chosen, future in started:
+        records.setdefault(n, []).extend(zip(chosen, future.result(), strict=True))
+    scores = [
+        {"letters": n, **asdict(setting), "loss": loss}
+        for n, pairs in records.items()
+        for setting, loss in (best_local([pair]) for pair in pairs)
+    ]
+    return {n: best_local(pairs) for n, pairs in records.items()}, scores
 
 
 def tune_federation(
@@ -138,7 +166,7 @@ def tune_federation(
 
 
 def tune_private(
-    experiment: PeopleExperiment, workers: Workers, letters: int, factors: Sequence[float] = PRIVATE_FACTORS
+    experiment: PeopleExperiment, workers: Workers, letters: int, factors: Sequence[float] = FACTORS
 ) -> tuple[PeopleSettings, Scores]:
     """Tune the learning rate of the reference and of each private run; return the settings with them, and all scores.
 
@@ -184,6 +212,7 @@ def tune(
     grid: Sequence[str] = GRID,
     letters: Sequence[int] = (1, 2, 5, 10, 20),
     headline: Sequence[int] = (5, 2),
+    changes: int = 2,
 ) -> tuple[PeopleSettings, dict[str, Scores]]:
     """Tune some parts of the settings; return all settings, and the scores by part.
 
@@ -194,15 +223,17 @@ def tune(
         workers: processes that run everything.
         parts: names from `PARTS`.
         grid: grid of the federation.
-        letters: numbers of letters of training without others.
+        letters: further numbers of letters of training without others.
         headline: numbers of letters of federations; the first is that of private runs.
+        changes: rounds of single changes of training without others.
     """
     settings, scores = experiment.settings, {}
     if "federation" in parts:
         chosen, scores["federation"] = tune_federation(experiment, workers, headline, grid)
         settings = replace(settings, by_letters={**settings.by_letters, **chosen})
     if "local" in parts:
-        best, scores["local"] = tune_local(replace(experiment, settings=settings), workers, letters)
+        tuned_so_far = replace(experiment, settings=settings)
+        best, scores["local"] = tune_local(tuned_so_far, workers, headline, letters, changes=changes)
         settings = replace(settings, local={**settings.local, **best})
     if "private" in parts:
         tuned, scores["private"] = tune_private(experiment, workers, headline[0])

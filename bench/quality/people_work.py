@@ -5,7 +5,9 @@ A worker keeps its libraries and the GPU between its tasks. A finished task is n
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -51,11 +53,11 @@ class Workers:
 
     def federation(self, run: FederationRun) -> Future[dict[str, Any]]:
         """Run a federation; the result has its summary and the losses of the evaluated people."""
-        return self.pool.submit(run_federation, self._with_memory(run.overrides), self.federation_folder(run))
+        return self.pool.submit(run_federation, self.with_memory(run.overrides), self.federation_folder(run))
 
     def local(self, name: str, task: LocalTask) -> Future[list[dict[str, Any]]]:
         """Train people without others; the result has a record for each setting."""
-        words = self._with_memory(task.overrides)
+        words = self.with_memory(task.overrides)
         return self.pool.submit(run_local, replace(task, overrides=words), self.local_folder(name, task))
 
     def federation_folder(self, run: FederationRun) -> Path:
@@ -70,7 +72,8 @@ class Workers:
         """Call a function of a module in a worker."""
         return self.pool.submit(work, *arguments)
 
-    def _with_memory(self, overrides: Sequence[str]) -> tuple[str, ...]:
+    def with_memory(self, overrides: Sequence[str]) -> tuple[str, ...]:
+        """Add this process's memory on the GPU, if there is one, to overrides."""
         gib = memory_gib(self.jobs)
         return (*overrides, *([f"trainer.memory_gib={gib:.2f}"] if gib else []))
 
@@ -95,6 +98,7 @@ def run_federation(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     from simulations.run import simulate
 
     if not (folder / "summary.json").exists():
+        free_memory()
         resume = ["resume=true"] if (folder / "run.json").exists() else []
         simulate([*overrides, *resume], folder)
         for part in ("adapters", "checkpoints"):
@@ -105,7 +109,9 @@ def run_federation(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def _losses(row: Mapping[str, Any]) -> dict[str, Any]:
-    losses = {arm: scores["loss"] for arm, scores in row.items() if isinstance(scores, dict)}
+    """Return the losses by arm; one that is not finite was stored as null."""
+    by_arm = {arm: scores["loss"] for arm, scores in row.items() if isinstance(scores, dict)}
+    losses = {arm: math.inf if loss is None else loss for arm, loss in by_arm.items()}
     return {"newcomer": row.get("newcomer", False), **losses}
 
 
@@ -120,6 +126,7 @@ def run_local(task: LocalTask, folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         from models.lora.adapter import to_tensors
 
+        free_memory()
         folder.mkdir(parents=True, exist_ok=True)
         records = []
         for number, (result, adapters) in enumerate(train_people(task)):
@@ -129,6 +136,13 @@ def run_local(task: LocalTask, folder: Path) -> list[dict[str, Any]]:
             records.append(result._asdict())
         atomic_files.write(file, json.dumps(records).encode())
     return json.loads(file.read_text())
+
+
+def free_memory() -> None:
+    """Return the memory of earlier tasks to the GPU, where it counts as taken."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe_machine() -> dict[str, object]:

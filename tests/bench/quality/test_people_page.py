@@ -30,7 +30,7 @@ RESULTS: dict[str, Any] = {
     "letters-5": HEAD,
     "letters-2": {**HEAD, "ratio": [1.77, 1.6, 1.9]},
     "steps": {"fraction": [0.33, 0.3, None], "federation": {"10.0": GAIN, "150.0": GAIN}, "local": {"150": GAIN}},
-    "newcomers": {**SHARE, "groups": {"fold 1": SHARE}},
+    "newcomers": {**SHARE, "steps": 50, "groups": {"fold 1": SHARE}},
     "donors": {**SHARE, "groups": {"tos": SHARE}},
     "private": {
         "reference": {"share": [1.0, 1.0, 1.0], "epsilon": None, "rounds": 40},

@@ -18,6 +18,7 @@ from bench.quality.people_results import (
     private_block,
     steps_block,
     steps_fraction,
+    steps_of_newcomers,
 )
 
 NAMES = ("ann", "bo", "cy", "dora")
@@ -76,6 +77,13 @@ def test_newcomers_are_compared_with_themselves() -> None:
     assert block["groups"]["fold 2"]["share"][0] == pytest.approx(0.75)
     assert block["share"][0] == pytest.approx((0.2 * 3 + 0.3 * 7) / 4)
     assert block["people"] == 4
+
+
+def test_steps_of_newcomers_are_counted_if_they_get_as_far() -> None:
+    training = local(1, 0.7, 0.75, tuned=0.7)
+    near, far = federation(0.31, newcomers=NAMES), federation(0.29, newcomers=NAMES)
+    assert steps_of_newcomers({"all": near}, training, 5) == {"fraction": 0.5}
+    assert steps_of_newcomers({"all": far}, training, 5) == {"fraction": None}
 
 
 def test_private_gain_is_that_of_the_shared_adapter() -> None:

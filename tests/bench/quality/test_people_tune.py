@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from bench.quality.people_settings import LocalSettings
-from bench.quality.people_tune import best_local, combinations, scaled_rate, variations
+from bench.quality.people_local import LocalTask
+from bench.quality.people_settings import LocalSettings, PeopleSettings
+from bench.quality.people_tune import best_local, combinations, scaled_rate, tune_local, variations
 
 
 def record(*curve: float, stopped: float = 1.0) -> dict[str, Any]:
@@ -39,6 +44,51 @@ def test_variations_change_one_field() -> None:
     ]
     assert all(len(names) == 1 for names in fields)
     assert {names[0] for names in fields} == {"rank", "lr", "proximal", "prior", "validated"}
+
+
+SETTINGS = PeopleSettings(federation=())
+
+
+@dataclass(frozen=True)
+class PlannedExperiment:
+    """Makes tasks of no people."""
+
+    settings: PeopleSettings = SETTINGS
+    seeds: tuple[int, ...] = (0,)
+
+    def total_steps(self, letters: int) -> int:
+        return 2 * letters
+
+    def local(self, _: int, __: int, settings: Sequence[LocalSettings], total: int, *, grid: bool) -> LocalTask:
+        return LocalTask((), tuple(settings), total, self.settings.every, grid)
+
+
+class PlannedWorkers:
+    """Answers with losses that a planted setting minimizes."""
+
+    def __init__(self, best: LocalSettings) -> None:
+        self.best, self.tasks = best, 0
+
+    def local(self, _: str, task: LocalTask) -> Future[list[dict[str, Any]]]:
+        self.tasks += 1
+        future: Future[list[dict[str, Any]]] = Future()
+        future.set_result([record(1, loss, loss + 0.1) for loss in map(self.loss, task.settings)])
+        return future
+
+    def loss(self, setting: LocalSettings) -> float:
+        if setting.lr > 0.003:
+            return math.inf  # it diverged
+        wrong = [getattr(setting, name) != getattr(self.best, name) for name in ("sites", "rank", "proximal")]
+        return 0.5 + 0.01 * sum(wrong) + abs(math.log(setting.lr / self.best.lr))
+
+
+def test_changes_lead_to_the_planted_setting() -> None:
+    best = LocalSettings(sites="all", rank=4, lr=0.002 * 1.4, proximal=0.01, steps=5)
+    workers: Any = PlannedWorkers(best)
+    found, scores = tune_local(PlannedExperiment(), workers, [2, 5], [1, 5], changes=3)  # type: ignore[arg-type]
+    assert found == {"1": best, "2": best, "5": best}
+    assert workers.tasks == 2 * (2 + 3) + 1
+    assert {row["loss"] for row in scores if row["lr"] > 0.003} == {1.0}  # the base's
 
 
 def test_rate_is_scaled() -> None:
