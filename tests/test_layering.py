@@ -48,6 +48,7 @@ WHOLE_CONFIGURATION = {  # modules of a simulation that get all keys; every othe
     "strategies.factory.aggregation",
     "strategies.factory.combination",
     "strategies.factory.full_plan",
+    "strategies.factory.personalization",
     "strategies.factory.planning",
     "strategies.factory.selection",
     "strategies.factory.strategy",

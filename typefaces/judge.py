@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from common.errors import AntherError
 from typefaces.dataset import GLYPHS, MERGED
-from typefaces.pretraining.corpus import normalize, thicken
+from typefaces.strokes import normalize, thicken
 
 FOLDER = Path(__file__).parent / "assets" / "judge"
 WIDTHS = (24, 48, 96, 192)

@@ -16,8 +16,9 @@ from typefaces.dataset import GLYPHS
 from typefaces.judge import Judge, JudgeNetwork
 from typefaces.people import Hand
 from typefaces.pretraining import judge_training
-from typefaces.pretraining.corpus import normalize, pictures
+from typefaces.pretraining.corpus import pictures
 from typefaces.pretraining.judge_training import Penned, Printed, Written, judge_loss, read_rate, style_table
+from typefaces.strokes import normalize
 from typefaces.train_judge import build_sources, train_judge
 
 STYLES = 3

@@ -9,8 +9,9 @@ from scipy import ndimage
 from torch import Generator
 
 from typefaces import dataset
-from typefaces.pretraining.corpus import normalize, pictures
+from typefaces.pretraining.corpus import pictures
 from typefaces.pretraining.pen import PENS, REACH, center_lines, distance, draw, draw_radii, thin
+from typefaces.strokes import normalize
 
 EIGHT = np.ones((3, 3))
 

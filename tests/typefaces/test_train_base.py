@@ -13,9 +13,10 @@ from torch import Generator, Tensor
 from conf.schemas.pretraining import StageConfig, TrainBaseConfig
 from typefaces import dataset
 from typefaces.pretraining import architecture
-from typefaces.pretraining.corpus import normalize, pictures
+from typefaces.pretraining.corpus import pictures
 from typefaces.pretraining.pen import center_lines
 from typefaces.pretraining.vae import encode
+from typefaces.strokes import normalize
 from typefaces.train_base import PLACES, draw_penned, encode_variants, train_vae
 
 pytestmark = pytest.mark.integration

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from typefaces.dataset import GLYPHS, Typeface
+from typefaces.strokes import thicken
 
 
 def held_out(design: str, *, share: float, seed: int) -> bool:
@@ -44,11 +45,6 @@ def split_held_out(families: Sequence[Typeface], *, share: float, seed: int) -> 
 def pictures(families: Sequence[Typeface]) -> Tensor:
     """Stack the images of families: uint8 [families × 62, 1, 64, 64]; glyph i of family f is row 62 f + i."""
     return torch.from_numpy(np.concatenate([family.images for family in families]))[:, None]
-
-
-def normalize(images: Tensor) -> Tensor:
-    """Convert uint8 [..., 64, 64], 0 = ink, to float in [-1, 1], -1 = ink."""
-    return images.float() / 127.5 - 1
 
 
 def glyph_class(rows: Tensor) -> Tensor:
@@ -96,11 +92,3 @@ def warp(images: Tensor, reach: float, generator: Generator, *, cells: int = 4) 
     still = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
     grid = F.affine_grid(still, list(images.shape), align_corners=False) + field.permute(0, 2, 3, 1)
     return 1 - F.grid_sample(1 - images, grid, align_corners=False)
-
-
-def thicken(ink: Tensor, pixels: Tensor) -> Tensor:
-    """Dilate ink [B, 1, H, W] (paper 0) by `pixels` [B] in [-1, 1]; negative values erode."""
-    dilated = F.max_pool2d(ink, 3, stride=1, padding=1)
-    eroded = -F.max_pool2d(-ink, 3, stride=1, padding=1)
-    amount = pixels[:, None, None, None]
-    return ink + amount.clamp(min=0) * (dilated - ink) + amount.clamp(max=0).abs() * (eroded - ink)

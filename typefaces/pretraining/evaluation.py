@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 from typefaces.dataset import GLYPHS, caption
 from typefaces.judge import Judge, legible
-from typefaces.pretraining.corpus import normalize
 from typefaces.pretraining.diffusion import DenoiseFn, denoising_loss
 from typefaces.pretraining.vae import encode
+from typefaces.strokes import normalize
 
 BATCH = 248
 

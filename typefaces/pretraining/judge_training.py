@@ -16,8 +16,9 @@ from torch import Generator, Tensor, nn
 from typefaces.dataset import GLYPHS, Typeface
 from typefaces.judge import STYLE, Judge, JudgeNetwork, legible, merge_classes, style_center, style_match
 from typefaces.people import Hand
-from typefaces.pretraining.corpus import Jitter, apply_jitter, normalize, warp
+from typefaces.pretraining.corpus import Jitter, apply_jitter, warp
 from typefaces.pretraining.pen import center_lines, draw, draw_radii
+from typefaces.strokes import normalize
 
 STYLES = Jitter(width=0.2, slant=0.35, weight=0.8)  # creates another style of a family, equal for all its glyphs
 PLACES = Jitter(shift=0.06, width=0.05, height=0.08, slant=0.03, weight=0.15)  # position and size of a glyph
