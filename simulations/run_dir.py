@@ -70,6 +70,15 @@ def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
     return record
 
 
+def stored_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the present keys, and with the value of every setting that was added later."""
+    settings = present_settings(stored, SIMULATE)
+    for key, before in _ADDED_SETTINGS.items():
+        group, _, name = key.rpartition(".")
+        (settings.setdefault(group, {}) if group else settings).setdefault(name, before)
+    return settings
+
+
 def is_resumable(folder: Path) -> bool:
     """Return whether the folder holds a run that can be resumed."""
     return (folder / RUN).exists()
@@ -110,13 +119,18 @@ def _hash(settings: dict[str, Any]) -> str:
 
 def _settings(config: SimulationConfig) -> dict[str, Any]:
     """Return all settings except `resume`, and except added settings with the value that earlier runs used."""
-    settings = as_settings(config)
-    del settings["resume"]
+    settings = _all_settings(config)
     for key, before in _ADDED_SETTINGS.items():
         group, _, name = key.rpartition(".")
         part = settings[group] if group else settings
         if part.get(name) == before:
             del part[name]
+    return settings
+
+
+def _all_settings(config: SimulationConfig) -> dict[str, Any]:
+    settings = as_settings(config)
+    del settings["resume"]
     return settings
 
 
@@ -126,7 +140,7 @@ def _changes(stored: dict[str, Any], config: SimulationConfig) -> list[str]:
     There may be none if their hashes differ: in earlier versions an option with its default value had another hash than
     an option that was not set.
     """
-    present, settings = present_settings(stored, SIMULATE), _settings(config)
+    present, settings = stored_settings(stored), _all_settings(config)
     changed = [f"{key} was {old}, now {new}" for key, old, new in _differences(present, settings)]
     return changed or ([] if _hash(present) == _hash(settings) else ["robust has another order"])
 

@@ -26,6 +26,7 @@ from typefaces.pretraining.diffusion import denoising_loss, drop_captions
 from typefaces.pretraining.loop import train
 from typefaces.pretraining.pen import center_lines, draw, draw_radii
 from typefaces.pretraining.vae import encode, reconstruction_loss, reparameterize, scaling_factor
+from typefaces.strokes import normalize
 
 PLACES = corpus.Jitter(shift=0.08, width=0.12, height=0.12, slant=0.3, weight=0.8)  # augmentation for the autoencoder
 STYLES = corpus.Jitter(width=0.12, slant=0.25, weight=0.7)  # for the denoiser; baselines don't move
@@ -87,7 +88,7 @@ def train_vae(config: TrainBaseConfig, images: Tensor, nearness: Tensor | None) 
 
 def draw_printed(images: Tensor, generator: Generator) -> Tensor:
     """Return jittered glyphs in [-1, 1] from uint8 images [B, 1, 64, 64]."""
-    return corpus.apply_jitter(corpus.normalize(images), PLACES.draw(len(images), generator))
+    return corpus.apply_jitter(normalize(images), PLACES.draw(len(images), generator))
 
 
 def draw_penned(nearness: Tensor, jitter: corpus.Jitter, generator: Generator) -> Tensor:
@@ -99,7 +100,7 @@ def draw_penned(nearness: Tensor, jitter: corpus.Jitter, generator: Generator) -
         generator: generator of the augmentation and the pens.
     """
     values = replace(jitter, weight=0.0).draw(len(nearness), generator)
-    lines = corpus.warp(corpus.apply_jitter(corpus.normalize(nearness), values), PEN_BEND, generator)
+    lines = corpus.warp(corpus.apply_jitter(normalize(nearness), values), PEN_BEND, generator)
     return draw(lines, draw_radii(len(nearness), generator))
 
 
@@ -117,7 +118,7 @@ def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor,
     for variant in range(config.variants - penned):
         parts = []
         for part in images.split(2048):
-            pictures = corpus.normalize(part)
+            pictures = normalize(part)
             if variant:
                 pictures = corpus.apply_jitter(pictures, STYLES.draw(len(part), generator))
                 pictures = corpus.warp(pictures, BEND, generator)
@@ -202,7 +203,7 @@ def measure(
     pairs = torch.stack([real, again], dim=1)  # each row of glyphs above its reconstruction
     evaluation.sheet(pairs.reshape(-1, 64, 64).numpy(), 31, out / "reconstructions.png")
 
-    latents = encode(vae, corpus.normalize(unseen)) * vae.config.scaling_factor
+    latents = encode(vae, normalize(unseen)) * vae.config.scaling_factor
     context = model["text_encoder"](captions(device)).last_hidden_state[corpus.glyph_class(torch.arange(len(unseen)))]
     loss = evaluation.fixed_loss(
         lambda x, t, c: model["unet"](x, t, c, return_dict=False)[0],

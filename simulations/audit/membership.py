@@ -22,7 +22,6 @@ from common.errors import AntherError
 from common.plugins import allow_installed_plugins
 from conf.cli import to_object
 from conf.components import as_settings
-from conf.renames import SIMULATE, present_settings
 from conf.schemas.audit import MembershipConfig
 from conf.schemas.simulation import DataConfig, SimulationConfig
 from models.base import base
@@ -32,7 +31,7 @@ from privacy.audit.membership import AttackTrial, MembershipResult, judge
 from server.rounds import checkpoint
 from simulations.fleet.people import load_people
 from simulations.fleet.writers import LETTERS, assign_writers, own_pictures, writers
-from simulations.run_dir import RUN
+from simulations.run_dir import RUN, stored_settings
 from training import membership_scores
 from training.capacity import budget, inference_share
 from training.engine import encode
@@ -92,7 +91,7 @@ def load(folder: Path) -> FinishedRun:
     try:
         record: dict[str, Any] = json.loads((folder / RUN).read_text())
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-        config = present_settings(record["config"], SIMULATE)
+        config = stored_settings(record["config"])
         base_hash, epsilon = record["assets"]["base"], summary["epsilon"]
     except OSError as error:
         raise AntherError(f"{folder}: no finished run here ({error.strerror}: {error.filename})") from error

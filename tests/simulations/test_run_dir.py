@@ -179,7 +179,7 @@ def test_added_setting_counts_if_set(tmp_path: Path) -> None:
     black = compose("data.writers=0 data.pictures=[x] data.background=black resume=true")
     assert run_dir.config_hash(black) != run_dir.config_hash(fresh())
     run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
-    with pytest.raises(AntherError, match=r"data\.background was None, now black"):
+    with pytest.raises(AntherError, match=r"data\.background was white, now black"):
         run_dir.check(tmp_path / "run", black)
 
 
@@ -188,6 +188,17 @@ def test_other_changes_are_counted(tmp_path: Path) -> None:
     changed = fresh(f"resume=true seed=9 rounds=7 {DRAWN}")
     with pytest.raises(AntherError, match=r"\(evaluation\.guidance_scale was 3\.0, now 1\.5; .*; and 1 more\): resume"):
         run_dir.check(tmp_path / "run", changed)
+
+
+def test_added_settings_are_restored(tmp_path: Path) -> None:
+    run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
+    stored = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert "personalization" not in stored
+    settings = run_dir.stored_settings(stored)
+    assert settings["personalization"] == {"name": "lora"}
+    assert (settings["data"]["background"], settings["data"]["newcomers"]) == ("white", [])
+    with pytest.raises(AntherError, match=r"\(personalization\.name was lora, now prior;"):
+        run_dir.check(tmp_path / "run", fresh("resume=true personalization=prior"))
 
 
 def test_hash_is_that_of_the_first_key_names() -> None:
