@@ -13,6 +13,7 @@ from typing import NamedTuple
 from common import strict_json
 from common.errors import AntherError, os_error
 from conf.schemas.simulation import SimulationConfig
+from strategies.factory.personalization import build_personalization
 
 _CORES = ("aggregation=fedsb", "adapter.shared.lr_schedule=cosine", "rounds=25", "adapter.shared.steps=1")
 """A round of one step takes the mean after every noised step, so the noise causes no drift within a round."""
@@ -88,17 +89,18 @@ def device_steps(config: SimulationConfig, members: int) -> DeviceSteps:
         config: configuration of the federation.
         members: number of people in its rounds.
     """
-    method = config.personalization.options
-    share = (config.cohort.size or members) / members
-    fitted = max(0, config.rounds - int(method.get("warmup", 0))) * int(method.get("round_steps", 0))
-    in_rounds = config.rounds * config.adapter.shared.steps + fitted
-    return DeviceSteps(in_rounds * share, config.adapter.personal.steps + int(method.get("steps", 0)))
+    method, adapter = build_personalization(config), config.adapter
+    rounds = config.rounds * (config.cohort.size or members) / members
+    return DeviceSteps(
+        rounds * (adapter.shared.steps + method.steps_in_round), adapter.personal.steps + method.steps_after
+    )
 
 
 def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
     """Return the overrides that scale a federation to a total number of steps per device.
 
-    Rounds and personal steps keep their proportion as far as whole rounds allow; both are at least one.
+    Rounds, steps of the personalization method and personal steps keep their proportions as far as whole rounds allow;
+    each is at least one.
 
     Args:
         config: configuration of the federation.
@@ -106,12 +108,15 @@ def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
         total: optimizer steps of one device, in the rounds and after them.
     """
     steps = device_steps(config, members)
-    in_round = steps.rounds / config.rounds
-    rounds = max(1, round(config.rounds * total / steps.total))
+    in_round, scale = steps.rounds / config.rounds, total / steps.total
+    rounds = max(1, round(config.rounds * scale))
     while rounds > 1 and total - rounds * in_round < 1:
         rounds -= 1
-    fixed = steps.personal - config.adapter.personal.steps
-    return [f"rounds={rounds}", f"adapter.personal.steps={max(1, math.floor(total - rounds * in_round) - fixed)}"]
+    remaining, words = math.floor(total - rounds * in_round), [f"rounds={rounds}"]
+    if fitted := steps.personal - config.adapter.personal.steps:  # `Personalization.steps_after`
+        fitted = max(1, min(round(fitted * scale), remaining - 1))
+        words.append(f"personalization.steps={fitted}")
+    return [*words, f"adapter.personal.steps={max(1, remaining - fitted)}"]
 
 
 DEFAULT = PeopleSettings(

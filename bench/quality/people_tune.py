@@ -179,8 +179,8 @@ def tune_private(
     forms = {"reference": experiment.settings.reference, **experiment.settings.private}
     started = {}
     for form, words in forms.items():
-        for number, factor in enumerate(factors):
-            changed = scaled_rate(words, factor)
+        changes = dict.fromkeys(scaled_rate(words, factor) for factor in factors)
+        for number, changed in enumerate(changes):
             run = experiment.run(f"tune-{form}-{number}", letters, experiment.seeds[0], [*changed, *SHARED_ONLY])
             started[form, changed] = workers.federation(run)
     scores: Scores = []

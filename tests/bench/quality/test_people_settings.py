@@ -19,6 +19,7 @@ from bench.quality.people_settings import (
     with_steps,
 )
 from common.errors import AntherError
+from conf.components import ComponentConfig
 
 SETTINGS = PeopleSettings(
     federation=("rounds=3",),
@@ -30,7 +31,7 @@ SETTINGS = PeopleSettings(
 
 def federation(rounds: int = 20, personal: int = 50, size: int | None = None, **options: int) -> Any:
     adapter = SimpleNamespace(shared=SimpleNamespace(steps=5), personal=SimpleNamespace(steps=personal))
-    method = SimpleNamespace(options=options)
+    method = ComponentConfig("directions" if options else "lora", options)
     return SimpleNamespace(rounds=rounds, adapter=adapter, cohort=SimpleNamespace(size=size), personalization=method)
 
 
@@ -75,7 +76,6 @@ def test_every_step_of_a_device_is_counted() -> None:
     assert device_steps(federation(), 240) == (100, 50)
     assert device_steps(federation(size=60), 240) == (25, 50)  # a device is asked in a quarter of the rounds
     assert device_steps(federation(round_steps=3, steps=10), 240) == (20 * 8, 60)
-    assert device_steps(federation(round_steps=3, warmup=5), 240).total == 100 + 15 * 3 + 50
 
 
 @pytest.mark.parametrize("total", [10, 20, 75, 120, 149])
@@ -86,9 +86,12 @@ def test_federation_is_scaled_to_a_number_of_steps(total: int) -> None:
     assert rounds == pytest.approx(20 * total / 150, abs=1)
 
 
-def test_method_steps_are_kept() -> None:
-    words = dict(word.split("=") for word in with_steps(federation(steps=10, personal=40), 240, 75))
-    assert 5 * int(words["rounds"]) + 10 + int(words["adapter.personal.steps"]) == 75
+@pytest.mark.parametrize(("total", "fitted"), [(75, 5), (150, 10), (12, 1), (8, 1)])
+def test_steps_of_a_method_are_scaled(total: int, fitted: int) -> None:
+    words = with_steps(federation(round_steps=1, steps=10, personal=20), 240, total)
+    values = {key: int(value) for key, _, value in (word.partition("=") for word in words)}
+    assert 6 * values["rounds"] + sum(values.values()) - values["rounds"] == total
+    assert values["personalization.steps"] == fitted
 
 
 def test_fewest_steps_are_a_round_and_one_step() -> None:
