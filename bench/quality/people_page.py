@@ -149,6 +149,11 @@ def answers(results: Mapping[str, Any]) -> Iterator[str]:
             f"**Joining later** takes at most {newcomers['steps']} steps of the device, and gives "
             f"{percent(newcomers['share'])} of the gain of a member."
         )
+        if newcomers.get("fraction"):
+            yield (
+                f"With {percent(newcomers['fraction'])} of the steps of local training at its best, newcomers have a "
+                "lower loss."
+            )
     if "donors" in results:
         yield f"**Hands of another origin**, without such members: {percent(results['donors']['share'])} of that gain."
     if "pictures" in results:

@@ -11,7 +11,9 @@ loss on the development people's held-out letters, with personal adapters, and f
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,6 +23,7 @@ from bench.quality.people_plan import SHARED_ONLY, PeopleExperiment
 from bench.quality.people_results import losses, measured
 from bench.quality.people_settings import LocalSettings, PeopleSettings
 from bench.quality.people_work import Workers
+from common.errors import AntherError
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 PARTS = ("federation", "local", "private")
@@ -155,9 +158,7 @@ def tune_federation(
     }
     scores: Scores = []
     for (n, words), future in started.items():
-        run = future.result()
-        arms = {arm: float(losses([run], measured(run), arm).mean()) for arm in ("base", "shared", "personal")}
-        scores.append({"letters": n, "overrides": list(words), **arms})
+        scores.append({"letters": n, "overrides": list(words), **mean_losses(future, ("base", "shared", "personal"))})
     chosen = {}
     for n in letters:
         best = min((row for row in scores if row["letters"] == n), key=lambda row: row["personal"])
@@ -185,15 +186,22 @@ def tune_private(
             started[form, changed] = workers.federation(run)
     scores: Scores = []
     for (form, changed), future in started.items():
-        run_result = future.result()
-        loss = float(losses([run_result], measured(run_result), "shared").mean())
-        scores.append({"form": form, "overrides": list(changed), "shared": loss})
+        scores.append({"form": form, "overrides": list(changed), **mean_losses(future, ("base", "shared"))})
     best = {
         form: tuple(min((row for row in scores if row["form"] == form), key=lambda row: row["shared"])["overrides"])
         for form in forms
     }
     reference = best.pop("reference")
     return replace(experiment.settings, reference=reference, private=best), scores
+
+
+def mean_losses(future: Future[dict[str, Any]], arms: Sequence[str]) -> dict[str, float]:
+    """Return the mean loss of each arm; all are infinite if the run failed, as with too high a rate."""
+    try:
+        run = future.result()
+    except AntherError:
+        return dict.fromkeys(arms, math.inf)
+    return {arm: float(losses([run], measured(run), arm).mean()) for arm in arms}
 
 
 def scaled_rate(words: Sequence[str], factor: float) -> tuple[str, ...]:

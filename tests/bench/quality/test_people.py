@@ -18,6 +18,7 @@ from bench.quality.people_plan import PeopleExperiment
 from bench.quality.people_settings import LocalSettings, PeopleSettings
 from bench.quality.people_tune import tune
 from bench.quality.people_work import Workers
+from models.files import assets
 from tests.helpers.people import characters, write
 from typefaces.dataset import GLYPHS
 
@@ -61,7 +62,8 @@ def test_every_block_is_measured(people_file: Path, pipeline_folder: Path, tmp_p
     workers = Workers(tmp_path, 1, InlineExecutor())
     inputs = experiment(people_file, pipeline_folder, tmp_path), workers, EXTENT
     blocks = ["members", "steps", "newcomers", "donors", "letters", "people", "private", "pictures"]
-    results = measure(*inputs, blocks, sheet=tmp_path / "sheet.png")
+    former = {"former_base": pipeline_folder, "former_judge": assets.locate("judge")}
+    results = measure(*inputs, blocks, **former, sheet=tmp_path / "sheet.png")
     head = results["letters-2"]
     assert (head["people"], head["members"], results["letters-1"]["members"]) == (3, 4, 4)
     assert set(head["arms"]) == {"shared", "personal", "local", "local, best step"}
@@ -76,6 +78,8 @@ def test_every_block_is_measured(people_file: Path, pipeline_folder: Path, tmp_p
     assert results["private"]["device-8"]["epsilon"]["unit"] == "device"
     read = results["pictures"]["shipped"]["read"]
     assert all(0 <= read[arm][0] <= 1 for arm in ("real", "base", "local", "personal"))
+    assert results["pictures"]["former"]["read"] == results["pictures"]["shipped"]["read"]
+    assert results["former base"]["arms"] == head["arms"]
     assert (tmp_path / "sheet.png").exists()
 
 

@@ -30,7 +30,7 @@ RESULTS: dict[str, Any] = {
     "letters-5": HEAD,
     "letters-2": {**HEAD, "ratio": [1.77, 1.6, 1.9]},
     "steps": {"fraction": [0.33, 0.3, None], "federation": {"10.0": GAIN, "150.0": GAIN}, "local": {"150": GAIN}},
-    "newcomers": {**SHARE, "steps": 50, "groups": {"fold 1": SHARE}},
+    "newcomers": {**SHARE, "steps": 50, "fraction": 0.625, "groups": {"fold 1": SHARE}},
     "donors": {**SHARE, "groups": {"tos": SHARE}},
     "private": {
         "reference": {"share": [1.0, 1.0, 1.0], "epsilon": None, "rounds": 40},
@@ -65,7 +65,8 @@ def test_page_answers_first(tmp_path: Path) -> None:
     text = write_page(file, tmp_path / "docs").read_text()
     answers = text.partition("## Aims")[0]
     assert answers.index("**5 letters of each person**") < answers.index("**2 letters of each person**")
-    for shown in ("1.51 [1.40, 1.60]", "1.77 [1.60, 1.90]", "33% [30%, –]", "240: 12.3%", "91% [88%, 94%]", "5: 12.3%"):
+    numbers = ("1.51 [1.40, 1.60]", "1.77 [1.60, 1.90]", "33% [30%, –]", "240: 12.3%", "91% [88%, 94%]", "5: 12.3%")
+    for shown in (*numbers, "With 62% of the steps"):
         assert shown in answers, shown
     assert "| example-8 | 7.98 | 0.001 | image | 25 | 60% [50%, 70%] |" in text
     assert "| 5 letters: fraction of people with a lower loss than locally | ≥ 0.9 | 0.97 [0.93, 1.00] | met |" in text

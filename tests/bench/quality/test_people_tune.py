@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.quality.people_local import LocalTask
 from bench.quality.people_settings import LocalSettings, PeopleSettings
-from bench.quality.people_tune import best_local, combinations, scaled_rate, tune_local, variations
+from bench.quality.people_tune import best_local, combinations, mean_losses, scaled_rate, tune_local, variations
+from common.errors import AntherError
 
 
 def record(*curve: float, stopped: float = 1.0) -> dict[str, Any]:
@@ -89,6 +90,12 @@ def test_changes_lead_to_the_planted_setting() -> None:
     assert found == {"1": best, "2": best, "5": best}
     assert workers.tasks == 2 * (2 + 3) + 1
     assert {row["loss"] for row in scores if row["lr"] > 0.003} == {1.0}  # the base's
+
+
+def test_failed_federation_is_no_candidate() -> None:
+    failed: Future[dict[str, Any]] = Future()
+    failed.set_exception(AntherError("training became not finite"))
+    assert mean_losses(failed, ("base", "shared")) == {"base": math.inf, "shared": math.inf}
 
 
 def test_rate_is_scaled() -> None:
