@@ -21,6 +21,21 @@ _LATTICE = "tests/privacy/test_lattice.py"
 
 EXAMPLE_MUTANTS = (
     Mutant(
+        "personal values in a private round",
+        "client/rounds/train.py",
+        "if plan.privacy and method.in_rounds:",
+        "if plan.privacy and method.in_rounds and False:",
+        "tests/client/rounds/test_personalized_rounds.py::test_refused_with_a_reason[sent0-enter it without noise]",
+    ),
+    Mutant(
+        "coefficients fitted in a private job",
+        "training/jobs.py",
+        "if self.privacy and self.directions is not None:",
+        "if self.privacy and self.directions is not None and False:",
+        "tests/training/test_coefficients.py::test_wrong_jobs_are_refused",
+        "integration",
+    ),
+    Mutant(
         "noise off",
         "privacy/bounded_sum.py",
         "return (self.steps + noise)",
