@@ -20,6 +20,7 @@ from privacy.snr import signal_to_spread
 from strategies.aggregation import Aggregated, Aggregation, RankAware
 from strategies.central_dp import CentralDP, changes
 from strategies.download import AdapterFormat, add_residual
+from strategies.last_round import LastRound
 from strategies.round.metrics import CentralDPMetrics
 from strategies.round.request import RoundStart
 from strategies.round.updates import RoundUpdates
@@ -52,6 +53,10 @@ class ServerUpdate:
     """Method that the shared adapter is made for."""
     quorum: int = 1
     """Number of accepted replies without which a round keeps the adapter."""
+
+    def steps(self, round: int) -> int | None:
+        """Return the local steps of a round that has its own number of them; None: those of the plan."""
+        return self.aggregation.steps(round) if isinstance(self.aggregation, LastRound) else None
 
     def apply(
         self,

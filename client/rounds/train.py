@@ -66,7 +66,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
 
     start, frozen, lora_xs_bases = sent.parts(plan.rank, plan.sites)
     device.check_memory(
-        method.trained_rank(plan.rank), start
+        max(method.trained_rank(plan.rank), method.rank_in_round), start
     )  # before pictures use memory: the server may know this answer
     if plan.privacy is None:
         # Before reading pictures: a refusal must not depend on them.
@@ -183,7 +183,7 @@ def _method(plan: TrainingPlan, device: Device) -> Personalization:
     if plan.privacy and method.in_rounds:
         raise RequestRefusedError(f"personalization={name}: its personal part of a round would enter it without noise")
     device.policy.check_work(
-        rank=max(plan.rank, method.trained_rank(plan.rank)),
+        rank=max(plan.rank, method.rank_in_round),
         steps=plan.steps + method.steps_in_round,
         examples=plan.batch_size,
         learning_rate=plan.learning_rate,

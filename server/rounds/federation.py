@@ -57,8 +57,9 @@ def federate(
     Returns:
         The state after the last round.
     """
+    last = strategy.update.personalization.last_round_steps is not None  # earlier adapters have no directions
     state = saved or RunState.start(
-        run=plan.run, private=strategy.private, adapter=_initial_adapter(config, strategy.format)
+        run=plan.run, private=strategy.private or last, adapter=_initial_adapter(config, strategy.format)
     )
     timeout, cohort = config.round_loop.timeout, config.cohort
     target = cohort.size if cohort.overselection > 1 else None

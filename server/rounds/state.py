@@ -46,7 +46,8 @@ class RunState:
 
     run: str
     private: bool
-    """Whether the best round is fixed beforehand (the last one): choosing by validation would use the pictures."""
+    """Whether the best round is fixed beforehand (the last one): choosing by validation would use the pictures, or the
+    method of personalization needs the adapter of the last round."""
     adapter: Adapter
     history: tuple[Round, ...] = ()
     devices: Mapping[str, DeviceMetrics] = field(default_factory=dict)

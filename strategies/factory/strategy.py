@@ -25,6 +25,7 @@ from strategies.factory.combination import check_configuration, combination
 from strategies.factory.personalization import build_personalization
 from strategies.factory.planning import build_planning
 from strategies.factory.selection import build_evaluation_selection, build_selection
+from strategies.last_round import LastRound
 from strategies.phases.evaluation import EvaluationRule
 from strategies.planning.plan import CosineDecay
 from strategies.planning.planner import Planning
@@ -63,7 +64,9 @@ def build(
         AntherError: settings contradict each other (`strategies.validation`).
     """
     check_configuration(config)
-    rule = build_aggregation(config)
+    rule, method = build_aggregation(config), build_personalization(config)
+    if method.last_round_steps is not None:
+        rule = LastRound(rule, method, rounds=config.rounds)
     lora_xs_bases = _load_lora_xs_bases(config, sites)
     seed = config.seed if accept_simulated else None
     central_dp = (
@@ -82,7 +85,7 @@ def build(
             aggregation=rule,
             server_optimizer=build_server_optimizer(config),
             central_dp=central_dp,
-            personalization=build_personalization(config),
+            personalization=method,
             quorum=config.round_loop.quorum,
         ),
         cohort=CohortRule(

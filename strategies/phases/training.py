@@ -87,7 +87,9 @@ class TrainingPhase:
         trained, control = self._control(start, trains)
         download = self.format.encode_for_training(start.adapter, control)
         full = replace(self.plan, round=number, rank=min(self.plan.rank, rank(download.adapter)), trains=trains)
-        if self.lr_schedule:
+        if (steps := self.update.steps(start.number)) is not None:
+            full = replace(full, steps=steps)  # at the plan's learning rate: a schedule would end there
+        elif self.lr_schedule:
             full = replace(full, learning_rate=self.lr_schedule(full.learning_rate, start.number))
         nodes = nodes_by_name(reports)
         candidates = self.cohort.candidates(

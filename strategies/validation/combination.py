@@ -16,6 +16,7 @@ from protocol.messages import TrainingPlan
 from strategies.aggregation import Aggregation, Linearity, declared_linearity
 from strategies.cohort import CohortRule
 from strategies.download import FP32, AdapterFormat
+from strategies.last_round import LastRound
 from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planning
 from strategies.registry import AGGREGATIONS, AXES, OPTIMIZERS, ROBUST_RULES, SELECTIONS, SYNC, TIMINGS
@@ -151,6 +152,10 @@ def of_parts(
 ) -> Combination:
     """Return the combination of the arguments of `strategies.strategy.FederatedStrategy`, which documents them."""
     rule, central_dp = update.aggregation, update.central_dp
+    method = None if plan.personalization is None else named(PERSONALIZATIONS, plan.personalization.name)
+    if isinstance(rule, LastRound):
+        method = _component(PERSONALIZATIONS, rule.method)
+        rule = rule.aggregation
     robust: list[object] = [] if checks.replay_filter is None else [checks.replay_filter]
     if isinstance(rule, RobustAggregation):
         robust += [*rule.rules, *([] if rule.entrywise is None else [rule.entrywise])]
@@ -161,9 +166,7 @@ def of_parts(
         robust=tuple(_component(ROBUST_RULES, one) for one in robust),
         selection=_component(SELECTIONS, cohort.selection),
         optimizer=_component(OPTIMIZERS, update.server_optimizer or NoOptimizer()),
-        personalization=Component("lora", Personalization)
-        if plan.personalization is None
-        else named(PERSONALIZATIONS, plan.personalization.name),
+        personalization=method or Component("lora", Personalization),
         level=_level(of_examples=plan.privacy is not None, of_devices=central_dp is not None),
         local_optimizer=plan.optimiser,
         scaffold=plan.scaffold,

@@ -7,14 +7,15 @@ Rules read what components declare and never their names.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from strategies.aggregation import declared_linearity
 from strategies.download import FP32
 from strategies.planning import PLANNINGS
-from strategies.registry import AGGREGATIONS, ROBUST_RULES
+from strategies.registry import ROBUST_RULES
 from strategies.validation.combination import Combination
+from strategies.validation.personalization import personalization
 from strategies.validation.privacy import refusal
+from strategies.validation.wording import aggregations, listed
 
 Rule = Callable[[Combination], str | None]
 
@@ -38,9 +39,7 @@ def entrywise_rule(chosen: Combination) -> str | None:
     if chosen.trained_parts != {"both"} or chosen.keep < 1:
         setting = "compression.keep_fraction" if chosen.keep < 1 else f"aggregation={rule}"
         whole = [known for known, one in ROBUST_RULES.items() if hasattr(one, "reweight")]
-        return (
-            f"robust: {name} rotates the factors, and {setting} requires stable factors; use {_listed(whole)} instead"
-        )
+        return f"robust: {name} rotates the factors, and {setting} requires stable factors; use {listed(whole)} instead"
     if getattr(chosen.aggregation.declared, "by_slice", False):
         return (
             f"aggregation.weighting=rank_slice: {name} combines all updates into one, which has no slices of "
@@ -88,10 +87,10 @@ def server_optimizer(chosen: Combination) -> str | None:
     if not hasattr(chosen.optimizer.declared, "step") or reason is None:
         return None
     entrywise = [name for name, rule in ROBUST_RULES.items() if hasattr(rule, "combine")]
-    use = _aggregations(lambda rule: declared_linearity(rule).rotation_reason is None)
+    use = aggregations(lambda rule: declared_linearity(rule).rotation_reason is None)
     return (
         "server_optimizer: changes of factors can be summed over rounds only if directions persist, and with "
-        f"{chosen.aggregation.name} {reason}; use {use}, without {_listed(entrywise)}, or server_optimizer=none"
+        f"{chosen.aggregation.name} {reason}; use {use}, without {listed(entrywise)}, or server_optimizer=none"
     )
 
 
@@ -100,7 +99,7 @@ def uploads(chosen: Combination) -> str | None:
     lost = (
         f"the residual can't be used in a later round, since {chosen.aggregation.name} rotates or replaces the factors"
     )
-    use = f"use {_aggregations(lambda rule: rule.stable_factors)}"
+    use = f"use {aggregations(lambda rule: rule.stable_factors)}"
     keep, stable, limits = f"compression.keep_fraction={chosen.keep:g}", chosen.stable_factors, chosen.limits
     if not 0 < chosen.keep <= 1:
         return f"{keep}: must be over 0 and at most 1"
@@ -126,7 +125,7 @@ def scaffold(chosen: Combination) -> str | None:
 
 def _scaffold_conflict(chosen: Combination) -> str | None:
     name, rule, limits = chosen.aggregation.name, chosen.aggregation.declared, chosen.limits
-    use = _aggregations(lambda rule: rule.stable_factors and declared_linearity(rule).linear)
+    use = aggregations(lambda rule: rule.stable_factors and declared_linearity(rule).linear)
     if not rule.stable_factors:
         return (
             f"a control variate can't be used in a later round, since {name} rotates or replaces the factors; use {use}"
@@ -150,7 +149,7 @@ def _scaffold_conflict(chosen: Combination) -> str | None:
         )
     if not chosen.every_site:
         names = [known for known, one in PLANNINGS.items() if one.every_site]
-        return f"a control variate covers every site that was sent; use planning={_listed(names)}"
+        return f"a control variate covers every site that was sent; use planning={listed(names)}"
     if limits.metered_rank is not None:
         return "a control variate covers every direction that was sent; set limits.metered_rank to None"
     if chosen.overlapping:
@@ -249,33 +248,6 @@ def evaluation(chosen: Combination) -> str | None:
     return None
 
 
-def personalization(chosen: Combination) -> str | None:
-    """Refuse a method that takes part in rounds where its values can't enter them, or where they lose their meaning."""
-    name, method = chosen.personalization
-    key = f"personalization={name}"
-    if method.in_rounds and chosen.of_examples:
-        return (
-            f"{key}: values fitted to pictures enter the training of the shared adapter without noise, and "
-            f"privacy={chosen.level} promises a bound for each picture; use personalization=lora"
-        )
-    if method.in_rounds and "split" in chosen.trained_parts:
-        return (
-            f"{key}: with aggregation={chosen.aggregation.name} devices keep their own B already; use aggregation=fedit"
-        )
-    if not method.elementwise:
-        return None
-    rule = chosen.aggregation.declared
-    if not chosen.stable_factors or chosen.trained_parts != {"both"} or rule.mixed_ranks:
-        fits = _aggregations(lambda rule: rule.stable_factors and not rule.mixed_ranks and rule.trains(1) == "both")
-        return (
-            f"{key}: its directions are averaged number by number, and {chosen.aggregation.name} mixes them; use {fits}"
-        )
-    if chosen.scaffold or chosen.overlapping:
-        other = "drift_correction=scaffold" if chosen.scaffold else f"round_loop={chosen.timing.name}"
-        return f"{key}: can't be combined with {other}; remove one of them"
-    return None
-
-
 RULES: tuple[Rule, ...] = (
     order_of_robust_rules,
     refusal,
@@ -292,12 +264,3 @@ RULES: tuple[Rule, ...] = (
     personalization,
 )
 """All rules; the first reason is reported."""
-
-
-def _aggregations(fits: Callable[[Any], bool]) -> str:
-    """Return the setting of an aggregation that fits, as `aggregation=exact or fedit`."""
-    return f"aggregation={_listed([name for name, rule in AGGREGATIONS.items() if fits(rule)])}"
-
-
-def _listed(names: list[str]) -> str:
-    return " or ".join(names)

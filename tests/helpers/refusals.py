@@ -18,6 +18,7 @@ from strategies.aggregation.fedsb import FedSB
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
+from strategies.last_round import LastRound
 from strategies.planning.plan import PlanLimits
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
@@ -31,6 +32,7 @@ from strategies.selection.power_of_choice import PowerOfChoice
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.central import BUDGET, poisson, simulated
 from tests.helpers.fleet import PLAN, SITES
+from training.personalization.population import Population
 
 PRIVATE = replace(PLAN, privacy=ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3))
 SGD = replace(PLAN, optimiser="sgd", scaffold=True)
@@ -60,6 +62,10 @@ class Case(NamedTuple):
 
 def robust(*reweight: Any, rule: Any = None, entrywise: Any = None) -> RobustAggregation:
     return RobustAggregation(rule or FedIT(), rules=reweight, entrywise=entrywise, rank=None, seed=0)
+
+
+def population(rule: Any = None) -> LastRound:
+    return LastRound(rule or FedIT(), Population(), rounds=3)
 
 
 def krum() -> MultiKrum:
@@ -315,5 +321,43 @@ CASES = [
         {"personalization": "directions", **ASYNC},
         {"plan": replace(PLAN, personalization=DIRECTIONS)},
         buffer_size=10,
+    ),
+    Case(
+        "personalization=population: its last round needs the update of each device",
+        {"personalization": "population", **DEVICE},
+        {"aggregation": population(), **SERVER},
+    ),
+    Case(
+        "personalization=population: its last round has 40 steps",
+        {"personalization": "population", "privacy.level": "example"},
+        {"aggregation": population(), "plan": PRIVATE},
+    ),
+    Case(
+        "personalization=population: devices have no B on a common A with aggregation=fedsa",
+        {"personalization": "population", "aggregation": "fedsa"},
+        {"aggregation": population(FedSA())},
+    ),
+    Case(
+        "personalization=population: its last round uses every update, and robust=krum",
+        {"personalization": "population", "robust": ["replay", "krum"]},
+        {"aggregation": population(robust(krum()))},
+    ),
+    Case(
+        "personalization=population: a step of the server would scale the directions",
+        {"personalization": "population", "server_optimizer": "fedavgm"},
+        {"aggregation": population(), "server_optimizer": FedAvgM()},
+    ),
+    Case(
+        "personalization=population: can't be combined with drift_correction=scaffold",
+        {"personalization": "population", **SCAFFOLD},
+        {"aggregation": population(), "plan": SGD},
+    ),
+    Case(
+        "personalization=population: can't be combined with round_loop=async",
+        {"personalization": "population", **ASYNC},
+    ),
+    Case(
+        "personalization=population: 4 directions need more than 3 devices",
+        {"personalization": "population", "cohort.size": 3},
     ),
 ]

@@ -14,6 +14,12 @@ OPTIONS: dict[str, list[str]] = {
     "directions": ["aggregation=fedit", "personalization.number=2", "personalization.steps=3"],
     "fedalt": ["personalization.rank=2"],
     "lora": [],
+    "population": [
+        "compression.download=int8",
+        "personalization.number=2",
+        "personalization.round_steps=3",
+        "personalization.steps=3",
+    ],
     "prior": [],
     "reptile": [
         "aggregation=fedit",
@@ -43,7 +49,7 @@ def test_run_makes_personal_adapters(method: str, pipeline_folder: Path, tmp_pat
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("method", ["fedalt"])
+@pytest.mark.parametrize("method", ["fedalt", "population"])
 def test_killed_and_resumed_run_gives_same_results(method: str, pipeline_folder: Path, tmp_path: Path) -> None:
     """State of a method between rounds survives, and a repeated round starts from the same one."""
     words = [f"personalization={method}", *OPTIONS[method], *BARE]

@@ -33,16 +33,24 @@ class Personalization:
             are trained without noise, so such methods are refused with example-level privacy.
         elementwise: whether each number of the shared adapter keeps its meaning, so that only rules which average
             factors of one rank can be used.
+        last_round_steps: local steps of the last round, if that belongs to the method: devices train B only, and the
+            server calls `after_last_round`. None: the last round is like the others.
         passes_per_step: examples that a step after the rounds computes for each picture that it draws.
     """
 
     in_rounds = False
     elementwise = False
+    last_round_steps: int | None = None
     passes_per_step = 1
 
     @property
     def steps_in_round(self) -> int:
         """Optimizer steps in a round beside those of the shared adapter."""
+        return 0
+
+    @property
+    def rank_in_round(self) -> int:
+        """Rank of a further adapter that a device trains in a round before or after the shared one; 0: none."""
         return 0
 
     @property
@@ -79,6 +87,15 @@ class Personalization:
     def cleaned(self, shared: Adapter) -> Adapter:
         """Return the adapter without noise that the server added where this method needs zeros."""
         return shared
+
+    def after_last_round(self, shared: Adapter, trained: Sequence[Adapter]) -> Adapter:
+        """Return the adapter that devices personalize, if the last round belongs to the method.
+
+        Args:
+            shared: adapter before the round; A [r, in] and B [out, r] per site.
+            trained: the same with the B that each device trained; at least one.
+        """
+        raise NotImplementedError
 
     def train_round(self, job: TrainJob, state: Adapter | None) -> Generator[Job, Result, RoundTraining]:
         """Train the shared adapter in a round.

@@ -51,9 +51,10 @@ class FedAlt(Personalization):
         """See `Personalization.steps_in_round`."""
         return self.steps
 
-    def trained_rank(self, message_rank: int) -> int:
-        """See `Personalization.trained_rank`: the two adapters are trained one after the other."""
-        return max(message_rank, self.rank)
+    @property
+    def rank_in_round(self) -> int:
+        """See `Personalization.rank_in_round`."""
+        return self.rank
 
     def personal_rank(self, rank: int, shared_rank: int) -> int:  # noqa: ARG002
         """See `Personalization.personal_rank`: that of the rounds, from which training continues."""

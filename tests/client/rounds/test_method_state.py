@@ -158,6 +158,18 @@ def test_personalization_continues_from_the_rounds(rounds: int, tmp_path: Path) 
     assert all(f.a.shape[0] == 1 for f in job.start.values())
 
 
+def test_memory_is_checked_for_the_larger_adapter(tmp_path: Path) -> None:
+    """The two adapters are trained one after the other. The shared one may be the smaller one."""
+    checked: list[int] = []
+    device = make_device(tmp_path, check_memory=lambda rank, _: checked.append(rank))
+    for number, rank in enumerate((1.0, 5.0), start=1):
+        method = PersonalizationMethod(name="fedalt", options=(MethodOption(name="rank", value=rank),))
+        reply, done = answer(device, request(number, method=method))
+        assert reply.rank == 2
+        assert [len(job.start["up.to_k"].a) for job in done] == [rank, 2]
+    assert checked == [2, 5]
+
+
 def test_owner_limits_the_rank(tmp_path: Path) -> None:
     device = make_device(tmp_path, policy=Policy(delta=1e-3, max_rank=3))
     method = PersonalizationMethod(name="fedalt", options=(MethodOption(name="rank", value=4.0),))

@@ -22,7 +22,7 @@ from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.fedit import FedIT
 from strategies.factory.combination import check_configuration
 from strategies.registry import AGGREGATIONS
-from strategies.validation import privacy, rules
+from strategies.validation import personalization, privacy, rules
 from tests.helpers.central import central_dp
 from tests.helpers.configs import compose
 from tests.helpers.fleet import perform, strategy
@@ -105,7 +105,7 @@ def executed(module: ModuleType, call: Callable[[], object]) -> set[int]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("module", [privacy, rules], ids=["privacy", "rules"])
+@pytest.mark.parametrize("module", [privacy, rules, personalization], ids=["privacy", "rules", "personalization"])
 def test_cases_reach_every_reason(module: ModuleType, tmp_path: Path) -> None:
     def refuse_all() -> None:
         for case in CASES:
