@@ -22,7 +22,10 @@ from strategies.planning import PLANNINGS
 from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
 from strategies.registry import AGGREGATIONS, SELECTIONS
+from tests.helpers.driven import drive, plain_job
 from tests.helpers.fleet import PLAN, REPORT, SITES
+from training.jobs import TrainedAdapter
+from training.personalization import PERSONALIZATIONS, Personalization, build
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -31,7 +34,8 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 @pytest.fixture(autouse=True)
 def unregister() -> Iterator[None]:
     """Remove the components that an example registers."""
-    before = [(axis, set(axis)) for axis in (AGGREGATIONS, SELECTIONS, PLANNINGS, METERS)]
+    axes = (AGGREGATIONS, SELECTIONS, PLANNINGS, METERS, PERSONALIZATIONS)
+    before = [(axis, set(axis)) for axis in axes]
     yield
     for axis, names in before:
         for name in set(axis) - names:
@@ -103,3 +107,25 @@ def test_power_meter(files: dict[str, str], watts: float | None, tmp_path: Path)
     assert module("INA219").watts(System(root=tmp_path)) == watts
     source = METERS["ina219"].source(System(root=tmp_path))
     assert (source and source.read()) == watts
+
+
+def test_personalization_method() -> None:
+    """It trains B only, with the YAML's option; options are checked on the device."""
+    rule = module("class BOnTop").BOnTop
+    assert rule is PERSONALIZATIONS["b_on_top"]
+    values = yaml.safe_load(example("name: b_on_top", "yaml"))
+    method = create(PERSONALIZATIONS, values.pop("name"), values, key="personalization")
+    job, trained = plain_job(adapter(1.0, 0.0)), TrainedAdapter(adapter(1.0, 2.0), 0.1, 2)
+    result, done = drive(method.fit(job, adapter(3.0, 4.0), []), lambda _: trained)
+    assert result is trained.adapter
+    assert done == [replace(job, trains="b", proximal=0.01)]
+    with pytest.raises(AntherError, match=r"^personalization\.proximal=-1\.0: must be 0 or more$"):
+        build("b_on_top", {"proximal": -1.0})
+
+
+def test_table_of_personalization_names_every_hook() -> None:
+    rows = PAGE[PAGE.index("| attribute or method |") :].partition("\n\n")[0]
+    hooks = {name for name in vars(Personalization) if not name.startswith("_")}
+    assert {name for row in rows.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])} == hooks
+    named = {name for row in rows.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[3])}
+    assert named | {"lora"} == set(PERSONALIZATIONS)
