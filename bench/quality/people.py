@@ -38,11 +38,11 @@ from rich.console import Console
 
 from bench.lib.machine import versions
 from bench.quality import people_tables as tables
+from bench.quality.people_aims import check_aims
 from bench.quality.people_data import DEVELOPMENT, TEST, read_people, select
 from bench.quality.people_measure import BLOCKS, Extent, measure
 from bench.quality.people_page import RESULTS, sheet_of, write_page
 from bench.quality.people_plan import PeopleExperiment
-from bench.quality.people_results import check_aims
 from bench.quality.people_settings import FILE, load_settings, save_settings
 from bench.quality.people_tune import GRID, PARTS, tune
 from bench.quality.people_work import describe_machine, open_workers

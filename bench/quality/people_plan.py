@@ -110,7 +110,7 @@ class PeopleExperiment:
             grid: whether settings are only compared.
         """
         file = self.subset(f"measured-{letters}", [person.name for person in select(self.people, self.role, letters)])
-        base = [word for word in self.settings.federation if word.startswith("base.")]
+        base = [word for word in self.settings.federation if word.startswith(("base.", "base=", "evaluation."))]
         words = (*COMMON, f"data.path={file}", f"data.train={letters}", f"seed={seed}", *base, *self.words)
         return LocalTask(words, tuple(settings), total, self.settings.every, grid)
 

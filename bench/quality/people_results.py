@@ -1,4 +1,4 @@
-"""Statistics of `anther bench people`: gains, ratios and curves with 95 % intervals, and the aims.
+"""Statistics of `anther bench people`: gains, ratios and curves with 95 % intervals.
 
 A gain is L_base − L_arm on a person's held-out letters. Every ratio divides mean gains over the same people, which are
 resampled together (`bench.lib.paired`); a person's losses are averaged over seeds first.
@@ -7,65 +7,18 @@ resampled together (`bench.lib.paired`); a person's losses are averaged over see
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bench.lib.paired import RESAMPLES, Estimate, first_reached, mean, ratio
+from common.errors import AntherError
 
 Federation = Mapping[str, Any]  # result of `people_work.run_federation`
 Local = Mapping[str, Any]  # a record of `people_work.run_local`
 Block = dict[str, Any]
 
 SAME_BASE = 0.01  # relative difference of the base's loss between two programs with other pass sizes
-
-
-class Aim(NamedTuple):
-    """One aim, on a number of the results."""
-
-    text: str
-    path: tuple[str, ...]
-    """Keys of an estimate or a number in the results."""
-    bound: float
-    at_most: bool = False
-
-
-AIMS = (
-    Aim("5 letters: gain of people in a federation, relative to local training", ("letters-5", "ratio"), 1.25),
-    Aim("the same, if local training stops at its best step on the test letters", ("letters-5", "oracle_ratio"), 1.25),
-    Aim("5 letters: fraction of people with a lower loss than locally", ("letters-5", "better"), 0.9),
-    Aim("2 letters: gain of people in a federation, relative to local training", ("letters-2", "ratio"), 1.25),
-    Aim("steps until the best loss of local training, relative to its own", ("steps", "fraction"), 0.5, at_most=True),
-    Aim("newcomers: share of members' gain", ("newcomers", "share"), 0.9),
-    Aim("hands of a donor without members: share of members' gain", ("donors", "share"), 0.8),
-    Aim("ε = 8 per image: share of the open shared gain", ("private", "example-8", "share"), 0.6),
-    Aim("ε = 2 per image: share of the open shared gain", ("private", "example-2", "share"), 0.35),
-    Aim("ε = 8 per device: share of the open shared gain", ("private", "device-8", "share"), 0.5),
-    Aim(
-        "read rate of drawn letters, relative to the people's real letters", ("pictures", "shipped", "read_ratio"), 0.9
-    ),
-    Aim("style match of drawn letters", ("pictures", "shipped", "style", "personal"), 0.85),
-)
-
-
-def check_aims(results: Mapping[str, Any], aims: Sequence[Aim] = AIMS) -> list[dict[str, Any]]:
-    """Compare results with aims; an aim whose number was not measured is left out.
-
-    Args:
-        results: the results.
-        aims: the aims.
-    """
-    rows = []
-    for aim in aims:
-        value: Any = results
-        for key in aim.path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is None:
-            continue
-        number = value[0] if isinstance(value, list | tuple) else value
-        met = number is not None and (number <= aim.bound if aim.at_most else number >= aim.bound)
-        rows.append({"aim": aim.text, "bound": aim.bound, "at_most": aim.at_most, "measured": value, "met": bool(met)})
-    return rows
 
 
 def losses(runs: Iterable[Federation], names: Sequence[str], arm: str) -> np.ndarray:
@@ -109,12 +62,15 @@ def members_block(runs: Sequence[Federation], local: Sequence[Local]) -> Block:
         local: training of the same people without others, one record for each seed.
 
     Raises:
-        ValueError: the base's losses differ, so that gains can't be compared.
+        AntherError: the base's losses differ, so that gains can't be compared.
     """
     names = measured(runs[0])
     base, base_of_local = losses(runs, names, "base"), local_losses(local, names, "base")
     if (difference := float(np.abs(base / base_of_local - 1).max())) > SAME_BASE:
-        raise ValueError(f"losses of the base differ by {difference:.1%} between the arms")
+        raise AntherError(
+            f"losses of the base differ by {difference:.1%} between federation and local training: give overrides of "
+            "data, base and evaluation to every run, directly after FILE"
+        )
     arms = {arm: losses(runs, names, arm) for arm in ("shared", "personal")}
     arms |= {"local": local_losses(local, names, "tuned"), "local, best step": local_losses(local, names, "oracle")}
     gain = {arm: base - values for arm, values in arms.items()}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.quality.people_aims import check_aims
 from bench.quality.people_page import sheet_of, write_page
-from bench.quality.people_results import check_aims
 from common.errors import AntherError
 
 GAIN = {"loss": [0.2, 0.19, 0.21], "gain": [0.02, 0.01, 0.03], "relative_gain": [0.123, 0.1, 0.15]}

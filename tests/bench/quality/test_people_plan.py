@@ -22,7 +22,10 @@ from typefaces.dataset import GLYPHS
 
 LETTERS = {"one-1": ("test", 40), "one-2": ("test", 30), "two-1": ("test", 40), "one-3": ("extra", 26)}
 LETTERS |= {"two-2": ("extra", 30), "two-3": ("development", 40), "two-4": ("test", 21)}
-SETTINGS = PeopleSettings(federation=("personalization=directions", "base.compute_dtype=bf16"), private={"p": ("x=1",)})
+SETTINGS = PeopleSettings(
+    federation=("personalization=directions", "base.compute_dtype=bf16", "evaluation.timesteps=2"),
+    private={"p": ("x=1",)},
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,7 @@ def test_local_training_has_the_same_base_and_letters(experiment: PeopleExperime
     found = words(FederationRun("local", task.overrides))
     assert found["base.compute_dtype"] == "bf16"
     assert "personalization" not in found
+    assert found["evaluation.timesteps"] == "2"
     run = words(member_runs(experiment, 5)[0])
     assert all(found[key] == run[key] for key in ("data.train", "data.validation", "data.test", "evaluation.timesteps"))
     assert people(FederationRun("local", task.overrides)) == {"one-1", "one-2", "two-1"}

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.quality.people_aims import AIMS, check_aims
 from bench.quality.people_results import (
-    AIMS,
-    check_aims,
     curve_block,
     joined_block,
     members_block,
@@ -20,6 +19,7 @@ from bench.quality.people_results import (
     steps_fraction,
     steps_of_newcomers,
 )
+from common.errors import AntherError
 
 NAMES = ("ann", "bo", "cy", "dora")
 BASE = np.array([1.0, 2.0, 3.0, 4.0])
@@ -63,7 +63,7 @@ def test_gains_are_relative_to_local_training() -> None:
 
 
 def test_arms_with_other_bases_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"losses of the base differ by 4\.8%"):
+    with pytest.raises(AntherError, match=r"losses of the base differ by 4\.8%"):
         members_block([federation(0.4)], [local(1.05, 0.7, tuned=0.8)])
 
 
