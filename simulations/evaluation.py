@@ -77,10 +77,10 @@ def train_local(
     pools: Pools,
     perform: Perform,
     *,
-    rounds: int,
+    steps: int,
     seed: int,
 ) -> dict[str, Adapter]:
-    """Train the local arm of each person, starting from the base, for as many steps as the other arms together.
+    """Train the local arm of each person, starting from the base.
 
     Args:
         settings: training of the shared, the personal and the local adapters.
@@ -88,7 +88,7 @@ def train_local(
         people: people to train for.
         pools: their encoded pictures.
         perform: runs jobs.
-        rounds: rounds of the federation.
+        steps: optimizer steps, as many as a device takes in all rounds and after them (`total_steps`).
         seed: seed of the run.
 
     Returns:
@@ -103,7 +103,7 @@ def train_local(
             seed=seed,
             examples=pools.train[person.name],
             start=init_adapter(base.sites, shared.rank + personal.rank, derive_seed(seed, person.name, "local")),
-            steps=rounds * shared.steps + personal.steps,
+            steps=steps,
             batch_size=personal.batch_size,
             learning_rate=local.lr,
             early_stopping=EarlyStopping(

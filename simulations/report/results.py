@@ -32,6 +32,8 @@ from simulations.report.display import Display
 from simulations.report.page import build_report
 from simulations.run_dir import config_hash
 from strategies.download import encode_download
+from strategies.factory.personalization import build_personalization
+from training.personalization import total_steps
 from typefaces import judge
 
 PERSONAL = "personal"  # folder of the personal adapters
@@ -73,9 +75,11 @@ def finish(
     pools, local = evaluation.encode_pools(evaluated, perform), None
     if config.evaluation.baseline_local:
         display.phase("training local baselines, to compare")
-        local = evaluation.train_local(
-            config.adapter, base, evaluated, pools, perform, rounds=config.rounds, seed=config.seed
+        shared_steps, personal_steps = config.adapter.shared.steps, config.adapter.personal.steps
+        steps = total_steps(
+            build_personalization(config), rounds=config.rounds, shared=shared_steps, personal=personal_steps
         )
+        local = evaluation.train_local(config.adapter, base, evaluated, pools, perform, steps=steps, seed=config.seed)
     shared = encode_download(state.best_adapter, config.compression.download).adapter  # as devices have it
     adapters = evaluation.arms(evaluated, local, shared, base)
     export_adapters(folder / "adapters", base, evaluated, shared)

@@ -118,6 +118,19 @@ class Personalization:
         return expect(TrainedAdapter, (yield job)).adapter
 
 
+def total_steps(method: Personalization, *, rounds: int, shared: int, personal: int) -> int:
+    """Return the optimizer steps of a device that takes part in all rounds, with those of its method.
+
+    Args:
+        method: method of personalization.
+        rounds: number of rounds.
+        shared: steps on the shared adapter in a round.
+        personal: steps on the personal adapter after the rounds.
+    """
+    steps = rounds * (shared + method.steps_in_round) + personal + method.steps_after
+    return steps if method.last_round_steps is None else steps - shared + method.last_round_steps
+
+
 PERSONALIZATIONS: Registry[Any] = Registry("personalization", key="personalization", modules=__name__, on_device=True)
 personalization = PERSONALIZATIONS.register
 

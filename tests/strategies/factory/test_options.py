@@ -69,6 +69,11 @@ CHECKED = {
     "cohort.size=3 selection=energy_delay selection.candidate_factor=0.5": "must be 1 or more",
     "personalization=prior personalization.pictures=0": "must be 1 or more",
     "personalization=prior personalization.weight=0.0": "must be over 0",
+    "personalization=fedalt personalization.rank=0": "must be 1 or more",
+    "personalization=fedalt personalization.steps=0": "must be 1 or more",
+    "personalization=fedalt personalization.lr=0.0": "must be over 0",
+    "personalization=population personalization.number=0": "must be 1 or more",
+    "personalization=population personalization.round_steps=0": "must be 1 or more",
 }
 """Wrong values, each the last word, and the requirement on them."""
 
