@@ -25,7 +25,8 @@ from bench.quality.people_settings import LocalSettings, PeopleSettings
 from bench.quality.people_work import Workers
 from common.errors import AntherError
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = {"attention": (5e-4, 1e-3, 2e-3, 4e-3), "all": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}
+"""First rates of training without others, by sites: more sites need lower ones."""
 PARTS = ("federation", "local", "private")
 GRID = ("adapter.personal.lr=0.00075,0.0015,0.003", "adapter.personal.steps=25,50")
 FACTORS = (0.5, 1.0, 2.0)  # of a rate
@@ -88,7 +89,7 @@ def tune_local(
     Returns:
         The best settings by number of letters, and all scores.
     """
-    first = [LocalSettings(sites=sites, lr=rate) for sites in ("attention", "all") for rate in RATES]
+    first = [LocalSettings(sites=sites, lr=rate) for sites, rates in RATES.items() for rate in rates]
     best: dict[int, tuple[LocalSettings, float]] = {}
     candidates = dict.fromkeys(headline, first)
     scores: Scores = []
