@@ -231,6 +231,10 @@ def local_curve_block(records: Mapping[int, Local], names: Sequence[str]) -> Blo
     return block
 
 
+CHANCE = 0.5
+"""Style match of letters in no one's style."""
+
+
 def pictures_block(drawings: Sequence[Mapping[str, Any]]) -> Block:
     """Return read rates and style matches by judge and arm; drawings of all seeds count alike.
 
@@ -245,6 +249,7 @@ def pictures_block(drawings: Sequence[Mapping[str, Any]]) -> Block:
         }
         block[judge] = {score: {arm: mean(scores) for arm, scores in arms.items()} for score, arms in values.items()}
         block[judge]["read_ratio"] = ratio(values["read"]["personal"], values["read"]["real"])
+        block[judge]["style_share"] = ratio(values["style"]["personal"] - CHANCE, values["style"]["real"] - CHANCE)
         block[judge]["read_difference"] = mean(values["read"]["personal"] - values["read"]["real"])
     return block
 

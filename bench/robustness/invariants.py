@@ -76,6 +76,10 @@ def _optimizer(value: Any) -> bool:
 
 _EXAMPLE = _object(noise_multiplier=_amount, clip=_amount, sampling_rate=_amount, draws=_count, delta=_amount)
 _MEASURING = _object(noise_multiplier=_amount, clip=_amount, pictures=_count, delta=_amount)
+_METHOD = _object(
+    name=_text,
+    options=lambda value: type(value) is list and all(map(_object(name=_text, value=_amount), value)),
+)
 _PLAN = _object(
     run=_text,
     round=_count,
@@ -89,6 +93,7 @@ _PLAN = _object(
     scaffold=_flag,
     trains=_trains,
     sites=_or_none(_texts),
+    personalization=_or_none(_METHOD),
     privacy=_or_none(_EXAMPLE),
     update=_precision,
     keep=_amount,
@@ -160,6 +165,7 @@ MESSAGES: Mapping[str, Check] = {
         rounded=_or_none(_QUANTIZED),
         adapted=_or_none(_texts),
         timesteps=_count,
+        method=_METHOD,
     ),
 }
 CARRYING = {"Update", "Train", "Evaluate", "Personalize"}

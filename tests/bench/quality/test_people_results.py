@@ -124,18 +124,24 @@ def test_people_of_several_federations_are_one_point() -> None:
 
 def test_drawings_of_all_seeds_count() -> None:
     def seed(read: float) -> Any:
-        return {"shipped": {"read": {"personal": [read, 0.5], "real": [0.8, 0.8]}, "style": {"personal": [0.7, 0.9]}}}
+        return {
+            "shipped": {
+                "read": {"personal": [read, 0.5], "real": [0.8, 0.8]},
+                "style": {"personal": [0.7, 0.9], "real": [0.9, 0.9]},
+            }
+        }
 
     block = pictures_block([seed(0.9), seed(0.7)])["shipped"]
     assert block["read"]["personal"][0] == pytest.approx(0.65)
     assert block["read_ratio"][0] == pytest.approx(0.65 / 0.8)
     assert block["style"]["personal"][0] == pytest.approx(0.8)
+    assert block["style_share"][0] == pytest.approx(0.75)
 
 
 def test_aims_are_met_or_missed() -> None:
     results = {
-        "letters-5": {"ratio": (1.2, 1.1, 1.3), "better": (0.95, 0.9, 1.0)},
-        "steps": {"fraction": (0.4, 0.3, 0.5)},
+        "letters-5": {"ratio": (1.2, 1.1, 1.3), "better": (0.98, 0.9, 1.0)},
+        "steps": {"fraction": (0.15, 0.1, 0.2)},
     }
     rows = {row["aim"]: row["met"] for row in check_aims(results)}
     assert list(rows.values()) == [False, True, True]

@@ -60,7 +60,7 @@ def test_forget_last_federation(files: FileStorage, capsys: pytest.CaptureFixtur
     assert run(["--yes"]) == 0
     output = capsys.readouterr().out
     for word in (
-        "8 files",
+        "9 files",
         FEDERATION,
         str(files.folder),
         "part of the shared adapter",

@@ -16,7 +16,7 @@ from conf.schemas import simulation
 from conf.schemas.fleet import ProfileConfig
 
 GROUPS = Path(simulation.__file__).parents[1]
-COMPONENTS = ("aggregation", "selection", "server_optimizer")
+COMPONENTS = ("aggregation", "selection", "server_optimizer", "personalization")
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in GROUPS.glob("*/*.yaml")
