@@ -52,14 +52,15 @@ CONF = Path(simulation.__file__).parents[1]
 MISTAKES = {
     "fleet=nope": "fleet=nope: no such option; fleet is one of: halves, laptops, mixed, phones, pis, ranks, "
     "ranks_halves, spread, week",
-    "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick, scale",
+    "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, people, private, quick, scale",
     "base=null": "a group takes the name of one of its options; --help lists them",
     "+preset=quick": "preset: set twice; write preset=… once, without +",
     "roundz=3": "roundz: no such key; did you mean rounds?",
     "adapter.shared.rnk=3": "adapter.shared.rnk: no such key; did you mean adapter.shared.rank?",
-    "rank=3": "rank: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
+    "rank=3": "rank: no such key; did you mean adapter.shared.rank or adapter.personal.rank or personalization.rank?",
     "trainer.zzz=3": "trainer.zzz: no such key; known here: memory_gib, compile",
-    "+adapter.rnk=3": "adapter.rnk: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
+    "+adapter.rnk=3": "adapter.rnk: no such key; did you mean adapter.shared.rank or adapter.personal.rank or "
+    "personalization.rank?",
     "++sede=3": "sede: no such key; did you mean seed?",
     "fleet.profiles=[{nam: a}]": "fleet.profiles: 'nam' is no key of a ProfileConfig",
     "rounds=abc": "rounds=abc: must be a whole number",
@@ -75,7 +76,7 @@ MISTAKES = {
     "privacy=exampel": "privacy=exampel: no such option; did you mean example?; privacy is one of: both, device, "
     "example, none",
     "lr=1e-4": "lr: no such key; did you mean server_optimizer.lr or adapter.shared.lr or adapter.personal.lr or "
-    "adapter.baseline_local.lr?",
+    "adapter.baseline_local.lr or personalization.lr?",
     "epochs=3": "epochs: no such key; did you mean rounds?",
     "adapter.shared.lr=inf": "adapter.shared.lr=inf: must be a finite number",
     "privacy.epsilon=inf": "privacy.epsilon=inf: must be a finite number",
@@ -213,7 +214,7 @@ def test_program(tmp_path: Path) -> None:
     )
     helped = program("--help")
     assert helped.returncode == 0
-    assert "preset: claim, metered, private, quick, scale" in helped.stdout
+    assert "preset: claim, metered, people, private, quick, scale" in helped.stdout
     assert helped.stdout.count("  anther simulate ") == 11  # the usage line and ten examples
 
 
