@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, init_adapter
 from models.lora.directions import combine, divide
 from tests.helpers.devices import SITES
-from training.jobs import Examples, Job, Result, TrainedAdapter, TrainJob
+from tests.helpers.driven import drive, plain_job
+from training.jobs import Job, TrainedAdapter, TrainJob
 from training.personalization import Personalization, build
 from training.personalization.directions import LearnedDirections, split_examples
 
@@ -22,44 +21,17 @@ def start_adapter(method: LearnedDirections) -> Adapter:
     return method.initial(init_adapter(SITES, RANK, 1), seed=2)
 
 
-def plain_job(start: Adapter, pictures: int = 5, **changes: object) -> TrainJob:
-    images = torch.arange(pictures, dtype=torch.float32)[:, None, None, None]
-    settings = {
-        "client": "d",
-        "round": 3,
-        "purpose": "shared",
-        "seed": 0,
-        "examples": Examples(images, images[..., 0]),
-        "start": start,
-        "steps": 2,
-        "batch_size": 4,
-        "learning_rate": 0.1,
-        "optimizer": "sgd",
-        "proximal": 0.5,
-    }
-    return TrainJob(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-def drive(
-    work: Generator[Job, Result, object], answer: Callable[[TrainJob], TrainedAdapter]
-) -> tuple[object, list[TrainJob]]:
-    """Run a generator with an answer for each job."""
-    done: list[TrainJob] = []
-    try:
-        job = next(work)
-        while True:
-            assert isinstance(job, TrainJob)
-            done.append(job)
-            job = work.send(answer(job))
-    except StopIteration as finished:
-        return finished.value, done
+def round_job(start: Adapter, pictures: int = 5, **changes: object) -> TrainJob:
+    """A job of five pictures with settings that the method must keep for the shared adapter only."""
+    return plain_job(start, pictures, **{"optimizer": "sgd", "proximal": 0.5, **changes})
 
 
 COEFFICIENTS = torch.tensor([1.0, -2.0, 0.5])
 
 
-def answer(job: TrainJob) -> TrainedAdapter:
+def answer(job: Job) -> TrainedAdapter:
     """Fit the planted coefficients; add 1 to A and 2 to B otherwise."""
+    assert isinstance(job, TrainJob)
     if job.directions is not None:
         adapter = {n: Factors(f.a, combine(job.directions[n], COEFFICIENTS)) for n, f in job.start.items()}
         return TrainedAdapter(adapter, 0.0, job.steps, coefficients=COEFFICIENTS)
@@ -69,7 +41,7 @@ def answer(job: TrainJob) -> TrainedAdapter:
 def test_round_sends_changes_of_all_three_parts() -> None:
     method = LearnedDirections(number=NUMBER)
     sent = start_adapter(method)
-    outcome, done = drive(method.train_round(plain_job(sent), None), answer)
+    outcome, done = drive(method.train_round(round_job(sent), None), answer)
     shared, directions = divide(sent, NUMBER)
     trained, moved = divide(outcome.trained.adapter, NUMBER)  # type: ignore[attr-defined]
     fit, step = done
@@ -85,7 +57,7 @@ def test_round_sends_changes_of_all_three_parts() -> None:
 
 def test_support_and_query_share_no_picture() -> None:
     method = LearnedDirections(number=NUMBER, support=0.6)
-    _, (fit, step) = drive(method.train_round(plain_job(start_adapter(method)), None), answer)
+    _, (fit, step) = drive(method.train_round(round_job(start_adapter(method)), None), answer)
     first, second = (set(job.examples.latents.flatten().tolist()) for job in (fit, step))
     assert len(first) == 3
     assert first | second == {0.0, 1.0, 2.0, 3.0, 4.0}
@@ -94,14 +66,14 @@ def test_support_and_query_share_no_picture() -> None:
 
 @pytest.mark.parametrize(("pictures", "expected"), [(1, (1, 1)), (2, (1, 1)), (3, (2, 1)), (10, (9, 1))])
 def test_both_parts_have_pictures(pictures: int, expected: tuple[int, int]) -> None:
-    job = plain_job(init_adapter(SITES, RANK, 1), pictures)
+    job = round_job(init_adapter(SITES, RANK, 1), pictures)
     assert tuple(map(len, split_examples(job, 0.95))) == expected
 
 
 def test_split_differs_between_rounds() -> None:
     splits = [
         tuple(
-            split_examples(plain_job(init_adapter(SITES, RANK, 1), 8, round=number), 0.5)[0].latents.flatten().tolist()
+            split_examples(round_job(init_adapter(SITES, RANK, 1), 8, round=number), 0.5)[0].latents.flatten().tolist()
         )
         for number in range(1, 6)
     ]
@@ -111,7 +83,7 @@ def test_split_differs_between_rounds() -> None:
 def test_warm_up_trains_the_shared_adapter_only() -> None:
     method = LearnedDirections(number=NUMBER, warmup=3)
     sent = start_adapter(method)
-    outcome, done = drive(method.train_round(plain_job(sent), None), answer)
+    outcome, done = drive(method.train_round(round_job(sent), None), answer)
     trained, directions = divide(outcome.trained.adapter, NUMBER)  # type: ignore[attr-defined]
     assert len(done) == 1
     for name in SITES:
@@ -123,7 +95,7 @@ def test_fit_adds_a_lora_to_the_coefficients() -> None:
     method = LearnedDirections(number=NUMBER, steps=7)
     sent = start_adapter(method)
     on_top = init_adapter(SITES, 1, 5)
-    result, (fit, lora) = drive(method.fit(plain_job(on_top, frozen=sent), sent, []), answer)
+    result, (fit, lora) = drive(method.fit(round_job(on_top, frozen=sent), sent, []), answer)
     shared, directions = divide(sent, NUMBER)
     assert (fit.steps, fit.learning_rate) == (7, method.lr)
     for name in SITES:
@@ -180,7 +152,7 @@ def test_unknown_method_is_refused() -> None:
 def test_default_is_the_plain_training() -> None:
     method = build("lora", {})
     assert isinstance(method, Personalization)
-    job = plain_job(init_adapter(SITES, RANK, 1))
+    job = round_job(init_adapter(SITES, RANK, 1))
     outcome, done = drive(method.train_round(job, None), answer)
     assert done == [job]
     assert outcome.state is None  # type: ignore[attr-defined]
