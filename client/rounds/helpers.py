@@ -17,14 +17,25 @@ from client.data import MissingPicture, fingerprint
 from client.device import Device
 from client.power.conditions import ESTIMATE
 from client.power.meter import TrainingCost
+from common.errors import AntherError
 from privacy.ledger.entries import LedgerHistory
 from privacy.policy import RequestRefusedError
+from protocol.messages import PersonalizationMethod
 from training import jobs
 from training.jobs import Cancelled, Examples, Job, Picture, Result, expect
+from training.personalization import Personalization, build
 
 log = logging.getLogger(__name__)
 
 _BLANK = Picture(np.zeros((8, 8), np.uint8), "")
+
+
+def requested_method(method: PersonalizationMethod) -> Personalization:
+    """Create the method that a message names; RequestRefusedError if it is unknown here, or an option is wrong."""
+    try:
+        return build(method.name, method.arguments())
+    except AntherError as error:
+        raise RequestRefusedError(str(error)) from None
 
 
 def encode_split(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:

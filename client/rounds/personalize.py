@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from client.device import Device
-from client.rounds.helpers import encode_split, training_cost
+from client.rounds.helpers import encode_split, requested_method, training_cost
 from client.rounds.local_factors import with_local_factors
 from client.rounds.method_state import state_after_rounds
 from client.rounds.received_adapter import receive_adapter
@@ -25,7 +25,7 @@ from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
 from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, expect
-from training.personalization import Personalization, build
+from training.personalization import Personalization
 
 PERSONAL = "personal"
 TRIES, MAX_TRIES = "personalise-tries", 3  # the name is stored; don't change it
@@ -41,14 +41,11 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
     throttle (battery, heat, the owner using the device) ends the request without a reply.
     """
     device.policy.check_adaptable(device.report.base, device.sites, device.named_sites)
-    try:
-        method = build(request.method.name, request.method.arguments())
-    except AntherError as error:
-        raise RequestRefusedError(str(error)) from None
+    method = requested_method(request.method)
     steps = request.steps * method.passes_per_step + method.steps_after
     device.policy.check_work(
         rank=max(request.rank, method.personal_rank(request.rank, request.rank)),  # below for that of the shared one
-        steps=steps,
+        steps=steps + method.drawing_steps,
         examples=request.batch_size,
         learning_rate=request.learning_rate,
     )

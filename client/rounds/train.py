@@ -11,13 +11,19 @@ from functools import lru_cache
 from client.data import fingerprint
 from client.device import Device
 from client.rounds import scaffold
-from client.rounds.helpers import encode_split, encode_usable, finite_epsilon, private_pictures, training_cost
+from client.rounds.helpers import (
+    encode_split,
+    encode_usable,
+    finite_epsilon,
+    private_pictures,
+    requested_method,
+    training_cost,
+)
 from client.rounds.local_factors import initial_local_factors, replace_b
 from client.rounds.method_state import save_state_after_round, state_before_round
 from client.rounds.received_adapter import receive_adapter
 from client.rounds.upload import prepare_upload, save_round_state
 from common import strict_json
-from common.errors import AntherError
 from models.lora.trainable import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger.ledger import TRAIN, Reservation
@@ -27,7 +33,7 @@ from protocol.messages import TrainingPlan
 from protocol.quantization import PRECISIONS
 from training import jobs
 from training.jobs import Examples, Job, Picture, Result, assumed_pictures
-from training.personalization import Personalization, build
+from training.personalization import Personalization
 from training.public_schedule import scheduled_examples
 
 SHARED = "shared"
@@ -174,10 +180,7 @@ def _method(plan: TrainingPlan, device: Device) -> Personalization:
     if plan.personalization is None:
         return Personalization()
     name = plan.personalization.name
-    try:
-        method = build(name, plan.personalization.arguments())
-    except AntherError as error:
-        raise RequestRefusedError(str(error)) from None
+    method = requested_method(plan.personalization)
     if method.message_rank(method.trained_rank(plan.rank)) != plan.rank:
         raise RequestRefusedError(f"personalization={name}: rank {plan.rank} of the adapter is none of this method")
     if plan.privacy and method.in_rounds:

@@ -58,6 +58,11 @@ class Personalization:
         """Optimizer steps after the rounds beside those of the LoRA on top."""
         return 0
 
+    @property
+    def drawing_steps(self) -> int:
+        """Denoising steps for each caption after the rounds; the owner's limit of steps bounds them too."""
+        return 0
+
     def message_rank(self, rank: int) -> int:
         """Return the rank in messages of a shared adapter of this rank."""
         return rank

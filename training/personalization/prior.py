@@ -55,6 +55,11 @@ class PriorPreservation(Personalization):
             raise ValueError(f"weight={weight}: must be over 0")
         self.pictures, self.weight = pictures, weight
 
+    @property
+    def drawing_steps(self) -> int:
+        """See `Personalization.drawing_steps`."""
+        return self.pictures * sampling.STEPS
+
     def fit(self, job: TrainJob, shared: Adapter, captions: Sequence[str]) -> Generator[Job, Result, Adapter]:
         """See `Personalization.fit`."""
         del shared

@@ -16,9 +16,18 @@ from client.device import Device
 from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
 from common.errors import AntherError
+from conf.schemas import sampling
 from models.lora.adapter import Adapter, Factors, rank
-from privacy.policy import Policy
-from protocol.messages import Evaluate, EvaluationPrivacy, PersonalizationMethod, Personalize, Request, to_json
+from privacy.policy import Policy, RequestRefusedError
+from protocol.messages import (
+    Evaluate,
+    EvaluationPrivacy,
+    MethodOption,
+    PersonalizationMethod,
+    Personalize,
+    Request,
+    to_json,
+)
 from tests.helpers.devices import PICTURES, SITES, Performer, adapter, make_device, to_bytes, train_request
 from training import jobs
 from training.jobs import OutOfMemory
@@ -375,3 +384,14 @@ def test_prior_costs_twice_the_work(tmp_path: Path) -> None:
         dataclasses.replace(sent(FIRST, 1), method=method), make_device(tmp_path / "b"), Judging(0.4)
     )
     assert prior.seconds == 2 * plain.seconds
+
+
+def test_drawing_for_the_prior_is_within_the_owners_limit(tmp_path: Path) -> None:
+    """20 steps of training, and 6 of drawing for each picture of a caption."""
+    requested = dataclasses.replace(
+        sent(FIRST, 1),
+        method=PersonalizationMethod(name="prior", options=(MethodOption(name="pictures", value=5.0),)),
+    )
+    device = make_device(tmp_path, policy=Policy(max_steps=20 + 5 * sampling.STEPS - 1))
+    with pytest.raises(RequestRefusedError, match="steps=50"):
+        answer_request(requested, device, Judging(0.4))
