@@ -174,7 +174,8 @@ def gallery(
 ) -> dict[str, Gallery]:
     """Generate images for the captions of each person's first test pictures under every arm.
 
-    Images of one caption start from the same noise.
+    Images of one caption start from the same noise. The local and the personal arm are guided by the base and by the
+    shared adapter, if `settings.guide` is shared.
 
     Base and shared generate the same picture of a caption for all people, so it is generated once.
 
@@ -182,7 +183,7 @@ def gallery(
         settings: number of images, and the sampler.
         base: base of the run.
         people: the people to evaluate.
-        adapters: result of `arms`.
+        adapters: result of `arms`; the personal arm requires the shared one.
         memory: bytes that jobs may take.
         seed: seed of the run.
 
@@ -190,25 +191,29 @@ def gallery(
         Galleries by person.
     """
     shown = {person.name: person.pictures.test[: settings.gallery_size] for person in people}
-    requests: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
+    requests: dict[tuple[str, str, str], tuple[Adapter | None, Adapter | None]] = {}  # (arm, owner, caption)
     for person in people:
         for picture in shown[person.name]:
             for arm in (BASE, *adapters):
-                adapter = adapters.get(arm, {}).get(person.name)
-                requests[arm, _owner(arm, person), picture.caption] = adapter
-    distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in requests.values()}
+                guide = {"local": BASE, "personal": "shared"}.get(arm, arm) if settings.guide == "shared" else arm
+                adapter, weaker = (adapters.get(name, {}).get(person.name) for name in (arm, guide))
+                requests[arm, _owner(arm, person), picture.caption] = adapter, weaker
+    distinct = {(id(adapter), id(guide)): (adapter, guide) for adapter, guide in requests.values()}
     slot = {key: index for index, key in enumerate(distinct)}
-    stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.like)
+    stacks, guides = (
+        to_device(stack_adapters(base.sites, group), base.like) for group in zip(*distinct.values(), strict=True)
+    )
     latents = generate(
         base,
         captions=[caption for _, _, caption in requests],
         seeds=[derive_seed(seed, caption, "gallery") for _, _, caption in requests],
         adapters=[stacks],
-        slots=[slot[id(adapter)] for adapter in requests.values()],
+        slots=[slot[id(adapter), id(guide)] for adapter, guide in requests.values()],
         sampler=settings.sampler,
         steps=settings.sampling_steps,
         guidance=settings.guidance_scale,
         memory=inference_share(memory),
+        guides=[guides] if settings.guide == "shared" else None,
     )
     pictures = dict(zip(requests, base.decode(latents), strict=True))
     return {

@@ -193,6 +193,7 @@ def generate(
             steps=job.steps,
             guidance=sampling.GUIDANCE_SCALE,
             memory=memory,
+            guides=job.guides,
             cancelled=cancelled,
         )
         return GeneratedImages(base.decode(latents, tile=TILE))

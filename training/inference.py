@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from common.seeding import derive_seed
 from models.base.base import Base
-from models.diffusion.denoiser import Denoiser
+from models.diffusion.denoiser import Denoise, Denoiser
 from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import num_noises, sample
 from models.lora.adapter import Adapter
@@ -160,6 +161,7 @@ def generate(
     steps: int,
     guidance: float,
     memory: int,
+    guides: Sequence[BatchedAdapter] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Tensor:
     """Generate scaled latents for captions, each from its own seed and under its own slot.
@@ -174,6 +176,7 @@ def generate(
         steps: number of sampling steps.
         guidance: strength of classifier-free guidance.
         memory: bytes for all concurrent passes.
+        guides: adapters of the unconditional prediction, with the same slots; None: `adapters`.
         cancelled: called before every pass.
 
     Returns:
@@ -187,19 +190,26 @@ def generate(
 
     def generate_pass(part: Tensor) -> Tensor:
         _check_cancelled(cancelled)
-        with base.use_adapters([select_slots(stacks, index[part]) for stacks in adapters]) as denoise:
+        with ExitStack() as contexts:
+
+            def network(group: Sequence[BatchedAdapter]) -> Denoise:
+                selected = [select_slots(stacks, index[part]) for stacks in group]
+                return contexts.enter_context(base.use_adapters(selected))
+
             return sample(
                 sampler,
-                denoise,
+                network(adapters),
                 base.schedule,
                 list(noises[:, part]),
                 context[part],
                 steps=steps,
                 guidance=strength,
                 null_context=null,
+                guide=None if null is None or guides is None else network(guides),
             )
 
-    limit = max_pictures_per_pass(base, noises.shape[2:], context.shape[1:], adapters, memory)
+    held = [*adapters, *(guides or ())]
+    limit = max_pictures_per_pass(base, noises.shape[2:], context.shape[1:], held, memory)
     parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), limit))
     return torch.cat(list(run_passes(base.device, generate_pass, parts)))
 
@@ -214,6 +224,7 @@ def generate_with(
     steps: int,
     guidance: float,
     memory: int,
+    guides: Sequence[Adapter] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Tensor:
     """Generate scaled latents for captions, all under the sum of the same adapters.
@@ -227,23 +238,28 @@ def generate_with(
         steps: number of sampling steps.
         guidance: strength of classifier-free guidance.
         memory: bytes for all concurrent passes.
+        guides: adapters of the unconditional prediction; None: `adapters`.
         cancelled: called before every pass.
 
     Returns:
         Latents [n, c, h, w].
     """
     seeds = [derive_seed(seed, caption, _SEED_LABEL) for caption in captions]
-    stacks = [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in adapters]
+
+    def stacked(group: Sequence[Adapter]) -> list[BatchedAdapter]:
+        return [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in group]
+
     return generate(
         base,
         captions,
         seeds,
-        stacks,
+        stacked(adapters),
         [0] * len(captions),
         sampler=sampler,
         steps=steps,
         guidance=guidance,
         memory=memory,
+        guides=None if guides is None else stacked(guides),
         cancelled=cancelled,
     )
 

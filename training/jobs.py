@@ -256,6 +256,7 @@ class GenerateJob:
 
     captions: Sequence[str]
     adapters: Sequence[Adapter]
+    guides: Sequence[Adapter] | None = None  # adapters of guidance's unconditional prediction; None: the same
     seed: int
     steps: int
 

@@ -22,10 +22,10 @@ from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.compose import compose
 from models.files import assets
-from models.lora.adapter import Adapter, from_tensors
+from models.lora.adapter import from_tensors
 from simulations import setup
 from simulations.checks import with_people_counted
-from simulations.evaluation import BASE, REAL, Gallery, arms, gallery, glyphs
+from simulations.evaluation import BASE, REAL, Adapters, Gallery, arms, gallery, glyphs
 from simulations.fleet.participants import Participant, select_evaluated
 from training.capacity import budget
 from typefaces.judge import Judge, load, merge_classes, style_match
@@ -69,19 +69,18 @@ def draw(task: DrawingTask) -> dict[str, Any]:
     people = select_evaluated(simulation.people, None, config.data.evaluated_roles)
     memory = budget(config.trainer.memory_gib, simulation.base.device)
 
-    def drawn(name: str, base: Any, adapters: Mapping[str, Adapter]) -> dict[str, Gallery]:
-        return gallery(config.evaluation, base, people, {name: adapters}, memory=memory, seed=config.seed)
+    def drawn(base: Any, adapters: Adapters) -> dict[str, Gallery]:
+        return gallery(config.evaluation, base, people, adapters, memory=memory, seed=config.seed)
 
     stored_adapters = [person.device.store.personal(simulation.base.sites) for person in people]
     shared = next((stored.shared for stored in stored_adapters if stored), None)
     if shared is None:
         raise AntherError(f"{task.folder}: no person has a personal adapter; delete the folder and measure again")
-    personal = arms(people, None, shared, simulation.base)["personal"]
-    galleries = drawn("personal", simulation.base, personal)
+    galleries = drawn(simulation.base, arms(people, None, shared, simulation.base))
     stored = torch.load(task.local / "adapters-0.pt", weights_only=True)
     local = {person.name: from_tensors(stored[person.name]) for person in people}
     own = load_base(compose([*task.overrides, f"adapter.sites={task.local_sites}"]))
-    for name, letters in drawn("local", own, local).items():
+    for name, letters in drawn(own, {"local": local}).items():
         galleries[name].arms["local"] = letters.arms["local"]
     simulation.database.close()
     if task.sheet:

@@ -17,6 +17,8 @@ from strategies.factory.personalization import build_personalization
 
 _CORES = ("aggregation=fedsb", "adapter.shared.lr_schedule=cosine", "rounds=25", "adapter.shared.steps=1")
 """A round of one step takes the mean after every noised step, so the noise causes no drift within a round."""
+_FEDERATION = ("preset=people", "cohort.size=48")
+"""A round of 48 people has 240 letters, enough for a gradient, and one person takes part in every fifth round."""
 _NOISED = ("privacy=example", "privacy.noise_multiplicity=4", "adapter.shared.batch_size=${data.train}")
 
 FILE = Path(__file__).parents[1] / "results" / "people-settings.json"
@@ -120,23 +122,8 @@ def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
 
 
 DEFAULT = PeopleSettings(
-    federation=(
-        "aggregation=fedit",
-        "rounds=20",
-        "adapter.shared.steps=5",
-        "adapter.shared.lr=0.006",
-        "adapter.personal.steps=50",
-        "adapter.personal.lr=0.0015",
-        "adapter.eval_interval=10",
-        "adapter.patience=4",
-    ),
-    reference=(
-        "aggregation=fedit",
-        "adapter.shared.lr_schedule=cosine",
-        "rounds=40",
-        "adapter.shared.steps=5",
-        "adapter.shared.lr=0.012",
-    ),
+    federation=_FEDERATION,
+    reference=(*_FEDERATION, "adapter.shared.lr=1"),
     private={
         "open": (*_CORES, "adapter.shared.lr=0.08"),
         "example-8": (*_CORES, *_NOISED, "privacy.epsilon=8", "adapter.shared.lr=0.3"),

@@ -25,10 +25,11 @@ from bench.quality.people_settings import LocalSettings, PeopleSettings
 from bench.quality.people_work import Workers
 from common.errors import AntherError
 
-RATES = {"attention": (5e-4, 1e-3, 2e-3, 4e-3), "all": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}
-"""First rates of training without others, by sites: more sites need lower ones."""
+RATES = {"attention": (5e-4, 1e-3, 2e-3, 4e-3), "linear": (2.5e-4, 5e-4, 1e-3, 2e-3)}
+"""First rates of training without others, by sites: more sites need lower ones. Convolutions, whose adapters can't share
+a pass cheaply, are left out."""
 PARTS = ("federation", "local", "private")
-GRID = ("adapter.personal.lr=0.00075,0.0015,0.003", "adapter.personal.steps=25,50")
+GRID = ("adapter.personal.rank=4,8", "adapter.personal.lr=0.0004,0.0008")
 FACTORS = (0.5, 1.0, 2.0)  # of a rate
 Scores = list[dict[str, Any]]
 

@@ -51,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=sampling.GUIDANCE_SCALE,
         help="strength of the caption; 1: no guidance, for bases distilled to few steps",
     )
+    parser.add_argument(
+        "--guide",
+        default=sampling.GUIDE,
+        choices=sampling.GUIDES,
+        help="what guidance compares with; shared: without your personal adapter, so that guidance also strengthens "
+        "what it learned; same: classifier-free guidance",
+    )
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's resolution)")
     parser.add_argument("--small-vae", type=Path, metavar="DIR", help="an AutoencoderTiny for decoding")
     parser.add_argument("--tile", type=int, default=TILE, help="side in pixels of tiles for decoding; 0: no tiles")
@@ -83,15 +90,17 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
         device="auto",
         resolution=options.resolution,
     )
+    adapters = _adapters(store, base, options.under)
     latents = generate_with(
         base,
         options.captions,
-        _adapters(store, base, options.under),
+        adapters,
         seed=options.seed,
         sampler=options.sampler,
         steps=options.steps,
         guidance=options.guidance,
         memory=inference_share(budget(None, base.device)),
+        guides=adapters[:1] if options.guide == "shared" else None,
     )
     pictures = base.decode(latents, small=options.small_vae, tile=options.tile or None)
     options.out.mkdir(parents=True, exist_ok=True)

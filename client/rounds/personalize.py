@@ -150,7 +150,7 @@ def _learn(
         device.store.save_personal(result, aside=current is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
-        yield from _preview(f"round-{request.round:06d}", captions, (result.effective_shared, result.adapter), device)
+        yield from _preview(f"round-{request.round:06d}", captions, result, device)
 
 
 def _is_worse(
@@ -180,18 +180,21 @@ def _loss(held_out: Examples, adapter: Adapter) -> Generator[Job, Result, float]
 
 
 def _preview(
-    name: str, captions: Sequence[str], adapters: Sequence[Adapter], device: Device
+    name: str, captions: Sequence[str], personal: PersonalAdapter, device: Device
 ) -> Generator[Job, Result, None]:
-    """Draw previews for the owner; a failure is logged and does not undo the training.
+    """Draw previews for the owner, as `anther device draw` does; a failure is logged and doesn't undo the training.
 
     Args:
         name: file name of the preview, without suffix.
         captions: one for each picture.
-        adapters: the adapters added to the base.
+        personal: the adapters added to the base.
         device: the device that draws.
     """
     try:
-        job = jobs.GenerateJob(captions=captions, adapters=adapters, seed=device.seed, steps=sampling.STEPS)
+        shared, steps = personal.effective_shared, sampling.STEPS
+        job = jobs.GenerateJob(
+            captions=captions, adapters=[shared, personal.adapter], guides=[shared], seed=device.seed, steps=steps
+        )
         device.store.save_preview(name, expect(GeneratedImages, (yield job)).pictures)
     except Exception as error:
         log.warning("no preview of %s: %s", name, error)

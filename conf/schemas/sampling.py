@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 SAMPLER = "dpm"
-STEPS = 6
-GUIDANCE_SCALE = 3.0
+STEPS = 8
+GUIDANCE_SCALE = 5.0
+GUIDES = ("shared", "same")
+GUIDE = "shared"

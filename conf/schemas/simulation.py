@@ -40,7 +40,10 @@ class EvaluationConfig(LossConfig):
     sampling_steps: int = sampling.STEPS
     """Denoising steps of a drawn glyph."""
     guidance_scale: float = sampling.GUIDANCE_SCALE
-    """Scale of classifier-free guidance; 1: none."""
+    """Scale of guidance; 1: none."""
+    guide: str = sampling.GUIDE
+    """Adapter of guidance's unconditional prediction; shared: what a person's own pictures trained is left out, so that
+    guidance also strengthens it (Karras et al., 2024, arXiv:2406.02507); same: classifier-free guidance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +51,7 @@ class EvaluationConfig(LossConfig):
         require(self.gallery_size >= 0, f"evaluation.gallery_size={self.gallery_size}: must be 0 or more")
         require_choice("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm", "ancestral"))
         require(self.sampling_steps >= 1, f"evaluation.sampling_steps={self.sampling_steps}: must be 1 or more")
+        require_choice("evaluation.guide", self.guide, sampling.GUIDES)
         require(self.guidance_scale >= 1, f"evaluation.guidance_scale={self.guidance_scale}: must be 1 or more")
 
 

@@ -31,8 +31,12 @@ def sample(
     steps: int,
     guidance: float = 1.0,
     null_context: Tensor | None = None,
+    guide: Denoise | None = None,
 ) -> Tensor:
     """Sample x_0 from noise.
+
+    With a `guide`, that weaker network makes the unconditional prediction: guidance then strengthens the caption, and
+    whatever else the network has learned and the guide has not (Karras et al., 2024, arXiv:2406.02507).
 
     Args:
         sampler: one of `SAMPLERS`.
@@ -43,6 +47,7 @@ def sample(
         steps: network evaluations, without guidance.
         guidance: scale of classifier-free guidance; 1 is none.
         null_context: unconditional context [rows, d]; required unless `guidance` is 1.
+        guide: network of the unconditional prediction; None: `denoise`.
 
     Returns:
         x_0 [N, c, h, w].
@@ -53,7 +58,7 @@ def sample(
         if guidance == 1.0:
             return output
         assert null_context is not None, "guidance requires null_context"
-        unconditional = denoise(x, time, null_context.expand(len(x), -1, -1))
+        unconditional = (guide or denoise)(x, time, null_context.expand(len(x), -1, -1))
         return unconditional + guidance * (output - unconditional)
 
     if sampler in _RANDOM:
