@@ -1,4 +1,4 @@
-"""Small simulations from the command line, in a process of their own or in that of the test."""
+"""Small simulations from the command line, in the test's process, in a fork of it, or in a process of their own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simulations import run as application
+from tests.helpers.kills import in_child
 
 TINY = [
     "data.writers=3",
@@ -49,35 +52,9 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def send_signal_at(words: list[str], line: str, number: int) -> tuple[int, str, str]:
-    """Start a command and send it a signal when it prints a line with this text.
-
-    Args:
-        words: arguments of Python.
-        line: text of the line.
-        number: the signal.
-
-    Returns:
-        The exit code, the output after the line, and the errors.
-    """
-    with start(words) as process:
-        assert process.stdout
-        for printed in process.stdout:
-            if line in printed:
-                process.send_signal(number)
-                break
-        rest, errors = process.communicate()
-    return process.returncode, rest, errors
-
-
 def arguments(base: Path, folder: Path, *overrides: str) -> list[str]:
     """Return the overrides of a tiny simulation."""
     return [f"base.path={base}", *TINY, *overrides, f"hydra.run.dir={folder}"]
-
-
-def command(base: Path, folder: Path, *overrides: str) -> list[str]:
-    """Return the arguments of Python that run a tiny simulation."""
-    return ["-m", "simulations.run", *arguments(base, folder, *overrides)]
 
 
 def run(base: Path, folder: Path, *overrides: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
@@ -94,17 +71,60 @@ def run(base: Path, folder: Path, *overrides: str, encoding: str = "utf-8") -> s
     """
     words = arguments(base, folder, *overrides)
     out, errors = (TextIOWrapper(BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
+    code = _run(words, out, errors)
+    texts = [stream.buffer.getvalue().decode(encoding) for stream in (out, errors)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(words, code, *texts)
+
+
+def interrupt(base: Path, folder: Path, *overrides: str, line: str, number: int) -> tuple[int, str, str]:
+    """Run a tiny simulation in a fork, which gets a signal a moment after it prints a line with this text.
+
+    Args:
+        base: folder of its base.
+        folder: its output folder.
+        overrides: more words of its command line.
+        line: text of the line.
+        number: the signal.
+
+    Returns:
+        The exit code (negative for a signal), the output, and the errors.
+    """
+    words = arguments(base, folder, *overrides)
+    with TemporaryDirectory() as texts:
+        files = [Path(texts) / name for name in ("out", "errors")]
+
+        def work() -> None:
+            out, errors = (file.open("w", buffering=1) for file in files)
+            os._exit(_run(words, _SignalAfter(out, line, number), errors))
+
+        return in_child(work), *(file.read_text() for file in files)
+
+
+class _SignalAfter:
+    """Text stream that sends this process a signal 0.1 seconds after a line, in the middle of the next round."""
+
+    def __init__(self, stream: TextIO, line: str, number: int) -> None:
+        self._stream, self._line, self._number = stream, line, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if self._line in text:
+            threading.Timer(0.1, os.kill, (os.getpid(), self._number)).start()
+        return self._stream.write(text)
+
+
+def _run(words: list[str], out: Any, errors: Any) -> int:
     application._completed.clear()  # each call is a command of its own
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setattr(sys, "argv", ["run.py", *words])
         patch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it for its process
         try:
             application.main()
-            code = 0
         except SystemExit as stop:
-            code = int(stop.code or 0)
-    texts = [stream.buffer.getvalue().decode(encoding) for stream in (out, errors)]  # type: ignore[attr-defined]
-    return subprocess.CompletedProcess(words, code, *texts)
+            return int(stop.code or 0)
+    return 0
 
 
 def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.simulations import BARE, command, results, run, send_signal_at
+from tests.helpers.simulations import BARE, interrupt, results, run
 from training.personalization import PERSONALIZATIONS
 
 OPTIONS: dict[str, list[str]] = {
@@ -29,6 +29,8 @@ OPTIONS: dict[str, list[str]] = {
     ],
 }
 """Settings of each method: few pictures, and rules of aggregation that it supports."""
+RESUMED = ("fedalt", "population")
+"""Methods whose state between rounds survives a kill; a repeated round starts from the same state."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +41,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("method", list(PERSONALIZATIONS))
 def test_run_makes_personal_adapters(method: str, pipeline_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    done = run(pipeline_folder, folder, f"personalization={method}", *OPTIONS[method], *BARE)
+    """A run of a method with state between rounds is also killed and resumed, with the same results."""
+    words = [f"personalization={method}", *OPTIONS[method], *BARE]
+    whole = tmp_path / "whole"
+    done = run(pipeline_folder, whole, *words)
     assert done.returncode == 0, done.stderr
     assert "changed nothing" not in done.stderr
-    assert len(list((folder / "adapters" / "personal").glob("*.with_shared.safetensors"))) == 3
-    summary, _, _ = results(folder)
+    assert len(list((whole / "adapters" / "personal").glob("*.with_shared.safetensors"))) == 3
+    summary, _, _ = results(whole)
     assert summary["loss"]["personal"] < summary["loss"]["shared"]
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("method", ["fedalt", "population"])
-def test_killed_and_resumed_run_gives_same_results(method: str, pipeline_folder: Path, tmp_path: Path) -> None:
-    """State of a method between rounds survives, and a repeated round starts from the same one."""
-    words = [f"personalization={method}", *OPTIONS[method], *BARE]
-    assert run(pipeline_folder, tmp_path / "whole", *words).returncode == 0
-    folder = tmp_path / "killed"
-    send_signal_at(command(pipeline_folder, folder, *words), "round 2 of 3", signal.SIGKILL)
-    assert not (folder / "summary.json").exists()
-    assert run(pipeline_folder, folder, *words, "resume=true").returncode == 0
-    assert results(folder) == results(tmp_path / "whole")
+    if method in RESUMED:
+        killed = tmp_path / "killed"
+        code, _, errors = interrupt(pipeline_folder, killed, *words, line="round 2 of 3", number=signal.SIGKILL)
+        assert code == -signal.SIGKILL, errors
+        assert not (killed / "summary.json").exists()
+        assert run(pipeline_folder, killed, *words, "resume=true").returncode == 0
+        assert results(killed) == results(whole)

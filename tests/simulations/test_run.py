@@ -1,7 +1,7 @@
 """Whole runs on a tiny base from the command line: exit codes and files.
 
-Only runs that are killed or interrupted, and the command that continues one, get a process of their own: its imports
-take longer than the run.
+Runs that are killed or interrupted are forks, and only the command that continues one gets a process of its own: its
+imports take longer than the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from common.errors import AntherError
 from simulations.checks import check_time
 from tests.helpers.configs import compose
-from tests.helpers.simulations import BARE, command, own_pictures, results, run, send_signal_at, start
+from tests.helpers.simulations import BARE, interrupt, own_pictures, results, run, start
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,8 @@ def test_killed_and_resumed_run_gives_same_results(
     finished: Path, pipeline_folder: Path, tmp_path: Path, phase: str
 ) -> None:
     folder = tmp_path / "killed"
-    send_signal_at(command(pipeline_folder, folder), phase, signal.SIGKILL)
+    code, _, errors = interrupt(pipeline_folder, folder, line=phase, number=signal.SIGKILL)
+    assert code == -signal.SIGKILL, errors
     assert not (folder / "summary.json").exists()
     assert run(pipeline_folder, folder, "resume=true").returncode == 0
     assert results(folder) == results(finished / "run")
@@ -76,10 +77,10 @@ def test_killed_and_resumed_run_gives_same_results(
 def test_interrupted_run_prints_resume_command(finished: Path, pipeline_folder: Path, tmp_path: Path) -> None:
     """The printed command gives the results of a run that was not interrupted."""
     folder = tmp_path / "my run"
-    code, rest, errors = send_signal_at(command(pipeline_folder, folder), "round 1 of 3", signal.SIGINT)
-    assert code == 130
+    code, said, errors = interrupt(pipeline_folder, folder, line="round 1 of 3", number=signal.SIGINT)
+    assert code == 130, errors
     assert "Traceback" not in errors
-    (printed,) = (line for line in rest.splitlines() if "resume=true" in line)
+    (printed,) = (line for line in said.splitlines() if "resume=true" in line)
     python, *words = shlex.split(printed[printed.index("python") :])
     with start(words) as again:
         output, errors = again.communicate()
@@ -191,7 +192,8 @@ class TestRefusedRuns:
 @pytest.mark.integration
 def test_own_folder_replaces_a_writer(pipeline_folder: Path, tmp_path: Path) -> None:
     mine = own_pictures(tmp_path / "My cat!")
-    done = run(pipeline_folder, tmp_path / "run", f"data.pictures=['{mine}']")
+    few = "rounds=1", "evaluation.gallery_size=0"
+    done = run(pipeline_folder, tmp_path / "run", f"data.pictures=['{mine}']", *few)
     assert done.returncode == 0, done.stderr
     people = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert len(people) == 3
@@ -243,7 +245,7 @@ def test_run_with_both_guarantees(pipeline_folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.integration
 def test_serial_and_cohort_give_same_results(finished: Path, pipeline_folder: Path, tmp_path: Path) -> None:
-    assert run(pipeline_folder, tmp_path / "run", "grid=serial").returncode == 0
+    assert run(pipeline_folder, tmp_path / "run", "grid=serial", "evaluation.gallery_size=0").returncode == 0
     one, two = (results(folder)[0]["loss"] for folder in (finished / "run", tmp_path / "run"))
     for arm, loss in one.items():
         assert two[arm] == pytest.approx(loss, rel=1e-4)

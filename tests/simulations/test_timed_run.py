@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.simulations import command, results, run, send_signal_at
+from tests.helpers.simulations import interrupt, results, run
 
 WEEK = [
     "fleet=week",
@@ -41,6 +41,7 @@ def test_timed_run_reports_its_fleet(pipeline_folder: Path, tmp_path: Path) -> N
 def test_killed_and_resumed_timed_run_gives_same_results(pipeline_folder: Path, tmp_path: Path, phase: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(pipeline_folder, whole, *WEEK).returncode == 0
-    send_signal_at(command(pipeline_folder, killed, *WEEK), phase, signal.SIGKILL)
+    code, _, errors = interrupt(pipeline_folder, killed, *WEEK, line=phase, number=signal.SIGKILL)
+    assert code == -signal.SIGKILL, errors
     assert run(pipeline_folder, killed, *WEEK, "resume=true").returncode == 0
     assert results(killed) == results(whole)
