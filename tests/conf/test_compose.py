@@ -1,10 +1,16 @@
 """A string of overrides composes, or is refused in one line."""
 
+from pathlib import Path
+
 import pytest
 
 from common.errors import AntherError
 from conf.compose import compose
 from tests.helpers import configs
+
+CONF = Path(compose.__code__.co_filename).parent
+OPTIONS = [(file.parent.name, file.stem) for file in CONF.glob("*/*.yaml")]
+REQUIRING = ("data", "device")  # groups whose options need other keys, or that a simulation lacks
 
 
 @pytest.mark.integration
@@ -49,8 +55,17 @@ def test_mistakes_are_one_line(overrides, message):
         "cohort.size=3 selection.alpha=1 selection=oort robust=[afa,krum] robust.krum.outlier_fraction=1e-1",
         "preset=private 'robust=[krum,median]' resume=true base.path=2024_01x",
         "fleet=pis planning.deadline=9 planning.max_joules=null adapter.shared.lr=1e-3",
+        "personalization=prior personalization.weight=0.5 compression=int8 round_loop=async fleet=week robust=[]",
+        *(
+            pytest.param(f"{group}={name}", marks=pytest.mark.stress)
+            for group, name in OPTIONS
+            if group not in REQUIRING
+        ),
     ],
 )
 def test_helper_of_other_tests_composes_equally(overrides):
-    assert configs.compose(overrides) == compose(overrides)
-    assert configs.compose(overrides) == compose(overrides)  # also a second time
+    expected = compose(overrides)
+    for _ in range(2):  # also a second time
+        composed = configs.compose(overrides)
+        assert composed == expected
+        assert repr(composed) == repr(expected)  # also the order of options and rules
