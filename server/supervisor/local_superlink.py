@@ -26,6 +26,7 @@ _TABLE = Path("/proc/net/tcp")  # connections of this network namespace
 _ESTABLISHED, _NO_INODE = "01", "0"
 _ROOT = 0
 _QUIET = 60.0  # seconds between two lines of the log about one user
+_GRACE = 3  # seconds that a stop waits for open connections: SuperExec keeps one open until it is stopped itself
 
 Address = tuple[str, int]
 
@@ -102,7 +103,8 @@ def _serve(*, app: Any, host: str, port: int, reload: bool, workers: int, **sett
                 f"{host}:{port}: can't listen on this address ({error.strerror}): choose another server.superlink_port"
             )
         # uvloop, uvicorn's own choice, accepts connections without asking the socket's `accept`.
-        uvicorn.Server(uvicorn.Config(app, **{**settings, "loop": "asyncio"})).run(sockets=[listener])
+        ours = {"loop": "asyncio", "timeout_graceful_shutdown": _GRACE}
+        uvicorn.Server(uvicorn.Config(app, **{**settings, **ours})).run(sockets=[listener])
 
 
 def _listener() -> socket.socket:
