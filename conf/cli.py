@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -80,7 +81,8 @@ def hydra_application(
                     check(sys.argv[1:])
                 offer_plugins(sys.argv[1:])
                 sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
-                job()
+                with _quick_help(sys.argv[1:]):
+                    job()
                 if after is not None:
                     after()
             except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -163,6 +165,18 @@ def program(module: str) -> list[str]:
 def output_dir() -> str:
     """Return Hydra's output folder of this run (`hydra.run.dir`)."""
     return str(HydraConfig.get().runtime.output_dir)
+
+
+@contextlib.contextmanager
+def _quick_help(words: Sequence[str]) -> Iterator[None]:
+    """Keep Hydra from listing all groups for `--help`, which takes seconds: our templates have a list of their own."""
+    listing = Hydra.format_config_groups
+    if not {"--help", "-h"}.isdisjoint(words):
+        Hydra.format_config_groups = lambda *_, **__: ""  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.format_config_groups = listing  # type: ignore[method-assign]
 
 
 def _stop(line: str) -> NoReturn:
