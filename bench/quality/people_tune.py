@@ -26,8 +26,8 @@ from bench.quality.people_work import Workers
 from common.errors import AntherError
 
 RATES = {"attention": (5e-4, 1e-3, 2e-3, 4e-3), "linear": (2.5e-4, 5e-4, 1e-3, 2e-3)}
-"""First rates of training without others, by sites: more sites need lower ones. Convolutions, whose adapters can't share
-a pass cheaply, are left out."""
+"""First rates of training without others, by sites: more sites need lower ones. Convolutions, whose adapters can't
+share a pass cheaply, are left out."""
 PARTS = ("federation", "local", "private")
 GRID = ("adapter.personal.rank=4,8", "adapter.personal.lr=0.0004,0.0008")
 FACTORS = (0.5, 1.0, 2.0)  # of a rate

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=sampling.GUIDE,
         choices=sampling.GUIDES,
         help="what guidance compares with; shared: without your personal adapter, so that guidance also strengthens "
-        "what it learned; same: classifier-free guidance",
+        "its effect; same: classifier-free guidance",
     )
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's resolution)")
     parser.add_argument("--small-vae", type=Path, metavar="DIR", help="an AutoencoderTiny for decoding")

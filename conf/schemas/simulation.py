@@ -42,8 +42,8 @@ class EvaluationConfig(LossConfig):
     guidance_scale: float = sampling.GUIDANCE_SCALE
     """Scale of guidance; 1: none."""
     guide: str = sampling.GUIDE
-    """Adapter of guidance's unconditional prediction; shared: what a person's own pictures trained is left out, so that
-    guidance also strengthens it (Karras et al., 2024, arXiv:2406.02507); same: classifier-free guidance."""
+    """Adapter of guidance's unconditional prediction; shared: the personal adapter is left out, so that guidance
+    also strengthens it (Karras et al., 2024, arXiv:2406.02507); same: classifier-free guidance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
