@@ -98,39 +98,32 @@ def shift_directions(directions: Directions, change: Mapping[str, Tensor]) -> Di
     return {name: tensor + change[name] for name, tensor in directions.items()}
 
 
-def principal_directions(changes: Sequence[Adapter], number: int) -> tuple[Adapter, Directions]:
-    """Return mean and principal directions of people's B on a common A (probabilistic PCA without its noise term).
+def principal_directions(shared: Adapter, trained: Sequence[Adapter], number: int) -> Directions:
+    """Return the principal directions of the changes that people made to the shared B.
 
-    Directions are scaled to the standard deviation of their coefficient, so that coefficients have unit variance
-    (Tipping & Bishop, 1999, eq. 15).
+    This is probabilistic PCA without its noise term, with the shared B as the mean: a direction that all people share
+    is one of them. Directions are scaled to the root mean square of their coefficient, so that coefficients have a
+    second moment of one (Tipping & Bishop, 1999, eq. 15).
 
     Args:
-        changes: each person's A [r, in], equal for all, and B [out, r] per site.
-        number: K, fewer than people.
+        shared: A [r, in] and B [out, r] per site.
+        trained: the same with the B of each person.
+        number: K, at most the number of people.
 
     Returns:
-        The mean as an adapter, and D [K, out, r] per site.
+        D [K, out, r] per site.
 
     Raises:
         ValueError: too few people.
     """
-    if len(changes) <= number:
-        raise ValueError(f"{number} directions need changes of more than {number} people, not of {len(changes)}")
-    names = list(changes[0])
-    rows = torch.stack([torch.cat([change[name].b.flatten() for name in names]) for change in changes]).double()
-    mean = rows.mean(0)
-    _, values, vectors = torch.linalg.svd(rows - mean, full_matrices=False)
+    if len(trained) < number:
+        raise ValueError(f"{number} directions need changes of {number} people or more, not of {len(trained)}")
+    changes = [{name: person[name].b - b for name, (_, b) in shared.items()} for person in trained]
+    rows = torch.stack([torch.cat([change.flatten() for change in one.values()]) for one in changes]).double()
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     scaled = (vectors[:number] * values[:number, None] / len(rows) ** 0.5).float()
-    sizes = [changes[0][name].b.numel() for name in names]
-    means, parts = mean.float().split(sizes), scaled.split(sizes, dim=1)
-    shapes = [changes[0][name].b.shape for name in names]
-    return (
-        {
-            name: Factors(changes[0][name].a, part.view(shape))
-            for name, part, shape in zip(names, means, shapes, strict=True)
-        },
-        {name: part.reshape(number, *shape) for name, part, shape in zip(names, parts, shapes, strict=True)},
-    )
+    parts = scaled.split([b.numel() for _, b in shared.values()], dim=1)
+    return {name: part.reshape(number, *b.shape) for (name, (_, b)), part in zip(shared.items(), parts, strict=True)}
 
 
 def extend(shared: Adapter, directions: Directions) -> Adapter:

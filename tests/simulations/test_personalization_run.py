@@ -57,3 +57,16 @@ def test_run_makes_personal_adapters(method: str, pipeline_folder: Path, tmp_pat
         assert not (killed / "summary.json").exists()
         assert run(pipeline_folder, killed, *words, "resume=true").returncode == 0
         assert results(killed) == results(whole)
+
+
+@pytest.mark.integration
+def test_last_round_of_population_keeps_the_shared_loss(pipeline_folder: Path, tmp_path: Path) -> None:
+    """The rounds before it are those of a shorter run without it."""
+    options = [word for word in OPTIONS["population"] if not word.startswith("compression")]
+    words = ["aggregation=fedit", "personalization=population", *options, *BARE]
+    assert run(pipeline_folder, tmp_path / "longer", *words).returncode == 0
+    assert run(pipeline_folder, tmp_path / "shorter", "aggregation=fedit", *BARE, "rounds=2").returncode == 0
+    losses, before = ([record["shared"] for record in results(tmp_path / each)[1]] for each in ("longer", "shorter"))
+    assert losses[:3] == before
+    assert losses[3] == pytest.approx(losses[2], rel=1e-6)
+    assert losses[2] < losses[1]

@@ -64,12 +64,12 @@ def test_untrained_parts_count_with_current_values() -> None:
         assert torch.equal(one[name].b[:, 2:], current[name].b[:, 2:])
     assert torch.equal(other["x"].b, single["x"].b)
     assert torch.equal(other["y"].b, current["y"].b)
-    mean, _ = divide(result.adapter, 1)
-    for name in SITES:  # people, not weights
-        torch.testing.assert_close(mean[name].b, (one[name].b + other[name].b) / 2)
+    shared, _ = divide(result.adapter, 1)
+    for name in SITES:
+        assert torch.equal(shared[name].b, current[name].b)
 
 
-def test_run_ends_with_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ends_with_the_directions_of_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of the last round train B for its own steps, at the rate of the plan."""
     plans: list[Any] = []
 

@@ -1,14 +1,17 @@
-"""Coefficients over the principal directions in which people's own B differ.
+"""Coefficients over the principal directions in which people's own B differ from the shared one.
 
 In the last round every device trains B only, on the A of the shared adapter, for `round_steps` steps. The server takes
-the mean of the updates B_i and their principal directions D_k, scaled to the standard deviation of their coefficients
-(probabilistic PCA: Tipping & Bishop, 1999, eq. 15):
+the principal directions D_k of the changes B_i − B, scaled to the root mean square of their coefficients (probabilistic
+PCA with a known mean: Tipping & Bishop, 1999, eq. 15):
 
-    B_i ≈ B̄ + Σ_k c_ik D_k,    c_i ~ N(0, I)
+    B_i ≈ B + Σ_k c_ik D_k,    c_i ~ N(0, I)
 
-A person's adapter is then (B̄ + Σ_k c_k D_k) A, with K coefficients that are fitted to their pictures, and a LoRA on
-top, as with `directions`. On a common A, the mean of B is the mean of the products (FFA-LoRA: Sun et al., 2024,
-arXiv:2403.12313), and so is every linear combination.
+A person's adapter is then (B + Σ_k c_k D_k) A, with K coefficients that are fitted to their pictures, and a LoRA on
+top, as with `directions`. On a common A, a linear combination of B is one of the products (FFA-LoRA: Sun et al., 2024,
+arXiv:2403.12313).
+
+The shared adapter stays as it was before that round. The mean of the B_i isn't used in its place: after many steps on
+few pictures each, it generalizes worse. What people changed alike is among the directions.
 
 Use it if there are several times more devices than directions, above all for people who join after the rounds. Compared
 with `directions` only the last round differs, but the server needs the update of each device.
@@ -36,10 +39,10 @@ class Population(Personalization):
 
     Args:
         number: K, the number of directions; the last round needs more devices.
-        round_steps: optimizer steps on B in the last round.
+        round_steps: optimizer steps on B in the last round; only the directions depend on them.
         steps: optimizer steps on the coefficients after the rounds, at most.
         lr: learning rate of the coefficients.
-        prior: weight of ‖c‖²/2 in their loss; coefficients have unit variance over people.
+        prior: weight of ‖c‖²/2 in their loss; coefficients have a mean square of 1 over people.
     """
 
     def __init__(
@@ -52,17 +55,17 @@ class Population(Personalization):
 
     @property
     def steps_after(self) -> int:
-        """See `Personalization.steps_after`."""
+        """See `Personalization.steps_after`; without directions there are none."""
         return self._coefficients.steps
 
     def after_last_round(self, shared: Adapter, trained: Sequence[Adapter]) -> Adapter:
         """See `Personalization.after_last_round`; missing directions of too few devices are zero."""
-        found = min(self.number, len(trained) - 1)
+        found = min(self.number, len(trained))
         if found < self.number:
             log.warning("%d devices have only %d of %d principal directions", len(trained), found, self.number)
-        mean, directions = principal_directions(trained, found)
+        directions = principal_directions(shared, trained, found)
         padding = {name: b.new_zeros(self.number - found, *b.shape) for name, (_, b) in shared.items()}
-        return extend(mean, {name: torch.cat([directions[name], padding[name]]) for name in shared})
+        return extend(shared, {name: torch.cat([directions[name], padding[name]]) for name in shared})
 
     def fit(self, job: TrainJob, shared: Adapter, captions: Sequence[str]) -> Generator[Job, Result, Adapter]:
         """See `Personalization.fit`; without directions, after a last round without replies, only the LoRA on top."""

@@ -104,28 +104,34 @@ def test_change_of_directions_is_their_gradient_step() -> None:
 
 
 def test_principal_directions_recover_planted_ones() -> None:
+    """People differ around another point than the shared B, and the span of the directions contains them."""
     shared = shared_adapter(2)
     planted = init_directions(shared, 2, seed=1, scale=1.0)
-    generator = torch.Generator().manual_seed(0)
-    coefficients = torch.randn(40, 2, generator=generator)
-    people = [personal_adapter(shared, planted, row) for row in coefficients]
-    mean, found = principal_directions(people, 2)
-    centered = coefficients - coefficients.mean(0)
+    coefficients = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.5, -1.0])
+    people = [
+        {name: Factors(a, b + combine(planted[name], row)) for name, (a, b) in shared.items()} for row in coefficients
+    ]
+    found = principal_directions(shared, people, 2)
     span = torch.cat([found[name].flatten(1) for name in SITES], dim=1)
-    for row in centered[:5]:
-        target = torch.cat([combine(planted[name], row).flatten() for name in SITES])
-        solution = torch.linalg.lstsq(span.T, target[:, None]).solution
-        torch.testing.assert_close(span.T @ solution, target[:, None], atol=1e-4, rtol=1e-4)
+    changes = torch.cat([combine(planted[name], coefficients).flatten(1) for name in SITES], dim=1)
+    scores = torch.linalg.lstsq(span.T, changes.T).solution
+    torch.testing.assert_close(scores.T @ span, changes, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores @ scores.T / 40, torch.eye(2), atol=1e-3, rtol=0)
+    first, _ = torch.linalg.eigh(changes.T.double() @ changes.double() / 40)
+    torch.testing.assert_close(span.square().sum(1), first.flip(0)[:2].float(), atol=0, rtol=1e-4)
+
+
+def test_common_change_is_a_direction() -> None:
+    shared, change = shared_adapter(2), shared_adapter(2, seed=1)
+    people = [{name: Factors(a, b + change[name].b) for name, (a, b) in shared.items()}] * 3
+    found = principal_directions(shared, people, 1)
     for name in SITES:
-        torch.testing.assert_close(mean[name].b, combine(planted[name], coefficients.mean(0)), atol=1e-5, rtol=1e-4)
-    every = torch.cat([combine(planted[name], centered).flatten(1) for name in SITES], dim=1)
-    scores = torch.linalg.lstsq(span.T, every.T).solution
-    torch.testing.assert_close(scores.square().mean(1), torch.ones(2), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found[name][0].abs(), change[name].b.abs(), atol=1e-5, rtol=1e-5)
 
 
 def test_more_directions_than_people_are_refused() -> None:
-    with pytest.raises(ValueError, match="more than 2 people"):
-        principal_directions([shared_adapter(1), shared_adapter(1)], 2)
+    with pytest.raises(ValueError, match="of 3 people or more, not of 2"):
+        principal_directions(shared_adapter(1), [shared_adapter(1), shared_adapter(1)], 3)
 
 
 def test_layout_of_coefficients() -> None:

@@ -39,28 +39,26 @@ def answer(job: Job) -> Result:
 
 
 def test_every_person_is_a_combination_of_directions() -> None:
-    """Their coefficients have mean 0 and variance 1; the product is that of the mean."""
+    """The second moments of their coefficients are 0 and 1; the product is the shared one."""
     shared, trained = people([[1.0, 0.0], [-2.0, 1.0], [0.0, 3.0], [4.0, -1.0], [0.5, 0.5]])
     extended = Population(number=NUMBER).after_last_round(shared, trained)
-    mean, directions = divide(extended, NUMBER)
+    _, directions = divide(extended, NUMBER)
     basis = torch.cat([directions[name].flatten(1) for name in SITES], dim=1)
-    centered = torch.stack([torch.cat([(p[n].b - mean[n].b).flatten() for n in SITES]) for p in trained])
-    found = torch.linalg.lstsq(basis.T, centered.T).solution.T
-    torch.testing.assert_close(found @ basis, centered, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.mean(0), torch.zeros(NUMBER), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.square().mean(0), torch.ones(NUMBER), atol=1e-5, rtol=1e-5)
+    changes = torch.stack([torch.cat([(p[n].b - shared[n].b).flatten() for n in SITES]) for p in trained])
+    found = torch.linalg.lstsq(basis.T, changes.T).solution.T
+    torch.testing.assert_close(found @ basis, changes, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.T @ found / len(trained), torch.eye(NUMBER), atol=1e-5, rtol=0)
     for name, (a, b) in extended.items():
-        expected = sum(person[name].b for person in trained) / len(trained) @ shared[name].a
-        torch.testing.assert_close(b @ a, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(b @ a, shared[name].b @ shared[name].a, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_missing_directions_are_zero(count: int) -> None:
     shared, trained = people([[1.0, 2.0], [-2.0, 1.0]][:count])
-    mean, directions = divide(Population(number=NUMBER).after_last_round(shared, trained), NUMBER)
+    same, directions = divide(Population(number=3).after_last_round(shared, trained), 3)
     for name in SITES:
-        torch.testing.assert_close(mean[name].b, sum(person[name].b for person in trained) / count)
-        assert [bool(one.any()) for one in directions[name]] == [number < count - 1 for number in range(NUMBER)]
+        assert torch.equal(same[name].b, shared[name].b)
+        assert [bool(one.any()) for one in directions[name]] == [number < count for number in range(3)]
 
 
 def test_fit_is_that_of_directions() -> None:
