@@ -28,7 +28,6 @@ from conf.schemas.simulation import SimulationConfig
 from simulations import run_dir
 from simulations.checks import check_time, with_people_counted
 from simulations.report.display import PERSONALIZING, TRAINING, Display, compare
-from simulations.report.time_left import work_after_rounds
 
 if TYPE_CHECKING:
     from protocol.messages import TrainingPlan
@@ -73,7 +72,7 @@ def print_comparison() -> None:
 def main(config: SimulationConfig) -> None:
     config = with_people_counted(config)
     folder, overrides = Path(output_dir()), list(HydraConfig.get().overrides.task)
-    with Display(config.rounds, rounds_after=work_after_rounds(config)) as display:
+    with Display(config.rounds) as display:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             display.say(f"run {HydraConfig.get().job.num}: {' '.join(overrides)}")
         try:
@@ -133,11 +132,13 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
         from simulations.fleet import participants
         from simulations.fleet.virtual_fleet import build_virtual_fleet
         from simulations.grid.build import newcomers_grid, open_grid
+        from simulations.report.run_work import run_work
         from strategies.factory.combination import check_configuration
         from strategies.factory.full_plan import training_plan
         from strategies.factory.strategy import build
 
     check_configuration(config)  # before the base is loaded
+    display.work = run_work(config)
     base, people, database, newcomers = simulation = setup.build(config, folder)
     evaluated = participants.select_evaluated(people, config.evaluation.devices, config.data.evaluated_roles)
     run = record.get("config_hash") or run_dir.config_hash(config)

@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
 from common import strict_json
 from common.errors import AntherError, os_error
 from conf.schemas.simulation import SimulationConfig
-from strategies.factory.personalization import build_personalization
+from strategies.declarations import create
+from training.personalization import PERSONALIZATIONS, Personalization, steps_by_round
 
 _CORES = ("aggregation=fedsb", "adapter.shared.lr_schedule=cosine", "rounds=25", "adapter.shared.steps=1")
 """A round of one step takes the mean after every noised step, so the noise causes no drift within a round."""
@@ -71,7 +73,7 @@ class PeopleSettings:
 
 
 class DeviceSteps(NamedTuple):
-    """Optimizer steps of one person's device."""
+    """Steps of one person's device: forward and backward passes of a batch."""
 
     rounds: float
     """In all rounds; a mean over people if a round has only some of them."""
@@ -85,17 +87,15 @@ class DeviceSteps(NamedTuple):
 
 
 def device_steps(config: SimulationConfig, members: int) -> DeviceSteps:
-    """Count the optimizer steps of one member's device, with those of its personalization method.
+    """Count the steps of one member's device, with those of its personalization method.
 
     Args:
         config: configuration of the federation.
         members: number of people in its rounds.
     """
-    method, adapter = build_personalization(config), config.adapter
-    rounds = config.rounds * (config.cohort.size or members) / members
-    return DeviceSteps(
-        rounds * (adapter.shared.steps + method.steps_in_round), adapter.personal.steps + method.steps_after
-    )
+    method = _method(config)
+    rounds = _steps_in_rounds(config, method, members, config.rounds)
+    return DeviceSteps(rounds, method.steps_after(config.adapter.personal.steps))
 
 
 def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
@@ -107,18 +107,37 @@ def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
     Args:
         config: configuration of the federation.
         members: number of people in its rounds.
-        total: optimizer steps of one device, in the rounds and after them.
+        total: steps of one device, in the rounds and after them.
     """
-    steps = device_steps(config, members)
-    in_round, scale = steps.rounds / config.rounds, total / steps.total
+    scale, method = total / device_steps(config, members).total, _method(config)
+    scaled = {}
+    if method.last_round_steps is not None:
+        scaled["round_steps"] = max(1, round(method.last_round_steps * scale))
+    if warmup := getattr(method, "warmup", 0):
+        scaled["warmup"] = round(warmup * scale)
+    method = _method(config, scaled)
     rounds = max(1, round(config.rounds * scale))
-    while rounds > 1 and total - rounds * in_round < 1:
+    while rounds > 1 and total - _steps_in_rounds(config, method, members, rounds) < 1:
         rounds -= 1
-    remaining, words = math.floor(total - rounds * in_round), [f"rounds={rounds}"]
-    if fitted := steps.personal - config.adapter.personal.steps:  # `Personalization.steps_after`
-        fitted = max(1, min(round(fitted * scale), remaining - 1))
-        words.append(f"personalization.steps={fitted}")
-    return [*words, f"adapter.personal.steps={max(1, remaining - fitted)}"]
+    remaining = math.floor(total - _steps_in_rounds(config, method, members, rounds))
+    if fitted := method.steps_after(0):
+        fitted = scaled["steps"] = max(1, min(round(fitted * scale), remaining - 1))
+    personal = (remaining - fitted) // (method.steps_after(1) - method.steps_after(0))
+    words = [f"personalization.{key}={value}" for key, value in scaled.items()]
+    return [f"rounds={rounds}", *words, f"adapter.personal.steps={max(1, personal)}"]
+
+
+def _method(config: SimulationConfig, changes: Mapping[str, int] = MappingProxyType({})) -> Personalization:
+    """Return a configuration's method of personalization, with some options changed."""
+    chosen = config.personalization
+    options = {**chosen.options, **changes}
+    return cast(Personalization, create(PERSONALIZATIONS, chosen.name, options, key="personalization"))
+
+
+def _steps_in_rounds(config: SimulationConfig, method: Personalization, members: int, rounds: int) -> float:
+    """Return a member's expected steps in all rounds; a round with some of the members has each equally often."""
+    fraction = (config.cohort.size or members) / members
+    return fraction * sum(steps_by_round(method, rounds=rounds, shared=config.adapter.shared.steps))
 
 
 DEFAULT = PeopleSettings(

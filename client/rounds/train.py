@@ -34,7 +34,7 @@ from protocol.quantization import PRECISIONS
 from training import jobs
 from training.jobs import Examples, Job, Picture, Result, assumed_pictures
 from training.personalization import Personalization
-from training.public_schedule import scheduled_examples
+from training.round_work import examples_per_round, steps_per_round
 
 SHARED = "shared"
 
@@ -126,11 +126,11 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     )
     events = charged.events + (plan.privacy is not None)  # includes the seal, which is written before the reply is sent
     # Under DP no measurement is sent: it would reveal, without noise, the sizes of the Poisson batches.
-    draws, duration_examples = plan.privacy.draws if plan.privacy else 1, scheduled_examples(plan)
+    draws = plan.privacy.draws if plan.privacy else 1
     cost = training_cost(
         device,
-        (plan.steps + method.steps_in_round) * plan.batch_size * draws,
-        duration_examples=duration_examples,
+        steps_per_round(plan) * plan.batch_size * draws,
+        duration_examples=examples_per_round(plan),
         measured=plan.privacy is None,
     )
     reply = messages.Update(
@@ -187,7 +187,7 @@ def _method(plan: TrainingPlan, device: Device) -> Personalization:
         raise RequestRefusedError(f"personalization={name}: its personal part of a round would enter it without noise")
     device.policy.check_work(
         rank=max(plan.rank, method.rank_in_round),
-        steps=plan.steps + method.steps_in_round,
+        steps=steps_per_round(plan),
         examples=plan.batch_size,
         learning_rate=plan.learning_rate,
     )

@@ -18,7 +18,7 @@ from models.footprint.footprint import Footprint, example_shapes, footprint, met
 from models.footprint.site_costs import PassCosts
 from protocol.messages import TrainingPlan
 from strategies.planning.site_selection import base_pass_costs
-from training.public_schedule import scheduled_examples
+from training.round_work import examples_per_round
 
 PredictFootprint = Callable[[int], Footprint]
 """Rank -> footprint of a pass over one picture with an adapter of this rank at every site."""
@@ -51,7 +51,7 @@ class Costs:
     def seconds(self, plan: TrainingPlan, device: DeviceProfileConfig) -> float:
         """Return the seconds of all steps of a plan at full speed."""
         work = 1.0 if plan.sites is None else self._pass_costs().work(plan.sites)
-        return scheduled_examples(plan) * work * self.example_seconds(plan.rank, device)
+        return examples_per_round(plan) * work * self.example_seconds(plan.rank, device)
 
     def example_seconds(self, rank: int, device: DeviceProfileConfig) -> float:
         """Return the seconds of one training example at every site at full speed."""

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from privacy.accounting import STRICT_DELTA
 from server.report.formatting import data, duration, number, percent, short
+from simulations.report.time_left import RunWork
 
 ARMS = {"base": "base", "local": "local", "shared": "shared", "personal": "shared + personal"}
 TRAINING, PERSONALIZING = "training", "personalizing"  # phases
@@ -30,13 +31,15 @@ class Display:
 
     Use it as a context manager: `phase` and `advance` while working, `round` after each round, then `finish`, or
     `interrupted`. No result of a run depends on it.
+
+    Attributes:
+        work: estimated work, for the time left; by default that of equal rounds, and none after them.
     """
 
     def __init__(
         self,
         rounds: int,
         *,
-        rounds_after: float = 0.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -44,11 +47,10 @@ class Display:
 
         Args:
             rounds: total number of rounds, including those before a resumption.
-            rounds_after: work after the last round, in rounds.
             console: console to print to; None: the terminal.
             clock: returns seconds, for the elapsed and the remaining time.
         """
-        self._rounds, self._rounds_after = rounds, rounds_after
+        self._rounds, self.work = rounds, RunWork([1.0] * rounds)
         self._console = console or Console(highlight=False)
         self._clock = clock
         self._started = clock()
@@ -206,12 +208,11 @@ class Display:
         return f"{minutes}:{seconds:02}"
 
     def _seconds_left(self) -> float | None:
-        """Estimate the seconds to the end from this process' fastest round, since the first one has extra work."""
+        """Estimate the seconds to the end from the rounds of this process; None after the last part."""
         if len(self._round_ends) < 2 or self._last_round is None:
             return None
-        rounds = self._rounds - self._last_round + self._rounds_after
-        each = min(end - start for start, end in pairwise(self._round_ends))
-        return max(0.0, each * rounds - (self._clock() - self._round_ends[-1])) if rounds > 0 else None
+        left = self.work.seconds_left(self._last_round, [end - start for start, end in pairwise(self._round_ends)])
+        return max(0.0, left - (self._clock() - self._round_ends[-1])) if left > 0 else None
 
 
 def too_small(summary: Mapping[str, Any]) -> bool:

@@ -1,26 +1,26 @@
-"""Estimated work after the last round, in rounds, for the display of the time left."""
+"""Time left of a run, from the work of its rounds and after them."""
 
 from __future__ import annotations
 
-from conf.schemas.simulation import SimulationConfig
-
-TRAINED, DRAWN = 3.0, 1.0
-"""Work per example: forward and backward pass (about twice the forward pass), or forward pass only."""
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
-def work_after_rounds(config: SimulationConfig) -> float:
-    """Estimate the work after the last round, in rounds: personal adapters, local baselines, the gallery.
+class RunWork(NamedTuple):
+    """Work of a run, in any unit."""
 
-    Early stopping may end training sooner, so this is more often an overestimate than an underestimate.
-    """
-    data, shared, personal = config.data, config.adapter.shared, config.adapter.personal
-    evaluated = (config.evaluation.devices or data.owner_count()) + len(data.newcomers)
-    sampled = config.cohort.size or data.count()
-    measured = (config.cohort.eval_size or sampled) * data.validation * config.evaluation.timesteps * DRAWN
-    one_round = sampled * shared.steps * shared.batch_size * TRAINED + measured
-    steps = personal.steps + (config.rounds * shared.steps + personal.steps if config.evaluation.baseline_local else 0)
-    trained = evaluated * steps * personal.batch_size * TRAINED
-    arms = 3 if config.evaluation.baseline_local else 2  # base and shared draw each caption once for all devices
-    guided = 2 if config.evaluation.guidance_scale > 1 else 1
-    drawn = evaluated * config.evaluation.gallery_size * arms * config.evaluation.sampling_steps * guided * DRAWN
-    return (trained + drawn) / one_round
+    rounds: Sequence[float]
+    """Work of each round, from round 1."""
+    after: float = 0.0
+    """Work after the last round."""
+
+    def seconds_left(self, last: int, seconds: Sequence[float]) -> float:
+        """Estimate the seconds to the end from the fastest round, since the first one has extra work.
+
+        Args:
+            last: number of the last completed round; at least as large as the number of seconds.
+            seconds: durations of the rounds up to this one.
+        """
+        done = self.rounds[last - len(seconds) : last]
+        left = sum(self.rounds[last:]) + self.after
+        return left * min(spent / work for spent, work in zip(seconds, done, strict=True))

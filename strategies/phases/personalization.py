@@ -17,6 +17,7 @@ from strategies.round.messages import received_replies
 from strategies.round.metrics import PersonalizationMetrics
 from strategies.round.request import PersonalizationRequest
 from strategies.round.validation import ReplyValidator, validate_replies
+from training.personalization import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,15 @@ class PersonalizationPhase:
         asked = {
             node: report for node, report in self.cohort.query(grid).items() if names is None or report.device in names
         }
-        plan = replace(self.plan, rank=message.rank, steps=message.steps, batch_size=message.batch_size, privacy=None)
+        method = build(message.method.name, message.method.arguments())
+        plan = replace(
+            self.plan,
+            rank=message.rank,
+            steps=method.steps_after(message.steps),
+            batch_size=message.batch_size,
+            personalization=None,
+            privacy=None,
+        )
         return PersonalizationRequest(
             messages=dict.fromkeys(asked, message), asked=asked, plan=plan, sent_at=self.costs.time(grid)
         )

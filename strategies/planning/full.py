@@ -29,6 +29,7 @@ class FullPlanning:
         """
         steps = affordable_steps(
             report,
+            full,
             sent.limits,
             transfer_seconds=transfer_seconds(report, full, sites=sent.sites, download=sent.download),
             seconds_per_step=seconds_per_step(report, full),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 from math import prod
 
 from common.units import HOUR, MEGABITS
 from models.lora.adapter import Sites
 from models.lora.trainable import trained_shapes
-from protocol.messages import DeviceReport, PersonalizationMethod, TrainingPlan
+from protocol.messages import DeviceReport, TrainingPlan
 from protocol.quantization import bytes_per_number
-from training.personalization import build
 from training.public_schedule import scheduled_examples
+from training.round_work import method_steps
 
 SLOW_UPLINK_MBPS = 2.0
 PRECISIONS = ("fp32", "fp16", "int8", "int4")  # of updates, in descending order of bits
@@ -90,12 +89,13 @@ def restricted_plan(
 
 
 def affordable_steps(
-    report: DeviceReport, limits: PlanLimits, *, transfer_seconds: float, seconds_per_step: float
+    report: DeviceReport, full: TrainingPlan, limits: PlanLimits, *, transfer_seconds: float, seconds_per_step: float
 ) -> int:
-    """Compute the number of steps within the limits, 0 or more.
+    """Compute the number of steps on the shared adapter within the limits, 0 or more.
 
     Args:
         report: report of the device.
+        full: its largest plan, whose method of personalization takes steps too.
         limits: limits of the run.
         transfer_seconds: seconds of the device's transfers.
         seconds_per_step: seconds of one step.
@@ -105,7 +105,7 @@ def affordable_steps(
         bounds.append((limits.deadline - transfer_seconds) / seconds_per_step)
     if (joules := energy_budget(report, limits)) is not None:
         bounds.append(joules / (seconds_per_step * report.watts))
-    return max(0, int(min(bounds)))
+    return max(0, int(min(bounds)) - method_steps(full))
 
 
 def energy_budget(report: DeviceReport, limits: PlanLimits) -> float | None:
@@ -134,16 +134,6 @@ def upload_bytes(plan: TrainingPlan, sites: Sites) -> float:
     trained = {name: site for name, site in sites.items() if plan.sites is None or name in plan.sites}
     numbers = sum(map(prod, trained_shapes(trained, plan.rank, plan.trains).values()))
     return numbers * (4.0 if plan.update == "fp32" else bytes_per_number(plan.update, plan.keep))
-
-
-def steps_per_round(plan: TrainingPlan) -> int:
-    """Return the optimizer steps that a plan takes on a device, with those of its method of personalization."""
-    return plan.steps + (0 if plan.personalization is None else _method_steps(plan.personalization))
-
-
-@cache
-def _method_steps(method: PersonalizationMethod) -> int:
-    return build(method.name, method.arguments()).steps_in_round
 
 
 def seconds_per_step(report: DeviceReport, plan: TrainingPlan) -> float:

@@ -9,7 +9,8 @@ from models.lora.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning import PlanningMethod, SentAdapter, SitesAndSteps
 from strategies.planning.full import FullPlanning
-from strategies.planning.plan import PlanLimits, restricted_plan, seconds_per_step, steps_per_round, transfer_seconds
+from strategies.planning.plan import PlanLimits, restricted_plan, seconds_per_step, transfer_seconds
+from training.round_work import steps_per_round
 
 
 @dataclass(frozen=True, kw_only=True)

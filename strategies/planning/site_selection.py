@@ -145,7 +145,7 @@ def best_plan(
         seconds = down + sum(up[name] for name in candidate.sites)
         steps = min(
             full.steps,
-            affordable_steps(report, limits, transfer_seconds=seconds, seconds_per_step=step * candidate.work),
+            affordable_steps(report, full, limits, transfer_seconds=seconds, seconds_per_step=step * candidate.work),
         )
         value = (candidate.gain * steps, candidate.gain, -candidate.work, -float(candidate.bytes))
         if steps and (best is None or value > best[0]):

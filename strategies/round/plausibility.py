@@ -7,7 +7,8 @@ from statistics import median
 
 from models.lora.adapter import Sites
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.plan import seconds_per_step, steps_per_round, transfer_seconds
+from strategies.planning.plan import seconds_per_step, transfer_seconds
+from training.round_work import steps_per_round
 
 MAX_COST_RATIO = 10.0
 """Largest accepted multiple of the expected cost of a device's plan: the device may be hot, or in use."""

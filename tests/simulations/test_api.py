@@ -10,9 +10,7 @@ import pytest
 
 from common.errors import AntherError
 from simulations import simulate
-from simulations.report.time_left import work_after_rounds
 from simulations.run import resume_command
-from tests.helpers.configs import compose
 from tests.helpers.simulations import BARE, TINY, run
 
 
@@ -57,17 +55,3 @@ def test_old_terminals_work(pipeline_folder: Path, tmp_path: Path, encoding: str
     assert done.returncode == 2
     assert "loading the base ..." in done.stdout
     assert done.stderr.startswith("error: /nowhere: no such folder")
-
-
-@pytest.mark.integration
-def test_work_after_the_rounds_is_estimated() -> None:
-    few = "data.writers=10 rounds=4 evaluation.gallery_size=0 evaluation.baseline_local=false cohort.size=5"
-    training = (
-        "adapter.shared.steps=2 adapter.shared.batch_size=3 adapter.personal.steps=8 adapter.personal.batch_size=5"
-    )
-    config = compose(f"{few} {training} data.validation=4 evaluation.timesteps=2")
-    # 10 devices × 8 steps of 5 examples, at 3 each, in rounds of 5 × 2 × 3 such, and 5 × 4 × 2 looked at, at 1 each
-    assert work_after_rounds(config) == pytest.approx(10 * 8 * 5 * 3 / (5 * 2 * 3 * 3 + 5 * 4 * 2))
-    assert work_after_rounds(compose("data.writers=10")) > work_after_rounds(
-        compose("data.writers=10 evaluation.baseline_local=false")
-    )

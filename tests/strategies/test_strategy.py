@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, rank, to_tensors
 from privacy.policy import RequestRefusedError
 from protocol import records
-from protocol.messages import EvaluationPrivacy, ExamplePrivacy, Personalize
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy, PersonalizationMethod, Personalize
 from protocol.tensor_codec import decode, encode
 from server.rounds.loop import personalize
 from simulations.grid.cohort import CohortGrid
@@ -22,6 +22,7 @@ from strategies.round.metrics import DeviceMetrics
 from strategies.round.private_evaluation import EvaluationPolicy
 from strategies.selection.sample import Sample
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
+from training.round_work import steps_per_round
 
 IDLE = dict.fromkeys(("rank", "steps", "bytes_down", "bytes_up"), 0) | {"seconds": 0.0, "joules": 0.0, "epsilon": None}
 PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
@@ -470,6 +471,24 @@ def test_personalization():
         3.0,
         4.0,
     )
+
+
+def test_personalization_plan_has_the_steps_of_its_method():
+    federated, grid = strategy(), CohortGrid([FakeDevice("a")], perform)
+    request = Personalize(
+        run="run",
+        round=1,
+        adapter=records.adapter_from_record(start()),
+        rank=2,
+        steps=5,
+        batch_size=3,
+        learning_rate=0.1,
+        look_every=1,
+        patience=1,
+        method=PersonalizationMethod(name="prior"),
+    )
+    sent = federated.personalization.request(request, grid)
+    assert (steps_per_round(sent.plan), sent.plan.batch_size) == (10, 3)
 
 
 def test_flower_round_loop():

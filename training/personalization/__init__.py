@@ -35,27 +35,33 @@ class Personalization:
             factors of one rank can be used.
         last_round_steps: local steps of the last round, if that belongs to the method: devices train B only, and the
             server calls `after_last_round`. None: the last round is like the others.
-        passes_per_step: examples that a step after the rounds computes for each picture that it draws.
     """
 
     in_rounds = False
     elementwise = False
     last_round_steps: int | None = None
-    passes_per_step = 1
 
-    @property
-    def steps_in_round(self) -> int:
-        """Optimizer steps in a round beside those of the shared adapter."""
+    def steps_in_round(self, round: int) -> int:  # noqa: ARG002
+        """Return the steps in a round beside those of the shared adapter.
+
+        A step is a forward and backward pass of one batch, as everywhere that steps are counted.
+
+        Args:
+            round: number of the round, from 1.
+        """
         return 0
+
+    def steps_after(self, personal: int) -> int:
+        """Return all steps after the rounds, at most.
+
+        Args:
+            personal: optimizer steps on the personal adapter, `adapter.personal.steps`.
+        """
+        return personal
 
     @property
     def rank_in_round(self) -> int:
         """Rank of a further adapter that a device trains in a round before or after the shared one; 0: none."""
-        return 0
-
-    @property
-    def steps_after(self) -> int:
-        """Optimizer steps after the rounds beside those of the LoRA on top."""
         return 0
 
     @property
@@ -123,8 +129,22 @@ class Personalization:
         return expect(TrainedAdapter, (yield job)).adapter
 
 
+def steps_by_round(method: Personalization, *, rounds: int, shared: int) -> list[int]:
+    """Return the steps of a device in each round, with those of its method.
+
+    Args:
+        method: method of personalization.
+        rounds: number of rounds.
+        shared: steps on the shared adapter in a round.
+    """
+    steps = [shared] * rounds
+    if method.last_round_steps is not None:
+        steps[-1] = method.last_round_steps
+    return [count + method.steps_in_round(number) for number, count in enumerate(steps, start=1)]
+
+
 def total_steps(method: Personalization, *, rounds: int, shared: int, personal: int) -> int:
-    """Return the optimizer steps of a device that takes part in all rounds, with those of its method.
+    """Return the steps of a device that takes part in all rounds and makes its personal adapter, at most.
 
     Args:
         method: method of personalization.
@@ -132,8 +152,7 @@ def total_steps(method: Personalization, *, rounds: int, shared: int, personal: 
         shared: steps on the shared adapter in a round.
         personal: steps on the personal adapter after the rounds.
     """
-    steps = rounds * (shared + method.steps_in_round) + personal + method.steps_after
-    return steps if method.last_round_steps is None else steps - shared + method.last_round_steps
+    return sum(steps_by_round(method, rounds=rounds, shared=shared)) + method.steps_after(personal)
 
 
 PERSONALIZATIONS: Registry[Any] = Registry("personalization", key="personalization", modules=__name__, on_device=True)

@@ -86,15 +86,13 @@ class LearnedDirections(Personalization):
         self.number, self.steps, self.round_steps, self.warmup = number, steps, round_steps, warmup
         self.lr, self.round_lr, self.prior, self.support, self.scale = lr, round_lr, prior, support, scale
 
-    @property
-    def steps_in_round(self) -> int:
+    def steps_in_round(self, round: int) -> int:
         """See `Personalization.steps_in_round`."""
-        return self.round_steps
+        return self.round_steps if round > self.warmup else 0
 
-    @property
-    def steps_after(self) -> int:
+    def steps_after(self, personal: int) -> int:
         """See `Personalization.steps_after`."""
-        return self.steps
+        return self.steps + personal
 
     def message_rank(self, rank: int) -> int:
         """See `Personalization.message_rank`: directions are columns of B."""

@@ -46,8 +46,7 @@ class FedAlt(Personalization):
             raise ValueError(f"lr={lr}: must be over 0")
         self.rank, self.steps, self.lr = rank, steps, lr
 
-    @property
-    def steps_in_round(self) -> int:
+    def steps_in_round(self, round: int) -> int:  # noqa: ARG002
         """See `Personalization.steps_in_round`."""
         return self.steps
 

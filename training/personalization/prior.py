@@ -46,14 +46,16 @@ class PriorPreservation(Personalization):
         weight: λ, weight of their loss.
     """
 
-    passes_per_step = 2
-
     def __init__(self, *, pictures: int = 1, weight: float = 1.0) -> None:
         if pictures < 1:
             raise ValueError(f"pictures={pictures}: must be 1 or more")
         if not 0 < weight < math.inf:
             raise ValueError(f"weight={weight}: must be over 0")
         self.pictures, self.weight = pictures, weight
+
+    def steps_after(self, personal: int) -> int:
+        """See `Personalization.steps_after`: a batch of the owner's pictures and one of those that the base drew."""
+        return 2 * personal
 
     @property
     def drawing_steps(self) -> int:

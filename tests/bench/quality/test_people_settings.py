@@ -29,10 +29,10 @@ SETTINGS = PeopleSettings(
 )
 
 
-def federation(rounds: int = 20, personal: int = 50, size: int | None = None, **options: int) -> Any:
+def federation(rounds: int = 20, personal: int = 50, size: int | None = None, method: str = "", **options: int) -> Any:
     adapter = SimpleNamespace(shared=SimpleNamespace(steps=5), personal=SimpleNamespace(steps=personal))
-    method = ComponentConfig("directions" if options else "lora", options)
-    return SimpleNamespace(rounds=rounds, adapter=adapter, cohort=SimpleNamespace(size=size), personalization=method)
+    chosen = ComponentConfig(method or ("directions" if options else "lora"), options)
+    return SimpleNamespace(rounds=rounds, adapter=adapter, cohort=SimpleNamespace(size=size), personalization=chosen)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, DEFAULT])
@@ -76,6 +76,10 @@ def test_every_step_of_a_device_is_counted() -> None:
     assert device_steps(federation(), 240) == (100, 50)
     assert device_steps(federation(size=60), 240) == (25, 50)  # a device is asked in a quarter of the rounds
     assert device_steps(federation(round_steps=3, steps=10), 240) == (20 * 8, 60)
+    assert device_steps(federation(round_steps=3, warmup=6, steps=10), 240) == (6 * 5 + 14 * 8, 60)
+    assert device_steps(federation(method="prior"), 240) == (100, 100)
+    assert device_steps(federation(method="population", round_steps=30, steps=10), 240) == (19 * 5 + 30, 60)
+    assert device_steps(federation(method="population", size=60, round_steps=30, steps=10), 240) == (125 / 4, 60)
 
 
 @pytest.mark.parametrize("total", [10, 20, 75, 120, 149])
@@ -92,6 +96,27 @@ def test_steps_of_a_method_are_scaled(total: int, fitted: int) -> None:
     values = {key: int(value) for key, _, value in (word.partition("=") for word in words)}
     assert 6 * values["rounds"] + sum(values.values()) - values["rounds"] == total
     assert values["personalization.steps"] == fitted
+
+
+@pytest.mark.parametrize("total", [40, 75, 120])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prior", {}),
+        ("fedalt", {"steps": 3}),
+        ("directions", {"round_steps": 3, "warmup": 6, "steps": 10}),
+        ("population", {"round_steps": 30, "steps": 10}),
+    ],
+)
+def test_scaled_federation_has_this_number_of_steps(method: str, options: dict[str, int], total: int) -> None:
+    """Except for a single step that two batches don't fit in."""
+    words = dict(word.split("=") for word in with_steps(federation(method=method, **options), 240, total))
+    changed = {key.split(".")[1]: int(value) for key, value in words.items() if key.startswith("personalization.")}
+    rounds, personal = int(words["rounds"]), int(words["adapter.personal.steps"])
+    again = federation(rounds=rounds, personal=personal, method=method, **{**options, **changed})
+    assert total - device_steps(again, 240).total == (total - 5 * rounds) % 2 * (method == "prior")
+    assert rounds < 20
+    assert changed.get("warmup", 0) < rounds
 
 
 def test_fewest_steps_are_a_round_and_one_step() -> None:

@@ -92,3 +92,12 @@ def test_steps_of_the_method_count_for_the_policy(tmp_path: Path) -> None:
     """The plan has 5 steps, and 4 more on the coefficients."""
     assert isinstance(answer(request(), tmp_path / "enough", Policy(max_steps=9)), Update)
     assert isinstance(answer(request(), tmp_path / "too few", Policy(max_steps=8)), RequestRefusedError)
+
+
+def test_steps_of_the_method_take_time_and_energy(tmp_path: Path) -> None:
+    sent, device = request(), make_device(tmp_path)
+    update = run_handlers({"d": handle(sent, device)}, Fitting())["d"]
+    assert isinstance(update, Update)
+    seconds = 9 * sent.plan.batch_size / device.report.examples_per_second
+    assert update.seconds == pytest.approx(seconds)
+    assert update.joules == pytest.approx(seconds * device.report.watts)

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message
 from conf.schemas.fleet import WorkloadConfig
 from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
-from protocol.messages import Query, Train
+from protocol.messages import MethodOption, PersonalizationMethod, Query, Train
 from protocol.tensor_codec import encode
 from server.rounds.collect import collect
 from simulations.fleet.availability import DailySchedule
@@ -192,6 +192,12 @@ def test_workload_scales_memory_and_arithmetic():
         assert costs.fits(replace(plan, rank=most), device)
         assert not costs.fits(replace(plan, rank=most + 1), device)
         assert costs.seconds(plan, device) == pytest.approx(seconds)
+
+
+def test_steps_of_personalization_take_time():
+    method = PersonalizationMethod(name="fedalt", options=(MethodOption(name="steps", value=float(PLAN.steps)),))
+    device = virtual_device("a").hardware.known_device
+    assert COSTS.seconds(replace(PLAN, personalization=method), device) == 2 * COSTS.seconds(PLAN, device)
 
 
 def test_fewer_sites_need_less_memory_and_time():

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from privacy.accounting import DEVICE, Guarantee
 from simulations.report.display import Display, bar, compare, gain, relative_to_base, results_table
+from simulations.report.time_left import RunWork
 
 SUMMARY: dict[str, Any] = {
     "rounds": 3,
@@ -166,7 +167,8 @@ def test_interrupted_states_how_to_continue() -> None:
 
 def test_time_left_includes_work_after_the_rounds() -> None:
     clock, screen = FakeClock(), console()
-    display = Display(2, rounds_after=1.5, console=screen, clock=clock)
+    display = Display(2, console=screen, clock=clock)
+    display.work = RunWork([1.0, 1.0], after=1.5)
     display.phase("training")
     display.round({"round": 0, "base": 0.12, "shared": 0.12})
     for number in (1, 2):

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from models.lora.adapter import Site
 from protocol.messages import DeviceReport, ExamplePrivacy, MethodOption, PersonalizationMethod, TrainingPlan
-from strategies.planning.plan import CosineDecay, PlanLimits, seconds_per_step, steps_per_round, upload_bytes
+from strategies.planning.plan import CosineDecay, PlanLimits, seconds_per_step, upload_bytes
 from strategies.planning.planner import Planner
 from strategies.selection.everyone import Everyone
 from strategies.selection.fixed_panel import FixedPanel
 from strategies.selection.sample import Sample
 from training.public_schedule import scheduled_turns
+from training.round_work import examples_per_round, steps_per_round
 
 REPORT = DeviceReport(
     device="a",
@@ -190,5 +191,18 @@ def test_steps_of_personalization_count():
     with_method = replace(FULL, personalization=method)
     assert steps_per_round(FULL) == FULL.steps
     assert steps_per_round(with_method) == FULL.steps + 6
+    assert examples_per_round(with_method) == (FULL.steps + 6) * FULL.batch_size
     plain, more = planned_device(), planned_device(full=with_method)
     assert more.joules == pytest.approx(plain.joules * (FULL.steps + 6) / FULL.steps)
+
+
+@pytest.mark.parametrize(("round", "added"), [(2, 0), (3, 6)])
+def test_limits_hold_with_steps_of_personalization(round: int, added: int) -> None:
+    """A step takes 2 s. In a warm-up the method has none."""
+    options = tuple(MethodOption(name=name, value=value) for name, value in (("round_steps", 6.0), ("warmup", 2.0)))
+    full = replace(FULL, round=round, personalization=PersonalizationMethod(name="directions", options=options))
+    transfer = planned_device(full=full).seconds - 2 * (FULL.steps + added)
+    limited = planned_device(full=full, deadline=transfer + 2 * 9 + 0.5)
+    assert limited.plan.steps + added == 9
+    assert limited.seconds == pytest.approx(transfer + 18)
+    assert planned_device(full=full, joules=2 * 5.0 * 8).plan.steps + added == 8

@@ -78,7 +78,7 @@ def test_state_of_another_rank_is_not_used() -> None:
 def test_ranks_and_steps() -> None:
     method = FedAlt(rank=4, steps=6)
     assert (method.message_rank(2), method.trained_rank(2), method.personal_rank(9, 8)) == (2, 2, 4)
-    assert (method.rank_in_round, method.steps_in_round) == (4, 6)
+    assert (method.rank_in_round, method.steps_in_round(1)) == (4, 6)
 
 
 @pytest.mark.parametrize("options", [{"rank": 0.0}, {"steps": 0.0}, {"lr": 0.0}])
