@@ -47,7 +47,7 @@ def test_steps_of_methods_are_work(words: str, by_round: list[int], after: int, 
 
 
 def test_slow_rounds_are_not_expected_again() -> None:
-    """Two rounds of work 1, of which the first had extra work; then one of 10, and 5 after it."""
+    """Two rounds of work 1, the first with extra work; then one of 10, and 5 after it."""
     work = RunWork([1.0, 1.0, 10.0], after=5.0)
     assert work.seconds_left(2, [9.0, 2.0]) == pytest.approx(2 * 15)
     assert work.seconds_left(3, [9.0, 2.0, 22.0]) == pytest.approx(2 * 5)
