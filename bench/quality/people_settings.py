@@ -95,7 +95,7 @@ def device_steps(config: SimulationConfig, members: int) -> DeviceSteps:
     """
     method = _method(config)
     rounds = _steps_in_rounds(config, method, members, config.rounds)
-    return DeviceSteps(rounds, method.steps_after(config.adapter.personal.steps))
+    return DeviceSteps(rounds, method.all_steps_after(config.adapter.personal.steps))
 
 
 def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
@@ -120,9 +120,9 @@ def with_steps(config: SimulationConfig, members: int, total: int) -> list[str]:
     while rounds > 1 and total - _steps_in_rounds(config, method, members, rounds) < 1:
         rounds -= 1
     remaining = math.floor(total - _steps_in_rounds(config, method, members, rounds))
-    if fitted := method.steps_after(0):
+    if fitted := method.steps_after:
         fitted = scaled["steps"] = max(1, min(round(fitted * scale), remaining - 1))
-    personal = (remaining - fitted) // (method.steps_after(1) - method.steps_after(0))
+    personal = (remaining - fitted) // method.passes_per_step
     words = [f"personalization.{key}={value}" for key, value in scaled.items()]
     return [f"rounds={rounds}", *words, f"adapter.personal.steps={max(1, personal)}"]
 

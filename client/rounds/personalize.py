@@ -42,7 +42,7 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
     """
     device.policy.check_adaptable(device.report.base, device.sites, device.named_sites)
     method = requested_method(request.method)
-    steps = method.steps_after(request.steps)
+    steps = request.steps * method.passes_per_step + method.steps_after
     device.policy.check_work(
         rank=max(request.rank, method.personal_rank(request.rank, request.rank)),  # below for that of the shared one
         steps=steps + method.drawing_steps,

@@ -23,7 +23,7 @@ def run_work(config: SimulationConfig) -> RunWork:
     measured = (config.cohort.eval_size or sampled) * data.validation * config.evaluation.timesteps * DRAWN
     by_round = steps_by_round(method, rounds=config.rounds, shared=shared.steps)
     rounds = [sampled * steps * shared.batch_size * TRAINED + measured for steps in by_round]
-    steps = method.steps_after(personal.steps)
+    steps = method.all_steps_after(personal.steps)
     if config.evaluation.baseline_local:
         steps += total_steps(method, rounds=config.rounds, shared=shared.steps, personal=personal.steps)
     trained = evaluated * steps * personal.batch_size * TRAINED

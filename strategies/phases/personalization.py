@@ -54,7 +54,7 @@ class PersonalizationPhase:
         plan = replace(
             self.plan,
             rank=message.rank,
-            steps=method.steps_after(message.steps),
+            steps=method.all_steps_after(message.steps),
             batch_size=message.batch_size,
             personalization=None,
             privacy=None,

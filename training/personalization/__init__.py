@@ -35,11 +35,13 @@ class Personalization:
             factors of one rank can be used.
         last_round_steps: local steps of the last round, if that belongs to the method: devices train B only, and the
             server calls `after_last_round`. None: the last round is like the others.
+        passes_per_step: batches in an optimizer step after the rounds.
     """
 
     in_rounds = False
     elementwise = False
     last_round_steps: int | None = None
+    passes_per_step = 1
 
     def steps_in_round(self, round: int) -> int:  # noqa: ARG002
         """Return the steps in a round beside those of the shared adapter.
@@ -51,13 +53,18 @@ class Personalization:
         """
         return 0
 
-    def steps_after(self, personal: int) -> int:
+    @property
+    def steps_after(self) -> int:
+        """Steps after the rounds beside those on the LoRA on top."""
+        return 0
+
+    def all_steps_after(self, personal: int) -> int:
         """Return all steps after the rounds, at most.
 
         Args:
             personal: optimizer steps on the personal adapter, `adapter.personal.steps`.
         """
-        return personal
+        return personal * self.passes_per_step + self.steps_after
 
     @property
     def rank_in_round(self) -> int:
@@ -152,7 +159,7 @@ def total_steps(method: Personalization, *, rounds: int, shared: int, personal: 
         shared: steps on the shared adapter in a round.
         personal: steps on the personal adapter after the rounds.
     """
-    return sum(steps_by_round(method, rounds=rounds, shared=shared)) + method.steps_after(personal)
+    return sum(steps_by_round(method, rounds=rounds, shared=shared)) + method.all_steps_after(personal)
 
 
 PERSONALIZATIONS: Registry[Any] = Registry("personalization", key="personalization", modules=__name__, on_device=True)

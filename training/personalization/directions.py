@@ -90,9 +90,10 @@ class LearnedDirections(Personalization):
         """See `Personalization.steps_in_round`."""
         return self.round_steps if round > self.warmup else 0
 
-    def steps_after(self, personal: int) -> int:
+    @property
+    def steps_after(self) -> int:
         """See `Personalization.steps_after`."""
-        return self.steps + personal
+        return self.steps
 
     def message_rank(self, rank: int) -> int:
         """See `Personalization.message_rank`: directions are columns of B."""

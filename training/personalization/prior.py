@@ -41,10 +41,14 @@ from training.personalization import Personalization, personalization
 class PriorPreservation(Personalization):
     """A LoRA on top, trained with prior preservation.
 
+    Each step has a batch of the owner's pictures and one of those that the base drew.
+
     Args:
         pictures: pictures that the base draws for each caption.
         weight: λ, weight of their loss.
     """
+
+    passes_per_step = 2
 
     def __init__(self, *, pictures: int = 1, weight: float = 1.0) -> None:
         if pictures < 1:
@@ -52,10 +56,6 @@ class PriorPreservation(Personalization):
         if not 0 < weight < math.inf:
             raise ValueError(f"weight={weight}: must be over 0")
         self.pictures, self.weight = pictures, weight
-
-    def steps_after(self, personal: int) -> int:
-        """See `Personalization.steps_after`: a batch of the owner's pictures and one of those that the base drew."""
-        return 2 * personal
 
     @property
     def drawing_steps(self) -> int:

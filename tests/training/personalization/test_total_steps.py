@@ -63,7 +63,7 @@ def test_counted_steps_are_those_of_the_jobs(name: str) -> None:
     method = build(name, OPTIONS[name])
     by_round = [in_round(method, number) for number in range(1, ROUNDS + 1)]
     assert steps_by_round(method, rounds=ROUNDS, shared=SHARED) == by_round
-    assert method.steps_after(PERSONAL) == after(method)
+    assert method.all_steps_after(PERSONAL) == after(method)
     assert total_steps(method, rounds=ROUNDS, shared=SHARED, personal=PERSONAL) == sum(by_round) + after(method)
 
 
