@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from conf.schemas import sampling
 from simulations.report.run_work import run_work
 from simulations.report.time_left import RunWork
 from tests.helpers.configs import compose
@@ -21,7 +22,7 @@ MEASURED = 5 * 4 * 2  # validation pictures of five devices, at two timesteps
     ("words", "by_round", "after", "drawn"),
     [
         ("", [2, 2, 2, 2], 8, 0),
-        ("personalization=prior", [2, 2, 2, 2], 2 * 8, 10 * 6 * 6),
+        ("personalization=prior", [2, 2, 2, 2], 2 * 8, 10 * 6 * sampling.STEPS),
         ("personalization=fedalt personalization.steps=3", [5, 5, 5, 5], 8, 0),
         (
             "personalization=directions aggregation=fedit personalization.round_steps=3 personalization.warmup=1 "
@@ -40,7 +41,7 @@ MEASURED = 5 * 4 * 2  # validation pictures of five devices, at two timesteps
     ],
 )
 def test_steps_of_methods_are_work(words: str, by_round: list[int], after: int, drawn: int) -> None:
-    """A trained example is three forward passes. The base draws a picture for each of 6 captions in 6 steps."""
+    """A trained example is three forward passes. The base draws a picture for each of 6 captions."""
     work = run_work(compose(f"{FEW} {words}"))
     assert list(work.rounds) == [5 * steps * 3 * 3 + MEASURED for steps in by_round]
     assert work.after == 10 * after * 5 * 3 + drawn
