@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common import atomic_files
 from common.errors import AntherError
 from common.seeding import derive_seed
 from typefaces.picture_table import PERSON, ROLE, read_rows
@@ -112,9 +114,9 @@ def write_subset(file: Path, names: Collection[str], out: Path) -> Path:
         wanted = set(names)
         keep = pa.array([name in wanted for name in table.column(PERSON).to_pylist()])
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_suffix(".partial")
-        pq.write_table(table.filter(keep), partial)
-        partial.rename(out)
+        buffer = io.BytesIO()
+        pq.write_table(table.filter(keep), buffer)
+        atomic_files.write(out, buffer.getvalue())
     return out
 
 

@@ -153,3 +153,21 @@ def test_image_is_independent_of_others(base: Base, sampler: str) -> None:
     other = generate(base, captions[1:2], seeds[1:2], adapters, [0], memory=PLENTY, **settings)
     assert not torch.allclose(other, single, atol=1e-3)
     assert not torch.allclose(together[0], together[3], atol=1e-3)
+
+
+@pytest.mark.integration
+def test_guides_have_the_slots_of_the_adapters(base: Base) -> None:
+    """Each image is guided by its own slot; by its own adapter, that is classifier-free guidance."""
+    adapters = [stack_adapters(base.sites, [nonzero_adapter(base, 2, 1), nonzero_adapter(base, 2, 2)])]
+    guides = [stack_adapters(base.sites, [nonzero_adapter(base, 2, 1), None])]
+    settings: dict[str, Any] = {"sampler": "dpm", "steps": 3, "guidance": 2.0, "memory": PLENTY}
+    captions, seeds, slots = ["a 1", "b 2"], [5, 6], [0, 1]
+    plain = generate(base, captions, seeds, adapters, slots, **settings)
+    guided = generate(base, captions, seeds, adapters, slots, guides=guides, **settings)
+    torch.testing.assert_close(guided[0], plain[0])
+    assert not torch.allclose(guided[1], plain[1], atol=1e-3)
+    unguided = settings | {"guidance": 1.0}
+    torch.testing.assert_close(
+        generate(base, captions, seeds, adapters, slots, guides=guides, **unguided),
+        generate(base, captions, seeds, adapters, slots, **unguided),
+    )

@@ -59,6 +59,7 @@ def test_drawing_equals_merged_weights(
     shared, personal = live(fresh, 1), live(fresh, 2)
     Store(FileStorage(tmp_path / "store")).save_personal(PersonalAdapter(personal, shared, fresh.hash, "run:1"))
     options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--out", str(tmp_path / "out")]
+    options += ["--guide", "same"]
     assert main([*CAPTIONS, *options, "--under", under, "--store", str(tmp_path / "store")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     part = "" if under == "personal" else f"-{under}"  # the two are added
@@ -68,6 +69,21 @@ def test_drawing_equals_merged_weights(
         assert np.abs(np.asarray(Image.open(file)).astype(int) - picture.astype(int)).max() <= 1
     if parts:
         assert (expected[0] != merged(fresh.folder)[0]).any()
+
+
+@pytest.mark.integration
+def test_guidance_strengthens_the_personal_adapter(fresh: Base, tmp_path: Path) -> None:
+    """Under the shared adapter alone both kinds of guidance are one."""
+    shared, personal = live(fresh, 1), live(fresh, 2)
+    Store(FileStorage(tmp_path / "store")).save_personal(PersonalAdapter(personal, shared, fresh.hash, "run:1"))
+    drawn = {}
+    for guide, under in (("shared", "personal"), ("same", "personal"), ("shared", "shared"), ("same", "shared")):
+        out = tmp_path / f"{guide}-{under}"
+        options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--guide", guide, "--under", under]
+        assert main([CAPTIONS[0], *options, "--out", str(out), "--store", str(tmp_path / "store")]) == 0
+        drawn[guide, under] = np.asarray(Image.open(next(out.iterdir()))).astype(int)
+    assert (drawn["shared", "shared"] == drawn["same", "shared"]).all()
+    assert (drawn["shared", "personal"] != drawn["same", "personal"]).any()
 
 
 @pytest.mark.parametrize(

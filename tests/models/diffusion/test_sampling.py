@@ -17,6 +17,7 @@ from diffusers import (
 from torch import Tensor
 
 from common.errors import AntherError
+from models.diffusion.denoiser import Denoise
 from models.diffusion.objective import Schedule, diffusion, rectified_flow
 from models.diffusion.sampling import SAMPLERS, num_noises, sample
 
@@ -128,6 +129,29 @@ class TestAgainstDiffusers:
             x = scheduler.step(plain + guidance * (output - plain), t, x).prev_sample
         actual = own_sample("ancestral", schedule, steps, guidance)
         torch.testing.assert_close(actual.float(), x.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guide_makes_the_unconditional_prediction(sampler: str) -> None:
+    """A guide equal to the network changes nothing; of another one, guidance removes what it predicts."""
+    schedule, start = diffusion(ALPHA_BARS, "v_prediction"), noises(sampler, 4)
+
+    def drawn(guidance: float, guide: Denoise | None) -> Tensor:
+        return sample(
+            sampler, network, schedule, start, CONTEXT, steps=4, guidance=guidance, null_context=NULL, guide=guide
+        )
+
+    def offset(x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return network(x, time, context) - 0.1
+
+    def expected(x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        plain = network(x, time, NULL.expand(2, -1, -1))
+        return plain + 2.5 * (network(x, time, context) - plain) + 1.5 * 0.1
+
+    torch.testing.assert_close(drawn(2.5, network), drawn(2.5, None))
+    torch.testing.assert_close(drawn(1.0, offset), drawn(1.0, None))
+    manual = sample(sampler, expected, schedule, start, CONTEXT, steps=4)
+    torch.testing.assert_close(drawn(2.5, offset), manual)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
