@@ -81,7 +81,7 @@ def hydra_application(
                     check(sys.argv[1:])
                 offer_plugins(sys.argv[1:])
                 sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
-                with _quick_help(sys.argv[1:]):
+                with _shortcuts(sys.argv[1:]):
                     job()
                 if after is not None:
                     after()
@@ -168,15 +168,21 @@ def output_dir() -> str:
 
 
 @contextlib.contextmanager
-def _quick_help(words: Sequence[str]) -> Iterator[None]:
-    """Keep Hydra from listing all groups for `--help`, which takes seconds: our templates have a list of their own."""
-    listing = Hydra.format_config_groups
+def _shortcuts(words: Sequence[str]) -> Iterator[None]:
+    """Skip two slow steps of Hydra whose results our applications don't use.
+
+    For `--help`, Hydra lists all groups, but our templates have lists of their own. Before a run, it composes the whole
+    configuration once more for `hydra.mode`, which is not set unless on the command line or by a file of the user.
+    """
+    listing, mode = Hydra.format_config_groups, Hydra.get_mode
     if not {"--help", "-h"}.isdisjoint(words):
         Hydra.format_config_groups = lambda *_, **__: ""  # type: ignore[method-assign]
+    if not any("hydra.mode" in word or word.startswith(("--config", "-c")) for word in words):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Hydra.format_config_groups = listing  # type: ignore[method-assign]
+        Hydra.format_config_groups, Hydra.get_mode = listing, mode  # type: ignore[method-assign]
 
 
 def _stop(line: str) -> NoReturn:

@@ -155,6 +155,8 @@ def test_bad_job_stops_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_multirun_runs_every_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--multirun", "rounds=1,2", "privacy=none,example") == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
+    assert run(monkeypatch, "hydra.mode=MULTIRUN", "rounds=1,2") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.integration
