@@ -43,7 +43,7 @@ test-fast: $(INSTALLED_DEV)  ## run the unit tests
 test: $(INSTALLED_DEV)  ## check lint, format and types, and run the unit and integration tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/python -m pytest -m "not stress" $(WORKERS)
 
 coverage: $(INSTALLED_DEV)  ## measure the coverage of those tests, in half as much time again
