@@ -73,7 +73,7 @@ def test_drawing_equals_merged_weights(
 
 @pytest.mark.integration
 def test_guidance_strengthens_the_personal_adapter(fresh: Base, tmp_path: Path) -> None:
-    """Under the shared adapter alone both kinds of guidance are one."""
+    """With only the shared adapter, both kinds of guidance are one."""
     shared, personal = live(fresh, 1), live(fresh, 2)
     Store(FileStorage(tmp_path / "store")).save_personal(PersonalAdapter(personal, shared, fresh.hash, "run:1"))
     drawn = {}

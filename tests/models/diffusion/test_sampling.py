@@ -133,7 +133,7 @@ class TestAgainstDiffusers:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guide_makes_the_unconditional_prediction(sampler: str) -> None:
-    """A guide equal to the network changes nothing; of another one, guidance removes what it predicts."""
+    """A guide equal to the network changes nothing; guidance by another removes its prediction."""
     schedule, start = diffusion(ALPHA_BARS, "v_prediction"), noises(sampler, 4)
 
     def drawn(guidance: float, guide: Denoise | None) -> Tensor:
