@@ -42,7 +42,7 @@ def _no_wait(_: float) -> None:
     pass
 
 
-def _no_limit(_: int, __: Collection[str]) -> None:
+def _no_limit(_: int, __: Collection[str], ___: int) -> None:
     pass
 
 
@@ -72,9 +72,9 @@ class Device:
     """Wait this many seconds before a private reply, so that it is sent at a public time; raises Cancelled if the
     device is stopped meanwhile. A simulation only counts the time.
     """
-    check_memory: Callable[[int, Collection[str]], None] = _no_limit
-    """Raise RequestRefusedError if training an adapter of this rank at these sites would not fit. In a simulation the
-    cohort manages memory.
+    check_memory: Callable[[int, Collection[str], int], None] = _no_limit
+    """Raise RequestRefusedError if training an adapter of this rank at these sites, and this number of further bytes,
+    would not fit. In a simulation the cohort manages memory.
     """
     previews: int = 0
     """Number of preview pictures drawn for the owner after each training of the personal adapter."""

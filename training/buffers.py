@@ -253,9 +253,10 @@ def shared_bytes(base: Denoiser, spec: BufferSpec) -> int:
     """Compute the bytes of a frozen adapter that all jobs share, with its copies during loading, and of fixed
     factors."""
     frozen = 3 * frozen_layout(base, spec).size if spec.common else 0
-    fixed = (
-        0 if spec.trains == "both" else max(1, spec.directions) * Layout(_named_sites(base, spec.sites), spec.rank).size
-    )
+    sites = _named_sites(base, spec.sites)
+    fixed = 0 if spec.trains == "both" else Layout(sites, spec.rank).size
+    if spec.directions:
+        fixed += (spec.directions - 1) * spec.rank * sum(site.outputs for site in sites.values())
     return (frozen + fixed) * base.full_precision.itemsize
 
 

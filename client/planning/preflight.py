@@ -18,7 +18,7 @@ from training.capacity import total_and_free
 from training.passes import free_buffers
 
 
-def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) -> None:
+def check_memory(base: Base, store: Store, rank: int, sites: Collection[str], held_bytes: int = 0) -> None:
     """Raise RequestRefusedError if a pass of one picture may need more memory than is free.
 
     Nothing is predicted on a GPU: there an allocation that is too large fails with an error and harms no other process.
@@ -28,6 +28,7 @@ def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) ->
         store: caches predictions.
         rank: rank of the adapter.
         sites: names of the trained sites.
+        held_bytes: bytes that a method of personalization holds besides.
     """
     if base.device.type != "cpu":
         return
@@ -37,6 +38,7 @@ def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) ->
     if needed is None:
         needed = _pass_bytes(base, rank, trained_sites)
         store.save_number("pass-bytes", key, needed)
+    needed += held_bytes
     if MARGIN * needed > _free(base):
         free_buffers(base)
     if MARGIN * needed > _free(base):  # the message must not reveal the amount of free memory

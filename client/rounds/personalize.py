@@ -55,7 +55,7 @@ def answer(request: messages.Personalize, device: Device) -> Generator[Job, Resu
             f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more"
         )
     sent = receive_adapter(request.adapter, device, rounded=request.rounded).adapter
-    device.check_memory(method.personal_rank(request.rank, rank(sent)), device.sites)
+    device.check_memory(method.personal_rank(request.rank, rank(sent)), device.sites, 0)
     # From the requested steps, never measured: the step at which training stops depends on the pictures.
     seconds, joules, quality = training_cost(device, steps * request.batch_size)
     reply = messages.Personalized(device=device.name, seconds=seconds, joules=joules, quality=quality)

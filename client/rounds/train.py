@@ -33,7 +33,7 @@ from protocol.messages import TrainingPlan
 from protocol.quantization import PRECISIONS
 from training import jobs
 from training.jobs import Examples, Job, Picture, Result, assumed_pictures
-from training.personalization import Personalization
+from training.personalization import Personalization, held_bytes
 from training.round_work import examples_per_round, steps_per_round
 
 SHARED = "shared"
@@ -71,8 +71,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         return _unpack(sealed)
 
     start, frozen, lora_xs_bases = sent.parts(plan.rank, plan.sites)
+    held = held_bytes(method, device.sites, plan.rank)
     device.check_memory(
-        max(method.trained_rank(plan.rank), method.rank_in_round), start
+        method.largest_rank(plan.rank), start, held
     )  # before pictures use memory: the server may know this answer
     if plan.privacy is None:
         # Before reading pictures: a refusal must not depend on them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from types import MappingProxyType
 
 from client.planning.plan_search import pass_seconds
 from common.units import GIB, MIB
@@ -16,9 +17,11 @@ from models.diffusion.sites import exact_pattern
 from models.families.known import find_base
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import PassCosts
+from models.lora.adapter import Sites
 from protocol.messages import TrainingPlan
 from strategies.planning.site_selection import base_pass_costs
-from training.round_work import examples_per_round
+from training.personalization import held_bytes
+from training.round_work import examples_per_round, method_of
 
 PredictFootprint = Callable[[int], Footprint]
 """Rank -> footprint of a pass over one picture with an adapter of this rank at every site."""
@@ -31,18 +34,26 @@ class Costs:
         predict: footprints of the fleet's base.
         pass_costs: costs of passes that train some of the sites; called once, for the first such plan.
         workload: factors by which memory and arithmetic are multiplied.
+        sites: sites of the adapter; only methods of personalization that hold more than it need them.
     """
 
     def __init__(
-        self, predict: PredictFootprint, pass_costs: Callable[[], PassCosts], workload: WorkloadConfig
+        self,
+        predict: PredictFootprint,
+        pass_costs: Callable[[], PassCosts],
+        workload: WorkloadConfig,
+        sites: Sites = MappingProxyType({}),
     ) -> None:
         self._predict, self._pass_costs, self._workload = predict, cache(pass_costs), workload
+        self._sites = sites
 
     def required_bytes(self, plan: TrainingPlan) -> float:
         """Return the peak bytes of a pass, excluding the process' own memory."""
+        method, factor = method_of(plan), self._workload.memory_factor
+        held = factor * held_bytes(method, self._sites, plan.rank)
         if plan.sites is None:
-            return self._footprint(plan.rank).peak_bytes
-        return self._workload.memory_factor * self._pass_costs().bytes(plan.sites)
+            return held + self._footprint(method.largest_rank(plan.rank)).peak_bytes
+        return held + factor * self._pass_costs().bytes(plan.sites)
 
     def fits(self, plan: TrainingPlan, device: DeviceProfileConfig) -> bool:
         """Return whether a pass of the plan and the process fit in the device's memory."""
@@ -51,7 +62,7 @@ class Costs:
     def seconds(self, plan: TrainingPlan, device: DeviceProfileConfig) -> float:
         """Return the seconds of all steps of a plan at full speed."""
         work = 1.0 if plan.sites is None else self._pass_costs().work(plan.sites)
-        return examples_per_round(plan) * work * self.example_seconds(plan.rank, device)
+        return examples_per_round(plan) * work * self.example_seconds(method_of(plan).trained_rank(plan.rank), device)
 
     def example_seconds(self, rank: int, device: DeviceProfileConfig) -> float:
         """Return the seconds of one training example at every site at full speed."""
@@ -91,7 +102,7 @@ def build_costs(base: Base, settings: BaseConfig, workload: WorkloadConfig, *, r
         base.resolution,
     )
     pass_costs = partial(base_pass_costs, base, rank)
-    return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, workload)
+    return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, workload, base.sites)
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,9 @@ from typing import cast
 
 from conf.schemas.federation import FederationConfig
 from models.base.base import Base
+from strategies.factory.personalization import build_personalization
 from strategies.planning import PLANNINGS, PlanningMethod
+from training.personalization import held_bytes
 
 
 def build_planning(config: FederationConfig, base: Base | None, memory_factor: float) -> PlanningMethod:
@@ -17,5 +19,12 @@ def build_planning(config: FederationConfig, base: Base | None, memory_factor: f
         base: its base.
         memory_factor: factor on the predicted memory of a pass.
     """
-    known = {"base": base, "rank": config.adapter.shared.rank, "memory_factor": memory_factor}
+    method = build_personalization(config)
+    message_rank = method.message_rank(config.adapter.shared.rank)
+    known = {
+        "base": base,
+        "rank": method.largest_rank(message_rank),
+        "held_bytes": held_bytes(method, base.sites, message_rank) if base else 0,
+        "memory_factor": memory_factor,
+    }
     return cast(PlanningMethod, PLANNINGS.create(config.planning.name, known))

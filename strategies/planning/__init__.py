@@ -1,7 +1,8 @@
 """Training plans that fit each device's memory, time and power.
 
 A planning method decides at which sites a device trains, and for how many steps. Each module registers its method as
-`@planning("name")`. The parameters `base`, `rank` and `memory_factor` of its constructor are filled in from the run.
+`@planning("name")`. The parameters `base`, `rank`, `memory_factor` and `held_bytes` of its constructor are filled in
+from the run.
 """
 
 from __future__ import annotations

@@ -33,11 +33,13 @@ class SiteSelector:
         costs: costs at a rank that no plan exceeds.
         memory_factor: factor of a pass's memory, for a base that stands for a larger one.
         runtime_bytes: bytes of a process before it loads a network.
+        held_bytes: bytes that the method of personalization holds, whatever the sites (`training.personalization`).
     """
 
     costs: PassCosts
     memory_factor: float = 1.0
     runtime_bytes: int = RUNTIME
+    held_bytes: int = 0
     every_site: ClassVar = False
 
     def in_round(self, sent: SentAdapter) -> DevicePlanner:
@@ -63,7 +65,8 @@ class SiteSelector:
 
     def fits(self, candidate: SiteSet, report: DeviceReport) -> bool:
         """Whether training at these sites fits the memory of a device."""
-        return MARGIN * (self.runtime_bytes + self.memory_factor * candidate.bytes) <= report.memory_gib * GIB
+        network = self.memory_factor * (candidate.bytes + self.held_bytes)
+        return MARGIN * (self.runtime_bytes + network) <= report.memory_gib * GIB
 
 
 @planning("device")
@@ -73,16 +76,16 @@ class DevicePlanning(SiteSelector):
     Args:
         base: base of the run, whose costs are predicted.
         rank: rank that no plan exceeds.
-        memory_factor: see `SiteSelector`.
+        memory_factor, held_bytes: see `SiteSelector`.
 
     Raises:
         ValueError: there is no base.
     """
 
-    def __init__(self, *, base: Base | None, rank: int, memory_factor: float = 1.0) -> None:
+    def __init__(self, *, base: Base | None, rank: int, memory_factor: float = 1.0, held_bytes: int = 0) -> None:
         if base is None:
             raise ValueError("base: required by planning=device")
-        super().__init__(costs=base_pass_costs(base, rank), memory_factor=memory_factor)
+        super().__init__(costs=base_pass_costs(base, rank), memory_factor=memory_factor, held_bytes=held_bytes)
 
 
 def site_gains(adapter: Adapter) -> dict[str, float]:

@@ -99,7 +99,7 @@ def test_invalid_sites_are_refused_without_charge(tmp_path: Path, sites: Any, wo
 
 def test_memory_check_uses_plan_sites(tmp_path: Path) -> None:
     requested: list[tuple[int, list[str]]] = []
-    device = make_device(tmp_path, check_memory=lambda rank, sites: requested.append((rank, list(sites))))
+    device = make_device(tmp_path, check_memory=lambda rank, sites, _: requested.append((rank, list(sites))))
     answer_request(device, request(1, sites=(FIRST,)))
     answer_request(device, request(2))
     assert requested == [(2, [FIRST]), (2, list(SITES))]

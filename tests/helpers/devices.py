@@ -41,7 +41,7 @@ def make_device(
     pictures: Pictures = PICTURES,
     policy: Policy | None = None,
     noise: NoiseSource | None = None,
-    check_memory: Callable[[int, Collection[str]], None] = lambda _, __: None,
+    check_memory: Callable[[int, Collection[str], int], None] = lambda *_: None,
 ) -> Device:
     """Create a device that stores its files in a folder, or that uses the given storage.
 

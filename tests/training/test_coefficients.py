@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from models.base.base import Base
-from models.lora.directions import Directions, combine, init_directions, personal_adapter
+from models.lora.directions import CoefficientLayout, Directions, combine, init_directions, personal_adapter
 from tests.helpers.reference_trainer import PLENTY, examples, job, nonzero_adapter, private, trained_adapter
+from training.buffers import BufferSpec, shared_bytes, trained_layout
 from training.cohort import train
 from training.jobs import EarlyStopping, TrainedAdapter, TrainJob
 
@@ -95,3 +96,11 @@ def test_wrong_jobs_are_refused(fine: Base) -> None:
 def test_trained_adapter_has_the_rank_of_the_shared_one(fine: Base) -> None:
     adapter = trained_adapter(results(fine, [fitting(fine)])[0])
     assert {factors.a.shape[0] for factors in adapter.values()} == {2}
+
+
+def test_fixed_factors_are_counted_exactly(fine: Base) -> None:
+    spec = BufferSpec.of([fitting(fine, frozen=None)])
+    layout = trained_layout(fine, spec)
+    assert isinstance(layout, CoefficientLayout)
+    held = [*layout._a.values(), *layout._directions.values()]
+    assert shared_bytes(fine, spec) == sum(tensor.nbytes for tensor in held)

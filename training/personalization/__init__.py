@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
+
 from common.errors import AntherError
 from common.plugins import Registry
-from models.lora.adapter import Adapter
+from models.lora.adapter import Adapter, Site, Sites
 from training.jobs import Job, Result, TrainedAdapter, TrainJob, expect
 
 
@@ -84,6 +86,21 @@ class Personalization:
         """Return the rank that a device trains at once, from that in messages."""
         return message_rank
 
+    def largest_rank(self, message_rank: int) -> int:
+        """Return the largest rank that a device trains at once in a round, from that in messages."""
+        return max(self.trained_rank(message_rank), self.rank_in_round)
+
+    def held_in_round(self, site: Site, rank: int) -> int:  # noqa: ARG002
+        """Return the numbers that a device holds in a round beside those of training one adapter of the largest rank.
+
+        Training an adapter holds it as received, as trained, its moments, and the sum of its gradients.
+
+        Args:
+            site: dimensions of a site.
+            rank: rank of the shared adapter that the device trains.
+        """
+        return 0
+
     def personal_rank(self, rank: int, shared_rank: int) -> int:  # noqa: ARG002
         """Return the rank that a device trains at once after the rounds.
 
@@ -148,6 +165,18 @@ def steps_by_round(method: Personalization, *, rounds: int, shared: int) -> list
     if method.last_round_steps is not None:
         steps[-1] = method.last_round_steps
     return [count + method.steps_in_round(number) for number, count in enumerate(steps, start=1)]
+
+
+def held_bytes(method: Personalization, sites: Sites, message_rank: int) -> int:
+    """Return the bytes of `Personalization.held_in_round` at all sites of the adapter that a device receives.
+
+    Args:
+        method: method of personalization.
+        sites: sites of the adapter.
+        message_rank: rank of the adapter in messages.
+    """
+    rank = method.trained_rank(message_rank)
+    return torch.float32.itemsize * sum(method.held_in_round(site, rank) for site in sites.values())
 
 
 def total_steps(method: Personalization, *, rounds: int, shared: int, personal: int) -> int:

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Factors, concatenate
+from models.lora.adapter import Adapter, Factors, Site, concatenate
 from models.lora.directions import (
     Directions,
     divide,
@@ -103,6 +103,15 @@ class LearnedDirections(Personalization):
         """See `Personalization.trained_rank`."""
         return max(1, message_rank // (1 + self.number))
 
+    def held_in_round(self, site: Site, rank: int) -> int:
+        """See `Personalization.held_in_round`.
+
+        While coefficients are trained, these are the directions as received (with rows of A), divided, and as loaded.
+        While the rest is trained, B is also held before and after the coefficients are added.
+        """
+        received, directions = self.number * rank * (site.inputs + site.outputs), self.number * rank * site.outputs
+        return received + max(2 * directions, directions + rank * (site.inputs + 3 * site.outputs))
+
     def initial(self, shared: Adapter, seed: int) -> Adapter:
         """See `Personalization.initial`."""
         return extend(shared, init_directions(shared, self.number, seed, scale=self.scale))
@@ -114,6 +123,9 @@ class LearnedDirections(Personalization):
     def train_round(self, job: TrainJob, state: Adapter | None) -> Generator[Job, Result, RoundTraining]:
         """See `Personalization.train_round`; the start of `job` has the directions."""
         shared, directions = divide(job.start, self.number)
+        if job.frozen is not None:  # sites that aren't trained need no directions
+            untrained = {name: factors for name, factors in job.frozen.items() if name not in job.start}
+            job = replace(job, frozen={**job.frozen, **divide(untrained, self.number)[0]})
         if job.round <= self.warmup:
             trained = expect(TrainedAdapter, (yield replace(job, start=shared)))
             return RoundTraining(trained._replace(adapter=extend(trained.adapter, directions)), state)

@@ -55,6 +55,10 @@ class FedAlt(Personalization):
         """See `Personalization.rank_in_round`."""
         return self.rank
 
+    def held_in_round(self, site: Site, rank: int) -> int:
+        """See `Personalization.held_in_round`: the other adapter, before and after training, joined and as loaded."""
+        return (4 * min(self.rank, rank) + 2 * rank) * (site.inputs + site.outputs)
+
     def personal_rank(self, rank: int, shared_rank: int) -> int:  # noqa: ARG002
         """See `Personalization.personal_rank`: that of the rounds, from which training continues."""
         return self.rank

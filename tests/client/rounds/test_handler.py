@@ -104,7 +104,7 @@ def test_encoding_depends_on_resolution(tmp_path: Path) -> None:
 
 
 def test_too_large_plan_is_refused_without_charge(tmp_path: Path) -> None:
-    def check(rank: int, sites: Collection[str]) -> None:
+    def check(rank: int, sites: Collection[str], _: int) -> None:
         raise RequestRefusedError(f"memory: not for rank {rank} at {len(sites)} sites")
 
     device, perform = make_device(tmp_path, check_memory=check), Performer()

@@ -161,7 +161,7 @@ def test_personalization_continues_from_the_rounds(rounds: int, tmp_path: Path) 
 def test_memory_is_checked_for_the_larger_adapter(tmp_path: Path) -> None:
     """The two adapters are trained one after the other. The shared one may be the smaller one."""
     checked: list[int] = []
-    device = make_device(tmp_path, check_memory=lambda rank, _: checked.append(rank))
+    device = make_device(tmp_path, check_memory=lambda rank, *_: checked.append(rank))
     for number, rank in enumerate((1.0, 5.0), start=1):
         method = PersonalizationMethod(name="fedalt", options=(MethodOption(name="rank", value=rank),))
         reply, done = answer(device, request(number, method=method))

@@ -200,6 +200,19 @@ def test_steps_of_personalization_take_time():
     assert COSTS.seconds(replace(PLAN, personalization=method), device) == 2 * COSTS.seconds(PLAN, device)
 
 
+def test_directions_are_not_trained_as_rank():
+    """Rank 2 is trained; a device also holds what its method declares, at all sites of the adapter."""
+    method = PersonalizationMethod(name="directions", options=(MethodOption(name="number", value=7.0),))
+    plan = replace(PLAN, round=1, rank=16, personalization=method)
+    costs = Costs(COSTS._predict, COSTS._pass_costs, WorkloadConfig(memory_factor=2.0), SITES)
+    held = 4 * sum(7 * 2 * (site.inputs + 3 * site.outputs) for site in SITES.values())
+    assert costs.required_bytes(plan) == 2 * ((2 << 20) + held)
+    assert costs.required_bytes(replace(plan, sites=("x",))) == 2 * ((3 << 20) + held)
+    plain = replace(PLAN, rank=2, steps=PLAN.steps + 4)
+    device = virtual_device("a").hardware.known_device
+    assert costs.seconds(plan, device) == costs.seconds(plain, device)
+
+
 def test_fewer_sites_need_less_memory_and_time():
     plan, device = replace(PLAN, rank=6), virtual_device("a", memory_mib=RUNTIME + 6.0).hardware.known_device
     larger = Costs(COSTS._predict, COSTS._pass_costs, WorkloadConfig(memory_factor=2.0, compute_factor=3.0))

@@ -164,6 +164,15 @@ def test_memory_factor_scales_the_pass() -> None:
     assert not selector.fits(candidate, replace(REPORT, memory_gib=needed - 1e-6))
 
 
+def test_held_bytes_count_for_every_set() -> None:
+    costs = table({"s0": (64 * MIB, MIB)})
+    selector = SiteSelector(costs=costs, memory_factor=2.0, runtime_bytes=0, held_bytes=35 * MIB)
+    (candidate,) = site_sets(costs, {"s0": 1.0})
+    needed = MARGIN * 2 * (65 + 35) / 1024
+    assert selector.fits(candidate, replace(REPORT, memory_gib=needed + 1e-6))
+    assert not selector.fits(candidate, replace(REPORT, memory_gib=needed - 1e-6))
+
+
 def test_gains_are_half_uniform_and_half_product_norm() -> None:
     torch.manual_seed(0)
     adapter = {"x": Factors(torch.randn(3, 6), torch.randn(5, 3)), "y": Factors(torch.randn(3, 4), torch.zeros(7, 3))}

@@ -91,6 +91,25 @@ def test_warm_up_trains_the_shared_adapter_only() -> None:
         torch.testing.assert_close(trained[name].b, divide(sent, NUMBER)[0][name].b + 2)
 
 
+def test_sites_that_are_not_trained_are_frozen_without_directions() -> None:
+    method = LearnedDirections(number=NUMBER)
+    sent = start_adapter(method)
+    shared, _ = divide(sent, NUMBER)
+    trained, frozen = list(SITES)[:1], list(SITES)[1:]
+    job = round_job({name: sent[name] for name in trained}, frozen={name: sent[name] for name in frozen})
+    _, (fit, step) = drive(method.train_round(job, None), answer)
+    assert isinstance(fit, TrainJob)
+    assert isinstance(step, TrainJob)
+    assert fit.frozen is not None
+    assert step.frozen is not None
+    assert set(fit.frozen) == set(SITES)
+    assert set(step.frozen) == set(frozen)
+    for name in frozen:
+        for applied in (fit.frozen[name], step.frozen[name]):
+            assert torch.equal(applied.a, shared[name].a)
+            assert torch.equal(applied.b, shared[name].b)
+
+
 def test_fit_adds_a_lora_to_the_coefficients() -> None:
     method = LearnedDirections(number=NUMBER, steps=7)
     sent = start_adapter(method)

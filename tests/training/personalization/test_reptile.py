@@ -44,7 +44,7 @@ def test_device_trains_the_rank_of_the_shared_adapter(tmp_path: Path) -> None:
             return 0.5 if isinstance(job, MeasureJob) else super()._perform(job)
 
     checked: list[int] = []
-    device = make_device(tmp_path, check_memory=lambda rank, _: checked.append(rank))
+    device = make_device(tmp_path, check_memory=lambda rank, *_: checked.append(rank))
     request = Personalize(
         run="run",
         round=1,
