@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SAMPLER = "dpm"
-STEPS = 8
+STEPS = 12
 GUIDANCE_SCALE = 5.0
 GUIDES = ("shared", "same")
 GUIDE = "shared"

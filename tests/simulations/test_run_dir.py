@@ -21,7 +21,9 @@ from tests.helpers import configs
 from tests.helpers.simulations import own_pictures
 
 ASSETS = {"base": "b", "data": "d"}
-DRAWN = "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5"  # defaults of that time
+DRAWN = (  # defaults of that time
+    "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5 evaluation.guide=same"
+)
 HASHES = [
     (
         "587609844fc13b9e62cea62d44d28e6b5fd2ab879fbbdb1e8f503c50b114b938",
@@ -186,7 +188,7 @@ def test_added_setting_counts_if_set(tmp_path: Path) -> None:
 def test_other_changes_are_counted(tmp_path: Path) -> None:
     run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
     changed = fresh(f"resume=true seed=9 rounds=7 {DRAWN}")
-    with pytest.raises(AntherError, match=r"\(evaluation\.guidance_scale was 3\.0, now 1\.5; .*; and 1 more\): resume"):
+    with pytest.raises(AntherError, match=r"\(evaluation\.guidance_scale was 5\.0, now 1\.5; .*; and 3 more\): resume"):
         run_dir.check(tmp_path / "run", changed)
 
 
