@@ -32,7 +32,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_tests_install_no_optional_library() -> None:
     optional = {extra: names(required) for extra, required in EXTRAS.items() if extra not in FOR_TESTS}
-    assert optional.keys() == {"examples", "ray"}  # each has a test below
+    assert optional.keys() == {"examples", "heic", "ray"}  # tests below, and in tests/client/data/test_odd_files.py
     assert names(EXTRAS["dev"]) & set().union(*optional.values()) == set()
 
 

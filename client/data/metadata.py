@@ -15,9 +15,10 @@ from common.errors import AntherError, os_error, shorten
 
 METADATA = "metadata.jsonl"
 EXAMPLE = '{"file_name": "cat.jpg", "text": "my cat"}'
-SUPPORTED = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+HEIF = (".heic", ".heif", ".hif")
+SUPPORTED = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *HEIF)
 """Suffixes of supported pictures."""
-UNSUPPORTED = (".avif", ".heic", ".heif", ".jxl")
+UNSUPPORTED = (".jxl",)
 """Suffixes of unsupported pictures: a missing caption is reported for these too, so that none is skipped silently."""
 JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system volume information"}
 """Files that operating systems create in folders of pictures, in addition to names that begin with a dot."""

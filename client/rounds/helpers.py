@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from client.data import MissingPicture, fingerprint
+from client.data.reading import DECODING
 from client.device import Device
 from client.power.conditions import ESTIMATE
 from client.power.meter import TrainingCost
@@ -133,7 +134,7 @@ def finite_epsilon(delta: float, history: LedgerHistory) -> float:
 
 def cache_key(device: Device, pictures: Sequence[Picture]) -> str:
     """Return the cache key of pictures encoded by this base at the device's resolution."""
-    return f"{device.report.base}:{device.resolution}:{fingerprint(pictures)}"
+    return f"{device.report.base}:{device.resolution}:{DECODING}:{fingerprint(pictures)}"
 
 
 def training_cost(

@@ -195,7 +195,7 @@ def write_sheet(line: str) -> Callable[[Path], object]:
         (lambda f: (f / "1.png").write_bytes((f / "1.png").read_bytes()[:40]), "1.png", "save it again"),
         (lambda f: save(f / "1.png", size=(1, 1)), "1.png", "8×8"),
         (lambda f: save(f / "1.png", size=(100, 7)), "1.png", "8×8"),
-        (lambda f: Image.new("I;16", (10, 10)).save(f / "1.png"), "1.png", "8-bit"),
+        (lambda f: Image.new("F", (10, 10)).save(f / "1.png", "TIFF"), "1.png", "8-bit"),
         (lambda f: caption(f, **{"../0.png": "a"}), "../0.png", "copy the picture"),
         (lambda f: caption(f, **{"/etc/passwd": "a"}), "/etc/passwd", "copy the picture"),
         (lambda f: ((f / "1.png").unlink(), (f / "1.png").symlink_to("/etc/passwd")), "1.png", "copy the picture"),
