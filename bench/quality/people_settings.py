@@ -142,7 +142,7 @@ def _steps_in_rounds(config: SimulationConfig, method: Personalization, members:
 
 DEFAULT = PeopleSettings(
     federation=_FEDERATION,
-    reference=(*_FEDERATION, "adapter.shared.lr=1"),
+    reference=_FEDERATION,
     private={
         "open": (*_CORES, "adapter.shared.lr=0.08"),
         "example-8": (*_CORES, *_NOISED, "privacy.epsilon=8", "adapter.shared.lr=0.3"),
