@@ -5,7 +5,7 @@ The network stays in memory. VAE and text encoders are loaded to encode images a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +99,18 @@ class Base(Denoiser):
             forward=self.family.forward,
             attention=self.family.sites,
         )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Configuration of the network."""
+        network: Any = self.network
+        config: Mapping[str, Any] = network.config
+        return config
+
+    @property
+    def prediction(self) -> str:
+        """Quantity that the network predicts: epsilon, v_prediction, sample or flow."""
+        return self.schedule.prediction
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray], ask: Callable[[], None] = lambda: None) -> Tensor:

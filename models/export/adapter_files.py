@@ -12,12 +12,16 @@ Metadata:
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-from models.base.base import Base
+from models.export.base_outline import AdaptedBase
 from models.export.layouts import LAYOUTS, export
 from models.lora.adapter import Adapter
+from models.lora.norm_bound import is_zero
+
+log = logging.getLogger(__name__)
 
 CONTENTS = {
     "shared": "the shared adapter of a federation",
@@ -27,7 +31,7 @@ CONTENTS = {
 }
 
 
-def write(folder: Path, name: str, adapter: Adapter, base: Base, contents: str) -> None:
+def write(folder: Path, name: str, adapter: Adapter, base: AdaptedBase, contents: str) -> None:
     """Write an adapter in every layout that its base's family supports.
 
     Args:
@@ -37,6 +41,8 @@ def write(folder: Path, name: str, adapter: Adapter, base: Base, contents: str) 
         base: base of the adapter.
         contents: key of `CONTENTS`.
     """
+    if is_zero(adapter):
+        log.warning("%s: adapter %s changes nothing, its product is zero at every layer", folder, name)
     for layout in LAYOUTS:
         if layout == "diffusers" or base.family.kohya:
             file = folder / f"{name}{'' if layout == 'diffusers' else f'.{layout}'}.safetensors"
@@ -50,7 +56,7 @@ class _Model(NamedTuple):
     sd_scripts: dict[str, str]
 
 
-def describe(base: Base, contents: str) -> dict[str, str]:
+def describe(base: AdaptedBase, contents: str) -> dict[str, str]:
     """Return the metadata of an adapter file for this base.
 
     Args:
@@ -67,7 +73,7 @@ def describe(base: Base, contents: str) -> dict[str, str]:
         "resolution": f"{base.resolution}x{base.resolution}",
     }
     if base.family.network == "unet":
-        spec["prediction_type"] = "v" if base.schedule.prediction == "v_prediction" else base.schedule.prediction
+        spec["prediction_type"] = "v" if base.prediction == "v_prediction" else base.prediction
     if base_license != "unknown":
         spec["license"] = base_license
     metadata = {f"modelspec.{key}": value for key, value in spec.items()} | model.sd_scripts
@@ -78,12 +84,11 @@ def describe(base: Base, contents: str) -> dict[str, str]:
     return metadata
 
 
-def _model(base: Base) -> _Model:
-    config: Any = cast(Any, base.network).config
-    name = base.family.name
+def _model(base: AdaptedBase) -> _Model:
+    config, name = base.config, base.family.name
     if name == "stable-diffusion":
         # SD 2's projections are linear layers, SD 1's are convolutions: neither loads the other's adapters.
-        is_sd2, is_v = bool(config.get("use_linear_projection")), base.schedule.prediction == "v_prediction"
+        is_sd2, is_v = bool(config.get("use_linear_projection")), base.prediction == "v_prediction"
         version = f"sd_v{2 if is_sd2 else 1}{'_v' if is_v else ''}"
         architecture = (
             ("stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512") if is_sd2 else ("stable-diffusion-v1")

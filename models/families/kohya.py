@@ -57,12 +57,18 @@ class KohyaFormat:
         Raises:
             AntherError: the family's network has no such layer.
         """
+        if (part := self.find_part(name)) is None:
+            raise AntherError(f"{name}: has no name in kohya's layout: export with layout=diffusers")
+        return part
+
+    def find_part(self, name: str) -> FusedPart | None:
+        """Return the position of a layer in the original network; None if it has none."""
         if not self.names:
             return FusedPart(name)
         for pattern, part in self.names:
             if match := re.fullmatch(pattern, name):
                 return part._replace(module=match.expand(part.module))
-        raise AntherError(f"{name}: has no name in kohya's layout: export with layout=diffusers")
+        return None
 
     def ignored(self, sites: Iterable[str]) -> list[str]:
         """Return the sites that sd-scripts ignores; ComfyUI reads them."""

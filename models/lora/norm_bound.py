@@ -32,6 +32,13 @@ def norm_violation(adapter: Adapter, limit: float = MAX_NORM) -> str | None:
     return None
 
 
+def is_zero(adapter: Adapter) -> bool:
+    """Return whether the product B A is zero at every site, so that the adapter changes nothing."""
+    return not any(
+        f.a.any() and f.b.any() and float(squared_norm(f.a.double(), f.b.double())) > 0 for f in adapter.values()
+    )
+
+
 def squared_norm(a: Tensor, b: Tensor) -> Tensor:
     """Return ‖B A‖²_F = tr((BᵀB)(A Aᵀ)) of a [r, in] and b [out, r]; forms the product if it is the smaller tensor."""
     if a.shape[1] * b.shape[0] <= a.numel() + b.numel():
