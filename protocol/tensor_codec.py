@@ -10,10 +10,12 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
+from torch.nn.functional import hardshrink
 
 from common.errors import AntherError
 from common.strict_json import loads
@@ -26,6 +28,15 @@ _MAX_FREE = 2**16
 _CHUNK = 2**16  # numbers that are checked at a time, so that the memory for it doesn't grow with the payload
 
 Shape = tuple[int, ...]
+
+
+class _Layout(NamedTuple):
+    """Positions of the tensors in the data, derived from a valid header."""
+
+    sizes: tuple[int, ...]
+    """Numbers of each tensor, in the order of the data."""
+    tensors: tuple[tuple[str, int, Shape], ...]
+    """Name, index in `sizes`, and shape, in the order in which they are expected."""
 
 
 class CodecError(AntherError):
@@ -96,22 +107,20 @@ def decode(
     """
     if len(data) > (limit := max_payload(expected, free=free, dtype=dtype)):
         raise CodecError(f"payload of {len(data)} bytes, the maximum is {limit}")
-    header, start = _header(data, len(expected))
-    _check_keys(header, expected)
-    sizes = _resolve(header, expected, free)
-    offsets = _check_layout(header, sizes, dtype, len(data) - start)
+    header = _header(data, len(expected))
+    start = 8 + len(header)
+    layout = _layout(header, tuple(expected.items()), free, dtype, len(data) - start)
     buffer = bytearray(data)
     values = torch.frombuffer(buffer, dtype=dtype, offset=start) if len(data) > start else torch.empty(0, dtype=dtype)
-    tensors = {}
-    for name, shape in sizes.items():
-        offset = offsets[name] // dtype.itemsize
-        tensors[name] = values[offset : offset + math.prod(shape)].view(shape)
+    parts = values.split(layout.sizes) if layout.sizes else ()
+    tensors = {name: parts[index].view(shape) for name, index, shape in layout.tensors}
     if not _finite(values):
         raise CodecError(
             f"{next(name for name, t in tensors.items() if not _finite(t))}: contains NaN or infinite values"
         )
+    largest_subnormal = torch.finfo(dtype).tiny * (1 - torch.finfo(dtype).eps)
     for part in values.split(_CHUNK):
-        part.masked_fill_(part.abs() < torch.finfo(dtype).tiny, 0.0)
+        part.copy_(hardshrink(part, largest_subnormal))
     return tensors
 
 
@@ -124,8 +133,8 @@ def _longest_header(tensors: int) -> int:
     return _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors
 
 
-def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
-    """Parse the header; return it and the start of the data."""
+def _header(data: bytes, tensors: int) -> bytes:
+    """Return the header's JSON, which the data follows."""
     if len(data) < 8:
         raise CodecError(f"payload of {len(data)} bytes is too short for a header")
     length = int.from_bytes(data[:8], "little")
@@ -133,13 +142,35 @@ def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
         raise CodecError(f"header of {length} bytes is too long for {tensors} tensors")
     if length > len(data) - 8 or length % 8:  # the format pads it, so that tensors are aligned
         raise CodecError(f"header of {length} bytes is cut off or not padded to 8")
+    return data[8 : 8 + length]
+
+
+@lru_cache(maxsize=16)
+def _layout(text: bytes, expected: tuple[tuple[str, Shape], ...], free: int, dtype: torch.dtype, total: int) -> _Layout:
+    """Parse and check a header. Cached by its bytes, since the replies of a fleet have the same header.
+
+    Args:
+        text: the header's JSON.
+        expected: expected names and shapes.
+        free: maximum of the unknown size.
+        dtype: expected dtype.
+        total: bytes of data after the header.
+    """
     try:
-        header = loads(data[8 : 8 + length].decode())
+        header = loads(text.decode())
     except ValueError as error:
         raise CodecError(f"header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CodecError("header is not a JSON object")
-    return header, 8 + length
+    shapes = dict(expected)
+    _check_keys(header, shapes)
+    resolved = _resolve(header, shapes, free)
+    order = _check_layout(header, resolved, dtype, total)
+    index_of = {name: index for index, name in enumerate(order)}
+    return _Layout(
+        sizes=tuple(math.prod(resolved[name]) for name in order),
+        tensors=tuple((name, index_of[name], shape) for name, shape in resolved.items()),
+    )
 
 
 def _check_keys(header: Mapping[str, object], expected: Mapping[str, Shape]) -> None:
@@ -172,10 +203,11 @@ def _resolve(header: Mapping, expected: Mapping[str, Shape], limit: int) -> dict
     return sizes
 
 
-def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtype, total: int) -> dict[str, int]:
-    """Return the start of each tensor. Tensors must be contiguous, without overlap, and cover the data."""
+def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtype, total: int) -> list[str]:
+    """Return the names in the order of the data. Tensors must be contiguous, without overlap, and cover the data."""
     position = 0
-    for name in sorted(sizes, key=lambda name: header[name]["data_offsets"]):
+    order = sorted(sizes, key=lambda name: header[name]["data_offsets"])
+    for name in order:
         entry = header[name]
         if entry["dtype"] != _DTYPES[dtype]:
             raise CodecError(f"{name}: dtype must be {_DTYPES[dtype]}, is {_describe(entry['dtype'])}")
@@ -187,7 +219,7 @@ def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtyp
         position = end
     if position != total:
         raise CodecError(f"payload holds {total} bytes of data, its header declares {position}")
-    return {name: header[name]["data_offsets"][0] for name in sizes}
+    return order
 
 
 def _describe(value: object) -> str:

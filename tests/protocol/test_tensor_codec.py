@@ -43,6 +43,23 @@ def test_roundtrip_keeps_values_and_order():
     result["a"].zero_()  # the result is writable
 
 
+def test_known_header_does_not_skip_checks():
+    data = encode(TENSORS)
+    for _ in range(2):
+        assert torch.equal(decode(data, EXPECTED)["b"], TENSORS["b"])
+        with pytest.raises(CodecError, match="b: contains NaN"):
+            decode(encode({**TENSORS, "b": torch.full((2, 3), math.nan)}), EXPECTED)
+        with pytest.raises(CodecError, match="payload holds 36 bytes"):
+            decode(data + bytes(4), EXPECTED, free=100)
+        with pytest.raises(CodecError, match="b: shape"):
+            decode(data, {"a": (2,), "b": (3, 2)})
+        with pytest.raises(CodecError, match="dtype must be F16"):
+            decode(data, EXPECTED, dtype=torch.float16)
+    first, second = (decode(data, EXPECTED)["a"] for _ in range(2))
+    first.zero_()
+    assert torch.equal(second, TENSORS["a"])
+
+
 def test_bytes_are_canonical_safetensors():
     assert encode(TENSORS) == encode(dict(sorted(TENSORS.items())))
     assert torch.equal(load(encode(TENSORS))["b"], TENSORS["b"])
