@@ -31,6 +31,15 @@ def test_squared_norm(rank: int, inputs: int, outputs: int, seed: int) -> None:
     assert float(squared_norm(a, b)) == pytest.approx(float(np.square((b @ a).numpy()).sum()), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("numbers", [2**16, 2**22, 2**22 + 1])
+def test_long_factors(numbers: int) -> None:
+    """A float32 sum of many equal squares has the largest error."""
+    for norm, limit in ((0.999, 1.0), (1.001, 1.0), (1.001, 2.0)):
+        long = torch.full((1, numbers), norm / numbers**0.5)
+        adapter = {"x": Factors(long, torch.full((1, 1), 0.5))}
+        assert (norm_violation(adapter, limit) is None) == (norm <= limit)
+
+
 def test_message_names_the_site() -> None:
     good = Factors(torch.ones(2, 3), torch.zeros(4, 2))
     assert norm_violation({"good": good}) is None
