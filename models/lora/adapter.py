@@ -86,6 +86,22 @@ def select_sites(adapter: Adapter, sites: Collection[str]) -> Adapter:
     return {name: factors for name, factors in adapter.items() if name in sites}
 
 
+def first_directions(adapter: Adapter, rank: int) -> Adapter:
+    """Return the first directions of every site.
+
+    Args:
+        adapter: A [r, in] and B [out, r] per site.
+        rank: number n of directions, or all if there are fewer.
+
+    Returns:
+        A [n, in] and B [out, n].
+    """
+    return {
+        name: factors if factors.a.shape[0] <= rank else Factors(factors.a[:rank], factors.b[:, :rank])
+        for name, factors in adapter.items()
+    }
+
+
 def split_rank(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
     """Split every site into its first directions and the remaining ones.
 
@@ -96,9 +112,8 @@ def split_rank(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
     Returns:
         A [n, in] and B [out, n]; A [r − n, in] and B [out, r − n].
     """
-    head = {name: Factors(f.a[:rank], f.b[:, :rank]) for name, f in adapter.items()}
     tail = {name: Factors(f.a[rank:], f.b[:, rank:]) for name, f in adapter.items()}
-    return head, tail
+    return first_directions(adapter, rank), tail
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ noise and optimizer ignore them, and they are never uploaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -52,10 +53,14 @@ def trained_shapes(sites: Sites, rank: int, trainable: str) -> dict[str, tuple[i
         rank: r, at every site.
         trainable: key of `TRAINED_TENSORS`.
     """
+    return dict(_trained_shapes(tuple(sites.items()), rank, trainable))
+
+
+@lru_cache(maxsize=16)
+def _trained_shapes(sites: tuple[tuple[str, Site], ...], rank: int, trainable: str) -> dict[str, tuple[int, ...]]:
+    """Compute `trained_shapes`, cached since the devices of a fleet train the same shapes."""
     return {
-        f"{name}.{spec.name}": spec.shape(site, rank)
-        for name, site in sites.items()
-        for spec in TRAINED_TENSORS[trainable]
+        f"{name}.{spec.name}": spec.shape(site, rank) for name, site in sites for spec in TRAINED_TENSORS[trainable]
     }
 
 

@@ -152,7 +152,7 @@ class TrainingPhase:
         Returns:
             Number of rejected replies by reason.
         """
-        max_bytes = max((self.validator.max_payload(plan) for _, plan in request.plans.values()), default=0)
+        max_bytes = max(map(self.validator.max_payload, {plan for _, plan in request.plans.values()}), default=0)
 
         def accept(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self.validator.update(request.adapter, sent, reply)

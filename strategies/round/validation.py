@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, select_sites, split_rank
+from models.lora.adapter import Adapter, Sites, first_directions, select_sites
 from models.lora.norm_bound import norm_violation
 from models.lora.trainable import from_trained_tensors, trained_shapes, trained_tensors
 from protocol import quantization, records, tensor_codec
@@ -152,22 +152,25 @@ class ReplyValidator:
         if reply.loss is not None and not 0 <= reply.loss < MAX_REPORTED:
             raise ReplyRejectedError("malformed", f"{reply.device}: loss must be 0 to {MAX_REPORTED:g}")
         sites = self.sites if plan.sites is None else plan.sites
-        start = split_rank(select_sites(current, sites), plan.rank)[0]
-        lora_xs_bases = split_rank(self.lora_xs_bases, plan.rank)[0] if self.lora_xs_bases else None
-        trained = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, lora_xs_bases))
+        start = first_directions(select_sites(current, sites), plan.rank)
+        lora_xs_bases = first_directions(self.lora_xs_bases, plan.rank) if self.lora_xs_bases else None
+        trained = self._trained(reply.adapter, plan, start, lora_xs_bases)
         adapter = from_trained_tensors(trained, plan.trains, start, lora_xs_bases)
         # A decoded change is finite in every precision, and so is the sum that is bounded here.
         if violation := norm_violation(adapter):
             raise ReplyRejectedError("norm", f"{reply.device}: {violation}")
         return reply, adapter
 
-    def _trained(self, data: bytes, plan: TrainingPlan, start: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _trained(
+        self, data: bytes, plan: TrainingPlan, start: Adapter, lora_xs_bases: Adapter | None
+    ) -> Mapping[str, Tensor]:
         """Decode the trained tensors in the precision of the plan; quantized updates are changes of `start`."""
         expected = self.trained_shapes(plan)
         if plan.update == "fp32":
             return tensor_codec.decode(data, expected)
         change = quantization.decode(data, expected, plan.update, keep=plan.keep)
-        return {name: start[name] + moved for name, moved in change.items()}
+        before = trained_tensors(start, plan.trains, lora_xs_bases)
+        return {name: before[name] + moved for name, moved in change.items()}
 
     def evaluation(self, round: int, report: DeviceReport, reply: Evaluation) -> Evaluation:
         """Check that an evaluation is of this round and has exactly the requested values.
