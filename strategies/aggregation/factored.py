@@ -199,6 +199,11 @@ def mean_residual(result: Factors, current: Factors, updates: SiteUpdates) -> fl
     mean = tail.b @ tail.a
     for (a, b), p in updates:
         mean.addmm_(b.double(), a.double(), alpha=p)
+    return product_residual(result, mean)
+
+
+def product_residual(result: Factors, mean: Tensor) -> float:
+    """Compute the relative distance of a product from a matrix `[out, in]`, float64; 0 if the matrix is 0."""
     norm = float(mean.norm())
     return float((result.b.double() @ result.a.double() - mean).norm()) / norm if norm else 0.0
 

@@ -5,19 +5,20 @@ The baseline. The product of the means is not the mean of the products: Σ p (B 
 
 from __future__ import annotations
 
+import torch
+
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, rank
 from strategies.aggregation import (
     Aggregated,
     Linearity,
-    SiteUpdates,
     Updates,
     aggregation,
     check_updates,
     in_every_round,
-    site_updates,
 )
-from strategies.aggregation.factored import mean_residual
+from strategies.aggregation.factored import product_residual, relative_residual
+from strategies.aggregation.stacks import SiteStack
 from strategies.fedbuff import rebase_factors
 
 
@@ -42,20 +43,35 @@ class FedIT:
         check_updates(updates)
         adapter, residuals = dict(current), []
         for site, before in current.items():
-            trained = site_updates(updates, site)
-            ranks = sorted({len(factors.a) for factors, _ in trained} | {len(before.a)})
-            if len(ranks) > 1:
+            stack = SiteStack(updates, site)
+            if len(ranks := sorted({*stack.ranks, before.a.shape[0]})) > 1:
                 raise AntherError(
                     f"fedit averages adapters of one rank, got {ranks}; use aggregation=exact for mixed ranks"
                 )
-            if trained:
-                adapter[site] = mean_factors(trained)
-                residuals.append(mean_residual(adapter[site], before, trained))
+            if stack.ranks:
+                adapter[site], residual = _mean(stack)
+                residuals.append(residual)
         return Aggregated(adapter, {"rank": float(rank(current)), "residual": sum(residuals) / max(1, len(residuals))})
 
 
-def mean_factors(updates: SiteUpdates) -> Factors:
-    """Compute Σ p_k A_k and Σ p_k B_k of one site, for updates of one rank; float32."""
-    a = sum(p * factors.a.double() for factors, p in updates)
-    b = sum(p * factors.b.double() for factors, p in updates)
-    return Factors(a.float(), b.float())  # type: ignore[union-attr]  # sum of one or more tensors
+def _mean(stack: SiteStack) -> tuple[Factors, float]:
+    """Compute Σ p_k A_k and Σ p_k B_k of one site, float32, and the distance of their product from the mean product.
+
+    The mean product is an out × in matrix if all devices together have more directions than its smaller side, and
+    factors of these directions otherwise.
+    """
+    a, b, product = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    factors = []
+    for part in stack.parts():
+        a = a + torch.tensordot(part.weights, part.a, 1)
+        b = b + torch.tensordot(part.weights, part.b, 1)
+        rows, columns = part.a.flatten(0, 1), (part.b * part.weights[:, None, None]).transpose(0, 1).flatten(1)
+        if stack.directions < min(len(columns), rows.shape[1]):
+            factors.append((rows, columns))
+        else:
+            product = product + columns @ rows
+    mean = Factors(a.float(), b.float())
+    if factors:
+        rows, columns = torch.cat([rows for rows, _ in factors]), torch.cat([columns for _, columns in factors], dim=1)
+        return mean, relative_residual(*mean, rows, columns)
+    return mean, product_residual(mean, product)

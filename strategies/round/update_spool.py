@@ -21,6 +21,7 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, Sites, adapter_shapes
@@ -33,7 +34,7 @@ UpdateKey = tuple[str, int]
 
 
 class _StoredSite(NamedTuple):
-    """Position of a site's factors in the file, and their shapes."""
+    """Position of a site's factors within an update, in numbers, and their shapes."""
 
     start: int
     rank: int
@@ -41,29 +42,31 @@ class _StoredSite(NamedTuple):
     outputs: int
 
 
+_Layout = dict[str, _StoredSite]
+
+
 class _StoredUpdate(Mapping[str, Factors]):
     """Update whose sites are read on access, so that a rule that needs one site reads no others."""
 
-    def __init__(self, file: mmap.mmap, sites: Mapping[str, _StoredSite]) -> None:
-        self._map, self._sites = file, sites
+    def __init__(self, numbers: Tensor, start: int, layout: _Layout) -> None:
+        self._numbers, self._start, self._layout = numbers, start, layout
 
     def __getitem__(self, site: str) -> Factors:
-        stored = self._sites[site]
-        size = stored.rank * stored.inputs
-        a = self._view(stored.start, (stored.rank, stored.inputs))
-        return Factors(a, self._view(stored.start + _NUMBER * size, (stored.outputs, stored.rank)))
+        offset, rank, inputs, outputs = self._layout[site]
+        offset += self._start
+        return Factors(
+            torch.as_strided(self._numbers, (rank, inputs), (inputs, 1), offset),
+            torch.as_strided(self._numbers, (outputs, rank), (rank, 1), offset + rank * inputs),
+        )
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._layout
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
+        return iter(self._layout)
 
     def __len__(self) -> int:
-        return len(self._sites)
-
-    def _view(self, start: int, shape: tuple[int, int]) -> Tensor:
-        count = shape[0] * shape[1]
-        if not count:
-            return torch.empty(shape)
-        return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(shape)
+        return len(self._layout)
 
 
 class UpdateSpool(Sequence[tuple[Adapter, float]]):
@@ -93,8 +96,9 @@ class UpdateSpool(Sequence[tuple[Adapter, float]]):
                 f"{tempfile.gettempdir()}: {error.strerror}: the updates of a round may need "
                 f"{(reserved_bytes >> 20) + 1} MiB; free disk space, or set TMPDIR to another folder"
             ) from None
-        self._sites: dict[UpdateKey, dict[str, _StoredSite]] = {}
-        self._map: mmap.mmap | None = None
+        self._stored: dict[UpdateKey, tuple[int, _Layout]] = {}  # start in the file, in numbers
+        self._layouts: dict[tuple[tuple[str, torch.Size, torch.Size], ...], _Layout] = {}  # shared by equal updates
+        self._numbers: Tensor | None = None  # the mapped file
 
     def __enter__(self) -> UpdateSpool:
         return self
@@ -113,24 +117,53 @@ class UpdateSpool(Sequence[tuple[Adapter, float]]):
             ReplyRejectedError: the disk is full.
             ValueError: updates have been read already, or the key exists.
         """
-        if self._map is not None or key in self._sites:
+        if self._numbers is not None or key in self._stored:
             raise ValueError(f"{key[0]}: add each update once, and before any is read")
-        sites, end = {}, self._end
+        size = 0
         try:
-            self._file.seek(end)
-            for site, (a, b) in adapter.items():
-                sites[site] = _StoredSite(end, len(a), a.shape[1], len(b))
-                end += self._file.write(_bytes(a)) + self._file.write(_bytes(b))
+            self._file.seek(self._end)
+            if adapter:
+                numbers = _flatten_dense_tensors([factor.float() for pair in adapter.values() for factor in pair])
+                size = self._file.write(numbers.detach().view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:
             raise ReplyRejectedError(
                 "no room", f"{key[0]}: the server can't store its update: {error.strerror}"
             ) from None
-        self._sites[key], self._end = sites, end
+        self._stored[key] = self._end // _NUMBER, self._layout(adapter)
+        self._end += size
         insort(self.keys, key)
 
+    def _layout(self, adapter: Adapter) -> _Layout:
+        shapes = tuple((site, a.shape, b.shape) for site, (a, b) in adapter.items())
+        if shapes not in self._layouts:
+            layout, start = {}, 0
+            for site, (rank, inputs), (outputs, _) in shapes:
+                layout[site] = _StoredSite(start, rank, inputs, outputs)
+                start += rank * (inputs + outputs)
+            self._layouts[shapes] = layout
+        return self._layouts[shapes]
+
+    def stack(self, site: str) -> tuple[Factors, Tensor] | None:
+        """Return the factors of all updates at a site, as views of the file.
+
+        Returns:
+            A `[K, r, in]` and B `[K, out, r]` in the order of arrival, and their indices `[K]` in the order of the
+            keys; None if updates differ in their sites or shapes, or none has this site.
+        """
+        if len(self._layouts) != 1 or site not in (layout := next(iter(self._layouts.values()))):
+            return None
+        starts = [self._stored[key][0] for key in self.keys]
+        numbers, first, count = self._mapped(), min(starts), len(starts)
+        step = (self._end // _NUMBER - first) // count  # updates follow each other without gaps
+        offset, rank, inputs, outputs = layout[site]
+        offset += first
+        a = torch.as_strided(numbers, (count, rank, inputs), (step, inputs, 1), offset)
+        b = torch.as_strided(numbers, (count, outputs, rank), (step, rank, 1), offset + rank * inputs)
+        return Factors(a, b), torch.tensor([(start - first) // max(1, step) for start in starts])
+
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self._stored)
 
     @overload
     def __getitem__(self, index: int) -> tuple[Adapter, float]: ...
@@ -142,15 +175,15 @@ class UpdateSpool(Sequence[tuple[Adapter, float]]):
         return self._update(self.keys[index])
 
     def _update(self, key: UpdateKey) -> tuple[Adapter, float]:
-        if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
-        return _StoredUpdate(self._map, self._sites[key]), 1.0
+        return _StoredUpdate(self._mapped(), *self._stored[key]), 1.0
+
+    def _mapped(self) -> Tensor:
+        if self._numbers is None:
+            mapped = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
+            self._numbers = torch.frombuffer(mapped, dtype=torch.float32)
+        return self._numbers
 
 
 def update_bytes(sites: Sites, rank: int) -> int:
     """Compute the bytes of an update of this rank at these sites."""
     return _NUMBER * sum(map(prod, adapter_shapes(sites, rank).values()))
-
-
-def _bytes(factor: Tensor) -> bytes:
-    return factor.float().contiguous().numpy().tobytes()

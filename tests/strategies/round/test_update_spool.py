@@ -61,13 +61,35 @@ def test_each_site_is_read_once(monkeypatch):
     with UpdateSpool() as spool:
         for number in range(4):
             spool.add((f"device {number}", 1), random_adapter(2, number))
-        original = torch.frombuffer
+        original = torch.as_strided
         monkeypatch.setattr(
-            torch, "frombuffer", lambda *arguments, **keywords: calls.append(1) or original(*arguments, **keywords)
+            torch, "as_strided", lambda *arguments, **keywords: calls.append(1) or original(*arguments, **keywords)
         )
         for site in SITES:
             assert len(site_updates(spool, site)) == 4
     assert len(calls) == 4 * len(SITES) * 2
+
+
+def test_stack_has_all_updates():
+    with UpdateSpool() as spool:
+        for number in (2, 0, 1):
+            spool.add((f"device {number}", 1), random_adapter(2, number))
+        for site in SITES:
+            (a, b), order = spool.stack(site)
+            for position, number in enumerate(order.tolist()):
+                expected = random_adapter(2, position)[site]
+                assert torch.equal(a[number], expected.a)
+                assert torch.equal(b[number], expected.b)
+        assert spool.stack("z") is None
+
+
+@pytest.mark.parametrize("other", [random_adapter(1, 1), {"y": random_adapter(2, 1)["y"]}])
+def test_different_updates_have_no_stack(other):
+    with UpdateSpool() as spool:
+        assert spool.stack("y") is None
+        spool.add(("a", 1), random_adapter(2, 0))
+        spool.add(("b", 1), other)
+        assert spool.stack("y") is None
 
 
 def test_views_outlive_the_file():
