@@ -54,6 +54,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "device run": Command(
             "client.runtime.supervisor", "train in the federation until stopped", "conf.schemas.node:NodeConfig"
         ),
+        "device doctor": Command("client.cli.check", "check a folder of pictures, file by file"),
         "device status": Command("client.cli.status", "show this device's current work and its history"),
         "device plan": Command("client.cli.plan", "the same as anther plan", "conf.schemas.planning:PlanConfig"),
         "device benchmark": Command("client.cli.benchmark", "measure how fast this device trains"),

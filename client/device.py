@@ -98,11 +98,11 @@ def from_config(
 
     Args:
         node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which select its k-th
-            sub-folder in a simulation. Optional: `background`, the color behind transparent pictures; `name`; `store`,
-            a folder; `previews`, the number of pictures drawn into it after each personal training; `test=true`, which
-            makes noise reproducible by `seed`, so that nothing counts as a release; for the report:
-            `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; `rank` and `sites`, the highest
-            rank and, as a name or a regular expression, the only layers to train.
+            sub-folder in a simulation. Optional: `background`, the color behind transparent pictures; `caption`, one
+            for all pictures; `name`; `store`, a folder; `previews`, the number of pictures drawn into it after each
+            personal training; `test=true`, which makes noise reproducible by `seed`, so that nothing counts as a
+            release; for the report: `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; `rank`
+            and `sites`, the highest rank and, as a name or a regular expression, the only layers to train.
         base: the device's base.
         store: an open store; None: open an unencrypted one.
         read: reads the sensors for the device's current state; None: the report does not include it.
@@ -121,7 +121,12 @@ def from_config(
     store = store or Store(files)
     is_test = _flag(node_config, "test")
     seed = non_negative_int(node_config, "seed") if is_test else store.seed()
-    read_pictures = partial(load_folder, pictures, background=str(node_config.get("background", WHITE)))
+    read_pictures = partial(
+        load_folder,
+        pictures,
+        background=str(node_config.get("background", WHITE)),
+        caption=None if (caption := node_config.get("caption")) is None else str(caption),
+    )
     return Device(
         name=name,
         report=build_report(name, base, node_config, store=store, read=read),

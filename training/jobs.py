@@ -21,14 +21,19 @@ from privacy.noise import NoiseSource
 class Picture:
     """One picture, uint8 [H, W] gray or [H, W, 3] color, and its caption.
 
-    This class holds the pixels in memory. A subclass that reads them from a file on demand overrides all but the
-    caption.
+    This class holds the pixels in memory, and one caption. A subclass that reads them from a file on demand overrides
+    all but the caption.
     """
 
     __slots__ = ("_pixels", "caption")
 
     def __init__(self, pixels: np.ndarray, caption: str) -> None:
         self._pixels, self.caption = pixels, caption
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions of the picture, the first one first."""
+        return (self.caption,)
 
     @property
     def pixels(self) -> np.ndarray:

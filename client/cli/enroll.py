@@ -64,7 +64,7 @@ def _checked_settings(settings: Sequence[str]) -> Sequence[str]:
     if node.data is not None:
         from client.data import load_folder  # torch
 
-        load_folder(node.data)
+        load_folder(node.data, background=node.background, caption=node.caption)
     return settings
 
 

@@ -1,6 +1,7 @@
 """The owner's pictures: a folder in the imagefolder convention.
 
-`metadata.jsonl` has one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`. Sub-folders `train`,
+`metadata.jsonl` has one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`; `client.data.captions` has
+the other ways to give captions. Sub-folders `train`,
 `validation` and `test` (or `Train`, `val`, `test_images`, …) split the pictures; each has its own metadata.jsonl, or is
 listed in the one above. Without sub-folders the split depends on the picture's name: about a fifth goes to validation
 and a fifth to test. Every error is one line that names the file and the remedy.
@@ -17,7 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from client.data.metadata import EXAMPLE, METADATA, OnError, PictureFiles, raise_error, read_captions
+from client.data.captions import read_captions
+from client.data.metadata import EXAMPLE, METADATA
+from client.data.picture_files import OnError, PictureFiles, raise_error
 from client.data.reading import WHITE
 from client.data.splits import SPLITS, check_depth, split_folders, split_of
 from client.data.stored_picture import MissingPicture, StoredPicture
@@ -52,12 +55,14 @@ class ListedPicture(NamedTuple):
     """A picture that a folder lists, not opened yet."""
 
     file: Path
-    caption: str
+    caption: str  # the first, if it has several
     split: str | None
     """Split of its sub-folder; None: the folder isn't split."""
 
 
-def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError = raise_error) -> Pictures:
+def load_folder(
+    path: str | Path, *, background: str = WHITE, caption: str | None = None, on_error: OnError = raise_error
+) -> Pictures:
     """Find every picture of a folder with its caption; each split is sorted by name.
 
     Each file is hashed, and decoded once to verify that it can be; no pixels are kept.
@@ -65,6 +70,7 @@ def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError 
     Args:
         path: the folder.
         background: color behind transparent parts of a picture.
+        caption: one caption for all pictures, or with `{text}` a text around each picture's own; None: their own.
         on_error: called with each mistake; raises it by default. If it returns, a listed picture that can't be used is
             replaced by a `MissingPicture`, and a folder without pictures gives none.
 
@@ -77,7 +83,7 @@ def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError 
             raise AntherError("a folder of pictures has an empty name; write . for the current folder")
         if "\0" in str(path) or not root.is_dir():
             raise AntherError(f"{root}: no such folder; name the one that holds your pictures and {METADATA}")
-        return _load(root, background, on_error)
+        return _load(root, background, caption, on_error)
     except OSError as error:
         mistake = os_error(error, root)
     except AntherError as error:
@@ -104,14 +110,14 @@ def list_pictures(path: str | Path) -> list[ListedPicture]:
     if splits and (outside := [file for file in captions if file.split("/")[0] not in split_of_folder]):
         raise AntherError(f"{root / min(outside)}: lies outside {', '.join(split_of_folder)}; move it into one of them")
     return [
-        ListedPicture(root / file, caption or "", split_of_folder.get(file.split("/")[0]))
-        for file, caption in sorted(captions.items())
+        ListedPicture(root / file, texts[0] if texts else "", split_of_folder.get(file.split("/")[0]))
+        for file, texts in sorted(captions.items())
     ]
 
 
-def _load(root: Path, background: str, on_error: OnError) -> Pictures:
+def _load(root: Path, background: str, template: str | None, on_error: OnError) -> Pictures:
     splits = split_folders(root, _folders(root))
-    caption_of = read_captions(PictureFiles(root), splits.values(), on_error)
+    caption_of = read_captions(PictureFiles(root), splits.values(), on_error, template=template)
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
         split = {name: [file for file in caption_of if file.split("/")[0] == folder] for name, folder in names.items()}
@@ -132,9 +138,11 @@ def _load(root: Path, background: str, on_error: OnError) -> Pictures:
             )
 
     def picture(file: str) -> Picture:
-        caption = caption_of[file]
+        captions = caption_of[file]
         try:
-            return MissingPicture() if caption is None else StoredPicture(root / file, caption, background=background)
+            if captions is None:
+                return MissingPicture()
+            return StoredPicture(root / file, captions[0], background=background, further_captions=captions[1:])
         except AntherError as error:
             on_error(error)
             return MissingPicture()

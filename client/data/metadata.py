@@ -1,201 +1,145 @@
-"""Read `metadata.jsonl`, which has the caption of each picture in a folder."""
+"""Read metadata files, which list the pictures of a folder with their captions: `metadata.jsonl` or `metadata.csv`.
+
+They follow the imagefolder convention of Hugging Face's `datasets`: a file lies in the folder of its pictures or in one
+above it, and has `file_name` and `text` for each. In `metadata.jsonl`, `text` may be a list of several captions.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import stat
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from client.data.caption_text import Captions, clean_captions, read_lines, read_text
+from client.data.picture_files import SUPPORTED, OnError, PictureFiles
 from common.errors import AntherError, os_error, shorten
 
 METADATA = "metadata.jsonl"
+METADATA_CSV = "metadata.csv"
 EXAMPLE = '{"file_name": "cat.jpg", "text": "my cat"}'
-HEIF = (".heic", ".heif", ".hif")
-SUPPORTED = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *HEIF)
-"""Suffixes of supported pictures."""
-UNSUPPORTED = (".jxl",)
-"""Suffixes of unsupported pictures: a missing caption is reported for these too, so that none is skipped silently."""
-JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system volume information"}
-"""Files that operating systems create in folders of pictures, in addition to names that begin with a dot."""
-MAX_SHEET_BYTES = 64 * 2**20  # bytes of a metadata file
-MAX_CAPTION = 20_000  # characters
-
-OnError = Callable[[AntherError], None]
-"""Callback for a mistake. If it returns, the picture counts as missing."""
+_CSV_EXAMPLE = "file_name,text"
+Listed = dict[str, str]
+"""Listed path of each real file that it leads to."""
 
 
-def raise_error(error: AntherError) -> None:
-    """Raise the first mistake."""
-    raise error
+def find_sheets(files: PictureFiles, folders: Iterable[str]) -> list[Path]:
+    """Find the metadata files: of the root, of the folders that split the pictures, and of all others.
+
+    Raises:
+        AntherError: a folder has one of each kind.
+    """
+    root = files.root
+    first = [root, *(root / folder for folder in folders)]
+    others = sorted({(root / name).parent for name in files.names if Path(name).name in (METADATA, METADATA_CSV)})
+    sheets = []
+    for folder in dict.fromkeys([*first, *others]):
+        found = [folder / name for name in (METADATA, METADATA_CSV) if (folder / name).is_file()]
+        if len(found) > 1:
+            raise AntherError(f"{folder}: has both {METADATA} and {METADATA_CSV}; remove one of them")
+        sheets += found
+    return sheets
 
 
-class PictureFiles:
-    """Files below a folder, without hidden files and files that operating systems create."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Sorted paths of all files relative to the root, with '/' between their parts."""
-        return tuple(sorted(self._walk()))
-
-    @cached_property
-    def _by_form(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for name in self.names:
-            names.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-        return names
-
-    def normalized(self, name: str) -> str | None:
-        """Return the only file whose name differs just in Unicode normalization (macOS decomposes accents)."""
-        matches = self._by_form.get(unicodedata.normalize("NFC", name), [])
-        return matches[0] if len(matches) == 1 else None
-
-    def similar(self, name: str) -> str | None:
-        """Return a file whose name differs only in letter case or in the path separator."""
-        folded = _case_folded(name)
-        return next((file for file in self.names if _case_folded(file) == folded), None)
-
-    def _walk(self) -> Iterator[str]:
-        def failed(error: OSError) -> None:
-            if not (isinstance(error, PermissionError) and Path(error.filename) == self.root):
-                raise error  # a root may be accessible but not listable: then metadata.jsonl names its files
-
-        for folder, folders, files in os.walk(self.root, onerror=failed):
-            folders[:] = sorted(name for name in folders if not _is_junk(name))
-            relative = Path(folder).relative_to(self.root)
-            yield from ((relative / name).as_posix() for name in files if not _is_junk(name))
-
-
-def read_captions(
-    files: PictureFiles, folders: Iterable[str], on_error: OnError = raise_error
-) -> dict[str, str | None]:
-    """Read the caption of each picture, by its path relative to the root; None for a listed picture that can't be used.
+def read_sheets(
+    files: PictureFiles, sheets: Iterable[Path], on_error: OnError
+) -> tuple[dict[str, Captions | None], Listed]:
+    """Read metadata files.
 
     Args:
         files: the folder's files.
-        folders: sub-folders of the root that may have a metadata file of their own.
+        sheets: metadata files, as by `find_sheets`.
         on_error: called with each mistake.
+
+    Returns:
+        The captions of each picture, by its path relative to the root, or None if it can't be used; and the listed
+        paths by real file.
     """
     root = files.root
-    paths = [root / METADATA, *(root / folder / METADATA for folder in folders)]
-    sheets = [sheet for sheet in paths if sheet.is_file()]
-    if not sheets:
-        raise AntherError(f"{root / METADATA}: missing; write it with a line for each picture: {EXAMPLE}")
-    caption_of: dict[str, str | None] = {}
-    listed_as: dict[str, str] = {}  # real file -> the listed path that leads to it
+    caption_of: dict[str, Captions | None] = {}
+    listed_as: Listed = {}
     for sheet in sheets:
         try:
-            for number, line in _lines(sheet):
+            for number, line in _entries(sheet):
                 try:
-                    file, caption = _parse_line(files, sheet, number, line)
+                    file, captions = _parse_entry(files, sheet, number, line)
                     target = os.path.realpath(root / file)
                     if file in caption_of or target in listed_as:
                         same = "" if file in caption_of else f" (the same file as {shorten(listed_as[target])}"
                         raise AntherError(
                             f"{sheet}:{number}: {shorten(file)} is listed twice{same}; remove one of the lines"
                         )
-                    caption_of[file], listed_as[target] = caption, file
+                    caption_of[file], listed_as[target] = captions, file
                 except AntherError as error:
                     on_error(error)
                     if (listed := _listed_path(root, sheet, line)) is not None:
                         caption_of.setdefault(listed, None)
         except AntherError as error:  # the file can't be used at all
             on_error(error)
+    return caption_of, listed_as
+
+
+def _entries(sheet: Path) -> Iterator[tuple[int, str | dict[Any, Any]]]:
+    """Yield number and content of each line: its text, or the row of a CSV file."""
+    if sheet.name == METADATA:
+        yield from read_lines(sheet)
+        return
+    rows = csv.DictReader(io.StringIO(read_text(sheet), newline=""), strict=True)
     try:
-        _check_all_captioned(files, caption_of, listed_as)
-    except AntherError as error:
-        on_error(error)
-    return caption_of
+        columns = rows.fieldnames or []
+        if not {"file_name", "text"} <= set(columns):
+            fix = "separate them by commas" if any(";" in name or "\t" in name for name in columns) else "name them so"
+            raise AntherError(f"{sheet}:1: must have columns {_CSV_EXAMPLE}; {fix}")
+        for row in rows:
+            if None in row:
+                raise AntherError(f"{sheet}:{rows.line_num}: has too many columns; put the caption in double quotes")
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise AntherError(f"{sheet}:{rows.line_num}: can't be read ({error}); put captions in double quotes") from None
 
 
-def _listed_path(root: Path, sheet: Path, line: str) -> str | None:
+def _listed_path(root: Path, sheet: Path, line: str | dict[Any, Any]) -> str | None:
     """Return the path relative to the root that a line names, whether or not the picture exists."""
     try:
-        return Path(os.path.relpath(sheet.parent / json.loads(line)["file_name"], root)).as_posix()
+        entry = json.loads(line) if isinstance(line, str) else line
+        return Path(os.path.relpath(sheet.parent / entry["file_name"], root)).as_posix()
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _check_all_captioned(
-    files: PictureFiles, caption_of: Mapping[str, str | None], listed_as: Mapping[str, str]
-) -> None:
-    root, pictures = (
-        files.root.resolve(),
-        (name for name in files.names if name.lower().endswith((*SUPPORTED, *UNSUPPORTED))),
-    )
-    without = [name for name in pictures if name not in caption_of and str(root / name) not in listed_as]
-    if not without:
-        return
-    more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
-    line = f"has no caption{more}; add a line for it to {METADATA}, or move it elsewhere"
-    if without[0].lower().endswith(UNSUPPORTED):
-        line = f"has no caption{more}, and can't be read: save it as JPEG and add a line for that, or move it elsewhere"
-    raise AntherError(f"{files.root / shorten(without[0])}: {line}")
-
-
-def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of each line that isn't blank."""
-    if sheet.stat().st_size > MAX_SHEET_BYTES:
-        raise AntherError(f"{sheet}: over {MAX_SHEET_BYTES // 2**20} MiB, too large for captions; split the folder")
-    data = sheet.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
-        raise AntherError(f"{sheet}: is UTF-16 or UTF-32 text; save it as UTF-8")
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise AntherError(
-                    f"{sheet}:{number}: byte {error.start + 1} isn't UTF-8 text; save the file as UTF-8"
-                ) from None
-
-
-def _parse_line(files: PictureFiles, sheet: Path, number: int, line: str) -> tuple[str, str]:
-    """Parse one line: the picture's path relative to the root, and its caption.
+def _parse_entry(files: PictureFiles, sheet: Path, number: int, line: str | dict[Any, Any]) -> tuple[str, Captions]:
+    """Parse one line: the picture's path relative to the root, and its captions.
 
     Args:
         files: the folder's files.
-        sheet: path of the metadata file.
+        sheet: the metadata file.
         number: line number, for messages.
-        line: the line's text.
+        line: the line's text, or the row of a CSV file.
     """
     where = f"{sheet}:{number}"
     try:
-        entry: Any = json.loads(line)
-        file_name, caption = entry["file_name"], entry.get("text")
+        entry: Any = json.loads(line) if isinstance(line, str) else line
+        file_name, text = entry["file_name"], entry.get("text")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise AntherError(f"{where}: must be a JSON object like {EXAMPLE}") from None
     if not isinstance(file_name, str) or not file_name:
         raise AntherError(f"{where}: file_name must be the name of a picture")
     name = shorten(file_name)
-    if not isinstance(caption, str) or not caption.strip():
+    captions = text if isinstance(text, list) else [text]
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise AntherError(f'{where}: {name} has no caption; write one as "text"')
     try:
-        return _resolve(files, sheet.parent, file_name, where), _clean_caption(
-            caption, f"{where}: the caption of {name}"
+        return _resolve(files, sheet.parent, file_name, where), clean_captions(
+            captions, f"{where}: the caption of {name}"
         )
     except AntherError as error:
-        if _is_picture(sheet.parent, caption):
+        if _is_picture(sheet.parent, captions[0]):
             raise AntherError(f"{where}: file_name and text are swapped: write {EXAMPLE}") from error
         raise
-
-
-def _clean_caption(caption: str, what: str) -> str:
-    """Strip a caption and normalize its Unicode."""
-    if len(caption) > MAX_CAPTION:
-        raise AntherError(f"{what} has {len(caption):,} characters; shorten it to {MAX_CAPTION:,}")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise AntherError(f"{what} contains half a character (an unpaired surrogate); write it again") from None
-    return unicodedata.normalize("NFC", caption.strip())
 
 
 def _resolve(files: PictureFiles, folder: Path, file_name: str, where: str) -> str:
@@ -256,11 +200,3 @@ def _is_picture(folder: Path, name: str) -> bool:
         return name.lower().endswith(SUPPORTED) and (folder / name).is_file()
     except (OSError, ValueError):
         return False
-
-
-def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in JUNK
-
-
-def _case_folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")

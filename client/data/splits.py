@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -62,7 +63,8 @@ def split_of(file: str) -> str:
     """
     name = Path(file).with_suffix("").as_posix()
     stem = name.rstrip("0123456789")
-    position = derive_seed("split", stem) + int(name[len(stem) :] or 0)
+    key = os.fsencode(stem).decode("utf-8", "backslashreplace")  # names may have any bytes
+    position = derive_seed("split", key) + int(name[len(stem) :] or 0)
     return {0: "validation", 1: "test"}.get(position % 5, "train")
 
 

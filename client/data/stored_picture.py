@@ -19,25 +19,40 @@ _verified: set[tuple[str, str]] = set()
 class StoredPicture(Picture):
     """A picture backed by its file. Its pixels take memory only while they are used."""
 
-    __slots__ = ("background", "path", "sha256")
+    __slots__ = ("background", "further_captions", "path", "sha256")
 
-    def __init__(self, path: Path, caption: str, *, background: str = WHITE, verify: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        caption: str,
+        *,
+        background: str = WHITE,
+        verify: bool = True,
+        further_captions: tuple[str, ...] = (),
+    ) -> None:
         """Hash the file, and decode it once unless this process already has.
 
         Args:
             path: the file.
-            caption: its caption.
+            caption: its caption, or the first of several.
             background: color behind transparent parts.
+            further_captions: its other captions.
             verify: decode the file now; False: only when its pixels are used.
 
         Raises:
             AntherError: the file can't be read as a picture.
         """
         self.path, self.caption, self.background = path, caption, background
+        self.further_captions = further_captions
         self.sha256 = _hash_file(path)
         if verify and (self.sha256, background) not in _verified:
             self._read(side=1)
             _verified.add((self.sha256, background))
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, the first one first."""
+        return (self.caption, *self.further_captions)
 
     @property
     def pixels(self) -> np.ndarray:
@@ -50,7 +65,7 @@ class StoredPicture(Picture):
 
     def content(self) -> Iterator[bytes]:
         """Yield the file's bytes in place of its pixels, so that comparing pictures needs no decoding."""
-        yield repr(("file", self.sha256, self.background, self.caption)).encode()
+        yield repr(("file", self.sha256, self.background, *self.captions)).encode()
 
     def _read(self, side: int | None) -> np.ndarray:
         with open_picture(self.path) as file:

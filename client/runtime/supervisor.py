@@ -101,8 +101,9 @@ def check_pictures(node: NodeConfig) -> None:
 
     The check runs in a separate process, so that its imports don't stay in memory.
     """
+    options = [f"--background={node.background}", *([] if node.caption is None else [f"--caption={node.caption}"])]
     done = subprocess.run(
-        processes.python("client.cli.check", str(node.data)),
+        processes.python("client.cli.check", "--quiet", *options, "--", str(node.data)),
         env=processes.environment(),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

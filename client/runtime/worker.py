@@ -128,6 +128,7 @@ def stated(node: NodeConfig, base: str) -> dict[str, object]:
         "base": base,
         "data": node.data,
         "background": node.background,
+        "caption": node.caption,
         "name": node.name,
         "store": node.store,
         "weights": node.weights,

@@ -148,6 +148,8 @@ class NodeConfig:
 
     data: str | None = None
     """Folder with the owner's pictures and metadata.jsonl; null: not set yet."""
+    caption: str | None = None
+    """One caption for all pictures, or with {text} a text around each picture's own; null: their own."""
     background: str = "white"
     """Color behind transparent pictures: white, black, gray or '#rrggbb'."""
     name: str | None = None
@@ -201,6 +203,7 @@ class NodeConfig:
         require_color("background", self.background)
         own = self.name is None or (Path(self.name).name == self.name and self.name not in ("", ".."))
         require(own, f"name={self.name}: must not be a path, nor empty")
+        require(self.caption is None or self.caption.strip() != "", "caption: must not be empty; write one, or null")
         for key in ("data", "store", "base"):  # an empty path is the current folder
             require(getattr(self, key) != "", f"{key}: must not be empty; name a folder, or null")
         require_choice("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))

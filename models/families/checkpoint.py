@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ class Checkpoint:
             loaded = encoders.load(self.folder, self.family.encoders, self.parts)
         left_out = dict.fromkeys(self.parts.keys() - loaded.keys())
         return loading.from_pretrained(kind, self.folder, **left_out, **loaded)
+
+    def token_counter(self) -> Callable[[str], int]:
+        """Return a function that counts the tokens of a caption that no text encoder reads.
+
+        Raises:
+            AntherError: a text encoder or tokenizer is incomplete.
+        """
+        loaded = encoders.load(self.folder, self.family.encoders, self.parts, empty=True)
+        tokenizers = [part for name, part in loaded.items() if name.startswith("tokenizer")]
+        return partial(encoders.tokens_cut, tokenizers)
 
     def verify_encoders(self) -> None:
         """Check that the text encoders load, without reading their weights; AntherError if one is incomplete."""

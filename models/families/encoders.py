@@ -7,7 +7,7 @@ tokenizer. In both cases no error is raised, and all captions are encoded alike 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +90,9 @@ def _match(tokenizer: Any, encoder: Any, folder: Path) -> None:
         tokenizer.model_max_length = int(min(longest, positions))
     elif longest > _LONGEST:
         tokenizer.model_max_length = _T5_LONGEST
+
+
+def tokens_cut(tokenizers: Sequence[Any], caption: str) -> int:
+    """Count the tokens of a caption beyond the longest sequence that one of its text encoders takes."""
+    with loading.quiet_libraries():  # they warn about long sequences
+        return max(0, min(len(each(caption).input_ids) - each.model_max_length for each in tokenizers))

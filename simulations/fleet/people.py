@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from client.data import SPLITS, Pictures, StoredPicture, list_pictures
-from client.data.metadata import JUNK, METADATA
+from client.data.metadata import METADATA
+from client.data.picture_files import JUNK
 from common.errors import AntherError, os_error, shorten
 from common.seeding import derive_seed
 from conf.schemas.training import DataConfig

@@ -118,7 +118,10 @@ def test_errors_come_before_any_request(anther: Path, tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_picture_check_ends_with_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "client.cli.check", str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "client.cli.check", "--quiet", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}")
