@@ -64,8 +64,9 @@ def _mean(stack: SiteStack) -> tuple[Factors, float]:
     factors = []
     for part in stack.parts():
         a = a + torch.tensordot(part.weights, part.a, 1)
-        b = b + torch.tensordot(part.weights, part.b, 1)
-        rows, columns = part.a.flatten(0, 1), (part.b * part.weights[:, None, None]).transpose(0, 1).flatten(1)
+        weighted = part.b.mul_(part.weights[:, None])
+        b = b + weighted.sum(1)
+        rows, columns = part.a.flatten(0, 1), weighted.flatten(1)
         if stack.directions < min(len(columns), rows.shape[1]):
             factors.append((rows, columns))
         else:

@@ -33,7 +33,7 @@ class StackPart(NamedTuple):
     a: Tensor
     """`[n, r, in]`"""
     b: Tensor
-    """`[n, out, r]`"""
+    """`[out, n, r]`: flattened, the columns that belong to the rows of A."""
     weights: Tensor
     """`[n]`, p_k / Σ p over all devices that trained the site."""
 
@@ -66,11 +66,11 @@ class SiteStack:
             (a, b), order = self._stack
             for rows in order.split(PART):
                 weights = torch.full((len(rows),), 1 / len(order), dtype=torch.float64)
-                yield StackPart(a[rows].double(), b[rows].double(), weights)
+                yield StackPart(a[rows].double(), b.transpose(0, 1).index_select(1, rows).double(), weights)
         for start in range(0, len(self._updates), PART):
             part = self._updates[start : start + PART]
             yield StackPart(
                 torch.stack([factors.a for factors, _ in part]).double(),
-                torch.stack([factors.b for factors, _ in part]).double(),
+                torch.stack([factors.b for factors, _ in part], dim=1).double(),
                 torch.tensor([p for _, p in part], dtype=torch.float64),
             )

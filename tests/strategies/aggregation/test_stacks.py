@@ -13,9 +13,9 @@ COUNT = PART + 3
 def check(stack, adapters, weights):
     parts = list(stack.parts())
     assert [len(part.a) for part in parts] == [PART, len(adapters) - PART]
-    for index, factor in enumerate(("a", "b")):
-        stacked = torch.cat([getattr(part, factor) for part in parts])
-        assert torch.equal(stacked, torch.stack([adapter[index] for adapter in adapters]).double())
+    a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
+    assert torch.equal(a, torch.stack([factors.a for factors in adapters]).double())
+    assert torch.equal(b, torch.stack([factors.b for factors in adapters], dim=1).double())
     assert torch.equal(torch.cat([part.weights for part in parts]), torch.tensor(weights, dtype=torch.float64))
 
 
