@@ -186,7 +186,7 @@ def check_job(job: TrainJob, sites: Sites) -> None:
         if [one.shape for one in added] != [one.shape for one in job.start.get(name, ())]:
             raise ValueError(f"client {job.client}: the correction at {name} doesn't fit the adapter")
     bases: Mapping[str, Factors] = job.start if job.lora_xs_bases is None else job.lora_xs_bases
-    for name, start in job.start.items():
+    for name, start in job.start.items() if bases is not job.start else ():
         expected = bases.get(name, ())
         if [factor.shape for factor in expected] != [factor.shape for factor in start]:
             raise ValueError(f"client {job.client}: the LoRA-XS bases at {name} don't fit the adapter")

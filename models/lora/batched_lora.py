@@ -167,7 +167,7 @@ class Layout:
 
     def fits(self, adapter: Adapter) -> bool:
         """Return whether an adapter fills a row: all sites, each at full rank."""
-        return len(adapter) == len(self.sites) and all(f.a.shape[0] == self.rank for f in adapter.values())
+        return len(adapter) == len(self.sites) and all(a.shape[0] == self.rank for a, _ in adapter.values())
 
     def pack(self, adapter: Adapter | None) -> Tensor:
         """Return the row [D] of an adapter; missing sites and ranks are zero."""
@@ -185,8 +185,8 @@ class Layout:
         """Return the adapter in row [D], with the sites and ranks of `like`; on the CPU, with its own storage."""
         row = row.detach().cpu().clone()
         if self.fits(like):
-            parts, shapes = row.split(self.widths), [factor.shape for name in self.sites for factor in like[name]]
-            views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            shapes = [factor.shape for name in self.sites for factor in like[name]]
+            views = list(map(torch.Tensor.view, row.split(self.widths), shapes))
             return dict(zip(self.sites, map(Factors, views[::2], views[1::2]), strict=True))
         stacks = self.stacks(row[None])
         present = ((name, stacks[name], factors.a.shape[0]) for name, factors in like.items())
