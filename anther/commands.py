@@ -60,6 +60,8 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "device benchmark": Command("client.cli.benchmark", "measure how fast this device trains"),
         "device ledger": Command("client.cli.ledger", "show every shared update, and the privacy spent"),
         "device draw": Command("client.cli.draw", "draw pictures with the personal adapter"),
+        "export": Command("client.cli.export", "write a learned adapter for diffusers, ComfyUI and others"),
+        "import": Command("client.cli.import_adapter", "start the personal adapter from a LoRA made elsewhere"),
         "device roll-back": Command("client.cli.roll_back", "restore an earlier personal adapter"),
         "device leave": Command("client.cli.leave", "leave the federation"),
         "device forget": Command("client.cli.forget", "delete the learned adapters"),

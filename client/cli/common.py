@@ -8,18 +8,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from client import paths
+from client.store.open import inspect_store
 from common.errors import REPORTED_ERRORS, describe_error
 from common.plugins import allow_plugins
 from common.terminal import discard_output, use_plain_output
+from privacy.ledger.ledger import JOURNAL, MARKER, DeviceLedger, LedgerHistory
 from privacy.storage import FileStorage
 
 DONE, USAGE = 0, 2
 
 
-def owner_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Build the parser of an owner's command about one device."""
+def owner_parser(command: str, description: str, *, group: str = "device ") -> argparse.ArgumentParser:
+    """Build the parser of an owner's command about one device.
+
+    Args:
+        command: name of the command.
+        description: its help.
+        group: words before the name.
+    """
     parser = argparse.ArgumentParser(
-        prog=f"anther device {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"anther {group}{command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--store", type=Path, metavar="DIR", help="folder of the device's store (default: in ANTHER_HOME)"
@@ -39,6 +47,16 @@ def allow_owned_plugins() -> None:
     from conf.schemas.node import compose  # slow import that most commands don't need
 
     allow_plugins(compose([], paths.config_file()).allowed_plugins)
+
+
+def read_history(files: FileStorage) -> LedgerHistory:
+    """Read the history of the device's ledger; it is empty if the device has shared nothing.
+
+    Raises:
+        AntherError: the ledger is damaged, or contradicts its anchors.
+    """
+    known = any(path.exists() for path in (files.folder / JOURNAL, files.folder / MARKER, files.heads / JOURNAL))
+    return DeviceLedger(inspect_store(files).storage).history() if known else LedgerHistory()
 
 
 def run(

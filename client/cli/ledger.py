@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from client.cli.common import owner_parser, run
+from client.cli.common import owner_parser, read_history, run
 from client.store import keyring, layout, migrate
-from client.store.open import check_store_exists, inspect_store
+from client.store.open import check_store_exists
 from common import file_lock
 from common.errors import AntherError
 from privacy import policy
@@ -31,7 +31,6 @@ from privacy.ledger.ledger import (
     SEALED,
     SENT,
     TRAIN,
-    DeviceLedger,
     LedgerHistory,
     Reservation,
 )
@@ -71,9 +70,7 @@ def _run_command(files: FileStorage, options: argparse.Namespace) -> str:
 
 def show(files: FileStorage, *, as_json: bool = False) -> str:
     """Return the ledger as text or as JSON. AntherError if the hash chain or its anchors are broken."""
-    ledger_files = [files.folder / JOURNAL, files.folder / MARKER, files.heads / JOURNAL]
-    ledger = DeviceLedger(inspect_store(files).storage)
-    history = ledger.history() if any(path.exists() for path in ledger_files) else LedgerHistory()
+    history = read_history(files)
     owner_policy = policy.load(files.folder / "policy.toml")
     if as_json:
         return json.dumps(as_plain(history, owner_policy), indent=2)

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from client.cli.common import owner_parser, run
+from client.cli.common import owner_parser, read_history, run
 from client.paths import config_file, keys_folder
 from client.store.open import inspect_store
 from common import file_lock
 from conf.schemas.node import NodeConfig, compose
 from privacy import policy
-from privacy.ledger.ledger import JOURNAL, MARKER, TRAIN, DeviceLedger, LedgerHistory
+from privacy.ledger.ledger import TRAIN
 from privacy.storage import FileStorage
 
 NOT_ENROLLED = "not enrolled: run anther device enroll with a ticket from the server's operator"
@@ -39,7 +39,7 @@ def _show(files: FileStorage, options: argparse.Namespace) -> str:
 def read_status(files: FileStorage) -> dict[str, Any]:
     """Return the device's state as plain values; ε is null if it is infinite."""
     node = compose([], config_file())
-    history = _history(files)
+    history = read_history(files)
     sent = [entry.at[-1] for entry in history.entries.values()]
     owner_policy = policy.load(files.folder / "policy.toml")
     spent = history.spent(owner_policy.delta).value if history.entries else 0.0
@@ -88,11 +88,6 @@ def _activity(node: NodeConfig, files: FileStorage) -> str:
     if file_lock.holder(files.folder) is None:
         return "waiting for the server"
     return "working: the base is in memory"
-
-
-def _history(files: FileStorage) -> LedgerHistory:
-    known = any(path.exists() for path in (files.folder / JOURNAL, files.folder / MARKER, files.heads / JOURNAL))
-    return DeviceLedger(inspect_store(files).storage).history() if known else LedgerHistory()
 
 
 def _personal_adapter(files: FileStorage) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from client.device import Device
+from client.rounds.effect import missing_effect
 from client.rounds.helpers import encode_split, requested_method, training_cost
 from client.rounds.local_factors import with_local_factors
 from client.rounds.method_state import state_after_rounds
@@ -21,6 +22,7 @@ from conf.schemas import sampling
 from models.lora.adapter import Adapter, Factors, concatenate, init_adapter, rank
 from models.lora.directions import without_zero_rank
 from models.lora.norm_bound import norm_violation
+from models.lora.resize import with_rank
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
@@ -110,9 +112,12 @@ def _learn(
         sent: the received shared adapter.
         device: the device that trains.
     """
-    current = device.store.personal(device.sites)
+    other_sites = device.store.has_other_sites(device.sites)
+    current = None if other_sites else device.store.personal(device.sites)
     if current and current.request == identity:
         return  # trained before the requester crashed: training further would give a different adapter
+    if other_sites:
+        log.warning("the stored personal adapter is for other layers; a new one starts, and it stays a version")
     stored = current if current and current.base == device.report.base else None
     pictures = device.pictures()
     examples = yield from encode_split(device, "train", pictures.train)
@@ -140,14 +145,16 @@ def _learn(
         early_stopping=stopping,
     )
     trained = yield from method.fit(job, shared, [picture.caption for picture in pictures.train])
+    if reason := (yield from missing_effect(trained, shared, held_out)):
+        log.warning("round %d: the trained personal adapter changes nothing: %s", request.round, reason)
     before = stored or PersonalAdapter(start, shared, device.report.base, identity)
     if (yield from _is_worse(trained, shared, before, held_out)):
         log.warning("round %d found no better personal adapter; the previous one stays", request.round)
         result = before._replace(request=identity)
-        device.store.save_personal(result, aside=current is not None and stored is None)
+        device.store.save_personal(result, aside=other_sites or (current is not None and stored is None))
     else:
         result = PersonalAdapter(trained, shared, device.report.base, identity)
-        device.store.save_personal(result, aside=current is not None)
+        device.store.save_personal(result, aside=other_sites or current is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
         yield from _preview(f"round-{request.round:06d}", captions, result, device)
@@ -217,7 +224,8 @@ def _personal_start(
 ) -> Adapter:
     """Return the initial personal adapter.
 
-    The stored one is used if it belongs to this same shared adapter, else that of the rounds, else a new one.
+    The stored one is used if it belongs to this same shared adapter, or if the owner imported it. Otherwise that of the
+    rounds is used, else a new one.
 
     A new one starts in the directions in which the federation found that people differ: its A is the shared adapter's
     (FedSA-LoRA, Guo et al., 2025, arXiv:2410.01463), its B is zero.
@@ -232,6 +240,8 @@ def _personal_start(
     if stored and rank(stored.adapter) == target_rank and _same(stored.shared, shared):
         return stored.adapter
     fresh = init_adapter(device.sites, target_rank, derive_seed(device.seed, device.name, PERSONAL))
+    if stored and stored.is_imported:
+        return with_rank(stored.adapter, target_rank, fresh)
     effective = without_zero_rank(shared)
     new = {name: Factors(torch.cat([effective[name].a, f.a])[:target_rank], f.b) for name, f in fresh.items()}
     return {**new, **kept} if kept and rank(kept) == target_rank else new

@@ -50,6 +50,9 @@ from privacy.ledger.ledger import DeviceLedger
 from privacy.storage import Storage
 from training.jobs import Examples
 
+IMPORTED = "import:"
+"""Prefix of `PersonalAdapter.request` of an adapter that the owner imported; the file's hash follows."""
+
 
 class PersonalAdapter(NamedTuple):
     """A device's personal adapter, with the shared adapter that it was trained on and that it requires."""
@@ -58,6 +61,11 @@ class PersonalAdapter(NamedTuple):
     shared: Adapter
     base: str  # content hash of the base
     request: str  # hash of the request that it answers; a repeated request needs no training
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the owner imported it, so that no training followed yet."""
+        return self.request.startswith(IMPORTED)
 
     @property
     def effective_shared(self) -> Adapter:
@@ -132,6 +140,11 @@ class Store:
             return ()  # `personal` reports the error
         names = (name.partition("/") for name in tensors)
         return tuple(sorted({site.rpartition(".")[0] for part, _, site in names if part == "personal"}))
+
+    def has_other_sites(self, sites: Sites) -> bool:
+        """Return whether a readable personal adapter is stored that has factors at other layers than these."""
+        names = self.personal_sites()
+        return bool(names) and set(names) != set(sites)
 
     def personal_versions(self) -> list[AdapterVersion]:
         """List the stored personal adapters, newest first."""

@@ -86,20 +86,42 @@ def read_lora_file(file: Path) -> LoraFile:
     return LoraFile(modules, len(tensors) - len(names), metadata)
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(file: Path) -> Mapping[str, str]:
+    """Read the metadata of a safetensors file.
+
+    Raises:
+        AntherError: the file is pickled or damaged.
+    """
+    _refuse_pickle(file)
     try:
-        with file.open("rb") as raw:
-            start = raw.read(9)
-        is_pickle = start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")  # a safetensors header is JSON
-        if is_pickle or file.suffix.lower() in _PICKLES:
-            raise AntherError(
-                f"{file}: is a pickle, which can run code when it is read: convert it to safetensors where it was made"
-            )
+        with safe_open(file, "pt") as content:
+            return content.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> AntherError:
+    return AntherError(f"{file}: not a safetensors file ({summary(error)}): copy it again")
+
+
+def _refuse_pickle(file: Path) -> None:
+    with file.open("rb") as raw:
+        start = raw.read(9)
+    is_pickle = start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")  # a safetensors header is JSON
+    if is_pickle or file.suffix.lower() in _PICKLES:
+        raise AntherError(
+            f"{file}: is a pickle, which can run code when it is read: convert it to safetensors where it was made"
+        )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _refuse_pickle(file)
+    try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
             return tensors, content.metadata() or {}
     except SafetensorError as error:
-        raise AntherError(f"{file}: not a safetensors file ({summary(error)}): copy it again") from error
+        raise _damaged(file, error) from error
 
 
 def _pairs(names: list[str]) -> Iterator[tuple[str, str, str]]:

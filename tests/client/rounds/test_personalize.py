@@ -15,6 +15,7 @@ from PIL import Image
 from client.device import Device
 from client.rounds.handler import handle
 from client.rounds.scheduler import run_handlers
+from client.store.store import IMPORTED, PersonalAdapter
 from common.errors import AntherError
 from conf.schemas import sampling
 from models.lora.adapter import Adapter, Factors, rank
@@ -107,12 +108,16 @@ def test_worse_adapter_does_not_replace_better(tmp_path: Path, others: float, ex
     assert same(train.frozen, FIRST if expected is FIRST else THIRD)
 
 
+def compared(perform: Performer) -> list[jobs.MeasureJob]:
+    """Return the measurements of all examples, without those of one for `client.rounds.effect`."""
+    return [job for job in perform.jobs if isinstance(job, jobs.MeasureJob) and len(job.examples) > 1]
+
+
 def test_choice_uses_own_validation_pictures(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Judging(0.6)
     answer_request(sent(FIRST, 1), device, perform)
     answer_request(sent(SECOND, 2), device, perform)
-    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
-    assert [len(job.examples) for job in measured] == [len(PICTURES.validation)] * (2 + 4)
+    assert [len(job.examples) for job in compared(perform)] == [len(PICTURES.validation)] * (2 + 4)
 
 
 def test_choice_without_validation_pictures(tmp_path: Path) -> None:
@@ -120,8 +125,7 @@ def test_choice_without_validation_pictures(tmp_path: Path) -> None:
     for number, shared in enumerate((FIRST, SECOND, THIRD), start=1):
         answer_request(sent(shared, number), blind, perform)
     assert same(stored_adapters(blind), FIRST)
-    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
-    assert {len(job.examples) for job in measured} == {len(PICTURES.train)}
+    assert {len(job.examples) for job in compared(perform)} == {len(PICTURES.train)}
 
 
 def test_adapter_of_another_base_is_not_compared(tmp_path: Path) -> None:
@@ -130,7 +134,7 @@ def test_adapter_of_another_base_is_not_compared(tmp_path: Path) -> None:
     perform = Judging(0.6)
     answer_request(sent(SECOND, 3), changed, perform)
     assert same(stored_adapters(changed), SECOND)
-    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
+    measured = [job.adapter for job in compared(perform)]
     assert [rank(adapter) for adapter in measured if adapter] == [RANK + 2] * 2  # the trained adapter and its start
     changed.store.roll_back()
     assert same(stored_adapters(changed), FIRST)  # the other base's adapter, unchanged
@@ -395,3 +399,44 @@ def test_drawing_for_the_prior_is_within_the_owners_limit(tmp_path: Path) -> Non
     device = make_device(tmp_path, policy=Policy(max_steps=20 + 5 * sampling.STEPS - 1))
     with pytest.raises(RequestRefusedError, match="steps=50"):
         answer_request(requested, device, Judging(0.4))
+
+
+def test_training_starts_from_an_imported_adapter(tmp_path: Path) -> None:
+    """Under another shared adapter too; of a larger rank its best approximation, of a smaller one the same product."""
+    for imported_rank in (1, 2, 4):
+        device, perform = make_device(tmp_path / str(imported_rank)), Judging(0.4)
+        imported = adapter(imported_rank, seed=5)
+        zero = {name: Factors(f.a[:1].clone(), torch.zeros_like(f.b[:, :1])) for name, f in imported.items()}
+        device.store.save_personal(PersonalAdapter(imported, zero, device.report.base, f"{IMPORTED}1"))
+        answer_request(sent(FIRST, 1), device, perform)
+        start = trains(perform).start
+        assert rank(start) == 2
+        for name, (a, b) in imported.items():
+            u, values, vh = torch.linalg.svd(b @ a)
+            best = u[:, :2] * values[:2] @ vh[:2]
+            torch.testing.assert_close(start[name].b @ start[name].a, best, rtol=1e-4, atol=1e-5)
+        result = device.store.personal(SITES)
+        assert result is not None
+        assert not result.is_imported
+
+
+def test_adapter_of_other_layers_becomes_a_version(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Judging(0.4)
+    other, without = ({"down.to_q": adapter(2, seed=seed)["down.to_q"]} for seed in (1, 2))
+    device.store.save_personal(PersonalAdapter(other, without, device.report.base, f"{IMPORTED}1"))
+    answer_request(sent(FIRST, 1), device, perform)
+    assert same(stored_adapters(device), FIRST)
+    device.store.roll_back()
+    assert device.store.personal_sites() == ("down.to_q",)
+
+
+@pytest.mark.parametrize(
+    ("b", "loss", "message"), [(0.0, 0.4, "zero at every layer"), (1.0, 0.4, "equals the output"), (1.0, 0.3, None)]
+)
+def test_training_without_effect_is_reported(
+    b: float, loss: float, message: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer_request(sent(SECOND, 1), make_device(tmp_path), Trains(b, loss))
+    warnings = [record.getMessage() for record in caplog.records if "changes nothing" in record.getMessage()]
+    assert len(warnings) == (message is not None)
+    assert all(message in warning for warning in warnings if message)
