@@ -24,6 +24,7 @@ from models.lora.adapter import Sites
 from privacy import noise, policy
 from privacy.noise import NoiseSource
 from protocol.messages import DeviceReport
+from training.variants import ALL_CAPTIONS, VariantOptions
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Device:
     """Raise RequestRefusedError if training an adapter of this rank at these sites, and this number of further bytes,
     would not fit. In a simulation the cohort manages memory.
     """
+    variants: VariantOptions = ALL_CAPTIONS
+    """Examples of each picture in training without privacy."""
     previews: int = 0
     """Number of preview pictures drawn for the owner after each training of the personal adapter."""
     measured_cost: Callable[[], TrainingCost | None] | None = None
@@ -99,10 +102,11 @@ def from_config(
     Args:
         node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which select its k-th
             sub-folder in a simulation. Optional: `background`, the color behind transparent pictures; `caption`, one
-            for all pictures; `name`; `store`, a folder; `previews`, the number of pictures drawn into it after each
-            personal training; `test=true`, which makes noise reproducible by `seed`, so that nothing counts as a
-            release; for the report: `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; `rank`
-            and `sites`, the highest rank and, as a name or a regular expression, the only layers to train.
+            for all pictures; `flip` and `caption-dropout`, see `NodeConfig`; `name`; `store`, a folder; `previews`, the
+            number of pictures drawn into it after each personal training; `test=true`, which makes noise reproducible
+            by `seed`, so that nothing counts as a release; for the report: `examples-per-second`, `watts`,
+            `uplink-mbps`, `downlink-mbps`, `metered`; `rank` and `sites`, the highest rank and, as a name or a regular
+            expression, the only layers to train.
         base: the device's base.
         store: an open store; None: open an unencrypted one.
         read: reads the sensors for the device's current state; None: the report does not include it.
@@ -140,6 +144,9 @@ def from_config(
         seed=seed,
         resolution=base.resolution,
         check_memory=partial(preflight.check_memory, base, store),
+        variants=ALL_CAPTIONS._replace(
+            flip=_flag(node_config, "flip"), dropout=float(node_config.get("caption-dropout", 0))
+        ),
         previews=non_negative_int(node_config, "previews"),
         measured_cost=measured_cost,
         named_sites=named_sites(base.sites, attention=base.attention),

@@ -220,7 +220,7 @@ def _examples_per_row(job: TrainJob) -> int:
     `client.rounds.train` gives a private job at most as many pictures as its plan assumes.
     """
     pictures = max(job.assumed_pictures, job.pictures)
-    return pictures * job.views + (len(job.prior.examples) if job.prior else 0)
+    return (len(job.examples) if job.variants else pictures * job.views) + (len(job.prior.examples) if job.prior else 0)
 
 
 def _site_names(adapters: Iterable[Adapter]) -> tuple[str, ...]:

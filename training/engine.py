@@ -29,6 +29,7 @@ from training.jobs import (
     TrainJob,
     never,
 )
+from training.variants import Variant, list_variants
 
 T = TypeVar("T")
 
@@ -117,22 +118,36 @@ def encode(base: Base, jobs: Sequence[EncodeJob], cancelled: Callable[[], bool] 
     if not valid:
         return [images for images in preprocessed if isinstance(images, Exception)]
     latents = base.encode_images([image for _, images in valid for image in images], check_cancelled).cpu()
-    context = base.encode_captions(
-        [picture.caption for job, _ in valid for picture in job.pictures], check_cancelled
-    ).cpu()
-    counts = [len(images) for _, images in valid]
-    parts = zip(latents.split(counts), context.split(counts), strict=True)
-    examples = (Examples(latents.clone(), context.clone()) for latents, context in parts)
+    variants = [list_variants(job.pictures, job.options) for job, _ in valid]
+    context = base.encode_captions([each.caption for listed in variants for each in listed], check_cancelled).cpu()
+    parts = zip(
+        valid,
+        latents.split([len(images) for _, images in valid]),
+        context.split([len(listed) for listed in variants]),
+        variants,
+        strict=True,
+    )
+    examples = (
+        Examples(encoded[_image_indices(job, listed)], captions.clone())
+        for (job, _), encoded, captions, listed in parts
+    )
     return [images if isinstance(images, Exception) else next(examples) for images in preprocessed]
 
 
+def _image_indices(job: EncodeJob, variants: Sequence[Variant]) -> list[int]:
+    """Return the image of each variant among those that `_preprocess` returns: each picture, then its mirror image."""
+    sides = 2 if job.options.flip else 1
+    return [sides * each.picture + each.flipped for each in variants]
+
+
 def _preprocess(base: Base, job: EncodeJob, check_cancelled: Callable[[], None]) -> list[np.ndarray] | Exception:
-    """Preprocess a job's pictures for the base."""
+    """Preprocess a job's pictures for the base, each followed by its mirror image if the job asks for it."""
     preprocessed = []
     try:
         for picture in job.pictures:
             check_cancelled()
-            preprocessed.append(base.preprocess(picture.at_least(base.resolution)))
+            image = base.preprocess(picture.at_least(base.resolution))
+            preprocessed += [image, np.ascontiguousarray(image[:, ::-1])] if job.options.flip else [image]
     except AntherError as error:
         return error
     return preprocessed

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from models.lora.adapter import Adapter
 from models.lora.directions import Directions
 from privacy.noise import NoiseSource
+from training.variants import PLAIN, VariantOptions, Variants
 
 
 class Picture:
@@ -73,6 +75,7 @@ class EncodeJob:
     """Encode pictures to Examples with the base's VAE and text encoder. Result: Examples."""
 
     pictures: Sequence[Picture]
+    options: VariantOptions = PLAIN  # determine the examples of each picture, in the order of `list_variants`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ class TrainJob:
     noise: NoiseSource | None = None  # DP noise and Poisson batches; required with privacy
     names: tuple[str, ...] = ()  # name of each picture, a function of its content only; required with privacy
     views: int = 1  # augmentation multiplicity: consecutive examples of one picture; its draws cycle through them
+    variants: Variants | None = None  # examples of each picture, one of them drawn per visit; not for private jobs
     prior: Prior | None = None
     cancelled: Callable[[], bool] = never  # called between passes
 
@@ -151,6 +155,11 @@ class TrainJob:
         if self.views < 1 or len(self.examples) % self.views:
             raise ValueError(
                 f"client {self.client}: {len(self.examples)} examples are not a multiple of views={self.views}"
+            )
+        if self.variants and (self.privacy or self.views > 1 or self.variants.examples != len(self.examples)):
+            raise ValueError(
+                f"client {self.client}: variants need a job without privacy and views, and {self.variants.examples} "
+                f"examples instead of {len(self.examples)}"
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"client {self.client}: optimizer={self.optimizer!r}, must be adamw or sgd")
@@ -172,6 +181,10 @@ class TrainJob:
             raise ValueError(
                 f"client {self.client}: a private job can't stop early: its pictures would be evaluated without noise"
             )
+
+    def with_first_variants(self) -> TrainJob:
+        """Return the job with one example of each picture, its first variant."""
+        return replace(self, examples=first_variants(self.examples, self.variants), variants=None)
 
     @property
     def fixed_factors(self) -> Adapter | None:
@@ -201,6 +214,8 @@ class TrainJob:
     @property
     def pictures(self) -> int:
         """Number of pictures that the examples show."""
+        if self.variants:
+            return len(self.variants.captioned)
         return len(self.examples) // self.views
 
     @property
@@ -217,6 +232,14 @@ class TrainJob:
     def unit(self) -> int:
         """Number of entries clipped together: under DP the draws of a picture and their prior partners, else 1."""
         return (self.privacy.draws if self.privacy else 1) * (2 if self.privacy and self.prior else 1)
+
+
+def first_variants(examples: Examples, variants: Variants | None) -> Examples:
+    """Return one example of each picture, its first variant."""
+    if variants is None:
+        return examples
+    first = torch.from_numpy(variants.first)
+    return Examples(examples.latents[first], examples.context[first])
 
 
 def assumed_pictures(batch_size: int, sampling_rate: float) -> int:

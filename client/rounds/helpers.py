@@ -25,6 +25,7 @@ from protocol.messages import PersonalizationMethod
 from training import jobs
 from training.jobs import Cancelled, Examples, Job, Picture, Result, expect
 from training.personalization import Personalization, build
+from training.variants import PLAIN, VariantOptions, count_variants
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,25 @@ def requested_method(method: PersonalizationMethod) -> Personalization:
         raise RequestRefusedError(str(error)) from None
 
 
-def encode_split(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:
+def encode_split(
+    device: Device, split: str, pictures: Sequence[Picture], options: VariantOptions = PLAIN
+) -> Generator[Job, Result, Examples]:
     """Encode the pictures of a split for the denoiser, or load them from the cache.
 
     Args:
         device: the device whose store has the cache.
         split: `train`, `validation` or `test`.
         pictures: the pictures of the split.
+        options: determine the examples of each picture; one by default.
     """
+    if count_variants(pictures, options) is None:
+        options = PLAIN
     key = cache_key(device, pictures)
+    if options != PLAIN:
+        key += f":{options.flip}:{options.dropout > 0}"
     examples = device.store.examples(split, key)
     if examples is None:
-        examples = expect(Examples, (yield jobs.EncodeJob(pictures=pictures)))
+        examples = expect(Examples, (yield jobs.EncodeJob(pictures=pictures, options=options)))
         device.store.save_examples(split, key, examples)
     return examples
 

@@ -26,8 +26,9 @@ from models.lora.resize import with_rank
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
-from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, expect
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, OutOfMemory, Result, expect, first_variants
 from training.personalization import Personalization
+from training.variants import count_variants
 
 PERSONAL = "personal"
 TRIES, MAX_TRIES = "personalise-tries", 3  # the name is stored; don't change it
@@ -120,8 +121,10 @@ def _learn(
         log.warning("the stored personal adapter is for other layers; a new one starts, and it stays a version")
     stored = current if current and current.base == device.report.base else None
     pictures = device.pictures()
-    examples = yield from encode_split(device, "train", pictures.train)
-    held_out, stopping = examples, None  # without validation pictures: enough to detect a broken result
+    examples = yield from encode_split(device, "train", pictures.train, device.variants)
+    variants = count_variants(pictures.train, device.variants)
+    held_out = first_variants(examples, variants)  # without validation pictures: enough to detect a broken result
+    stopping = None
     if pictures.validation:
         held_out = yield from encode_split(device, "validation", pictures.validation)
         every = min(request.look_every, request.steps)
@@ -137,6 +140,7 @@ def _learn(
         purpose=PERSONAL,
         seed=device.seed,
         examples=examples,
+        variants=variants,
         start=start,
         frozen=shared,
         steps=request.steps,

@@ -35,6 +35,7 @@ from training import jobs
 from training.jobs import Examples, Job, Picture, Result, assumed_pictures
 from training.personalization import Personalization, held_bytes
 from training.round_work import examples_per_round, steps_per_round
+from training.variants import count_variants
 
 SHARED = "shared"
 
@@ -80,8 +81,10 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         device.policy.check_spending(ledger.history().mechanisms, NonPrivate())
         pictures = device.pictures().train
         device.policy.check_pictures(len(pictures))
-        examples = yield from encode_split(device, "train", pictures)
-    else:
+        examples = yield from encode_split(device, "train", pictures, device.variants)
+        variants = count_variants(pictures, device.variants)
+    else:  # one example for each picture, so that numbers of captions don't matter
+        variants = None
         pictures, examples = yield from _private_examples(
             device, assumed_pictures(plan.batch_size, plan.privacy.sampling_rate)
         )
@@ -99,6 +102,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         purpose=SHARED,
         seed=device.seed,
         examples=examples,
+        variants=variants,
         start=start,
         trains="both" if plan.trains == "split" else plan.trains,
         frozen=frozen,

@@ -129,6 +129,8 @@ def stated(node: NodeConfig, base: str) -> dict[str, object]:
         "data": node.data,
         "background": node.background,
         "caption": node.caption,
+        "flip": node.flip or None,
+        "caption-dropout": node.caption_dropout or None,
         "name": node.name,
         "store": node.store,
         "weights": node.weights,

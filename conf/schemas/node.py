@@ -152,6 +152,10 @@ class NodeConfig:
     """One caption for all pictures, or with {text} a text around each picture's own; null: their own."""
     background: str = "white"
     """Color behind transparent pictures: white, black, gray or '#rrggbb'."""
+    flip: bool = False
+    """Train on mirror images too; not for faces or text. Only without example-level privacy."""
+    caption_dropout: float = 0.0
+    """Probability of training a picture without its caption. Only without example-level privacy."""
     name: str | None = None
     """Name of the device at the server; null: the machine's."""
     federation: str | None = None
@@ -204,6 +208,9 @@ class NodeConfig:
         own = self.name is None or (Path(self.name).name == self.name and self.name not in ("", ".."))
         require(own, f"name={self.name}: must not be a path, nor empty")
         require(self.caption is None or self.caption.strip() != "", "caption: must not be empty; write one, or null")
+        require(
+            0 <= self.caption_dropout < 1, f"caption_dropout={self.caption_dropout}: must be 0 or more, and under 1"
+        )
         for key in ("data", "store", "base"):  # an empty path is the current folder
             require(getattr(self, key) != "", f"{key}: must not be empty; name a folder, or null")
         require_choice("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))

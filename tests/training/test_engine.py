@@ -15,6 +15,7 @@ from models.lora.adapter import Factors, init_adapter
 from training.capacity import budget
 from training.engine import perform
 from training.jobs import EncodeJob, Examples, GeneratedImages, GenerateJob, Picture
+from training.variants import VariantOptions
 
 
 def test_failed_generation_affects_its_own_job(base: Base) -> None:
@@ -55,3 +56,25 @@ def test_missing_picture_fails_its_own_job(base: Base, tmp_path: Path) -> None:
     assert isinstance(held, Examples)
     assert torch.equal(read.latents, held.latents)
     assert torch.equal(read.context, held.context)
+
+
+class _WithCaptions(Picture):
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return ("a", "b")
+
+
+def test_variants_are_encoded(base: Base) -> None:
+    """They are the examples that separate pictures would give: each caption, its mirror image, and no caption."""
+    first, second = np.random.default_rng(0).integers(0, 256, (2, 16, 16), np.uint8)
+    options = VariantOptions(captions=True, flip=True, dropout=0.5)
+    jobs = [
+        EncodeJob(pictures=[_WithCaptions(first, "a"), Picture(second, "c")], options=options),
+        EncodeJob(pictures=[Picture(image, "") for image in (first, first[:, ::-1], second, second[:, ::-1])]),
+    ]
+    encoded, images = perform(base, jobs, memory=budget(None, base.device), timesteps=1)
+    assert isinstance(encoded, Examples)
+    assert isinstance(images, Examples)
+    assert torch.equal(encoded.latents, images.latents[[0, 1, 0, 1, 0, 1, 2, 3, 2, 3]])
+    captions = ["a", "a", "b", "b", None, None, "c", "c", None, None]
+    assert torch.equal(encoded.context, base.encode_captions(captions))

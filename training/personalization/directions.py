@@ -123,6 +123,7 @@ class LearnedDirections(Personalization):
     def train_round(self, job: TrainJob, state: Adapter | None) -> Generator[Job, Result, RoundTraining]:
         """See `Personalization.train_round`; the start of `job` has the directions."""
         shared, directions = divide(job.start, self.number)
+        job = job.with_first_variants()  # support and query have different pictures
         if job.frozen is not None:  # sites that aren't trained need no directions
             untrained = {name: factors for name, factors in job.frozen.items() if name not in job.start}
             job = replace(job, frozen={**job.frozen, **divide(untrained, self.number)[0]})
