@@ -118,7 +118,7 @@ def decode(
         raise CodecError(
             f"{next(name for name, t in tensors.items() if not _finite(t))}: contains NaN or infinite values"
         )
-    largest_subnormal = torch.finfo(dtype).tiny * (1 - torch.finfo(dtype).eps)
+    largest_subnormal = torch.finfo(dtype).tiny * (1 - torch.finfo(dtype).eps)  # exact in `dtype`
     for part in values.split(_CHUNK):
         part.copy_(hardshrink(part, largest_subnormal))
     return tensors

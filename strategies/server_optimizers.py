@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from common.plugins import Registry
 
@@ -163,11 +164,15 @@ def _at_rank_of(name: str, before: Tensor, after: Tensor) -> Tensor:
 
     A new direction is treated as if it had always existed, with the A of `after` and B = 0.
     """
+    if before.shape == after.shape:
+        return before.double()
     return _overlaid(before, after.double() if name.endswith(".lora_A") else torch.zeros_like(after).double())
 
 
 def _moment(stored: Tensor | None, like: Tensor, initial: float = 0.0) -> Tensor:
     """Resize a stored moment to the shape of `like`, float64, filled with `initial`."""
+    if stored is not None and stored.shape == like.shape:
+        return stored.double()
     empty = torch.full_like(like, initial, dtype=torch.float64)
     return empty if stored is None else _overlaid(stored, empty)
 
@@ -182,5 +187,5 @@ def _overlaid(part: Tensor, whole: Tensor) -> Tensor:
 
 def as_stored(moment: Tensor) -> Tensor:
     """Convert to float32 without subnormal numbers, as a checkpoint stores it, so that a resumed run is identical."""
-    stored = moment.float()
-    return stored.masked_fill_(stored.abs() < torch.finfo(torch.float32).tiny, 0.0)
+    limits = torch.finfo(torch.float32)
+    return hardshrink(moment.float(), limits.tiny * (1 - limits.eps))  # the largest subnormal number

@@ -19,7 +19,7 @@ from strategies.aggregation.flora import FLoRA
 from strategies.factory.aggregation import build_aggregation
 from strategies.registry import AGGREGATIONS
 from strategies.selection.sample import Sample
-from strategies.server_optimizers import FedAvgM, FedOpt
+from strategies.server_optimizers import FedAvgM, FedOpt, as_stored
 from tests.helpers.configs import compose
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.helpers.means import close, rounds, true_mean
@@ -30,6 +30,16 @@ RULES = {
     "fedadam": FedOpt(**ADAM, yogi=False),
     "fedyogi": FedOpt(**ADAM, yogi=True),
 }
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stored_moments_have_no_subnormal_numbers(sign):
+    """Around the smallest normal number 2⁻¹²⁶, bit by bit, and zero."""
+    bits = np.concatenate([np.arange(2**23 - 1000, 2**23 + 1000), np.arange(1000)]).astype(np.int32)
+    values = sign * bits.view(np.float32)
+    expected = np.where(bits < 2**23, np.float32(0.0), values)
+    stored = as_stored(torch.from_numpy(values.astype(np.float64))).numpy()
+    assert np.array_equal(stored.view(np.int32), expected.view(np.int32))
 
 
 def run_steps(rule, x, changes):
