@@ -1,0 +1,1 @@
+"""Benchmarks of exchange with other tools."""
