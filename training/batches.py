@@ -51,7 +51,6 @@ class BatchSampler:
         self._key = derive_seed(*key)
         self._generator = torch.Generator().manual_seed(self._key)
         self._names = np.array([derive_seed(*key, name) for name in job.names], np.int64)
-        self._variant_key = derive_seed(*key, "variants")
         self._queue = np.empty(0, np.int64)
         self._step = 0
 
@@ -69,21 +68,17 @@ class BatchSampler:
             self._queue = np.concatenate([self._queue, shuffle])
         pictures, self._queue = self._queue[:size], self._queue[size:]
         key = counter_rng.child(self._key, self._step)
+        views, variants = self._job.views, self._job.variants
+        examples = pictures * views + self._step % views
+        if variants is not None:
+            examples = variants.draw(pictures, derive_seed(self._key, "variants", self._step))
         return StepBatch(
-            examples=self._examples(pictures),
+            examples=examples,
             phases=stratified(counter_rng.uniform(key), np.arange(size), size),
             noise_keys=counter_rng.child(key, np.arange(size)),
             weights=np.full(size, 1 / size),
             per_unit=1,
         )
-
-    def _examples(self, pictures: np.ndarray) -> np.ndarray:
-        """Return an example of each picture: views in turn, or a drawn variant."""
-        views, variants = self._job.views, self._job.variants
-        if variants is None:
-            return pictures * views + self._step % views
-        step_key = counter_rng.child(self._variant_key, self._step)
-        return variants.draw(pictures, counter_rng.child(step_key, np.arange(len(pictures))))
 
     def _poisson(self) -> StepBatch:
         """Sample a Poisson batch. The draws of a picture have stratified timesteps and cycle through its views.

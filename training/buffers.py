@@ -40,6 +40,7 @@ class BufferSpec(NamedTuple):
     optimizer: str
     proximal: bool  # whether any job has a proximal term
     corrected: bool  # whether any job has a correction
+    weighted: bool = False  # whether any job has loss weights
 
     @staticmethod
     def of(jobs: Sequence[TrainJob]) -> BufferSpec:
@@ -62,6 +63,7 @@ class BufferSpec(NamedTuple):
             optimizer=first.optimizer,
             proximal=any(job.proximal for job in jobs),
             corrected=any(job.correction is not None for job in jobs),
+            weighted=any(job.loss_weights is not None for job in jobs),
         )
 
 
@@ -79,6 +81,7 @@ class CohortBuffers:
         losses: [S], losses summed over entries.
         divisors: [S, 1], divisors of the sums: under DP the plan's public constant.
         latents, context: pooled examples of the resident jobs.
+        loss_weights: [examples, h, w] of the pool; None if no job has any.
     """
 
     def __init__(self, base: Denoiser, spec: BufferSpec, capacity: int) -> None:
@@ -97,6 +100,7 @@ class CohortBuffers:
         self._frozen = base.like.new_zeros(1 if spec.common else capacity, self._frozen_layout.size)
         self.latents = like.new_zeros(capacity * spec.examples, *spec.latents)
         self.context = base.like.new_zeros(capacity * spec.examples, *spec.context)
+        self.loss_weights = like.new_ones(capacity * spec.examples, *spec.latents[1:]) if spec.weighted else None
         self._examples = spec.examples
 
     def load(self, jobs: Mapping[int, TrainJob]) -> None:
@@ -127,6 +131,10 @@ class CohortBuffers:
             self._frozen[index] = frozen.to(self._frozen)
         for row, job in jobs.items():
             start = self.first_example(row)
+            if self.loss_weights is not None:  # 1 changes no bit of the other jobs' losses
+                self.loss_weights[start : start + self._examples] = 1.0
+                if job.loss_weights is not None:
+                    self.loss_weights[start : start + len(job.loss_weights)] = job.loss_weights.to(self.loss_weights)
             for pool in _pools(job):
                 self.latents[start : start + len(pool)].copy_(pool.latents, non_blocking=True)
                 self.context[start : start + len(pool)].copy_(pool.context, non_blocking=True)
@@ -268,7 +276,8 @@ def row_bytes(base: Denoiser, spec: BufferSpec) -> int:
     # Sums, noise, and two temporaries (as numbers, and by mask) have 8 bytes per number.
     integer_bytes = 4 * torch.float64.itemsize if spec.private else 0
     frozen = 0 if spec.common else 3 * frozen_layout(base, spec).size * compute
-    example = spec.latents.numel() * full_precision + spec.context.numel() * compute
+    positions = spec.latents[1:].numel() if spec.weighted else 0
+    example = (spec.latents.numel() + positions) * full_precision + spec.context.numel() * compute
     return (
         (buffers * full_precision + integer_bytes) * trained_layout(base, spec).size + frozen + spec.examples * example
     )

@@ -6,7 +6,7 @@ A job is plain data. Drivers collect the jobs of many clients and run those of o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -17,47 +17,8 @@ from torch import Tensor
 from models.lora.adapter import Adapter
 from models.lora.directions import Directions
 from privacy.noise import NoiseSource
+from training.picture import Picture
 from training.variants import PLAIN, VariantOptions, Variants
-
-
-class Picture:
-    """One picture, uint8 [H, W] gray or [H, W, 3] color, and its caption.
-
-    This class holds the pixels in memory, and one caption. A subclass that reads them from a file on demand overrides
-    all but the caption.
-    """
-
-    __slots__ = ("_pixels", "caption")
-
-    def __init__(self, pixels: np.ndarray, caption: str) -> None:
-        self._pixels, self.caption = pixels, caption
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """All captions of the picture, the first one first."""
-        return (self.caption,)
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """All pixels, uint8 [H, W] or [H, W, 3]."""
-        return self._pixels
-
-    def at_least(self, side: int) -> np.ndarray:
-        """Return the pixels, or a smaller copy of sufficient resolution for any use at `side` pixels.
-
-        Args:
-            side: side of the square that is used, in pixels.
-
-        Returns:
-            uint8 [h, w] or [h, w, 3].
-        """
-        del side
-        return self.pixels
-
-    def content(self) -> Iterator[bytes]:
-        """Yield bytes that differ if the visible content or the caption differs."""
-        yield repr((self.pixels.shape, len(self.caption.encode()), self.caption)).encode()
-        yield np.ascontiguousarray(self.pixels).tobytes()
 
 
 class Examples(NamedTuple):
@@ -148,6 +109,7 @@ class TrainJob:
     names: tuple[str, ...] = ()  # name of each picture, a function of its content only; required with privacy
     views: int = 1  # augmentation multiplicity: consecutive examples of one picture; its draws cycle through them
     variants: Variants | None = None  # examples of each picture, one of them drawn per visit; not for private jobs
+    loss_weights: Tensor | None = None  # [n, h, w] of the examples' latents, with a mean of 1; not for private jobs
     prior: Prior | None = None
     cancelled: Callable[[], bool] = never  # called between passes
 
@@ -161,6 +123,12 @@ class TrainJob:
                 f"client {self.client}: variants need a job without privacy and views, and {self.variants.examples} "
                 f"examples instead of {len(self.examples)}"
             )
+        if self.loss_weights is not None:
+            n, _, *sides = self.examples.latents.shape
+            if self.privacy or self.loss_weights.shape != (n, *sides):
+                # The clip would bound the weighted gradient by C as well. But buffers and passes have weights if any
+                # job does, so memory and time would reveal the existence of a mask.
+                raise ValueError(f"client {self.client}: loss weights need a job without privacy, and fit its latents")
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"client {self.client}: optimizer={self.optimizer!r}, must be adamw or sgd")
         if not 0 <= self.proximal < math.inf:
@@ -184,7 +152,11 @@ class TrainJob:
 
     def with_first_variants(self) -> TrainJob:
         """Return the job with one example of each picture, its first variant."""
-        return replace(self, examples=first_variants(self.examples, self.variants), variants=None)
+        weights = self.loss_weights
+        if self.variants is not None and weights is not None:
+            weights = weights[torch.from_numpy(self.variants.first)]
+        examples = first_variants(self.examples, self.variants)
+        return replace(self, examples=examples, loss_weights=weights, variants=None)
 
     @property
     def fixed_factors(self) -> Adapter | None:

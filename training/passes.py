@@ -81,7 +81,8 @@ def gradients(
     parts = [part.detach().requires_grad_() for part in copies.split(layout.widths, dim=1)]
     with base.use_adapters([buffers.frozen(entries.rows), layout.from_parts(parts)], compiled=compiled) as denoise:
         output = denoise(add_noise(schedule, x0, noise, t), schedule.times[t], context)
-        losses = per_example_loss(output, target(schedule, x0, noise, t))
+        weights = None if buffers.loss_weights is None else buffers.loss_weights[entries.examples]
+        losses = per_example_loss(output, target(schedule, x0, noise, t), weights)
         if not layout.size:  # rank 0: nothing to train
             return copies.to(x0), losses.detach()
         grads = torch.autograd.grad((losses * entries.weights).sum(), parts)

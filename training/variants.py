@@ -60,16 +60,17 @@ class Variants(NamedTuple):
         """Index of the first example of each picture, int64."""
         return np.cumsum([0, *self.captioned[:-1]]) + self.without * np.arange(len(self.captioned))
 
-    def draw(self, pictures: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Draw an example of each picture.
+    def draw(self, pictures: np.ndarray, key: int) -> np.ndarray:
+        """Draw an example of each picture, by the stream with this key.
 
         Args:
             pictures: int64 [n].
-            keys: key of a stream for each, int64 [n].
+            key: key of the draws.
 
         Returns:
             Indices of examples, int64 [n].
         """
+        keys = counter_rng.child(key, np.arange(len(pictures)))
         captioned = np.array(self.captioned, np.int64)[pictures]
         place = counter_rng.uniform(keys)
         dropped = counter_rng.uniform(counter_rng.child(keys, 1)) < self.dropout

@@ -117,7 +117,8 @@ def list_pictures(path: str | Path) -> list[ListedPicture]:
 
 def _load(root: Path, background: str, template: str | None, on_error: OnError) -> Pictures:
     splits = split_folders(root, _folders(root))
-    caption_of = read_captions(PictureFiles(root), splits.values(), on_error, template=template)
+    files = PictureFiles(root)
+    caption_of = read_captions(files, splits.values(), on_error, template=template)
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
         split = {name: [file for file in caption_of if file.split("/")[0] == folder] for name, folder in names.items()}
@@ -142,7 +143,13 @@ def _load(root: Path, background: str, template: str | None, on_error: OnError) 
         try:
             if captions is None:
                 return MissingPicture()
-            return StoredPicture(root / file, captions[0], background=background, further_captions=captions[1:])
+            return StoredPicture(
+                root / file,
+                captions[0],
+                background=background,
+                further_captions=captions[1:],
+                mask=root / mask if (mask := files.masks.get(file)) else None,
+            )
         except AntherError as error:
             on_error(error)
             return MissingPicture()

@@ -89,10 +89,11 @@ def _describe(root: Path, split: str, picture: StoredPicture, count_cut: Callabl
     notes: list[str] = []
     with open_picture(picture.path) as file:
         height, width = decode(picture.path, file, background=picture.background, notes=notes).shape[:2]
+    used = [*notes, *(["weighted by its mask"] if picture.mask_path else [])]
     return FileVerdict(
         file=os.path.relpath(picture.path, root),
         verdict=CONVERTED if notes else USED,
-        reason=", ".join(notes),
+        reason=", ".join(used),
         split=split,
         size=(width, height),
         captions=picture.captions,
@@ -113,7 +114,7 @@ def _unused(root: Path, used: set[str], mistakes: list[str]) -> Iterator[FileVer
         if own is not None:
             mistakes.remove(own)
             yield FileVerdict(name, REFUSED, own.removeprefix(where))
-        elif name in used or PurePosixPath(name).name in (METADATA, METADATA_CSV):
+        elif name in used or name in files.masks.values() or PurePosixPath(name).name in (METADATA, METADATA_CSV):
             continue
         elif name in pictures:
             same = real.get(os.path.realpath(root / name))

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from common.errors import AntherError
 
@@ -15,6 +15,8 @@ SUPPORTED = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", 
 """Suffixes of supported pictures."""
 UNSUPPORTED = (".jxl",)
 """Suffixes of unsupported pictures: a missing caption is reported for these too, so that none is skipped silently."""
+MASK = ".mask.png"
+"""End of the name of a picture's mask, in place of its suffix."""
 JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini", "system volume information"}
 """Files that operating systems create in folders of pictures, in addition to names that begin with a dot."""
 
@@ -40,7 +42,19 @@ class PictureFiles:
 
     @cached_property
     def pictures(self) -> tuple[str, ...]:
-        """The names that have the suffix of a picture, supported or not."""
+        """The names that have the suffix of a picture, supported or not; without masks."""
+        masks = set(self.masks.values())
+        return tuple(name for name in self._all_pictures if name not in masks)
+
+    @cached_property
+    def masks(self) -> dict[str, str]:
+        """The mask of each picture that has one: `cat.mask.png` of `cat.jpg`."""
+        names = set(self.names)
+        named = {name: str(PurePosixPath(name).with_suffix(MASK)) for name in self._all_pictures}
+        return {name: mask for name, mask in named.items() if mask in names}
+
+    @cached_property
+    def _all_pictures(self) -> tuple[str, ...]:
         return tuple(name for name in self.names if name.lower().endswith((*SUPPORTED, *UNSUPPORTED)))
 
     @cached_property

@@ -12,6 +12,7 @@ from client.data.reading import WHITE, decode, open_picture
 from common.errors import AntherError, os_error
 from training.jobs import Picture
 
+_MASK_SIDE = 64  # pixels of the picture that a mask is compared with
 _verified: set[tuple[str, str]] = set()
 """(SHA-256, background) of pictures that this process has verified by decoding."""
 
@@ -19,7 +20,7 @@ _verified: set[tuple[str, str]] = set()
 class StoredPicture(Picture):
     """A picture backed by its file. Its pixels take memory only while they are used."""
 
-    __slots__ = ("background", "further_captions", "path", "sha256")
+    __slots__ = ("background", "further_captions", "mask_path", "path", "sha256")
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class StoredPicture(Picture):
         background: str = WHITE,
         verify: bool = True,
         further_captions: tuple[str, ...] = (),
+        mask: Path | None = None,
     ) -> None:
         """Hash the file, and decode it once unless this process already has.
 
@@ -37,17 +39,20 @@ class StoredPicture(Picture):
             caption: its caption, or the first of several.
             background: color behind transparent parts.
             further_captions: its other captions.
+            mask: file of its mask.
             verify: decode the file now; False: only when its pixels are used.
 
         Raises:
             AntherError: the file can't be read as a picture.
         """
         self.path, self.caption, self.background = path, caption, background
-        self.further_captions = further_captions
+        self.further_captions, self.mask_path = further_captions, mask
         self.sha256 = _hash_file(path)
         if verify and (self.sha256, background) not in _verified:
             self._read(side=1)
             _verified.add((self.sha256, background))
+        if verify:
+            self.mask()
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -62,6 +67,14 @@ class StoredPicture(Picture):
     def at_least(self, side: int) -> np.ndarray:
         """Decode a copy with sides of at least twice `side` pixels, if the picture is that large."""
         return self._read(side=side)
+
+    def mask(self) -> np.ndarray | None:
+        """Read the mask, if there is one; AntherError if it can't be used."""
+        if self.mask_path is None:
+            return None
+        from client.data.masks import read_mask
+
+        return read_mask(self.mask_path, self.at_least(_MASK_SIDE))
 
     def content(self) -> Iterator[bytes]:
         """Yield the file's bytes in place of its pixels, so that comparing pictures needs no decoding."""

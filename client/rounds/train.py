@@ -9,6 +9,7 @@ from collections.abc import Generator
 from functools import lru_cache
 
 from client.data import fingerprint
+from client.data.masks import loss_weights
 from client.device import Device
 from client.rounds import scaffold
 from client.rounds.helpers import (
@@ -83,8 +84,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         device.policy.check_pictures(len(pictures))
         examples = yield from encode_split(device, "train", pictures, device.variants)
         variants = count_variants(pictures, device.variants)
+        weights = loss_weights(pictures, device.variants, examples.latents.shape[2:])
     else:  # one example for each picture, so that numbers of captions don't matter
-        variants = None
+        variants = weights = None
         pictures, examples = yield from _private_examples(
             device, assumed_pictures(plan.batch_size, plan.privacy.sampling_rate)
         )
@@ -103,6 +105,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         seed=device.seed,
         examples=examples,
         variants=variants,
+        loss_weights=weights,
         start=start,
         trains="both" if plan.trains == "split" else plan.trains,
         frozen=frozen,

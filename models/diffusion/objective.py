@@ -168,6 +168,13 @@ def predict_x0_and_noise(
     return signal * x - sigma * output, sigma * x + signal * output
 
 
-def per_example_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Compute the mean squared error of each example [N], never across the batch, so that slots stay independent."""
-    return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+def per_example_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Compute the mean squared error of each example [N], never across the batch, so that slots stay independent.
+
+    Args:
+        prediction: [N, c, h, w].
+        target: [N, c, h, w].
+        weights: weights of latent positions [N, h, w], with a mean of 1 for each example; None: all 1.
+    """
+    squares = (prediction.to(target.dtype) - target).square()
+    return (squares if weights is None else squares * weights[:, None]).flatten(1).mean(1)

@@ -160,7 +160,13 @@ class Reference:
         changed = {key: weight + merged[key.removesuffix(".weight")].view_as(weight) for key, weight in weights.items()}
         x, t, context, expected = self.seen(batch)
         output = torch.func.functional_call(self.unet, changed, (x, t), {"encoder_hidden_states": context}).sample
-        return (output - expected).square().flatten(1).mean(1)
+        squares = (output - expected).square()
+        if self.job.loss_weights is not None:
+            own = len(self.job.examples)
+            for entry, example in enumerate(batch.examples):
+                if example < own:
+                    squares[entry] *= self.job.loss_weights[example].to(squares)
+        return squares.flatten(1).mean(1)
 
     def seen(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noised latents x_t, timesteps, contexts, and targets."""

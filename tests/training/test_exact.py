@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from models.base.base import Base
 from models.lora.adapter import Adapter, Factors
@@ -25,6 +26,7 @@ from tests.helpers.reference_trainer import (
 )
 from training.cohort import train
 from training.jobs import Examples, Prior, TrainJob
+from training.variants import Variants
 
 pytestmark = pytest.mark.integration
 
@@ -37,6 +39,12 @@ def with_mixed_ranks(adapter: Adapter) -> Adapter:
         name: Factors(f.a[: index % 4].clone(), f.b[:, : index % 4].clone())
         for index, (name, f) in enumerate(adapter.items())
     }
+
+
+def weights(count: int) -> Tensor:
+    """Return weights of latent positions with a mean of 1 for each example; some are 0."""
+    levels = (torch.rand(count, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.3).clamp(min=0)
+    return levels / levels.mean((1, 2), keepdim=True)
 
 
 def cohort(base: Base) -> list[TrainJob]:
@@ -63,6 +71,15 @@ def cohort(base: Base) -> list[TrainJob]:
         ),
         job(base, "nothing to train", start={}, frozen=nonzero_adapter(base, 1, 8), steps=2, batch_size=1),
         job(base, "no steps", steps=0),
+        job(
+            base,
+            "captions, masks, prior",
+            count=7,
+            variants=Variants(captioned=(3, 2), without=1, dropout=0.3),
+            loss_weights=weights(7),
+            prior=prior,
+            steps=4,
+        ),
         private(base, "one draw", draws=1, clip=0.035, steps=4, rank=3, frozen=frozen, batch_size=7),
         private(
             base,

@@ -58,10 +58,10 @@ def test_draws_have_their_probabilities() -> None:
     """Every caption and side of a picture is equally likely; captions are dropped with probability 1/4."""
     counted = count_variants(PICTURES, ALL)
     sampler = BatchSampler(job(counted, 12))
-    drawn = Counter(int(example) for _ in range(6000) for example in sampler.next().examples)
-    shares = np.array([drawn[example] / 6000 for example in range(12)])
+    drawn = Counter(int(example) for _ in range(1500) for example in sampler.next().examples)
+    shares = np.array([drawn[example] / 1500 for example in range(12)])
     expected = np.array([0.75 / 6] * 6 + [0.125] * 2 + [0.75 / 2] * 2 + [0.125] * 2)
-    assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / 6000)
+    assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / 1500)
 
 
 def test_draws_are_the_jobs_own() -> None:
@@ -99,3 +99,19 @@ def test_variants_that_do_not_fit_are_refused(wrong: str) -> None:
     }[wrong]
     with pytest.raises(ValueError, match="variants need a job without privacy"):
         dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_weights_follow_the_first_variants() -> None:
+    weights = torch.arange(12.0).view(12, 1, 1)
+    first = job(count_variants(PICTURES, ALL), 12, loss_weights=weights).with_first_variants()
+    assert first.loss_weights is not None
+    assert first.loss_weights.flatten().tolist() == [0, 8]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_weights_that_do_not_fit_are_refused(private: bool) -> None:
+    noise = SimulatedNoise(seed=0, client="a", round=1, purpose="shared")
+    dp = DPSGD(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5)
+    changes: dict[str, object] = {"privacy": dp, "noise": noise, "names": ("a", "b")} if private else {}
+    with pytest.raises(ValueError, match="loss weights need a job without privacy"):
+        job(None, 2, loss_weights=torch.ones(2 if private else 3, 1, 1), **changes)

@@ -130,6 +130,7 @@ class LearnedDirections(Personalization):
         if job.round <= self.warmup:
             trained = expect(TrainedAdapter, (yield replace(job, start=shared)))
             return RoundTraining(trained._replace(adapter=extend(trained.adapter, directions)), state)
+        job = replace(job, loss_weights=None)  # they belong to all examples
         support, query = split_examples(job, self.support)
         below = shared if job.frozen is None else concatenate([shared, job.frozen])
         fitting = replace(job, examples=support, steps=self.round_steps, learning_rate=self.round_lr, frozen=below)
