@@ -9,9 +9,10 @@ import os
 import random
 import unicodedata
 import zlib
+from functools import cache
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageCms
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "DDS", "ICO", "PPM", "TGA", "EPS", "PDF", "JPEG2000")
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F")
@@ -60,6 +61,20 @@ def sheet(rng: random.Random, folder: Path) -> None:
     encoding = rng.choice(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
     data = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
     _write(folder, "metadata.jsonl", damaged(rng, data) if rng.random() < 0.6 else data)
+
+
+def texts(rng: random.Random, folder: Path) -> None:
+    """Write pictures with text files, masks and a CSV file beside them, possibly damaged."""
+    for name in {rng.choice(_NAMES) for _ in range(rng.randrange(1, 4))}:
+        _put(folder, name)
+        stem = name.rpartition(".")[0]
+        if rng.random() < 0.8:
+            _write(folder, f"{stem}.txt", damaged(rng, rng.choice(_TEXTS).encode()))
+        if rng.random() < 0.3:
+            _write(folder, f"{stem}.mask.png", damaged(rng, _encoded(rng)))
+        if rng.random() < 0.3:
+            row = f'file_name,text\r\n"{name}","{rng.choice(_TEXTS)}"\r\n'
+            _write(folder, "metadata.csv", damaged(rng, row.encode()))
 
 
 def layout(rng: random.Random, folder: Path) -> None:
@@ -122,6 +137,8 @@ def _encoded(rng: random.Random) -> bytes:
             options["transparency"] = 0
         if kind in ("GIF", "WEBP", "TIFF", "PNG") and rng.random() < 0.2:
             options |= {"save_all": True, "append_images": [Image.new(mode, size)]}
+        if rng.random() < 0.3:
+            options["icc_profile"] = damaged(rng, _profile())
         if kind == "JPEG" and rng.random() < 0.5:
             options["progressive"] = True
         try:
@@ -129,6 +146,11 @@ def _encoded(rng: random.Random) -> bytes:
         except Exception:  # the format does not have this mode
             continue
         return buffer.getvalue()
+
+
+@cache
+def _profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def _checked(data: bytes) -> bytes:

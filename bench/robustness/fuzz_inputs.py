@@ -79,6 +79,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Try]] = {
     "picture": _folder(damaged_pictures.picture),
     "exif": _folder(damaged_pictures.exif),
     "sheet": _folder(damaged_pictures.sheet),
+    "texts": _folder(damaged_pictures.texts),
     "layout": _folder(damaged_pictures.layout),
     "base": damaged_bases.base,
 }
