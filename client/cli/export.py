@@ -87,7 +87,7 @@ def export_adapter(files: FileStorage, options: argparse.Namespace) -> str:
         metadata |= {"modelspec.trigger_phrase": options.trigger, "anther_trigger": options.trigger}
     export(source.adapter, out, family=base.family, sites=base.sites, layout=options.layout, metadata=metadata)
     lines = [
-        f"{out}: {source.contents} adapter of rank {rank(source.adapter)} in {options.layout}'s layout, for base "
+        f"{out}: {source.contents} adapter of rank {rank(source.adapter)} in layout {options.layout}, for base "
         f"{base.hash[:12]} ({base.family.name})"
     ]
     if "personal" in source.contents:
