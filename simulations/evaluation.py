@@ -17,7 +17,7 @@ from common.seeding import derive_seed
 from conf.schemas.simulation import EvaluationConfig
 from conf.schemas.training import AdapterConfig
 from models.base.base import Base
-from models.lora.adapter import Adapter, init_adapter
+from models.lora.adapter import Adapter, concatenate, init_adapter, scale
 from models.lora.batched_lora import stack_adapters, to_device
 from simulations.fleet.participants import Participant
 from training.capacity import inference_share
@@ -174,8 +174,8 @@ def gallery(
 ) -> dict[str, Gallery]:
     """Generate images for the captions of each person's first test pictures under every arm.
 
-    Images of one caption start from the same noise. The local and the personal arm are guided by the base and by the
-    shared adapter, if `settings.guide` is shared.
+    Images of one caption start from the same noise. In guidance's unconditional prediction, the local and the personal
+    adapter have the strength `settings.guide_strength`, towards the base and the shared adapter.
 
     Base and shared generate the same picture of a caption for all people, so it is generated once.
 
@@ -191,16 +191,16 @@ def gallery(
         Galleries by person.
     """
     shown = {person.name: person.pictures.test[: settings.gallery_size] for person in people}
+    guides = guides_by_arm(adapters, settings.guide_strength)
     requests: dict[tuple[str, str, str], tuple[Adapter | None, Adapter | None]] = {}  # (arm, owner, caption)
     for person in people:
         for picture in shown[person.name]:
             for arm in (BASE, *adapters):
-                guide = {"local": BASE, "personal": "shared"}.get(arm, arm) if settings.guide == "shared" else arm
-                adapter, weaker = (adapters.get(name, {}).get(person.name) for name in (arm, guide))
-                requests[arm, _owner(arm, person), picture.caption] = adapter, weaker
+                guide = guides.get(arm, adapters.get(arm, {})).get(person.name)
+                requests[arm, _owner(arm, person), picture.caption] = adapters.get(arm, {}).get(person.name), guide
     distinct = {(id(adapter), id(guide)): (adapter, guide) for adapter, guide in requests.values()}
     slot = {key: index for index, key in enumerate(distinct)}
-    stacks, guides = (
+    stacks, guide_stacks = (
         to_device(stack_adapters(base.sites, group), base.like) for group in zip(*distinct.values(), strict=True)
     )
     latents = generate(
@@ -213,7 +213,7 @@ def gallery(
         steps=settings.sampling_steps,
         guidance=settings.guidance_scale,
         memory=inference_share(memory),
-        guides=[guides] if settings.guide == "shared" else None,
+        guides=[guide_stacks] if guides else None,
     )
     pictures = dict(zip(requests, base.decode(latents), strict=True))
     return {
@@ -229,6 +229,24 @@ def gallery(
         )
         for person in people
     }
+
+
+def guides_by_arm(adapters: Adapters, strength: float) -> dict[str, dict[str, Adapter]]:
+    """Return the adapters of guidance's unconditional prediction by arm and person, where they differ from the arm's.
+
+    Args:
+        adapters: result of `arms`; the personal arm requires the shared one.
+        strength: strength of what a person's own pictures trained, from 0 to 1.
+    """
+    if strength == 1:
+        return {}
+    guides = {"local": {name: scale(own, strength) for name, own in adapters.get("local", {}).items()}}
+    # The personal arm holds both: (1 − s) shared + s (shared + personal).
+    guides["personal"] = {
+        name: concatenate([scale(adapters["shared"][name], 1 - strength), scale(both, strength)])
+        for name, both in adapters.get("personal", {}).items()
+    }
+    return guides
 
 
 def scores(

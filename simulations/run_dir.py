@@ -26,7 +26,7 @@ _ADDED_SETTINGS: dict[str, object] = {
     "data.roles": [],
     "data.evaluated_roles": [],
     "data.newcomers": [],
-    "evaluation.guide": "same",
+    "evaluation.guide_strength": 1.0,
     "personalization": {"name": "lora"},
 }
 """Settings added later, with the values that runs used before: runs with these values keep their hash."""

@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="strength of the caption; 1: no guidance, for bases distilled to few steps",
     )
     parser.add_argument(
-        "--guide",
-        default=sampling.GUIDE,
-        choices=sampling.GUIDES,
-        help="what guidance compares with; shared: without your personal adapter, so that guidance also strengthens "
-        "its effect; same: classifier-free guidance",
+        "--guide-strength",
+        type=float,
+        default=sampling.GUIDE_STRENGTH,
+        help="strength of your personal adapter in what guidance compares with; 1: classifier-free guidance; less: "
+        "guidance also strengthens its effect",
     )
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's resolution)")
     parser.add_argument("--small-vae", type=Path, metavar="DIR", help="an AutoencoderTiny for decoding")
@@ -76,6 +76,7 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
 
     from models.base.base import load
     from models.diffusion.sites import exact_pattern
+    from models.lora.adapter import guides_of
     from training.capacity import budget, inference_share
     from training.inference import generate_with
 
@@ -100,7 +101,7 @@ def draw(files: FileStorage, options: argparse.Namespace) -> str:
         steps=options.steps,
         guidance=options.guidance,
         memory=inference_share(budget(None, base.device)),
-        guides=adapters[:1] if options.guide == "shared" else None,
+        guides=None if options.guide_strength == 1 else guides_of(adapters, options.guide_strength),
     )
     pictures = base.decode(latents, small=options.small_vae, tile=options.tile or None)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -117,13 +118,14 @@ def _check(options: argparse.Namespace) -> None:
     for name, valid, rule in (
         ("steps", 1 <= options.steps <= 1000, "1 to 1000"),
         ("guidance", 1 <= options.guidance <= 1000, "1 to 1000"),
+        ("guide-strength", 0 <= options.guide_strength <= 1, "0 to 1"),
         ("resolution", options.resolution is None or 8 <= options.resolution <= 8192, "8 to 8192"),
         ("tile", 0 <= options.tile <= 8192, "0 to 8192"),
         ("seed", 0 <= options.seed < 2**63, "0 to 2⁶³ − 1"),
         ("out", not (options.out.is_file() or options.out.suffix.lower() in (".png", ".jpg", ".jpeg")), "a folder"),
     ):
         if not valid:
-            raise AntherError(f"--{name} {getattr(options, name)}: must be {rule}")
+            raise AntherError(f"--{name} {getattr(options, name.replace('-', '_'))}: must be {rule}")
     if empty := next((caption for caption in options.captions if not caption.strip()), None):
         raise AntherError(f"{empty!r}: the caption is empty")
 

@@ -19,7 +19,7 @@ from client.store.store import PersonalAdapter
 from common.errors import AntherError
 from common.seeding import derive_seed
 from conf.schemas import sampling
-from models.lora.adapter import Adapter, Factors, concatenate, init_adapter, rank
+from models.lora.adapter import Adapter, Factors, concatenate, guides_of, init_adapter, rank
 from models.lora.directions import without_zero_rank
 from models.lora.norm_bound import norm_violation
 from models.lora.resize import with_rank
@@ -202,9 +202,13 @@ def _preview(
         device: the device that draws.
     """
     try:
-        shared, steps = personal.effective_shared, sampling.STEPS
+        adapters = [personal.effective_shared, personal.adapter]
         job = jobs.GenerateJob(
-            captions=captions, adapters=[shared, personal.adapter], guides=[shared], seed=device.seed, steps=steps
+            captions=captions,
+            adapters=adapters,
+            guides=guides_of(adapters, sampling.GUIDE_STRENGTH),
+            seed=device.seed,
+            steps=sampling.STEPS,
         )
         device.store.save_preview(name, expect(GeneratedImages, (yield job)).pictures)
     except Exception as error:

@@ -4,6 +4,5 @@ from __future__ import annotations
 
 SAMPLER = "dpm"
 STEPS = 12
-GUIDANCE_SCALE = 5.0
-GUIDES = ("shared", "same")
-GUIDE = "shared"
+GUIDANCE_SCALE = 8.0
+GUIDE_STRENGTH = 0.5

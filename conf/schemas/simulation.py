@@ -41,9 +41,9 @@ class EvaluationConfig(LossConfig):
     """Denoising steps of a drawn glyph."""
     guidance_scale: float = sampling.GUIDANCE_SCALE
     """Scale of guidance; 1: none."""
-    guide: str = sampling.GUIDE
-    """Adapter of guidance's unconditional prediction; shared: the personal adapter is left out, so that guidance
-    also strengthens it (Karras et al., 2024, arXiv:2406.02507); same: classifier-free guidance."""
+    guide_strength: float = sampling.GUIDE_STRENGTH
+    """Strength of the personal adapter in guidance's unconditional prediction; 1: classifier-free guidance; less:
+    guidance also strengthens the personal adapter (Karras et al., 2024, arXiv:2406.02507)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,8 @@ class EvaluationConfig(LossConfig):
         require(self.gallery_size >= 0, f"evaluation.gallery_size={self.gallery_size}: must be 0 or more")
         require_choice("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm", "ancestral"))
         require(self.sampling_steps >= 1, f"evaluation.sampling_steps={self.sampling_steps}: must be 1 or more")
-        require_choice("evaluation.guide", self.guide, sampling.GUIDES)
+        strength = self.guide_strength
+        require(0 <= strength <= 1, f"evaluation.guide_strength={strength}: must be 0 to 1")
         require(self.guidance_scale >= 1, f"evaluation.guidance_scale={self.guidance_scale}: must be 1 or more")
 
 

@@ -81,6 +81,22 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     }
 
 
+def scale(adapter: Adapter, factor: float) -> Adapter:
+    """Return the adapter whose product is multiplied by a factor."""
+    return {name: Factors(f.a, factor * f.b) for name, f in adapter.items()}
+
+
+def guides_of(adapters: Sequence[Adapter], strength: float) -> list[Adapter]:
+    """Return adapters for guidance's unconditional prediction: the last one, which is personal, with less strength.
+
+    Args:
+        adapters: the shared adapter, and the personal one if there is any.
+        strength: factor of the personal one; 0 leaves it out.
+    """
+    shared, personal = adapters[:1], adapters[1:]
+    return [*shared, *(scale(adapter, strength) for adapter in personal if strength)]
+
+
 def select_sites(adapter: Adapter, sites: Collection[str]) -> Adapter:
     """Return the part of an adapter at these sites."""
     return {name: factors for name, factors in adapter.items() if name in sites}

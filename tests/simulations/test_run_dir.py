@@ -22,7 +22,7 @@ from tests.helpers.simulations import own_pictures
 
 ASSETS = {"base": "b", "data": "d"}
 DRAWN = (  # defaults of that time
-    "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5 evaluation.guide=same"
+    "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5 evaluation.guide_strength=1"
 )
 HASHES = [
     (
@@ -188,7 +188,7 @@ def test_added_setting_counts_if_set(tmp_path: Path) -> None:
 def test_other_changes_are_counted(tmp_path: Path) -> None:
     run_dir.claim(tmp_path / "run", fresh(), ASSETS, memory=7)
     changed = fresh(f"resume=true seed=9 rounds=7 {DRAWN}")
-    with pytest.raises(AntherError, match=r"\(evaluation\.guidance_scale was 5\.0, now 1\.5; .*; and 3 more\): resume"):
+    with pytest.raises(AntherError, match=r"\(evaluation\.guidance_scale was 8\.0, now 1\.5; .*; and 3 more\): resume"):
         run_dir.check(tmp_path / "run", changed)
 
 

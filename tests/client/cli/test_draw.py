@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_drawing_equals_merged_weights(
     shared, personal = live(fresh, 1), live(fresh, 2)
     Store(FileStorage(tmp_path / "store")).save_personal(PersonalAdapter(personal, shared, fresh.hash, "run:1"))
     options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--out", str(tmp_path / "out")]
-    options += ["--guide", "same"]
+    options += ["--guide-strength", "1"]
     assert main([*CAPTIONS, *options, "--under", under, "--store", str(tmp_path / "store")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     part = "" if under == "personal" else f"-{under}"  # the two are added
@@ -77,13 +78,14 @@ def test_guidance_strengthens_the_personal_adapter(fresh: Base, tmp_path: Path) 
     shared, personal = live(fresh, 1), live(fresh, 2)
     Store(FileStorage(tmp_path / "store")).save_personal(PersonalAdapter(personal, shared, fresh.hash, "run:1"))
     drawn = {}
-    for guide, under in (("shared", "personal"), ("same", "personal"), ("shared", "shared"), ("same", "shared")):
+    for guide, under in itertools.product(("0", "1"), ("personal", "shared")):
         out = tmp_path / f"{guide}-{under}"
-        options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--guide", guide, "--under", under]
+        steps = ["--steps", "3", "--guidance", "2"]
+        options = ["--base", str(fresh.folder), *steps, "--guide-strength", guide, "--under", under]
         assert main([CAPTIONS[0], *options, "--out", str(out), "--store", str(tmp_path / "store")]) == 0
         drawn[guide, under] = np.asarray(Image.open(next(out.iterdir()))).astype(int)
-    assert (drawn["shared", "shared"] == drawn["same", "shared"]).all()
-    assert (drawn["shared", "personal"] != drawn["same", "personal"]).any()
+    assert (drawn["0", "shared"] == drawn["1", "shared"]).all()
+    assert (drawn["0", "personal"] != drawn["1", "personal"]).any()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,8 @@ def test_guidance_strengthens_the_personal_adapter(fresh: Base, tmp_path: Path) 
     [
         ([], "nothing was learned here yet"),
         (["--steps", "0"], "--steps 0: must be 1 to 1000"),
+        (["--guide-strength", "-0.1"], "--guide-strength -0.1: must be 0 to 1"),
+        (["--guide-strength", "nan"], "--guide-strength nan: must be 0 to 1"),
         (["--guidance", "0"], "--guidance 0.0: must be 1 to 1000"),
         (["--guidance", "nan"], "--guidance nan: must be 1 to 1000"),
         (["--guidance", "inf"], "--guidance inf: must be 1 to 1000"),
