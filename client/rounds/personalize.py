@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
+from client.data.masks import loss_weights
 from client.device import Device
 from client.rounds.effect import missing_effect
 from client.rounds.helpers import encode_split, requested_method, training_cost
@@ -123,6 +124,7 @@ def _learn(
     pictures = device.pictures()
     examples = yield from encode_split(device, "train", pictures.train, device.variants)
     variants = count_variants(pictures.train, device.variants)
+    weights = loss_weights(pictures.train, device.variants, examples.latents.shape[2:])
     held_out = first_variants(examples, variants)  # without validation pictures: enough to detect a broken result
     stopping = None
     if pictures.validation:
@@ -141,6 +143,7 @@ def _learn(
         seed=device.seed,
         examples=examples,
         variants=variants,
+        loss_weights=weights,
         start=start,
         frozen=shared,
         steps=request.steps,
