@@ -43,7 +43,7 @@ WHOLE_CONFIGURATION = {  # modules of a simulation that get all keys; every othe
     "simulations.fleet.participants",
     "simulations.grid.build",
     "simulations.report.results",
-    "simulations.report.time_left",
+    "simulations.report.run_work",
     "server.rounds.federation",
     "strategies.factory.aggregation",
     "strategies.factory.combination",
