@@ -236,7 +236,7 @@ def guides_by_arm(adapters: Adapters, strength: float) -> dict[str, dict[str, Ad
 
     Args:
         adapters: result of `arms`; the personal arm requires the shared one.
-        strength: strength of what a person's own pictures trained, from 0 to 1.
+        strength: strength of the person's own training, from 0 to 1.
     """
     if strength == 1:
         return {}
