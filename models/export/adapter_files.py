@@ -42,7 +42,9 @@ def write(folder: Path, name: str, adapter: Adapter, base: AdaptedBase, contents
         contents: key of `CONTENTS`.
     """
     if is_zero(adapter):
-        log.warning("%s: adapter %s changes nothing, its product is zero at every layer", folder, name)
+        # A personal one may stay zero: validation pictures can prefer the shared adapter alone.
+        level = logging.INFO if contents == "personal" else logging.WARNING
+        log.log(level, "%s: adapter %s changes nothing, its product is zero at every layer", folder, name)
     for layout in LAYOUTS:
         if layout == "diffusers" or base.family.kohya:
             file = folder / f"{name}{'' if layout == 'diffusers' else f'.{layout}'}.safetensors"
