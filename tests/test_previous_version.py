@@ -36,7 +36,9 @@ SIMULATION = (
     "adapter.shared.steps=1 adapter.personal.steps=1 adapter.sites=.*attn2.to_q evaluation.gallery_size=0 "
     "evaluation.timesteps=1 tracker=none seed=3"
 )
-DRAWING = "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5"  # the previous defaults
+DRAWING = (  # the previous defaults
+    "evaluation.sampler=ddim evaluation.sampling_steps=6 evaluation.guidance_scale=1.5 evaluation.guide_strength=1"
+)
 SERVER = (
     "rounds=40 cohort.size=2 aggregation=fedit round_loop.timeout=300 compression.download=fp16 privacy=example "
     "privacy.epsilon=8 privacy.delta=1e-3 privacy.noise_multiplicity=2 adapter.shared.rank=1 adapter.shared.steps=1 "
@@ -96,7 +98,7 @@ def test_simulation_with_other_settings_is_refused(tmp_path: Path) -> None:
     run_dir.check(folder, compose(f"{SIMULATION} {DRAWING} resume=true"))
     with pytest.raises(AntherError, match=r"\(seed was 3, now 4\)"):
         run_dir.check(folder, compose(f"{SIMULATION} {DRAWING} seed=4 resume=true"))
-    changed = r"\(evaluation.guidance_scale was 1.5, now 3.0; evaluation.sampler was ddim, now dpm\)"
+    changed = r"\(evaluation.guidance_scale was 1.5, now 8.0; .*; evaluation.sampler was ddim, now dpm; and 1 more\)"
     with pytest.raises(AntherError, match=changed):
         run_dir.check(folder, compose(f"{SIMULATION} resume=true"))
 

@@ -42,7 +42,7 @@ def write(folder: Path, name: str, adapter: Adapter, base: AdaptedBase, contents
         contents: key of `CONTENTS`.
     """
     if is_zero(adapter):
-        # A personal one may stay zero: validation pictures can prefer the shared adapter alone.
+        # A personal one may stay zero: validation pictures can prefer only the shared adapter.
         level = logging.INFO if contents == "personal" else logging.WARNING
         log.log(level, "%s: adapter %s changes nothing, its product is zero at every layer", folder, name)
     for layout in LAYOUTS:

@@ -84,7 +84,7 @@ class PlannedWorkers:
 
 
 def test_changes_lead_to_the_planted_setting() -> None:
-    best = LocalSettings(sites="all", rank=4, lr=0.001 * 1.4, proximal=0.01, steps=5)
+    best = LocalSettings(sites="linear", rank=4, lr=0.001 * 1.4, proximal=0.01, steps=5)
     workers: Any = PlannedWorkers(best)
     found, scores = tune_local(PlannedExperiment(), workers, [2, 5], [1, 5], changes=3)  # type: ignore[arg-type]
     assert found == {"1": best, "2": best, "5": best}
