@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
-from torch.nn.functional import hardshrink
 
 from common.errors import AntherError
 from common.strict_json import loads
+from common.subnormals import without_subnormals
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _HEADER_BYTES = 64 * 1024
@@ -118,9 +118,8 @@ def decode(
         raise CodecError(
             f"{next(name for name, t in tensors.items() if not _finite(t))}: contains NaN or infinite values"
         )
-    largest_subnormal = torch.finfo(dtype).tiny * (1 - torch.finfo(dtype).eps)  # exact in `dtype`
     for part in values.split(_CHUNK):
-        part.copy_(hardshrink(part, largest_subnormal))
+        part.copy_(without_subnormals(part))
     return tensors
 
 

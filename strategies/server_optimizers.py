@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from common.plugins import Registry
+from common.subnormals import without_subnormals
 
 OPTIMIZERS: Registry[Any] = Registry("server_optimizer", key="server_optimizer", modules=__name__)
 server_optimizer = OPTIMIZERS.register
@@ -187,5 +187,4 @@ def _overlaid(part: Tensor, whole: Tensor) -> Tensor:
 
 def as_stored(moment: Tensor) -> Tensor:
     """Convert to float32 without subnormal numbers, as a checkpoint stores it, so that a resumed run is identical."""
-    limits = torch.finfo(torch.float32)
-    return hardshrink(moment.float(), limits.tiny * (1 - limits.eps))  # the largest subnormal number
+    return without_subnormals(moment.float())
