@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
+from models.lora.adapter import Adapter, Sites, first_directions, rank, select_sites
 from models.lora.batched_lora import Layout
 from models.lora.trainable import trained_layout
 from privacy.accounting import ADD_OR_REMOVE_ONE, DEVICE, Guarantee, PoissonGaussian
@@ -294,5 +294,5 @@ def changes(layout: Layout, current: Adapter, trained: Iterable[Adapter]) -> Ite
         Change of one device, float64 `[D]`.
     """
     for adapter in trained:
-        start, _ = split_rank(select_sites(current, adapter), rank(adapter))
+        start = first_directions(select_sites(current, adapter), rank(adapter))
         yield layout.pack(adapter).double() - layout.pack(start).double()

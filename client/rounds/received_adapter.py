@@ -9,7 +9,17 @@ from typing import NamedTuple
 from client.device import Device
 from common.errors import AntherError
 from models.lora import lora_xs, scaffold
-from models.lora.adapter import Adapter, Site, Sites, adapter_shapes, from_tensors, rank, select_sites, split_rank
+from models.lora.adapter import (
+    Adapter,
+    Site,
+    Sites,
+    adapter_shapes,
+    first_directions,
+    from_tensors,
+    rank,
+    select_sites,
+    split_rank,
+)
 from models.lora.norm_bound import norm_violation
 from models.lora.scaffold import ControlVariate
 from models.lora.trainable import trained_shapes
@@ -64,8 +74,8 @@ class ReceivedAdapter:
         head, tail = split_rank(select_sites(self.adapter, sites), rank)
         untrained = {name: factors for name, factors in self.adapter.items() if name not in sites}
         frozen = {**untrained, **(tail if self.rank > rank else {})}
-        lora_xs_bases = split_rank(select_sites(self._lora_xs_bases, sites), rank)[0] if self._lora_xs_bases else None
-        return AdapterParts(head, frozen or None, lora_xs_bases)
+        bases = self._lora_xs_bases
+        return AdapterParts(head, frozen or None, first_directions(select_sites(bases, sites), rank) if bases else None)
 
 
 def receive_adapter(

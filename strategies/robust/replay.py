@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
+from models.lora.adapter import Adapter, Sites, first_directions, rank, select_sites
 from strategies.robust import Filtering, robust_rule
 from strategies.round.updates import Sketches
 from strategies.round.validation import ReplyRejectedError
@@ -85,7 +85,7 @@ class ReplayFilter:
         """
         stored = state.get(_PART, {})
         probes = self._probes(stored)
-        start, _ = split_rank(select_sites(current, trained), rank(trained))
+        start = first_directions(select_sites(current, trained), rank(trained))
         new = sketch(trained, self._sites, probes)
         change = (new - sketch(start, self._sites, probes))[:, 1:].square().sum(1)
         new = as_stored(new)
