@@ -18,7 +18,7 @@ from conf.schemas.simulation import EvaluationConfig
 from conf.schemas.training import AdapterConfig
 from models.base.base import Base
 from models.lora.adapter import Adapter, concatenate, init_adapter, scale
-from models.lora.batched_lora import stack_adapters, to_device
+from models.lora.batched_lora import BatchedAdapter, stack_adapters, to_device
 from simulations.fleet.participants import Participant
 from training.capacity import inference_share
 from training.inference import generate
@@ -200,20 +200,22 @@ def gallery(
                 requests[arm, _owner(arm, person), picture.caption] = adapters.get(arm, {}).get(person.name), guide
     distinct = {(id(adapter), id(guide)): (adapter, guide) for adapter, guide in requests.values()}
     slot = {key: index for index, key in enumerate(distinct)}
-    stacks, guide_stacks = (
-        to_device(stack_adapters(base.sites, group), base.like) for group in zip(*distinct.values(), strict=True)
-    )
+    own, weaker = zip(*distinct.values(), strict=True)
+
+    def stacked(group: Sequence[Adapter | None]) -> list[BatchedAdapter]:
+        return [to_device(stack_adapters(base.sites, group), base.like)]
+
     latents = generate(
         base,
         captions=[caption for _, _, caption in requests],
         seeds=[derive_seed(seed, caption, "gallery") for _, _, caption in requests],
-        adapters=[stacks],
+        adapters=stacked(own),
         slots=[slot[id(adapter), id(guide)] for adapter, guide in requests.values()],
         sampler=settings.sampler,
         steps=settings.sampling_steps,
         guidance=settings.guidance_scale,
         memory=inference_share(memory),
-        guides=[guide_stacks] if guides else None,
+        guides=stacked(weaker) if guides else None,
     )
     pictures = dict(zip(requests, base.decode(latents), strict=True))
     return {
