@@ -323,10 +323,8 @@ def test_evaluation_sample_changes_each_round():
     assert len(list(everyone.configure_evaluate(1, start(), ConfigRecord(), grid))) == 8
 
 
-def test_only_named_devices_personalize():
-    devices = [FakeDevice(name) for name in "abc"]
-    federated, grid = strategy(), CohortGrid(devices, perform)
-    request = Personalize(
+def personalize_request():
+    return Personalize(
         run="run",
         round=1,
         adapter=records.adapter_from_record(start()),
@@ -337,6 +335,12 @@ def test_only_named_devices_personalize():
         look_every=1,
         patience=1,
     )
+
+
+def test_only_named_devices_personalize():
+    devices = [FakeDevice(name) for name in "abc"]
+    federated, grid = strategy(), CohortGrid(devices, perform)
+    request = personalize_request()
     metrics = personalize(grid=grid, strategy=federated, request=request, devices={"c", "a", "away"}, timeout=1.0)
     assert (metrics.asked, metrics.devices, metrics.dropped) == (2, ("a", "c"), {})
     assert "Personalize" not in devices[1].requests
@@ -452,17 +456,7 @@ def test_personalization():
     federated = strategy()
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=raises)]
     grid = CohortGrid(devices, perform)
-    request = Personalize(
-        run="run",
-        round=1,
-        adapter=records.adapter_from_record(start()),
-        rank=2,
-        steps=1,
-        batch_size=1,
-        learning_rate=0.1,
-        look_every=1,
-        patience=1,
-    )
+    request = personalize_request()
     metrics = personalize(grid=grid, strategy=federated, request=request, timeout=1.0)
     assert (metrics.asked, metrics.devices, metrics.dropped, metrics.seconds, metrics.joules) == (
         2,
@@ -475,18 +469,7 @@ def test_personalization():
 
 def test_personalization_plan_has_the_steps_of_its_method():
     federated, grid = strategy(), CohortGrid([FakeDevice("a")], perform)
-    request = Personalize(
-        run="run",
-        round=1,
-        adapter=records.adapter_from_record(start()),
-        rank=2,
-        steps=5,
-        batch_size=3,
-        learning_rate=0.1,
-        look_every=1,
-        patience=1,
-        method=PersonalizationMethod(name="prior"),
-    )
+    request = replace(personalize_request(), steps=5, batch_size=3, method=PersonalizationMethod(name="prior"))
     sent = federated.personalization.request(request, grid)
     assert (steps_per_round(sent.plan), sent.plan.batch_size) == (10, 3)
 
