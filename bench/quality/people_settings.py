@@ -20,7 +20,7 @@ from training.personalization import PERSONALIZATIONS, Personalization, steps_by
 _CORES = ("aggregation=fedsb", "adapter.shared.lr_schedule=cosine", "rounds=25", "adapter.shared.steps=1")
 """A round of one step takes the mean after every noised step, so the noise causes no drift within a round."""
 _FEDERATION = ("preset=people", "cohort.size=48")
-"""A round of 48 people has 240 letters, enough for a gradient, and one person takes part in every fifth round."""
+"""A round has four letters of each of 48 people. Of 240 people, each takes part in every fifth round on average."""
 _NOISED = ("privacy=example", "privacy.noise_multiplicity=4", "adapter.shared.batch_size=${data.train}")
 
 FILE = Path(__file__).parents[1] / "results" / "people-settings.json"
