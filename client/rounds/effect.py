@@ -1,7 +1,8 @@
 """Check after training that an adapter does something: its product is not zero, and it changes the output.
 
-An adapter that changes nothing looks like a success: its loss is as good as before, and it stays. Usual causes are a
-learning rate of zero or too small a number for the base's precision, and layers that the output doesn't depend on.
+An adapter that changes nothing looks like a success: its loss is as good as before, and it stays. Usual causes are too
+few pictures for any step to help the validation pictures, a learning rate that is too low for the base's precision, and
+layers that the output doesn't depend on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from models.lora.adapter import Adapter, concatenate
 from models.lora.norm_bound import is_zero
 from training.jobs import Examples, Job, MeasureJob, Result, expect
 
-ZERO = "its product is zero at every layer: set a higher learning rate, or more steps"
+ZERO = (
+    "its product is zero at every layer, since no step helped the validation pictures, or the rate is too low: "
+    "add pictures, or set a higher learning rate"
+)
 UNCHANGED = "the output with it equals the output without it: set a higher learning rate, or other layers"
 
 
